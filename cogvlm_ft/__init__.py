@@ -1,0 +1,1 @@
+"""Full-parameter fine-tuning of CogVLM for visual grounding; the tour of the code is in CONTRIBUTING.md."""

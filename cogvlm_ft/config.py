@@ -1,0 +1,198 @@
+"""Every knob of a run: dataclasses <- YAML file <- `key=value` on the command line.
+
+Sizes of the model are not knobs: they come from the model folder's config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cogvlm_ft.errors import ConfigError
+
+PRECISIONS = ("fp32", "bf16")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass
+class ModelConfig:
+    """What is trained."""
+
+    path: str = (
+        MISSING  # folder with config.json, *.safetensors and tokenizer.model, such as cogvlm-grounding-generalist
+    )
+    image_size: Optional[int] = (
+        None  # px, a multiple of the patch size; null: the checkpoint's own. Raise for small targets
+    )
+    gradient_checkpointing: bool = True  # recompute every layer in the backward pass: 30 % more time, far less memory
+    freeze: list[str] = field(
+        default_factory=list
+    )  # parameter name patterns that stay as they are, e.g. "model.vision.*"
+
+
+@dataclass
+class DataConfig:
+    """What it is trained on."""
+
+    shards: str = MISSING  # folder written by shards/build.py, or any folder of WebDataset tars
+    train_split: str = "train"
+    val_split: str = "val"
+    wording: str = "box"  # built-in wording (box, description) or the path of a YAML file
+    max_sequence_length: int = 4096  # tokens of one image with all its turns; longer samples count as bad
+    num_workers: int = 2  # loader processes per rank; 0 reads in the training process
+    max_bad_fraction: float = 0.01  # unusable samples tolerated in an epoch, as a share of all
+
+
+@dataclass
+class TrainConfig:
+    """How it is trained."""
+
+    epochs: int = 5
+    max_steps: Optional[int] = None  # optimizer steps; ends the run before `epochs` do
+    global_batch_size: int = 16  # images per optimizer step, over all ranks and accumulation
+    micro_batch_size: int = 1  # images per forward pass of one rank
+    lr: float = 5e-5  # peak
+    min_lr_ratio: float = 0.1  # lr at the end of the cosine, as a share of the peak
+    warmup_fraction: float = 0.03  # share of all steps with linearly rising lr
+    weight_decay: float = 0.05  # not on norms and biases
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"  # fp32, or bf16 with fp32 master weights
+    tf32: bool = False  # let CUDA matmuls round fp32 inputs to 10 mantissa bits: several times faster, less exact
+    monitor: str = "mean_iou"  # validation metric that chooses the best checkpoint; higher is better
+    patience: Optional[int] = 3  # stop after this many evaluations without a new best; null: never
+    log_every: int = 1  # steps
+
+
+@dataclass
+class EvaluateConfig:
+    """How it is measured."""
+
+    every_epochs: int = 1
+    before_training: bool = True  # score the untouched model too, so that the gain is visible
+    max_samples: Optional[int] = 500  # images per evaluation; null: the whole split
+    batch_size: int = 8  # images per rank that generate together
+    max_new_tokens: int = 128
+    num_pictures: int = 8  # photos drawn every time, always the same
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept."""
+
+    every_steps: Optional[int] = None  # besides the end of every epoch
+    keep_last: int = 2  # besides the best
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases, beside metrics.jsonl."""
+
+    mode: str = "auto"  # auto: online with a key, else offline | online | offline | disabled
+    project: str = "cogvlm-grounding"
+    entity: Optional[str] = None
+    name: Optional[str] = None
+
+
+@dataclass
+class Config:
+    output_dir: str = MISSING
+    seed: int = 0
+    resume: bool = True  # go on from the newest checkpoint in output_dir, if there is one
+    deepspeed: str = "configs/deepspeed/zero3.json"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Merge defaults, YAML and overrides; a ConfigError names the source and the key and suggests the nearest."""
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"--config {path}: no such file")
+        merged = _merge(merged, lambda: OmegaConf.load(path), f"--config {path}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"{override!r} on the command line: settings are written key=value, such as train.lr=1e-5"
+            )
+        merged = _merge(
+            merged, lambda override=override: OmegaConf.from_dotlist([override]), f"command line {override}"
+        )
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"no value for {', '.join(missing)}: set it in the YAML file or as {missing[0]}=...")
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    _check(config)
+    return config
+
+
+def _merge(base: Any, load: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, load())
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None)
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{first_line}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{source} is no valid YAML: {error}") from error
+        raise
+
+
+def _check(config: Config) -> None:
+    train, data, evaluate = config.train, config.data, config.evaluate
+    for key, value, allowed in (
+        ("train.precision", train.precision, PRECISIONS),
+        ("tracking.mode", config.tracking.mode, WANDB_MODES),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{key}={value!r}: wanted one of {', '.join(allowed)}")
+    for key, number, minimum in (
+        ("train.epochs", train.epochs, 1),
+        ("train.global_batch_size", train.global_batch_size, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.max_steps", train.max_steps, 1),
+        ("train.log_every", train.log_every, 1),
+        ("train.patience", train.patience, 1),
+        ("train.lr", train.lr, 0),
+        ("train.max_grad_norm", train.max_grad_norm, 0),
+        ("train.warmup_fraction", train.warmup_fraction, 0),
+        ("train.min_lr_ratio", train.min_lr_ratio, 0),
+        ("train.weight_decay", train.weight_decay, 0),
+        ("data.max_bad_fraction", data.max_bad_fraction, 0),
+        ("evaluate.num_pictures", evaluate.num_pictures, 0),
+        ("data.num_workers", data.num_workers, 0),
+        ("evaluate.every_epochs", evaluate.every_epochs, 1),
+        ("evaluate.batch_size", evaluate.batch_size, 1),
+        ("evaluate.max_samples", evaluate.max_samples, 1),
+        ("evaluate.max_new_tokens", evaluate.max_new_tokens, 1),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+    ):
+        if number is not None and not number >= minimum:  # not(>=) catches NaN too
+            raise ConfigError(f"{key}={number}: wanted at least {minimum}")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def config_sha256(config: Config) -> str:
+    """Identifies the resolved settings."""
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode()).hexdigest()

@@ -1,0 +1,16 @@
+"""The three kinds of a user's mistake.
+
+Each message says which key or file, what was found, what was wanted and what to do.
+"""
+
+
+class ConfigError(Exception):
+    """A setting (YAML, command line, DeepSpeed JSON) is unknown, of the wrong type, or contradicts another."""
+
+
+class DataError(Exception):
+    """An image, an annotation, a shard or a record cannot be used."""
+
+
+class CheckpointError(Exception):
+    """A model folder or a training checkpoint is missing, incomplete or of another shape than wanted."""

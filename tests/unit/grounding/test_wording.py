@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.grounding.boxes import bins_from_box, parse_boxes
+from cogvlm_ft.grounding.targets import Target, Turn
+from cogvlm_ft.grounding.wording import LanguageWording, Wording, build_turns, load_wording
+
+DOG = Target("一只狗", "zh", ((86, 540, 400, 760),))
+CATS = Target("the cats", "en", ((500, 500, 600, 600), (0, 0, 100, 100)))
+NOTHING = Target("the bird", "en", ())
+SIZE = (1000, 1000)
+
+GOOD = {"zh": {"prompts": ["{phrase}在哪里?"], "answers": ["{boxes}"], "not_found": "未找到指定目标"}}
+
+
+def turns_of(targets: list[Target], wording: Wording, *, seed: int = 0, epoch: int = 0, key: str = "k") -> list[Turn]:
+    return build_turns(targets, SIZE, wording, seed=seed, epoch=epoch, key=key)
+
+
+@pytest.mark.parametrize("name", ["box", "description"])
+def test_built_in_wordings_have_variety_in_both_languages(name: str) -> None:
+    wording = load_wording(name)
+    assert wording.name == name
+    assert wording.not_found_sentences == ("未找到指定目标", "The specified target was not found.")
+    for language in ("zh", "en"):
+        prompts = wording.languages[language].prompts
+        assert len(set(prompts)) == len(prompts) >= 6
+        assert sum("[[x0,y0,x1,y1]]" in prompt for prompt in prompts) == 2
+
+
+def test_answers_of_the_built_in_wordings() -> None:
+    assert [turn.answer for turn in turns_of([DOG], load_wording("box"))] == ["[[086,540,400,760]]"]
+    description = load_wording("description")
+    assert turns_of([DOG], description)[0].answer == "图片中存在一只狗,所在区域为[[086,540,400,760]]"
+    described = replace(DOG, description="一只趴着的黄狗")
+    assert turns_of([described], description)[0].answer == "图片中存在一只趴着的黄狗,所在区域为[[086,540,400,760]]"
+
+
+def test_a_turn_asks_for_its_own_target_and_keeps_the_order_of_boxes() -> None:
+    (turn,) = turns_of([CATS], load_wording("box"))
+    assert "the cats" in turn.prompt
+    assert turn.answer == "[[500,500,600,600;000,000,100,100]]"
+    assert turn.target is CATS
+
+
+def test_an_absent_thing_is_answered_in_the_language_of_the_question() -> None:
+    answers = {
+        turn.answer for turn in turns_of([NOTHING, replace(NOTHING, language="zh")], load_wording("description"))
+    }
+    assert answers == {"未找到指定目标", "The specified target was not found."}
+
+
+def test_turns_depend_on_seed_epoch_and_key_only() -> None:
+    wording = load_wording("box")
+    targets = [DOG, CATS, NOTHING, replace(DOG, phrase="另一只狗")]
+    first = turns_of(targets, wording, seed=3, epoch=1, key="a")
+    assert first == turns_of(targets, wording, seed=3, epoch=1, key="a")
+    others = [(4, 1, "a"), (3, 2, "a"), (3, 1, "b")]
+    assert all(first != turns_of(targets, wording, seed=s, epoch=e, key=k) for s, e, k in others)
+
+
+def test_the_choice_stays_the_same_in_every_version() -> None:
+    """A change here changes what every resumed run trains on."""
+    (turn,) = turns_of([DOG], load_wording("box"), seed=1, epoch=2, key="scene-000003")
+    assert turn.prompt == "指出一只狗所在的区域。"
+
+
+def test_over_the_epochs_every_prompt_and_order_is_used() -> None:
+    wording = load_wording("box")
+    prompts, orders = set(), set()
+    for epoch in range(200):
+        turns = turns_of([DOG, CATS, NOTHING], wording, epoch=epoch)
+        orders.add(tuple(turn.target.phrase for turn in turns if turn.target))
+        prompts |= {turn.prompt for turn in turns if turn.target is DOG}
+    assert len(orders) == 6
+    assert len(prompts) == len(wording.languages["zh"].prompts)
+
+
+def test_every_answer_reads_back_as_its_boxes() -> None:
+    for name in ("box", "description"):
+        for turn in turns_of([DOG, CATS], load_wording(name)):
+            assert turn.target is not None
+            assert parse_boxes(turn.answer) == [bins_from_box(box, SIZE) for box in turn.target.boxes_xyxy]
+
+
+def test_braces_in_a_phrase_stay_as_they_are() -> None:
+    wording = Wording("t", {"zh": LanguageWording(("找{phrase}",), ("{phrase}x{count}: {description} {boxes}",), "无")})
+    tricky = replace(DOG, phrase="{boxes}{0}{phrase.__class__}{", description="}{count}")
+    (turn,) = turns_of([tricky], wording)
+    assert turn.prompt == "找{boxes}{0}{phrase.__class__}{"
+    assert turn.answer == "{boxes}{0}{phrase.__class__}{x1: }{count} [[086,540,400,760]]"
+
+
+def test_a_description_with_its_own_boxes_is_refused() -> None:
+    with pytest.raises(DataError, match=r"sample k.*does not read back"):
+        turns_of([replace(DOG, description="狗[[001,002,003,004]]")], load_wording("description"))
+
+
+def test_a_missing_language_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has zh, but sample k has a target in 'en'"):
+        turns_of([CATS], write_and_load(tmp_path, GOOD))
+
+
+def write_and_load(folder: Path, content: object) -> Wording:
+    path = folder / "my.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    return load_wording(path)
+
+
+def test_a_file_of_the_user(tmp_path: Path) -> None:
+    wording = write_and_load(tmp_path, GOOD)
+    assert wording.languages["zh"] == LanguageWording(("{phrase}在哪里?",), ("{boxes}",), "未找到指定目标")
+    assert load_wording(str(tmp_path / "my.yaml")) == wording
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ["在哪里?"]}, r"zh.prompts, text 1.*lacks \{phrase\}"),
+        ({"prompts": ["{phrase}{box}?"]}, "no known placeholder"),
+        ({"prompts": ["{phrase}{boxes}"]}, "no known placeholder"),
+        ({"prompts": ["{phrase}{"]}, "no known placeholder"),
+        ({"prompts": []}, "at least one text"),
+        ({"prompts": "{phrase}在哪里?"}, "wanted a list"),
+        ({"prompts": [{"phrase": None}]}, "quotes"),
+        ({"answers": ["在这里"]}, r"zh.answers, text 1.*lacks \{boxes\}"),
+        ({"answers": ["{boxes}{boxes}"]}, "once and no other"),
+        ({"answers": ["[[x0,y0,x1,y1]] {boxes}"]}, "once and no other"),
+        ({"answers": ["[{boxes}"]}, "once and no other"),
+        ({"not_found": "[[000,000,000,000]]"}, "plain sentence"),
+        ({"not_found": "没有{phrase}"}, "plain sentence"),
+        ({"not_found": " "}, "wanted a sentence"),
+        ({"not_found": None}, "wanted a sentence"),
+        ({"answer": ["{boxes}"]}, "unknown key answer"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        write_and_load(tmp_path, {"zh": GOOD["zh"] | change})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"fr": GOOD["zh"]}, "unknown key fr"),
+        ({"zh": {"prompts": ["{phrase}"], "answers": ["{boxes}"]}}, "not_found missing"),
+        ({"zh": []}, "wanted the keys"),
+        ([], "wanted the keys"),
+    ],
+)
+def test_mistakes_in_the_frame_of_a_file_are_named(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        write_and_load(tmp_path, content)
+
+
+def test_a_file_that_does_not_exist_or_is_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither built in \\(box, description\\) nor"):
+        load_wording("boxes")
+    (tmp_path / "bad.yaml").write_bytes(b"zh: [\xff")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_wording(tmp_path / "bad.yaml")
