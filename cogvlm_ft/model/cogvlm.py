@@ -1,0 +1,312 @@
+"""CogVLM v1 as `transformers` classes: the published names and arguments, torch SDPA, no remote code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from cogvlm_ft.model import layout
+from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.decoder import (
+    AttentionInputs,
+    DecoderLayer,
+    ExpertRouting,
+    RMSNorm,
+    RotaryEmbedding,
+    inverse_frequencies,
+    rope_tables,
+)
+from cogvlm_ft.model.prompt import build_conversation
+from cogvlm_ft.model.vision import PatchEmbedding, VisionModel
+
+IGNORE_INDEX = -100
+
+
+class CogVLMPreTrainedModel(PreTrainedModel):
+    config: CogVLMConfig
+    config_class = CogVLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer", "VisionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _keys_to_ignore_on_load_missing = [r"rotary_emb\.inv_freq"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, VisionModel):
+            init.normal_(module.boi, std=std)
+            init.normal_(module.eoi, std=std)
+        elif isinstance(module, PatchEmbedding):
+            init.normal_(module.cls_embedding, std=std)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, inverse_frequencies(2 * len(module.inv_freq)))
+
+
+class CogVLMModel(CogVLMPreTrainedModel):
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.vision = VisionModel(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        images: list[list[Tensor]] | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        pixel_values: Tensor | None = None,
+        block_ids: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """See CogVLMForCausalLM.forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None and pixel_values is None and past_length == 0:
+            token_type_ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        if past_length == 0:
+            hidden = self._place_images(hidden, images, token_type_ids, pixel_values)
+        if position_ids is None:
+            position_ids = self._default_position_ids(hidden, token_type_ids, attention_mask, pixel_values, past_length)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        routing = self._routing(token_type_ids, pixel_values, past_length)
+        inputs = self._attention_inputs(hidden, position_ids, attention_mask, block_ids, past_length, routing)
+        all_hidden = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, inputs, past_key_values=past_key_values)
+            all_hidden.append(hidden)
+        hidden = self.norm(hidden)
+        all_hidden[-1] = hidden
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+        )
+
+    def _place_images(
+        self,
+        embeds: Tensor,
+        images: list[list[Tensor]] | None,
+        token_type_ids: Tensor | None,
+        pixel_values: Tensor | None,
+    ) -> Tensor:
+        """float[B, L, H] with the image positions overwritten by the vision tower's output."""
+        if pixel_values is not None:
+            features = self.vision(pixel_values.to(self.dtype)).to(embeds.dtype)
+            start, stop = layout.image_span(self.config.num_patches)
+            return torch.cat([embeds[:, :start], features, embeds[:, stop:]], dim=1)
+        flat = [image for row in images or [] for image in row or [] if image is not None]
+        if flat:
+            assert token_type_ids is not None
+            features = self.vision(torch.stack(flat).to(self.device, self.dtype)).to(embeds.dtype).flatten(0, 1)
+            where = token_type_ids == layout.VISION
+            if where.sum() != len(features):
+                raise ValueError(
+                    f"token_type_ids mark {int(where.sum())} image positions, but {len(flat)} images give "
+                    f"{len(features)} (patches + boi + eoi each)"
+                )
+            return embeds.masked_scatter(where[:, :, None], features)
+        # Partitioned by ZeRO-3: every rank must run the tower, images or not. Looked up by iteration, because DeepSpeed
+        # gathers a parameter that is read as an attribute outside its module, and here on this rank alone.
+        if hasattr(next(self.vision.parameters()), "ds_id"):
+            size = self.config.image_size
+            blank = torch.zeros(1, self.config.vision["in_channels"], size, size, device=self.device, dtype=self.dtype)
+            return embeds + 0.0 * self.vision(blank).sum().to(embeds.dtype)
+        return embeds
+
+    def _default_position_ids(
+        self,
+        embeds: Tensor,
+        token_type_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        past_length: int,
+    ) -> Tensor:
+        batch, length = embeds.shape[:2]
+        if past_length and (token_type_ids is None or token_type_ids.shape[1] != past_length + length):
+            raise ValueError("with past_key_values give position_ids, or token_type_ids of the whole sequence")
+        if pixel_values is not None:
+            start, stop = layout.image_span(self.config.num_patches)
+            token_type_ids = torch.full((batch, length), layout.LANGUAGE, device=embeds.device)
+            token_type_ids[:, start:stop] = layout.VISION
+        assert token_type_ids is not None
+        return layout.build_position_ids(token_type_ids, attention_mask)[:, past_length:]
+
+    def _routing(self, token_type_ids: Tensor | None, pixel_values: Tensor | None, past_length: int) -> ExpertRouting:
+        if past_length:
+            return ExpertRouting()
+        if pixel_values is not None:
+            return ExpertRouting(span=layout.vision_expert_span(self.config.num_patches))
+        assert token_type_ids is not None
+        return ExpertRouting(mask=layout.vision_expert_mask(token_type_ids))
+
+    def _attention_inputs(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        block_ids: Tensor | None,
+        past_length: int,
+        routing: ExpertRouting,
+    ) -> AttentionInputs:
+        length = hidden.shape[1]
+        mask = None
+        if block_ids is not None:
+            mask = layout.block_mask(block_ids)
+        elif attention_mask is not None:
+            # Under ZeRO-3 `generate()` goes on calling a finished rank without lengthening its mask: new keys count.
+            num_missing = past_length + length - attention_mask.shape[1]
+            mask = layout.padding_mask(F.pad(attention_mask, (0, num_missing), value=1), length)
+        elif past_length and length > 1:
+            mask = layout.causal_mask(length, past_length + length, hidden.device)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rope_tables(position_ids, head_dim, hidden.dtype)
+        return AttentionInputs(cos, sin, mask, is_causal=mask is None and length > 1, routing=routing)
+
+
+class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        self.model = CogVLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        images: list[list[Tensor]] | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: float | Tensor | None = None,
+        return_logits: bool = True,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """The published remote code's arguments, then ours.
+
+        input_ids, token_type_ids, attention_mask, position_ids, labels: i64[B, L]. images: per row a list of 0 or 1
+            float[3, S, S]; ignored once `past_key_values` holds something.
+        pixel_values: float[B, 3, S, S], the training form: one image in every row, right after bos. Static shapes.
+        block_ids: i32[B, L] (layout.py), several turns behind one image.
+        logits_to_keep: logits of the last n positions only (0 = all).
+        num_items_in_batch: the loss is the sum over labelled tokens divided by this; default their number here (mean).
+        return_logits: False with labels computes lm_head on labelled positions only and returns no logits.
+
+        The loss shifts labels by one and ignores -100. Logits are float32[B, L, V].
+        """
+        if output_attentions:
+            raise ValueError("attention weights are not available: CogVLM runs on torch SDPA")
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False needs labels")
+        out = self.model(
+            input_ids=input_ids,
+            images=images,
+            token_type_ids=token_type_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            pixel_values=pixel_values,
+            block_ids=block_ids,
+        )
+        hidden, logits, loss = out.last_hidden_state, None, None
+        if return_logits:
+            logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
+        if labels is not None:
+            loss = self._loss(hidden, logits, labels, num_items_in_batch)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _loss(
+        self, hidden: Tensor, logits: Tensor | None, labels: Tensor, num_items_in_batch: float | Tensor | None
+    ) -> Tensor:
+        """float32[]: cross entropy of each token from the position before it; without logits, lm_head runs on those."""
+        targets = labels[:, 1:]
+        is_labelled = targets != IGNORE_INDEX
+        scores = self.lm_head(hidden[:, :-1][is_labelled]).float() if logits is None else logits[:, :-1][is_labelled]
+        loss_sum = F.cross_entropy(scores, targets[is_labelled], reduction="sum")
+        return loss_sum / (is_labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def build_conversation_input_ids(
+        self,
+        tokenizer: Any,
+        *,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        images: list | None = None,
+        template_version: str | None = None,
+        answer: str | None = None,
+    ) -> dict[str, Any]:
+        """Inputs of one conversation, unbatched, as the published method builds them (prompt.build_conversation)."""
+        return build_conversation(
+            tokenizer,
+            self.config,
+            query=query,
+            history=history,
+            images=images,
+            template_version=template_version,
+            answer=answer,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """Called once by `generate()`; it then counts on by one per new token."""
+        token_type_ids = model_kwargs.get("token_type_ids")
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+        return layout.build_position_ids(token_type_ids, model_kwargs.get("attention_mask"))
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        token_type_ids = model_kwargs.get("token_type_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if token_type_ids is not None:  # the library repeats the last type; new tokens are language, always
+            model_kwargs["token_type_ids"][:, token_type_ids.shape[1] :] = layout.LANGUAGE
+        return model_kwargs
+
+
+def enable_gradient_checkpointing(model: CogVLMForCausalLM) -> None:
+    """Recompute every vision and language layer in the backward pass, non-reentrant: right under ZeRO-3 too."""
+    # transformers renamed it in 5.21; Python 3.10 has no later one than 5.20.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+AutoConfig.register(CogVLMConfig.model_type, CogVLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(CogVLMConfig, CogVLMForCausalLM, exist_ok=True)

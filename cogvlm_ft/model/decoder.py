@@ -1,0 +1,161 @@
+"""Language layers with visual experts: every projection exists twice, and a position uses the one of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cogvlm_ft.model.configuration import CogVLMConfig
+
+ROPE_BASE = 10000.0  # not a config key of CogVLM v1: the published rotary class's default
+
+
+@dataclass(frozen=True)
+class ExpertRouting:
+    """Which positions of float[B, L, D] the vision expert serves; the language expert serves all others.
+
+    span: (start, stop), the same in every row: a slice, and static shapes.
+    mask: bool[B, L], for rows that differ. Both experts run even when one has nothing to do, so that under ZeRO-3
+        all ranks call the same modules.
+    Neither: language only, the decoding phase.
+    """
+
+    span: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+    def apply(self, hidden: Tensor, language: Callable[[Tensor], Tensor], vision: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.span is not None:
+            start, stop = self.span
+            text = language(torch.cat([hidden[:, :start], hidden[:, stop:]], dim=1))
+            return torch.cat([text[:, :start], vision(hidden[:, start:stop]), text[:, start:]], dim=1)
+        if self.mask is not None:
+            text, image = language(hidden[~self.mask]), vision(hidden[self.mask])
+            out = text.new_empty(*hidden.shape[:-1], text.shape[-1])
+            out[~self.mask], out[self.mask] = text, image
+            return out
+        return language(hidden)
+
+
+class RMSNorm(nn.Module):
+    """In float32, the product with the weight included; then back to the input's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * x).to(hidden.dtype)
+
+
+def inverse_frequencies(head_dim: int, device: torch.device | None = None) -> Tensor:
+    """float32[head_dim / 2]: ROPE_BASE^(-2j / head_dim)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1.0 / ROPE_BASE**exponents
+
+
+def rope_tables(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, L, head_dim] for i64[B, L]: angles in float32 whatever the model's dtype, rounded last."""
+    angles = position_ids[:, :, None].float() * inverse_frequencies(head_dim, position_ids.device)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half rotation: dimension j pairs with j + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class RotaryEmbedding(nn.Module):
+    """Holds `inv_freq` because published checkpoints carry it; the angles are computed anew in float32 (rope_tables),
+    since a bfloat16 model rounds this buffer."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(head_dim), persistent=True)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What all layers share in one pass: rotary tables, mask (bool[B, 1, Q, K] or None), causality, routing."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    routing: ExpertRouting
+
+
+class VisionExpertAttention(nn.Module):
+    def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = size // config.num_attention_heads
+        self.rotary_emb = RotaryEmbedding(self.head_dim)
+        self.vision_expert_query_key_value = nn.Linear(size, 3 * size, bias=False)
+        self.vision_expert_dense = nn.Linear(size, size, bias=False)
+        self.language_expert_query_key_value = nn.Linear(size, 3 * size, bias=False)
+        self.language_expert_dense = nn.Linear(size, size, bias=False)
+
+    def forward(self, hidden: Tensor, inputs: AttentionInputs, cache: Cache | None = None) -> Tensor:
+        batch, length, size = hidden.shape
+        experts = self.language_expert_query_key_value, self.vision_expert_query_key_value
+        qkv = inputs.routing.apply(hidden, *experts).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=inputs.mask, is_causal=inputs.is_causal)
+        out = out.transpose(1, 2).reshape(batch, length, size)
+        return inputs.routing.apply(out, self.language_expert_dense, self.vision_expert_dense)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class VisionExpertMLP(nn.Module):
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__()
+        self.language_mlp = MLP(config)
+        self.vision_mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, routing: ExpertRouting) -> Tensor:
+        return routing.apply(hidden, self.language_mlp, self.vision_mlp)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual layer, float[B, L, H] -> float[B, L, H]."""
+
+    def __init__(self, config: CogVLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = VisionExpertAttention(config, layer_idx)
+        self.mlp = VisionExpertMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, inputs: AttentionInputs, past_key_values: Cache | None = None) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), inputs, past_key_values)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), inputs.routing)

@@ -1,0 +1,170 @@
+"""Model folders: config.json + safetensors (one file or an index) + tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import initialization
+
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
+from cogvlm_ft.model.configuration import CogVLMConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+POSITION_TABLE = "model.vision.patch_embedding.position_embedding.weight"
+
+# Read slices of the first dimension: fetch(start, stop) -> float[stop - start, ...]
+Fetch = Callable[[int, int], Tensor]
+
+
+def load_config(folder: str | Path, image_size: int | None = None) -> CogVLMConfig:
+    """The folder's config, for an input of `image_size` pixels if that is given."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+    config = CogVLMConfig.from_pretrained(folder)
+    if image_size is None or image_size == config.image_size:
+        return config
+    try:
+        return config.at_image_size(image_size)
+    except ValueError as error:
+        raise ConfigError(f"model.image_size: {error}") from error
+
+
+def load_model(
+    folder: str | Path, image_size: int | None = None, dtype: torch.dtype = torch.float32
+) -> CogVLMForCausalLM:
+    """A whole model in this process, tensor by tensor; raises CheckpointError naming every key that does not fit."""
+    config = load_config(folder, image_size)
+    with initialization.no_init_weights():
+        model = CogVLMForCausalLM(config)
+    nn.Module.to(model, dtype)
+    parameters = dict(model.named_parameters())
+
+    def assign(name: str, fetch: Fetch, num_rows: int) -> None:
+        parameters[name].data.copy_(fetch(0, num_rows))
+
+    load_weights(folder, {name: tuple(p.shape) for name, p in parameters.items()}, assign)
+    return model.eval()
+
+
+def load_weights(
+    folder: str | Path, wanted: dict[str, tuple[int, ...]], assign: Callable[[str, Fetch, int], None]
+) -> None:
+    """Call `assign(name, fetch, num_rows)` for every wanted parameter, each read lazily from its mapped file.
+
+    A position table of another resolution is interpolated on the way. inv_freq buffers in the files are passed over:
+    they are derived.
+    """
+    with ExitStack() as stack:
+        slices = _open_slices(Path(folder), stack)
+        shapes = {key: tuple(view.get_shape()) for key, view in slices.items() if not key.endswith(".inv_freq")}
+        check_keys(folder, wanted, shapes)
+        for name, shape in wanted.items():
+            if name == POSITION_TABLE and shapes[name] != shape:
+                table = interpolate_position_embedding(slices[name][:], shape[0])
+                assign(name, lambda start, stop, table=table: table[start:stop], shape[0])  # type: ignore[misc]
+            else:
+                assign(name, lambda start, stop, view=slices[name]: view[start:stop], shape[0])  # type: ignore[misc]
+
+
+def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Key -> safetensors slice (a view into the mapped file)."""
+    if (folder / INDEX_FILE).is_file():
+        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_FILE).is_file():
+        names = [SINGLE_FILE]
+    else:
+        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE} (found: {found}). Pickled .bin files are not opened; "
+            "convert them with `safetensors.torch.save_file` on a machine you can afford to lose"
+        )
+    slices = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / INDEX_FILE} names {name!r}, which is no file of that folder")
+        file = stack.enter_context(safe_open(folder / name, framework="pt"))
+        slices.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
+    return slices
+
+
+def check_keys(source: str | Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Raise a CheckpointError that lists every missing, unexpected and mis-shaped tensor of `source`."""
+    problems = [f"missing {key} {list(wanted[key])}" for key in wanted.keys() - found.keys()]
+    problems += [f"unexpected {key} {list(found[key])}" for key in found.keys() - wanted.keys()]
+    for key in wanted.keys() & found.keys():
+        if wanted[key] != found[key] and not (key == POSITION_TABLE and wanted[key][1:] == found[key][1:]):
+            problems.append(f"{key} has shape {list(found[key])}, wanted {list(wanted[key])}")
+    if problems:
+        raise CheckpointError(f"{source} does not fit its config.json:\n  " + "\n  ".join(sorted(problems)))
+
+
+def interpolate_position_embedding(table: Tensor, num_positions: int) -> Tensor:
+    """float[num_positions, H] from float[1 + g * g, H]: cls row kept, the grid enlarged by bicubic interpolation.
+
+    align_corners False, no antialias, by size: the way the published 490 px checkpoints came from 224 px.
+    """
+    old, new = round((len(table) - 1) ** 0.5), round((num_positions - 1) ** 0.5)
+    grid = table[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid.flatten(2)[0].T])
+
+
+def copy_remote_code(source: str | Path, folder: str | Path) -> None:
+    """Carry a published folder's own *.py along for programs that run them; nothing here ever does."""
+    for path in Path(source).glob("*.py"):
+        shutil.copyfile(path, Path(folder) / path.name)
+
+
+def parameter_shapes(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:
+    """Full shapes, also of parameters that ZeRO-3 has partitioned."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
+
+
+def save_weights(
+    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_file_bytes: int = 5 * 2**30
+) -> None:
+    """Write safetensors files of at most `max_file_bytes` (a larger tensor gets its own) and, if several, their index.
+
+    Tensors are taken one at a time: never more than one file's worth is in memory.
+    """
+    folder = Path(folder)
+    weight_map: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}
+    files: list[Path] = []
+    total_bytes = 0
+
+    def flush() -> None:
+        files.append(folder / f"part-{len(files):05d}.safetensors")
+        save_file(pending, files[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(pending, files[-1].name))
+        pending.clear()
+
+    for name, tensor in tensors:
+        tensor = tensor.to(dtype).contiguous()
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_file_bytes:
+            flush()
+        pending[name] = tensor
+        total_bytes += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        files[0].rename(folder / SINGLE_FILE)
+        return
+    final = {f.name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files)}
+    for file in files:
+        file.rename(folder / final[file.name])
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": {k: final[v] for k, v in weight_map.items()}}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

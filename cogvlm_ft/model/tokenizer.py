@@ -1,0 +1,102 @@
+"""Vicuna's sentencepiece tokenizer, straight from `tokenizer.model`.
+
+sentencepiece itself is used instead of a `transformers` tokenizer: those drop a leading blank and read "</s>" inside a
+user's text as the end token. Here text is only ever text; bos and eos are added by whoever builds a sequence.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from cogvlm_ft.errors import CheckpointError
+
+MODEL_FILE = "tokenizer.model"
+# Files of a `transformers` tokenizer, kept beside tokenizer.model for other programs.
+COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "added_tokens.json")
+LLAMA_TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+    "legacy": True,
+    "sp_model_kwargs": {},
+}
+
+
+class CogVLMTokenizer:
+    """Text <-> ids. `pad_token_id` is sentencepiece's <unk> (0), as in the published checkpoints."""
+
+    def __init__(self, model_file: str | Path) -> None:
+        self.model_file = Path(model_file)
+        if not self.model_file.is_file():
+            raise CheckpointError(
+                f"{self.model_file} is missing: copy Vicuna's tokenizer.model (lmsys/vicuna-7b-v1.5) into the folder"
+            )
+        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.model_file))
+        self.bos_token_id: int = self._pieces.bos_id()
+        self.eos_token_id: int = self._pieces.eos_id()
+        self.pad_token_id: int = self._pieces.unk_id()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> CogVLMTokenizer:
+        return cls(Path(folder) / MODEL_FILE)
+
+    def __len__(self) -> int:
+        return self._pieces.vocab_size()
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of the text alone; with `add_special_tokens` bos first."""
+        ids = self._pieces.encode(text)
+        return [self.bos_token_id, *ids] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text up to the first eos; other special ids are dropped."""
+        kept: list[int] = []
+        for token in ids:
+            if token == self.eos_token_id:
+                break
+            if token not in (self.bos_token_id, self.pad_token_id):
+                kept.append(int(token))
+        return self._pieces.decode(kept)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.model and the files that let others load it as a LlamaTokenizer."""
+        folder = Path(folder)
+        shutil.copyfile(self.model_file, folder / MODEL_FILE)
+        for name in COMPANION_FILES:
+            if (self.model_file.parent / name).is_file():
+                shutil.copyfile(self.model_file.parent / name, folder / name)
+        config = folder / "tokenizer_config.json"
+        if not config.exists():
+            config.write_text(json.dumps(LLAMA_TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
+
+
+def train_tokenizer(texts: Iterable[str], model_file: str | Path, vocab_size: int) -> None:
+    """Train a small tokenizer of Vicuna's kind (BPE, byte fallback, single digits) for tests and the demo."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    Path(model_file).write_bytes(model.getvalue())
