@@ -1,0 +1,86 @@
+"""Examples of different lengths -> one right-padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cogvlm_ft.data.encode import Sequences
+from cogvlm_ft.model.cogvlm import IGNORE_INDEX
+from cogvlm_ft.model.layout import PAD_BLOCK
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used, and why (a short word)."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image float[3, S, S] with all its turns. weight 0: fills a batch up, and has no labels."""
+
+    key: str
+    pixel_values: Tensor
+    sequences: Sequences
+    weight: float
+    num_turns: int
+    bad: BadSample | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples: pixel_values float[B, 3, S, S]; input_ids, labels, position_ids i64[B, L]; block_ids i32[B, L];
+    weight float[B]; the keys; samples that could not be used."""
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    block_ids: Tensor
+    weight: Tensor
+    keys: list[str]
+    num_turns: int
+    bad: list[BadSample]
+
+    def to(self, device: torch.device) -> Batch:
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.block_ids != PAD_BLOCK).sum())
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pads are block -1 and unlabelled; examples of weight 0 lose their labels."""
+    weight = torch.tensor([example.weight for example in examples])
+    labels = _pad([example.sequences.labels for example in examples], IGNORE_INDEX)
+    return Batch(
+        pixel_values=torch.stack([example.pixel_values for example in examples]),
+        input_ids=_pad([example.sequences.input_ids for example in examples], 0),
+        labels=labels.masked_fill((weight == 0)[:, None], IGNORE_INDEX),
+        position_ids=_pad([example.sequences.position_ids for example in examples], 0),
+        block_ids=_pad([example.sequences.block_ids for example in examples], PAD_BLOCK),
+        weight=weight,
+        keys=[example.key for example in examples],
+        num_turns=sum(example.num_turns for example in examples if example.weight > 0),
+        bad=[example.bad for example in examples if example.bad is not None],
+    )
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,49 @@
+"""One image and its turns -> token ids, labels, positions and blocks of one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.grounding.targets import Turn
+from cogvlm_ft.model.cogvlm import IGNORE_INDEX
+from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.layout import build_layout
+from cogvlm_ft.model.prompt import Encoder, render_prompt
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All i64[L] but block_ids, i32[L]. `labels` are -100 but for the answers and their eos."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    block_ids: Tensor
+
+
+def encode_prompt(prompt: str, tokenizer: Encoder, template_version: str) -> list[int]:
+    """Ids between the image and the answer; DataError if there are none: the last one predicts the answer's first."""
+    ids = tokenizer.encode(render_prompt(prompt, template_version))
+    if not ids:
+        raise DataError("a turn has an empty prompt")
+    return ids
+
+
+def encode_turns(turns: Sequence[Turn], tokenizer: Encoder, config: CogVLMConfig) -> Sequences:
+    """`[bos boi patches eoi | prompt answer eos | prompt answer eos | ...]`; prompt and answer are encoded apart."""
+    ids = [tokenizer.bos_token_id] + [config.pad_token_id or 0] * (config.num_patches + 2)
+    labels = [IGNORE_INDEX] * len(ids)
+    lengths = []
+    for turn in turns:
+        prompt = encode_prompt(turn.prompt, tokenizer, config.template_version)
+        answer = [*tokenizer.encode(turn.answer), tokenizer.eos_token_id]
+        ids += prompt + answer
+        labels += [IGNORE_INDEX] * len(prompt) + answer
+        lengths.append(len(prompt) + len(answer))
+    layout = build_layout(config.num_patches, lengths)
+    return Sequences(torch.tensor(ids), torch.tensor(labels), layout.position_ids, layout.block_ids)

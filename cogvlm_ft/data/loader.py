@@ -1,0 +1,107 @@
+"""Batches of one rank, from any position of an epoch to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import DataLoader, Dataset
+
+from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
+from cogvlm_ft.data.encode import encode_turns
+from cogvlm_ft.data.plan import SamplePlan, rank_part
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.grounding.targets import Turn
+from cogvlm_ft.grounding.wording import Wording, build_turns
+from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.preprocess import preprocess_image
+from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+
+MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
+
+
+def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list[Turn]:
+    """The user's own turns verbatim, then one turn per target in words chosen by (seed, epoch, key)."""
+    assert record.image_size_px is not None
+    worded = build_turns(record.targets, record.image_size_px, wording, seed=seed, epoch=epoch, key=record.key)
+    return [*record.turns, *worded]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a loader process is asked for: a sample of an epoch, and whether it counts."""
+
+    epoch: int
+    index: int
+    weight: float
+
+
+@dataclass
+class GroundingDataset(Dataset):
+    """Item -> Example. A pure function, so that a resumed run sees the very same examples."""
+
+    reader: ShardReader
+    wording: Wording
+    tokenizer: CogVLMTokenizer
+    config: CogVLMConfig
+    seed: int
+    max_sequence_length: int
+
+    def __getitem__(self, item: Item) -> Example:
+        """An unusable sample is reported in `bad`, and its place filled by a neighbour of weight 0."""
+        bad = None
+        for step in range(MAX_REPLACEMENTS):
+            index = (item.index + step) % len(self.reader)
+            weight = item.weight if step == 0 else 0.0
+            try:
+                return self._encode(index, item.epoch, weight, bad)
+            except BadSampleError as error:
+                if step == 0 and item.weight > 0:  # neighbours and fillers are reported in their own place
+                    bad = BadSample(error.key, error.reason)
+        raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the first being {bad}")
+
+    def _encode(self, index: int, epoch: int, weight: float, bad: BadSample | None) -> Example:
+        sample = self.reader.read(index)
+        key = sample.record.key
+        try:
+            turns = turns_of(sample.record, self.wording, seed=self.seed, epoch=epoch)
+            sequences = encode_turns(turns, self.tokenizer, self.config)
+        except DataError as error:
+            raise BadSampleError(key, "unusable_turn", str(error)) from error
+        length = len(sequences.input_ids)
+        if length > self.max_sequence_length:
+            raise BadSampleError(
+                key, "too_long", f"{length} tokens, data.max_sequence_length={self.max_sequence_length}"
+            )
+        pixels = preprocess_image(sample.image, self.config.image_size)
+        return Example(key, pixels, sequences, weight, len(turns), bad)
+
+
+def read_steps(
+    dataset: GroundingDataset,
+    plan: SamplePlan,
+    samples_consumed: int,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    num_workers: int,
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step for this rank, from `samples_consumed` to the end of that epoch."""
+    epoch, offset = plan.position(samples_consumed)
+    micro_batches: list[list[Item]] = []
+    num_accum_steps = 1
+    for start in range(offset, plan.num_samples, plan.global_batch_size):
+        indices, weights = plan.global_batch(epoch, start)
+        parts = rank_part(indices, weights, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+        num_accum_steps = len(parts)
+        micro_batches += [[Item(epoch, int(i), float(w)) for i, w in zip(*part, strict=True)] for part in parts]
+    loader = DataLoader(dataset, batch_sampler=micro_batches, num_workers=num_workers, collate_fn=collate)  # type: ignore[arg-type]
+    step: list[Batch] = []
+    for batch in loader:
+        step.append(batch)
+        if len(step) == num_accum_steps:
+            yield step
+            step = []

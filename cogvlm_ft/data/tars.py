@@ -1,0 +1,155 @@
+"""Finds the samples inside a WebDataset tar, also a damaged one, without reading their bytes."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from cogvlm_ft.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+
+_BLOCK = tarfile.BLOCKSIZE
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Entry(NamedTuple):
+    """Where one sample lies in its tar: byte offsets and sizes of the data, not of the headers."""
+
+    key: str
+    ext: str
+    image_offset: int
+    image_size: int
+    json_offset: int
+    json_size: int
+
+
+class Loss(NamedTuple):
+    """Something in a tar that cannot be used; `key` is empty if nobody can tell."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+def scan_tar(path: Path) -> tuple[list[Entry], list[Loss]]:
+    """All whole samples (an image and a .json of one key) in order of appearance, and what was lost.
+
+    The key is the name up to the first dot of its last part, as in WebDataset. Damage costs the damaged samples only.
+    Raises DataError for a compressed tar.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    losses: list[Loss] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        _refuse_compressed(path, file.read(6))
+        end = 0
+        for member in _members(file, size):
+            if _is_damaged(file, end, member.offset):
+                losses.append(Loss(path.name, "", "damaged_header"))
+            end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            reason = _sort_in(samples, member, size)
+            if reason:
+                losses.append(Loss(path.name, _split_name(member.name)[0], reason))
+        if _is_damaged(file, end, size):
+            losses.append(Loss(path.name, "", "damaged_header"))
+    entries = []
+    explained = {loss.key for loss in losses}
+    for key, parts in samples.items():
+        missing = _missing_part(parts)
+        if not missing:
+            entries.append(_entry(key, parts))
+        elif key not in explained:
+            losses.append(Loss(path.name, key, missing))
+    return entries, losses
+
+
+def _refuse_compressed(path: Path, start: bytes) -> None:
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(f"{path} is compressed ({name}); samples are read in place: unpack it to a plain .tar")
+
+
+def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+    """Every member whose header can be read; damaged headers are stepped over, block by block."""
+    start = 0
+    while start < size:
+        file.seek(start)
+        tar = None
+        try:
+            tar = tarfile.TarFile(fileobj=file, ignore_zeros=True, errors="surrogateescape")
+            while (member := tar.next()) is not None:
+                start = member.offset_data
+                if member.size < 0:  # would send tarfile backwards, for ever
+                    raise tarfile.ReadError("negative size")
+                yield member
+            return
+        except (tarfile.TarError, ValueError, OverflowError):
+            # A damaged long-name or pax header, or the end of the file in the middle of a member. tarfile gives up
+            # here; whole samples may follow.
+            start = max(start, tar.offset if tar else 0) + _BLOCK
+
+
+def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, tar_size: int) -> str | None:
+    """Put the member where it belongs; if it cannot be used, the reason."""
+    if member.isdir():
+        return None
+    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        return "unsafe_name"
+    if not member.isreg() or member.issparse():
+        return "not_a_regular_file"
+    key, extension = _split_name(member.name)
+    if not key:
+        return None  # a hidden file, or one without extension: no sample in WebDataset either
+    if extension not in (*IMAGE_EXTENSIONS, "json"):
+        samples.setdefault(key, {})
+        return None
+    if member.offset_data + member.size > tar_size:
+        return "truncated"
+    if extension in samples.setdefault(key, {}):
+        return "duplicate_member"
+    samples[key][extension] = member.offset_data, member.size
+    return None
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """(key, lower-case extension), or two empty strings."""
+    match = _KEY_AND_EXTENSION.fullmatch(name.removeprefix("./"))
+    return (match[1], match[2].lower()) if match else ("", "")
+
+
+def _is_damaged(file: BinaryIO, start: int, end: int) -> bool:
+    """True if the bytes between two members are neither padding nor a global pax header."""
+    position = file.tell()
+    file.seek(start)
+    damaged = False
+    while start < end:
+        block = file.read(_BLOCK)
+        start += _BLOCK
+        if block.strip(b"\0"):
+            damaged = not _is_global_header(block)
+            break
+    file.seek(position)
+    return damaged
+
+
+def _is_global_header(block: bytes) -> bool:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").type == tarfile.XGLTYPE
+    except tarfile.TarError:
+        return False
+
+
+def _missing_part(parts: dict[str, tuple[int, int]]) -> str | None:
+    if not any(extension in parts for extension in IMAGE_EXTENSIONS):
+        return "no_image"
+    return None if "json" in parts else "no_json"
+
+
+def _entry(key: str, parts: dict[str, tuple[int, int]]) -> Entry:
+    ext = next(extension for extension in parts if extension != "json")
+    return Entry(key, ext, *parts[ext], *parts["json"])

@@ -1,0 +1,149 @@
+"""COCO instances JSON: "images", "annotations" with bbox [x, y, width, height], "categories"."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.grounding.targets import Box, Target
+from shards.candidates import (
+    Annotations,
+    Candidate,
+    Problem,
+    Rejected,
+    check_text,
+    four_numbers,
+    image_path,
+    make_target,
+    want,
+)
+
+_LISTS = ("images", "annotations", "categories")
+
+
+class _Image:
+    """One entry of "images", filled with its annotations: boxes by category name, in the order of the file."""
+
+    def __init__(self, entry: dict[str, Any], source: str) -> None:
+        check_text(entry.get("file_name"), "sample")
+        self.path = image_path(entry.get("file_name"), '"file_name"')
+        self.source = source
+        self.stated_size_px = _size(entry)
+        self.boxes: dict[str, list[Box | None]] = defaultdict(list)  # None: a box that cannot be used
+        self.problems: list[Problem] = []
+
+
+def read_coco(path: Path) -> Annotations:
+    """One candidate per image, one target per category. DataError if the file as a whole is something else."""
+    content = _load(path)
+    problems: list[Problem] = []
+    names = _category_names(content["categories"], problems)
+    images = _images(content["images"], problems)
+    for i, annotation in enumerate(content["annotations"]):
+        _add_annotation(annotation, f"annotations[{i}]", images, names, problems)
+    return Annotations([_candidate(image) for image in images.values() if image], problems)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        hint = "for one JSON object per line use --format jsonl"
+        raise DataError(f"{path} is no JSON: {error}; wanted one COCO instances object ({hint})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, wanted a COCO object with {', '.join(_LISTS)}")
+    missing = [name for name in _LISTS if not isinstance(content.get(name), list)]
+    if missing:
+        found = ", ".join(sorted(content)[:10]) or "nothing"
+        raise DataError(f"{path} has no list called {' or '.join(missing)}; found {found}; wanted COCO instances JSON")
+    return content
+
+
+def _category_names(categories: list[Any], problems: list[Problem]) -> dict[Any, str]:
+    names: dict[Any, str] = {}
+    for i, category in enumerate(categories):
+        try:
+            number = _id(category, "category")
+            name = category.get("name")
+            want(isinstance(name, str), "target", '"name"', name, "a string")
+            want(number not in names, "target", '"id"', number, "an id that no other category has")
+            names[number] = name
+        except Rejected as rejected:
+            problems.append(rejected.problem(f"categories[{i}]"))
+    return names
+
+
+def _images(entries: list[Any], problems: list[Problem]) -> dict[Any, _Image | None]:
+    """By id; None for an image that cannot be used: its boxes go with it."""
+    images: dict[Any, _Image | None] = {}
+    for i, entry in enumerate(entries):
+        try:
+            number = _id(entry, "sample")
+            want(number not in images, "sample", '"id"', number, "an id that no other image has")
+            images[number] = None
+            images[number] = _Image(entry, f"image id {number}")
+        except Rejected as rejected:
+            problems.append(rejected.problem(f"images[{i}]"))
+    return images
+
+
+def _add_annotation(
+    annotation: Any, source: str, images: dict[Any, _Image | None], names: dict[Any, str], problems: list[Problem]
+) -> None:
+    """Put the box where it belongs, or a problem where it can be found."""
+    try:
+        want(isinstance(annotation, dict), "box", "the annotation", annotation, "an object")
+        image_id, category_id = _hashable(annotation.get("image_id")), _hashable(annotation.get("category_id"))
+        if image_id not in images:
+            raise Rejected("box", "unknown_image_id", f'image_id {image_id!r:.80} is not in "images"')
+        image = images[image_id]
+        if image is None:
+            return
+        problems = image.problems
+        if category_id not in names:
+            raise Rejected("box", "unknown_category_id", f'no usable entry of "categories" has id {category_id!r:.80}')
+        name = names[category_id]
+        if annotation.get("iscrowd"):
+            raise Rejected("box", "crowd", f"{name!r}: a region around a crowd, not one object")
+        image.boxes[name].append(None)
+        x, y, width, height = four_numbers(annotation.get("bbox"), "[x, y, width, height]")
+        image.boxes[name][-1] = x, y, x + width, y + height
+    except Rejected as rejected:
+        problems.append(rejected.problem(source))
+
+
+def _candidate(image: _Image) -> Candidate:
+    targets: list[Target] = []
+    for name, boxes in image.boxes.items():
+        good = [box for box in boxes if box]
+        try:
+            targets.append(make_target(name, good, num_boxes_found=len(boxes)))
+        except Rejected as rejected:
+            image.problems.append(rejected.problem(image.source))
+    return Candidate(
+        image=image.path,
+        key=None,
+        source=image.source,
+        targets=tuple(targets),
+        stated_size_px=image.stated_size_px,
+        problems=tuple(image.problems),
+    )
+
+
+def _id(entry: Any, level: str) -> Any:
+    want(isinstance(entry, dict), level, "the entry", entry, "an object")
+    number = _hashable(entry.get("id"))
+    want(number is not None, level, '"id"', entry.get("id"), "a number or a string")
+    return number
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str)) else None
+
+
+def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    size = entry.get("width"), entry.get("height")
+    return size if all(type(side) is int and side > 0 for side in size) else None  # type: ignore[return-value]

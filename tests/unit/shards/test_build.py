@@ -1,0 +1,236 @@
+"""What a build writes: readable by WebDataset, the same bytes every time, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from photo_builds import Build, image_bytes
+
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import DataError
+from shards.build import BuildSettings, build, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def dog(image: str, box: tuple[int, int, int, int] = (1, 2, 20, 15)) -> dict[str, Any]:
+    return {"image": image, "targets": [{"phrase": "dog", "boxes": [list(box)]}]}
+
+
+def test_webdataset_reads_images_untouched_and_records_in_full(photos: Path, tmp_path: Path) -> None:
+    (photos / "sub.dir").mkdir()
+    (photos / "sub.dir" / "f.g.PNG").write_bytes(image_bytes(image_format="PNG"))
+    lines = [
+        {
+            "image": "a.jpg",
+            "targets": [
+                {"phrase": "一只狗", "boxes": [[1, 2, 20, 15], [3.5, 4, 30, 29]], "description": "黑色的狗"},
+                {"phrase": "cat", "boxes_xyxy": []},
+            ],
+            "turns": [{"prompt": "Where is it?", "answer": "左边 [[001,002,003,004]]"}],
+        },
+        {"image": "sub.dir/f.g.PNG", "turns": [{"prompt": "p", "answer": "q"}]},
+        {**dog("b.jpg"), "key": "my-b"},
+    ]
+    annotations = write_lines(tmp_path / "x.jsonl", lines)
+    out = tmp_path / "out"
+    build(BuildSettings("jsonl", photos, annotations, val_fraction=0.0, samples_per_shard=2), out, num_workers=1)
+
+    urls = [str(out / "train-000000.tar"), str(out / "train-000001.tar")]
+    samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+    png_key = next(key for key in samples if key.startswith("sub_dir_f_g-"))
+    assert set(samples) == {"a", "my-b", png_key}
+    assert samples["a"]["jpg"] == (photos / "a.jpg").read_bytes()
+    assert samples[png_key]["png"] == (photos / "sub.dir" / "f.g.PNG").read_bytes()
+    assert json.loads(samples["a"]["json"]) == {
+        "key": "a",
+        "image_size_px": [40, 30],
+        "source": "x.jsonl:1",
+        "targets": [
+            {
+                "phrase": "一只狗",
+                "language": "zh",
+                "boxes_xyxy": [[1, 2, 20, 15], [3.5, 4, 30, 29]],
+                "description": "黑色的狗",
+            },
+            {"phrase": "cat", "language": "en", "boxes_xyxy": [], "description": None},
+        ],
+        "turns": [{"prompt": "Where is it?", "answer": "左边 [[001,002,003,004]]"}],
+    }
+    assert "一只狗".encode() in samples["a"]["json"]
+
+    split = json.loads((out / "index.json").read_bytes())["splits"]["train"]
+    counts = {name: split[name] for name in ("num_samples", "num_targets", "num_boxes", "num_absent", "num_turns")}
+    assert counts == {"num_samples": 3, "num_targets": 3, "num_boxes": 3, "num_absent": 1, "num_turns": 2}
+    assert [shard["num_samples"] for shard in split["shards"]] == [2, 1]
+
+
+def test_offsets_lead_to_the_same_samples(photos: Path, tmp_path: Path) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"])
+    out = tmp_path / "out"
+    settings = BuildSettings("jsonl", photos, annotations, val_fraction=0.0, samples_per_shard=2)
+    build(settings, out, num_workers=1)
+    index = load_index(out, "train")
+    assert sorted(index.key(i) for i in range(len(index))) == list("abcde")
+    for i in range(len(index)):
+        path = index.shard_paths[index.shard_number[i]]
+        start, size = int(index.image_offset[i]), int(index.image_size[i])
+        assert path.read_bytes()[start : start + size] == (photos / f"{index.key(i)}.jpg").read_bytes()
+        assert ShardReader(index).read(i).record.targets[0].boxes_xyxy == ((1.0, 2.0, 20.0, 15.0),)
+
+
+def test_same_bytes_for_any_number_of_workers_and_any_order_of_files(photos: Path, tmp_path: Path) -> None:
+    lines = [dog(f"{name}.jpg") for name in "abcde"] + [dog("missing.jpg"), dog("a.jpg")]
+    annotations = write_lines(tmp_path / "x.jsonl", lines)
+    settings = BuildSettings("jsonl", photos, annotations, val_fraction=0.4, samples_per_shard=2)
+    for num_workers in (1, 2):
+        build(settings, tmp_path / f"out{num_workers}", num_workers=num_workers)
+    assert folder_bytes(tmp_path / "out1") == folder_bytes(tmp_path / "out2")
+    assert {path.name for path in (tmp_path / "out1").glob("*.tar")} >= {"train-000001.tar", "val-000000.tar"}
+
+
+def test_val_holds_its_share_of_the_images_and_no_image_of_train(build_jsonl: Build, photos: Path) -> None:
+    lines = []
+    for i in range(20):
+        (photos / f"{i}.jpg").write_bytes(image_bytes(seed=i))
+        lines += [{**dog(f"{i}.jpg"), "key": f"{i}-{part}"} for part in range(3)]
+    found = build_jsonl(lines, val_fraction=0.25)
+    assert found["index"]["splits"]["val"]["num_samples"] == 15
+    assert found["index"]["splits"]["train"]["num_samples"] == 45
+    out = photos.parent / "out"
+    sides = {
+        split: {load_index(out, split).key(i).split("-")[0] for i in range(len(load_index(out, split)))}
+        for split in ("train", "val")
+    }
+    assert not sides["train"] & sides["val"] and len(sides["val"]) == 5
+
+
+def test_another_seed_makes_another_split(photos: Path, tmp_path: Path) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"])
+    keys = []
+    for seed in range(4):
+        out = tmp_path / f"seed{seed}"
+        build(BuildSettings("jsonl", photos, annotations, val_fraction=0.4, seed=seed), out, num_workers=1)
+        index = load_index(out, "val")
+        keys.append(sorted(index.key(i) for i in range(len(index))))
+    assert len({tuple(each) for each in keys}) > 1 and all(len(each) == 2 for each in keys)
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    (photos / "big.jpg").write_bytes(image_bytes(800, 600))
+    lines = [{**dog("big.jpg"), "key": f"k{i:03d}"} for i in range(50)]
+    annotations = write_lines(tmp_path / "x.jsonl", lines)
+    arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations)]
+    arguments += ["--samples-per-shard", "2", "--val-fraction", "0", "--workers", "2"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    code = f"import sys; from shards.build import main; sys.exit(main({[*arguments, '--out', str(killed)]!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(killed.glob("train-*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "index.json").exists(), "the build was over before the kill"
+    with pytest.raises(DataError, match="unfinished build"):
+        load_index(killed, "train")
+    finished = {path: path.stat().st_mtime_ns for path in killed.glob("train-*.json")}
+
+    assert main([*arguments, "--out", str(killed)]) == 0
+    assert main([*arguments, "--out", str(whole)]) == 0
+    assert folder_bytes(killed) == folder_bytes(whole)
+    assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
+
+
+def test_damaged_and_missing_shards_are_written_again(photos: Path, tmp_path: Path) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"])
+    out = tmp_path / "out"
+    settings = BuildSettings("jsonl", photos, annotations, val_fraction=0.0, samples_per_shard=1)
+    build(settings, out, num_workers=1)
+    before = folder_bytes(out)
+    (out / "train-000000.tar").write_bytes(b"cut")
+    (out / "train-000001.json").write_bytes(b"{")
+    (out / "train-000002.tar").unlink()
+    (out / "train-000003.json").unlink()
+    build(settings, out, num_workers=1)
+    assert folder_bytes(out) == before
+
+
+def test_other_settings_need_overwrite(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = write_lines(tmp_path / "train-lines.json", [dog(f"{name}.jpg") for name in "abcde"])
+    arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations), "--workers", "1"]
+    arguments += ["--out", str(tmp_path)]
+    assert main([*arguments, "--samples-per-shard", "1"]) == 0
+    assert main([*arguments, "--samples-per-shard", "5"]) == 1
+    assert "samples_per_shard: 1 there, 5 now" in capsys.readouterr().err
+    assert main([*arguments, "--samples-per-shard", "5", "--overwrite"]) == 0
+    assert not (tmp_path / "train-000001.tar").exists()
+    assert annotations.exists()  # --overwrite deletes what a build writes, and nothing else
+
+
+def test_changed_annotations_need_overwrite(photos: Path, tmp_path: Path) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")])
+    build(BuildSettings("jsonl", photos, annotations), tmp_path / "out", num_workers=1)
+    write_lines(annotations, [dog("b.jpg")])
+    with pytest.raises(DataError, match="annotations_sha256"):
+        build(BuildSettings("jsonl", photos, annotations), tmp_path / "out", num_workers=1)
+
+
+def test_foreign_shards_are_left_alone(photos: Path, tmp_path: Path) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")])
+    (tmp_path / "train-000000.tar").write_bytes(b"somebody's data")
+    with pytest.raises(DataError, match="choose another --out"):
+        build(BuildSettings("jsonl", photos, annotations), tmp_path, num_workers=1)
+    assert (tmp_path / "train-000000.tar").read_bytes() == b"somebody's data"
+
+
+def test_summary_counts_and_shows_examples(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg"), dog("gone.jpg"), dog("gone2.jpg"), dog("b.jpg")])
+    arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations), "--workers", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "rejected: 2" in printed and "2 missing_image" in printed and "no file 'gone" in printed
+    assert str(tmp_path / "out") in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"val_fraction": 1.0}, "--val-fraction"), ({"samples_per_shard": 0}, "--samples-per-shard")],
+)
+def test_settings_out_of_range(photos: Path, tmp_path: Path, setting: dict[str, Any], words: str) -> None:
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")])
+    with pytest.raises(DataError, match=words):
+        build(BuildSettings("jsonl", photos, annotations, **setting), tmp_path / "out", num_workers=1)
+
+
+def test_a_shard_can_end_up_empty_without_a_gap_in_the_names(build_jsonl: Build, photos: Path) -> None:
+    found = build_jsonl([dog("gone1.jpg"), dog("gone2.jpg"), dog("a.jpg")], samples_per_shard=1)
+    shards = found["index"]["splits"]["train"]["shards"]
+    assert [shard["path"] for shard in shards] == [f"train-00000{i}.tar" for i in range(3)]
+    assert sorted(shard["num_samples"] for shard in shards) == [0, 0, 1]
+    index = load_index(photos.parent / "out", "train")
+    assert np.array_equal(index.keys, [b"a"])
+
+
+def test_building_needs_no_torch_until_a_worker_writes() -> None:
+    code = "import sys, shards.build; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
