@@ -1,0 +1,149 @@
+"""The DeepSpeed ZeRO-3 engine: its settings, its partitioned parameters, its optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from cogvlm_ft.config import Config
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime.distributed import device, world_size
+
+
+def num_accum_steps(config: Config) -> int:
+    """Micro-batches per optimizer step of one rank; ConfigError where the batch sizes do not divide."""
+    train = config.train
+    per_pass = world_size() * train.micro_batch_size
+    if train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is no multiple of {world_size()} ranks x "
+            f"train.micro_batch_size={train.micro_batch_size}; the nearest that fit are "
+            f"{max(1, train.global_batch_size // per_pass) * per_pass} and "
+            f"{(train.global_batch_size // per_pass + 1) * per_pass}"
+        )
+    return train.global_batch_size // per_pass
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON with our numbers filled in. Batch, clipping and precision have one owner: our config."""
+    path = Path(config.deepspeed)
+    if not path.is_file():
+        raise ConfigError(f"deepspeed={path}: no such file")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"deepspeed={path} is no valid JSON: {error}") from error
+    ours: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("train.global_batch_size", config.train.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
+        "gradient_accumulation_steps": ("train.global_batch_size", num_accum_steps(config)),
+        # 0 switches clipping off; left out, DeepSpeed would clip at 1.0.
+        "gradient_clipping": ("train.max_grad_norm", config.train.max_grad_norm),
+        "bf16": ("train.precision", {"enabled": config.train.precision == "bf16"}),
+    }
+    for key, (our_key, value) in ours.items():
+        if settings.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"{path}: {key}={settings[key]!r} clashes with {our_key}; set it there and leave it out here"
+            )
+        settings[key] = value
+    for key, our_key in (
+        ("optimizer", "train.lr, train.beta1, ..."),
+        ("scheduler", "train.warmup_fraction"),
+        ("fp16", "train.precision"),
+    ):
+        if key in settings:
+            raise ConfigError(f"{path}: {key} is set by {our_key}; leave it out here")
+    if settings.get("zero_optimization", {}).get("stage") != 3:
+        raise ConfigError(
+            f"{path}: zero_optimization.stage must be 3: model folders are read into partitioned parameters"
+        )
+    settings["zero_allow_untested_optimizer"] = True
+    return settings
+
+
+def partitioned(settings: dict[str, Any]) -> AbstractContextManager:
+    """Inside, parameters are partitioned over the ranks as soon as they are made."""
+    return deepspeed.zero.Init(config_dict_or_path=settings)
+
+
+def partition_assign(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+) -> Callable[[str, Callable[[int, int], Tensor], int], None]:
+    """A function that reads only this rank's slice of a tensor from its file: no gather, no full copy."""
+    by_name = dict(parameters)
+
+    def assign(name: str, fetch: Callable[[int, int], Tensor], num_rows: int) -> None:
+        parameter: Any = by_name[name]
+        part = parameter.ds_tensor
+        row_size = parameter.ds_numel // num_rows
+        start = min(torch.distributed.get_rank() * part.numel(), parameter.ds_numel)
+        stop = min(start + part.numel(), parameter.ds_numel)
+        part.data.zero_()  # the last rank's padding
+        if start < stop:
+            first_row = start // row_size
+            rows = fetch(first_row, -(-stop // row_size)).reshape(-1)
+            part.data[: stop - start].copy_(rows[start - first_row * row_size : stop - first_row * row_size])
+
+    return assign
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Switch off the gradients of parameters whose name fits a pattern such as "model.vision.*"."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ConfigError(f"model.freeze: {pattern!r} fits no parameter; names look like {next(iter(names))}")
+        for name in matching:
+            names[name].requires_grad_(False)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups: matrices with weight decay; norms and biases (one dimension) without."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError("model.freeze leaves nothing to train")
+    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    plain = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> Any:
+    """Collective. The model in a DeepSpeed engine with AdamW; `settings` from deepspeed_settings."""
+    train = config.train
+    if train.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    freeze(model, config.model.freeze)
+    groups = parameter_groups(model, train.weight_decay)
+    kwargs: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
+    optimizer: torch.optim.Optimizer
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=device().type == "cuda", **kwargs)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Any:
+    """Evaluation mode without gradients; the former mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

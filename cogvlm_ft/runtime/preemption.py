@@ -1,0 +1,30 @@
+"""A request to stop (SIGTERM, SIGUSR1) is noted, and answered at the next step boundary by all ranks together."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Context manager; `seen` turns true on this rank when a stop signal came."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._former: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.seen = True

@@ -1,0 +1,95 @@
+"""The composition root: a config becomes the objects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import initialization
+
+from cogvlm_ft.config import Config, save_config
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.loader import GroundingDataset
+from cogvlm_ft.data.plan import SamplePlan
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
+from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
+from cogvlm_ft.runtime.distributed import barrier, is_main
+from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training works with. `dataset` reads training samples, `val_reader` held-out ones."""
+
+    config: Config
+    engine: Any
+    tokenizer: CogVLMTokenizer
+    dataset: GroundingDataset
+    val_reader: ShardReader
+    plan: SamplePlan
+    output_dir: Path
+
+    @property
+    def model(self) -> Any:
+        """The CogVLMForCausalLM inside the engine."""
+        return self.engine.module
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        num_steps = self.config.train.epochs * self.plan.steps_per_epoch
+        return min(num_steps, self.config.train.max_steps or num_steps)
+
+    def save_model_files(self, folder: Path) -> None:
+        """config.json, tokenizer, and what else an export needs besides the weights."""
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        self.tokenizer.save(folder)
+        copy_remote_code(self.config.model.path, folder)
+
+
+def build_run(config: Config) -> Run:
+    """Collective. Data and wording first: what is wrong with them is told before the weights are read."""
+    train_index = load_index(config.data.shards, config.data.train_split)
+    val_index = load_index(config.data.shards, config.data.val_split)
+    wording = load_wording(config.data.wording)
+    plan = SamplePlan(len(train_index), config.train.global_batch_size, config.seed)
+    output_dir = Path(config.output_dir)
+    if is_main():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, output_dir / "config.yaml")
+    barrier()
+    engine, tokenizer = build_model_engine(config)
+    dataset = GroundingDataset(
+        reader=ShardReader(train_index),
+        wording=wording,
+        tokenizer=tokenizer,
+        config=engine.module.config,
+        seed=config.seed,
+        max_sequence_length=config.data.max_sequence_length,
+    )
+    return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
+
+
+def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
+    """Collective. The model folder's weights in a ZeRO-3 engine, each rank reading only what it owns."""
+    settings = deepspeed_settings(config)
+    tokenizer = CogVLMTokenizer.from_folder(config.model.path)
+    model_config = load_config(config.model.path, config.model.image_size)
+    if len(tokenizer) != model_config.vocab_size:
+        raise CheckpointError(
+            f"{config.model.path}: tokenizer.model has {len(tokenizer)} pieces, config.json says vocab_size="
+            f"{model_config.vocab_size}; take both from the same model"
+        )
+    with initialization.no_init_weights(), partitioned(settings):
+        model = CogVLMForCausalLM(model_config)
+    parameters = list(model.named_parameters())
+    load_weights(config.model.path, parameter_shapes(parameters), partition_assign(parameters))
+    if config.model.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return build_engine(model, config, settings), tokenizer

@@ -1,0 +1,263 @@
+"""The training: decide -> evaluate -> save -> (stop?) -> step. So the last state is always evaluated and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+
+from cogvlm_ft.config import config_sha256
+from cogvlm_ft.data.collate import BadSample, Batch
+from cogvlm_ft.data.loader import read_steps
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+from cogvlm_ft.evaluate.evaluate import Evaluation, Shown, evaluate, save_evaluation
+from cogvlm_ft.runtime.checkpoint import (
+    Best,
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+)
+from cogvlm_ft.runtime.distributed import any_rank, barrier, from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.preemption import StopRequest
+from cogvlm_ft.runtime.tracking import Picture, Tracker
+from cogvlm_ft.train.build import Run
+from cogvlm_ft.train.meter import Meter
+from cogvlm_ft.train.schedule import lr_at
+from cogvlm_ft.train.step import train_step
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS, EVALUATIONS = "checkpoints", "evaluations"
+
+
+def train(run: Run, stop_request: StopRequest) -> TrainState:
+    """Collective. Train to the end, to an early stop, or to a stop request; returns the last state, which is saved."""
+    state = start_or_resume(run)
+    tracker = start_tracking(run, state)
+    state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
+    meter, bad_samples = Meter(), BadSamples(run)
+    steps: Iterator[list[Batch]] = iter(())
+    bar = tqdm(total=run.num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True)
+    with bar:
+        while True:
+            finished = state.step >= run.num_steps
+            if is_evaluation_due(run, state, finished):
+                state = evaluate_epoch(run, state, tracker)
+            stop = any_rank(stop_request.seen)
+            ended = finished or is_patience_over(run, state)
+            if is_save_due(run, state) or stop or ended:
+                save(run, state)
+            if stop or ended:
+                break
+            waiting_since = time.perf_counter()
+            batches = next(steps, None)
+            if batches is None:
+                steps, bad_samples = epoch_steps(run, state), BadSamples(run)
+                batches = next(steps)
+            data_wait_s = time.perf_counter() - waiting_since
+            lr = lr_at(state.step, run.num_steps, run.config.train)
+            stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
+            state = advance(run, state)
+            meter.add(stats, data_wait_s)
+            bad_samples.add(batches, stats.num_bad)
+            bar.update()
+            if state.step % run.config.train.log_every == 0:
+                values = {"lr": lr, **meter.report()}
+                if tracker:
+                    tracker.log_train(state.step, {**values, "epoch": epoch_of(run, state)})
+                    tqdm.write(log_line(run, state, values))
+    if tracker:
+        if state.best:
+            tracker.summary({f"best_{run.config.train.monitor}": state.best.value, "best_step": state.best.step})
+        tracker.finish()
+    return state
+
+
+def start_or_resume(run: Run) -> TrainState:
+    """Collective. The newest checkpoint's state if there is one and resuming is on, else a new one."""
+    folder = run.output_dir / CHECKPOINTS
+    if is_main():
+        remove_leftovers(folder)
+    barrier()
+    fresh = TrainState(config_sha256=config_sha256(run.config), data_sha256=run.dataset.reader.index.data_sha256)
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return fresh
+    if not run.config.resume:
+        raise ConfigError(
+            f"{folder} holds checkpoints of a former run: take another output_dir, or resume=true to go on"
+        )
+    state = load_checkpoint(run.engine, checkpoints[-1])
+    if state.data_sha256 != fresh.data_sha256:
+        raise CheckpointError(
+            f"{checkpoints[-1]} was trained on other shards than data.shards={run.config.data.shards} holds now; "
+            "its position in them means nothing here. Take another output_dir"
+        )
+    logger.info("resuming from %s (step %d)", checkpoints[-1], state.step)
+    return dataclasses.replace(state, config_sha256=fresh.config_sha256)
+
+
+def start_tracking(run: Run, state: TrainState) -> Tracker | None:
+    """Rank 0's tracker."""
+    if not is_main():
+        return None
+    tracking = run.config.tracking
+    config = {**dataclasses.asdict(run.config), "world_size": world_size(), "num_samples": run.plan.num_samples}
+    tracker = Tracker(
+        output_dir=run.output_dir,
+        mode=tracking.mode,
+        project=tracking.project,
+        entity=tracking.entity,
+        name=tracking.name,
+        run_id=state.wandb_run_id,
+        config=config,
+    )
+    tracker.truncate_after(state.step)
+    return tracker
+
+
+def epoch_of(run: Run, state: TrainState) -> float:
+    """Epochs done, as a fraction."""
+    return state.samples_consumed / run.plan.num_samples
+
+
+def is_evaluation_due(run: Run, state: TrainState, finished: bool) -> bool:
+    if state.evaluated_step == state.step:
+        return False
+    settings = run.config.evaluate
+    epoch, offset = run.plan.position(state.samples_consumed)
+    at_epoch_end = offset == 0 and epoch > 0 and epoch % settings.every_epochs == 0
+    return finished or at_epoch_end or (state.step == 0 and settings.before_training)
+
+
+def is_save_due(run: Run, state: TrainState) -> bool:
+    every = run.config.checkpoint.every_steps
+    _, offset = run.plan.position(state.samples_consumed)
+    return state.step > 0 and (offset == 0 or (every is not None and state.step % every == 0))
+
+
+def is_patience_over(run: Run, state: TrainState) -> bool:
+    """Early stopping: as many evaluations as `train.patience` without a new best."""
+    patience = run.config.train.patience
+    over = patience is not None and state.best is not None and state.best.num_since >= patience
+    if over and is_main() and state.best:
+        logger.info("stopping: no better %s since step %d", run.config.train.monitor, state.best.step)
+    return over
+
+
+def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None) -> TrainState:
+    """Collective. Evaluate, write the results down, and keep score of the best."""
+    result = evaluate(
+        run.model, run.tokenizer, run.val_reader, run.dataset.wording, run.config.evaluate, seed=run.config.seed
+    )
+    monitor = run.config.train.monitor
+    if monitor not in result.metrics:
+        raise ConfigError(
+            f"train.monitor={monitor!r} is no validation metric; there are {', '.join(sorted(result.metrics))}"
+        )
+    value, best = result.metrics[monitor], state.best
+    is_best = best is None or value > best.value
+    best = (
+        Best(value, state.step) if is_best or best is None else dataclasses.replace(best, num_since=best.num_since + 1)
+    )
+    if tracker:
+        report_evaluation(run, state, result, best, tracker)
+    return dataclasses.replace(state, evaluated_step=state.step, best=best)
+
+
+def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Best, tracker: Tracker) -> None:
+    """Rank 0. Files, W&B and one line to read."""
+    epoch = epoch_of(run, state)
+    folder = run.output_dir / EVALUATIONS / f"step-{state.step:08d}"
+    save_evaluation(result, folder)
+    tracker.log_val(epoch, state.step, {**result.metrics, f"best_{run.config.train.monitor}": best.value})
+    tracker.log_pictures(epoch, [tracking_picture(shown) for shown in result.shown])
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+    tqdm.write(f"epoch {epoch:.3g} (step {state.step})  {shown}")
+
+
+def tracking_picture(shown: Shown) -> Picture:
+    """One photo for the dashboard, every box labelled with its question."""
+    truth = [(box, p.prompt) for p in shown.predictions for box in p.truth_boxes_xyxy or ()]
+    answered = [(box, p.prompt) for p in shown.predictions for box in p.boxes_xyxy or ()]
+    caption = " | ".join(f"{p.prompt} -> {p.answer}" for p in shown.predictions)
+    return Picture(shown.key, shown.image, truth, answered, caption)
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Collective. Save unless this very step is saved already, then delete what is no longer needed."""
+    folder = run.output_dir / CHECKPOINTS
+    checkpoints = list_checkpoints(folder)
+    if checkpoints and checkpoints[-1].name.endswith(f"{state.step:08d}"):
+        return
+    save_checkpoint(run.engine, folder, state, run.save_model_files)
+    if is_main():
+        prune_checkpoints(folder, run.config.checkpoint.keep_last, state.best.step if state.best else None)
+
+
+def epoch_steps(run: Run, state: TrainState) -> Iterator[list[Batch]]:
+    """This rank's micro-batches from the state's position to the end of its epoch."""
+    return read_steps(
+        run.dataset,
+        run.plan,
+        state.samples_consumed,
+        rank=rank(),
+        world_size=world_size(),
+        micro_batch_size=run.config.train.micro_batch_size,
+        num_workers=run.config.data.num_workers,
+    )
+
+
+def advance(run: Run, state: TrainState) -> TrainState:
+    """The state after one more step: the last batch of an epoch may be short."""
+    _, offset = run.plan.position(state.samples_consumed)
+    num_samples = min(run.plan.global_batch_size, run.plan.num_samples - offset)
+    epoch, _ = run.plan.position(state.samples_consumed + num_samples)
+    return state.advanced(num_samples, epoch)
+
+
+def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
+    bad = f"  bad {values['num_bad']:.0f}" if values["num_bad"] else ""
+    return (
+        f"step {state.step}/{run.num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+        f"grad {values['grad_norm']:.3f}  {values['images_per_s']:.1f} images/s  "
+        f"{values['tokens_per_s']:.0f} tokens/s  data wait {values['data_wait_fraction']:.0%}  "
+        f"{values['memory_gib']:.2f} GiB{bad}"
+    )
+
+
+class BadSamples:
+    """Counts the samples of an epoch that could not be used, and ends the run when they are too many."""
+
+    def __init__(self, run: Run) -> None:
+        self._limit = run.config.data.max_bad_fraction * run.plan.num_samples
+        self._num_everywhere = 0
+        self._here: list[BadSample] = []
+
+    def add(self, batches: Sequence[Batch], num_bad_everywhere: int) -> None:
+        """Collective once the limit is passed; `num_bad_everywhere` is the step's count over all ranks."""
+        for bad in (bad for batch in batches for bad in batch.bad):
+            logger.warning("sample %s cannot be used: %s", bad.key, bad.reason)
+            self._here.append(bad)
+        self._num_everywhere += num_bad_everywhere
+        if self._num_everywhere > self._limit:
+            raise DataError(from_main(self._describe(gather_to_main(self._here))))
+
+    def _describe(self, gathered: list[list[BadSample]] | None) -> str:
+        if gathered is None:
+            return ""
+        bad = [sample for part in gathered for sample in part]
+        reasons = ", ".join(
+            f"{reason} {count}x" for reason, count in Counter(sample.reason for sample in bad).most_common(5)
+        )
+        return (
+            f"{self._num_everywhere} samples cannot be used ({reasons}; first: {', '.join(s.key for s in bad[:5])}), "
+            f"more than data.max_bad_fraction allows ({self._limit:g}): mend or rebuild the shards, or raise it"
+        )

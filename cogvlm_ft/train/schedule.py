@@ -1,0 +1,17 @@
+"""Learning rate: linear warm-up, then a cosine. A pure function of the step, so nothing has to be saved."""
+
+from __future__ import annotations
+
+import math
+
+from cogvlm_ft.config import TrainConfig
+
+
+def lr_at(step: int, num_steps: int, train: TrainConfig) -> float:
+    """lr of optimizer step `step` (0-based) out of `num_steps`."""
+    num_warmup = math.ceil(train.warmup_fraction * num_steps)
+    if step < num_warmup:
+        return train.lr * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine)
