@@ -1,0 +1,106 @@
+"""A tiny tokenizer, tiny models and a small grounding set that many tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
+
+import pytest
+import torch
+
+from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
+from cogvlm_ft.model.tokenizer import train_tokenizer
+from shards.build import main as build
+from shards.scenes import write_scenes
+
+NUM_SCENES = 42
+
+TEXTS = [
+    "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
+    "图片中存在一只狗,所在区域为[[086,540,400,760]]",
+    "请指出蓝色方形的位置。未找到指定目标",
+    "The specified target was not found. 0123456789 [[012,345;678,999]]",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CogVLMTokenizer:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(TEXTS, file, vocab_size=400)
+    return CogVLMTokenizer(file)
+
+
+@pytest.fixture
+def tiny_model(tokenizer: CogVLMTokenizer) -> CogVLMForCausalLM:
+    torch.manual_seed(0)
+    vision = dict(
+        hidden_size=48, num_heads=3, intermediate_size=96, num_hidden_layers=2, image_size=56, num_positions=17
+    )
+    config = CogVLMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        initializer_range=0.1,
+        template_version="base",
+        vision_config=vision,
+    )
+    return CogVLMForCausalLM(config)
+
+
+@pytest.fixture
+def tiny_folder(tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    tiny_model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """33 training and 9 validation scenes with 1 to 4 targets each, some with a pair of the user's own."""
+    folder = tmp_path_factory.mktemp("data")
+    annotations = write_scenes(folder / "scenes", NUM_SCENES, 56, seed=1)
+    lines = []
+    for i, line in enumerate(annotations.read_text(encoding="utf-8").splitlines()):
+        scene = json.loads(line)
+        scene["targets"] = scene["targets"][: 1 + i % 4]
+        if i % 5 == 0:
+            scene["turns"] = [{"prompt": "How many shapes are there?", "answer": "several, of different colours"}]
+        lines.append(json.dumps(scene, ensure_ascii=False))
+    annotations.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    arguments = ["--format", "jsonl", "--images", folder / "scenes", "--annotations", annotations]
+    arguments += ["--out", folder / "shards", "--val-fraction", 0.215, "--samples-per-shard", 10]
+    assert build([str(argument) for argument in arguments]) == 0
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def start_model(tokenizer: CogVLMTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model; sizes that two ranks cannot share evenly (odd numbers of elements) are among its tensors."""
+    folder = tmp_path_factory.mktemp("start")
+    vision = dict(
+        hidden_size=45, num_heads=3, intermediate_size=63, num_hidden_layers=2, image_size=56, num_positions=17
+    )
+    config = CogVLMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=60,
+        intermediate_size=99,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        initializer_range=0.08,
+        template_version="base",
+        vision_config=vision,
+    )
+    torch.manual_seed(0)
+    CogVLMForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder

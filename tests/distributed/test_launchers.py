@@ -1,0 +1,97 @@
+"""The same launch/train.py under every launcher; and mistakes are told before anything heavy starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import REPOSITORY, free_port, read_metrics
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def short_run(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
+    return [
+        f"output_dir={output_dir}",
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        "train.max_steps=2",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "evaluate.max_samples=2",
+        "evaluate.max_new_tokens=4",
+        "tracking.mode=disabled",
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHED_BY and not k.startswith("SLURM_")}
+    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+
+
+def launch(command: list[str], **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
+def test_launcher(launcher: str, shards: Path, start_model: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    prefix = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port],
+        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
+        "python": [sys.executable],
+    }[launcher]
+    result = launch([*prefix, "launch/train.py", *short_run(shards, start_model, tmp_path / "run")])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2]
+
+
+def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """What `srun` sets for each task, plus the address that slurm/train.sbatch exports."""
+    command = [sys.executable, "launch/train.py", *short_run(shards, start_model, tmp_path / "run")]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **shared),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert len(read_metrics(tmp_path / "run", "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.lrr=1", "train.lrr"),
+        ("model.path=nowhere", "nowhere"),
+        ("train.global_batch_size=3", "train.global_batch_size=3 is no multiple of 1 ranks x train.micro_batch_size=2"),
+        ("data.val_split=test", "test"),
+        ("model.freeze=[model.visoin.*]", "model.visoin.*"),
+        ("train.monitor=iou", "mean_iou"),
+    ],
+)
+def test_mistakes_are_explained(setting: str, message: str, shards: Path, start_model: Path, tmp_path: Path) -> None:
+    arguments = [*short_run(shards, start_model, tmp_path / "run"), setting]
+    result = launch([sys.executable, "launch/train.py", *arguments])
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

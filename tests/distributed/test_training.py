@@ -1,0 +1,201 @@
+"""ZeRO-3 on two ranks is the same training as one plain PyTorch process; stopping and resuming changes nothing."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import read_metrics, run, started
+
+from cogvlm_ft.config import load_config
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.loader import GroundingDataset, read_steps
+from cogvlm_ft.data.plan import SamplePlan
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
+from cogvlm_ft.runtime.checkpoint import list_checkpoints
+from cogvlm_ft.train.export import export_checkpoint
+from cogvlm_ft.train.schedule import lr_at
+
+pytestmark = pytest.mark.slow
+NUM_STEPS = 20
+VOLATILE = ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "memory_gib")
+
+
+def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:
+    """The same training without DeepSpeed, ranks or accumulation: AdamW on the whole batch at once."""
+    config = load_config(None, settings)
+    model = load_model(config.model.path).train()
+    index = load_index(config.data.shards, config.data.train_split)
+    dataset = GroundingDataset(
+        ShardReader(index),
+        load_wording(config.data.wording),
+        CogVLMTokenizer.from_folder(config.model.path),
+        model.config,
+        config.seed,
+        config.data.max_sequence_length,
+    )
+    plan = SamplePlan(len(index), config.train.global_batch_size, config.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(config.train.beta1, config.train.beta2), eps=config.train.eps)
+    losses: list[float] = []
+    consumed = 0
+    while len(losses) < NUM_STEPS:
+        for [batch] in read_steps(
+            dataset, plan, consumed, rank=0, world_size=1, micro_batch_size=plan.global_batch_size, num_workers=0
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(len(losses), NUM_STEPS, config.train)
+            optimizer.zero_grad()
+            loss = model(
+                input_ids=batch.input_ids,
+                pixel_values=batch.pixel_values,
+                position_ids=batch.position_ids,
+                block_ids=batch.block_ids,
+                labels=batch.labels,
+            ).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.item())
+            consumed += int(batch.weight.sum())
+            if len(losses) == NUM_STEPS:
+                break
+    return losses, model
+
+
+@pytest.fixture(scope="module")
+def reference_run(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps over four epochs on two ranks, undisturbed."""
+    folder = tmp_path_factory.mktemp("reference")
+    run(["launch/train.py", *common(shards, start_model, folder / "run")], 2, folder / "logs")
+    return folder / "run"
+
+
+def common(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
+    return [
+        f"output_dir={output_dir}",
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        f"train.max_steps={NUM_STEPS}",
+        "train.epochs=10",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",  # two ranks x two: accumulation 2
+        "train.lr=1e-3",
+        # The gradient of a key bias is zero but for rounding noise (softmax does not see it). At eps 1e-8 Adam would
+        # blow that noise up to whole steps, of another sign in every summation order.
+        "train.eps=1e-6",
+        "train.patience=null",
+        "evaluate.max_new_tokens=8",
+        "tracking.mode=disabled",
+    ]
+
+
+def assert_same_curve(found: Path, wanted: Path) -> None:
+    """Every logged number of every step and evaluation, bit for bit, but for clocks and memory."""
+    for kind in ("train", "val"):
+        a, b = (
+            [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(path, kind)]
+            for path in (found, wanted)
+        )
+        assert a == b
+
+
+def test_two_ranks_equal_one_plain_process(
+    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    losses, plain = train_plainly(common(shards, start_model, tmp_path))
+    found = [row["loss"] for row in read_metrics(reference_run, "train")]
+    assert len(found) == NUM_STEPS
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+
+    export_checkpoint(list_checkpoints(reference_run / "checkpoints")[-1], tmp_path / "exported", torch.float32)
+    exported = dict(load_model(tmp_path / "exported").named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(exported[name].data, parameter.data, atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
+
+
+def test_export_gives_the_same_logits_in_the_published_form(reference_run: Path, tmp_path: Path) -> None:
+    checkpoint = list_checkpoints(reference_run / "checkpoints")[-1]
+    export_checkpoint(checkpoint, tmp_path / "exported", torch.float32)
+    loaded = CogVLMForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = CogVLMTokenizer.from_folder(tmp_path / "exported")
+    inputs = loaded.build_conversation_input_ids(tokenizer, query="the red circle", images=[torch.ones(3, 56, 56)])
+    batch = {k: v[None] for k, v in inputs.items() if k != "images"} | {"images": [inputs["images"]]}
+    ours = load_model(tmp_path / "exported")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, ours(**batch).logits)
+
+
+@pytest.mark.parametrize("setting", ["model.gradient_checkpointing=false", "data.num_workers=2"])
+def test_settings_that_must_not_change_a_number(
+    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path, setting: str
+) -> None:
+    run(["launch/train.py", *common(shards, start_model, tmp_path / "run"), setting], 2, tmp_path)
+    assert_same_curve(tmp_path / "run", reference_run)
+
+
+@pytest.mark.parametrize("after_step", [3, 13])
+def test_stop_signal_then_resume_is_bit_identical(
+    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path, after_step: int
+) -> None:
+    arguments = ["launch/train.py", *common(shards, start_model, tmp_path / "run")]
+    with started(arguments, 2, tmp_path) as ranks:
+        wait_for_step(tmp_path / "run", after_step, ranks)
+        ranks.processes[1].send_signal(signal.SIGTERM)  # one rank only: all must agree
+        assert ranks.wait() == [0, 0], ranks.output()
+    stopped_at = read_metrics(tmp_path / "run", "train")[-1]["step"]
+    assert after_step <= stopped_at < NUM_STEPS
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{stopped_at:08d}"
+    run(arguments, 2, tmp_path)
+    assert_same_curve(tmp_path / "run", reference_run)
+
+
+def test_kill_then_resume_is_bit_identical(
+    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    arguments = ["launch/train.py", *common(shards, start_model, tmp_path / "run"), "checkpoint.every_steps=2"]
+    with started(arguments, 2, tmp_path) as ranks:
+        wait_for_step(tmp_path / "run", 7, ranks)
+        ranks.kill()
+    output = run(arguments, 2, tmp_path)
+    assert "resuming from" in output
+    assert_same_curve(tmp_path / "run", reference_run)
+    output = run(arguments, 2, tmp_path)  # a finished run, started again, ends well and repeats nothing
+    assert_same_curve(tmp_path / "run", reference_run)
+
+
+def wait_for_step(folder: Path, step: int, ranks: object) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists():
+            rows = read_metrics(folder, "train")
+            if rows and rows[-1]["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise TimeoutError(f"step {step} was not reached\n{ranks.output()}")  # type: ignore[attr-defined]
+
+
+def test_bf16_trains_and_stays_near_fp32(reference_run: Path, shards: Path, start_model: Path, tmp_path: Path) -> None:
+    arguments = [*common(shards, start_model, tmp_path / "run"), "train.precision=bf16"]
+    run(["launch/train.py", *arguments], 2, tmp_path)
+    found = [row["loss"] for row in read_metrics(tmp_path / "run", "train")]
+    assert found == pytest.approx([row["loss"] for row in read_metrics(reference_run, "train")], rel=0.03)
+
+
+def test_frozen_parameters_stay_as_they_are(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    frozen = ["model.freeze=[model.vision.*,lm_head.weight]", "train.max_steps=3"]
+    run(["launch/train.py", *common(shards, start_model, tmp_path / "run"), *frozen], 2, tmp_path)
+    export_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], tmp_path / "exported", torch.float32)
+    after = dict(load_model(tmp_path / "exported").named_parameters())
+    for name, before in load_model(start_model).named_parameters():
+        is_frozen = name.startswith("model.vision.") or name == "lm_head.weight"
+        assert torch.equal(before, after[name]) == is_frozen, name

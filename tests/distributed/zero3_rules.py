@@ -1,0 +1,80 @@
+"""Runs on every rank: what must hold under ZeRO-3. Usage: zero3_rules.py MODEL_FOLDER SHARDS OUT_DIR"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from cogvlm_ft.config import load_config
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import load_model
+from cogvlm_ft.runtime.distributed import init_distributed, is_main, rank, shut_down, world_size
+from cogvlm_ft.runtime.engine import inference
+from cogvlm_ft.train.build import build_model_engine
+
+
+def check_partitions_equal_the_files(model: torch.nn.Module, folder: str) -> None:
+    """Every tensor is spread over the ranks and, gathered, is what the files hold."""
+    whole = dict(load_model(folder).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // world_size()), name
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert torch.equal(parameter.data, whole[name].data), name
+
+
+def check_ranks_may_differ_in_images(engine: torch.nn.Module) -> None:
+    """Published call form: rank 0 has a picture, the others text only, and forward and backward still end."""
+    model, num_patches = engine.module, engine.module.config.num_patches
+    types = [0] + [1] * (num_patches + 2) * is_main() + [0] * 5
+    ids = torch.arange(len(types))[None] % 50 + 3
+    loss = engine(
+        input_ids=ids,
+        token_type_ids=torch.tensor([types]),
+        attention_mask=torch.ones_like(ids),
+        images=[[torch.zeros(3, 56, 56)]] if is_main() else [[]],
+        labels=ids,
+    ).loss
+    engine.backward(loss)
+    engine.step()
+    assert torch.isfinite(loss)
+    # transformers' own generate() too: prompts of different length, one with a picture and the others without.
+    with inference(model):
+        new = model.generate(
+            input_ids=ids,
+            token_type_ids=torch.tensor([types]),
+            attention_mask=torch.ones_like(ids),
+            images=[[torch.zeros(3, 56, 56)]] if is_main() else [[]],
+            max_new_tokens=3 + rank(),
+            do_sample=False,
+            synced_gpus=True,
+        )
+    assert new.shape[1] <= ids.shape[1] + 3 + rank()
+
+
+def main() -> None:
+    folder, shards, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    init_distributed()
+    settings = [f"model.path={folder}", f"data.shards={shards}", f"output_dir={out}", "train.global_batch_size=6"]
+    config = load_config(None, [*settings, "evaluate.max_new_tokens=12", "evaluate.batch_size=2"])
+    engine, tokenizer = build_model_engine(config)
+    check_partitions_equal_the_files(engine.module, folder)
+
+    reader = ShardReader(load_index(shards, "val"))
+    result = evaluate(engine.module, tokenizer, reader, load_wording("box"), config.evaluate, seed=0)
+    print(json.dumps({"rank": rank(), "metrics": result.metrics}))
+    if is_main():
+        save_evaluation(result, out)
+    if world_size() > 1:
+        check_ranks_may_differ_in_images(engine)
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Asking a tiny model about a real shard set, in one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cogvlm_ft.config import EvaluateConfig
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation, truth_boxes
+from cogvlm_ft.evaluate.generate import generate_answers
+from cogvlm_ft.grounding.metrics import score_answer
+from cogvlm_ft.grounding.targets import Target, Turn
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, preprocess_image
+from cogvlm_ft.runtime.distributed import device
+
+NUM_PHOTOS = 9  # the split "val" of the fixture `shards`
+SEED = 4
+SETTINGS = EvaluateConfig(max_samples=None, batch_size=3, max_new_tokens=4, num_pictures=2)
+NOT_FOUND = load_wording("box").not_found_sentences
+
+
+@pytest.fixture
+def model(tiny_model: CogVLMForCausalLM) -> CogVLMForCausalLM:
+    return tiny_model.to(device())
+
+
+def reader_of(shards: Path) -> ShardReader:
+    return ShardReader(load_index(shards, "val"))
+
+
+def write_tar(folder: Path, records: dict[str, dict[str, Any] | None]) -> Path:
+    """One shard with a 40 x 20 photo per key; None spoils it."""
+    photo = io.BytesIO()
+    Image.new("RGB", (40, 20), (180, 40, 60)).save(photo, "PNG")
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "val-0.tar", "w", errors="surrogateescape") as tar:
+        for key, record in records.items():
+            image = photo.getvalue() if record else b"no image"
+            for name, data in ((f"{key}.png", image), (f"{key}.json", json.dumps(record or {}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def run(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path, wording: str = "box", **settings: Any
+) -> Evaluation:
+    chosen = replace(SETTINGS, **settings)
+    return evaluate(model, tokenizer, reader_of(shards), load_wording(wording), chosen, seed=SEED)
+
+
+def test_every_turn_of_every_photo_once_in_the_order_of_the_data(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path
+) -> None:
+    found = run(model, tokenizer, shards)
+    reader, wanted = reader_of(shards), []
+    for i in range(NUM_PHOTOS):
+        record = reader.read(i).record
+        turns = turns_of(record, load_wording("box"), seed=SEED, epoch=0)
+        wanted += [(record.key, number, turn.prompt, turn.answer) for number, turn in enumerate(turns)]
+    assert len(wanted) > 2 * NUM_PHOTOS
+    assert [(each.key, each.turn, each.prompt, each.truth) for each in found.predictions] == wanted
+    assert [shown.key for shown in found.shown] == [reader.index.key(0), reader.index.key(1)]
+    assert [each for shown in found.shown for each in shown.predictions] == [
+        each for each in found.predictions if each.key in (reader.index.key(0), reader.index.key(1))
+    ]
+
+
+def test_metrics_of_all_photos(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path) -> None:
+    found = run(model, tokenizer, shards)
+    truths = [each.truth_boxes_xyxy for each in found.predictions]
+    assert found.metrics.keys() == {
+        *("mean_iou", "acc@0.5", "acc@0.75", "false_not_found", "not_found_acc", "unreadable", "text_exact"),
+        *("num_present", "num_absent", "num_text", "num_images", "num_bad"),
+    }
+    assert found.metrics["num_images"] == NUM_PHOTOS
+    assert found.metrics["num_bad"] == 0
+    assert found.metrics["num_present"] == sum(bool(truth) for truth in truths) > 0
+    assert found.metrics["num_absent"] == sum(truth == [] for truth in truths) > 0
+    assert found.metrics["num_text"] == sum(truth is None for truth in truths) > 0
+    for each in found.predictions:
+        assert each.score == score_answer(each.answer, each.truth_boxes_xyxy, (56, 56), NOT_FOUND, each.truth)
+
+
+def test_answers_are_the_model_s(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path) -> None:
+    found = run(model, tokenizer, shards)
+    reader = reader_of(shards)
+    model.eval()
+    for i in (0, NUM_PHOTOS - 1):
+        pixels = preprocess_image(reader.read(i).image, 56)[None].to(device())
+        mine = [each for each in found.predictions if each.key == reader.index.key(i)]
+        with torch.no_grad():
+            wanted = generate_answers(model, tokenizer, pixels, [[each.prompt for each in mine]], 4)[0]
+        assert [each.answer for each in mine] == wanted
+
+
+@pytest.mark.parametrize("batch_size", [1, NUM_PHOTOS, 50])
+def test_the_batch_size_changes_nothing(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path, batch_size: int
+) -> None:
+    found, wanted = run(model, tokenizer, shards, batch_size=batch_size), run(model, tokenizer, shards)
+    assert found.predictions == wanted.predictions
+    assert found.metrics == wanted.metrics
+
+
+@pytest.mark.parametrize(("max_samples", "num_images"), [(1, 1), (4, 4), (100, NUM_PHOTOS), (None, NUM_PHOTOS)])
+def test_the_first_max_samples_photos(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path, max_samples: int | None, num_images: int
+) -> None:
+    found = run(model, tokenizer, shards, max_samples=max_samples)
+    assert found.metrics["num_images"] == num_images
+    wanted = [reader_of(shards).index.key(i) for i in range(num_images)]
+    assert list(dict.fromkeys(each.key for each in found.predictions)) == wanted
+
+
+def test_the_model_goes_on_in_the_mode_it_was_in(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path
+) -> None:
+    for mode in (True, False):
+        model.train(mode)
+        run(model, tokenizer, shards, max_samples=1)
+        assert model.training is mode
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+TURN = {"turns": [{"prompt": "what is it?", "answer": "a red field"}]}
+
+
+def test_a_spoiled_photo_is_counted_and_the_others_asked(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    found = run(model, tokenizer, write_tar(tmp_path, {"a": TURN, "b": None, "c": TURN}), batch_size=1)
+    assert [each.key for each in found.predictions] == ["a", "c"]
+    assert (found.metrics["num_images"], found.metrics["num_bad"], found.metrics["num_text"]) == (2, 1, 2)
+    assert [shown.key for shown in found.shown] == ["a", "c"]
+
+
+def test_nothing_but_spoiled_photos(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path) -> None:
+    found = run(model, tokenizer, write_tar(tmp_path, {"a": None, "b": None}))
+    assert found.predictions == found.shown == []
+    assert (found.metrics["num_images"], found.metrics["num_bad"]) == (0, 2)
+
+
+def test_a_photo_whose_turns_cannot_be_written_is_counted_and_the_others_asked(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    """As in training, where it is a bad sample: its phrase holds double brackets."""
+    unusable = {"targets": [{"phrase": "a sign with [[1,2,3,4]]", "boxes_xyxy": [[1, 2, 30, 15]]}]}
+    shards = write_tar(tmp_path, {"a": TURN, "b": unusable, "c": TURN})
+    found = run(model, tokenizer, shards, wording="description")
+    assert [each.key for each in found.predictions] == ["a", "c"]
+    assert (found.metrics["num_images"], found.metrics["num_bad"]) == (2, 1)
+
+
+def test_the_true_text_scores_1(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path) -> None:
+    """The truth of the second run is what the model said in the first."""
+    shards = write_tar(tmp_path / "first", {"a": TURN})
+    first = run(model, tokenizer, shards)
+    assert first.metrics["text_exact"] == 0
+    assert first.predictions[0].answer.strip()
+    said = {"turns": [{"prompt": "what is it?", "answer": first.predictions[0].answer}, TURN["turns"][0]]}
+    second = run(model, tokenizer, write_tar(tmp_path / "second", {"a": said}))
+    assert second.metrics["text_exact"] == 0.5
+    assert "mean_iou" not in second.metrics
+
+
+def test_saved_files(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path, tmp_path: Path) -> None:
+    found = run(model, tokenizer, shards)
+    for _ in range(2):  # a resumed run writes them again
+        save_evaluation(found, tmp_path / "step-1")
+    folder = tmp_path / "step-1"
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == found.metrics
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line, wanted in zip(lines, found.predictions, strict=True):
+        assert line["image_size_px"] == [56, 56]
+        truth = wanted.truth_boxes_xyxy
+        assert line["truth_boxes_xyxy"] == (None if truth is None else [list(box) for box in truth])
+        for name in ("key", "turn", "prompt", "answer", "truth", "boxes_xyxy"):
+            assert line[name] == getattr(wanted, name)
+        assert line["score"]["iou"] == wanted.score.iou
+    pictures = sorted((folder / "pictures").iterdir())
+    assert [picture.name for picture in pictures] == [f"{i:02d}-{shown.key}.png" for i, shown in enumerate(found.shown)]
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert min(image.size) >= 56
+
+
+@pytest.mark.parametrize("key", ["holiday/beach", "caf\udce9"], ids=["folder", "latin-1 bytes"])
+def test_keys_of_foreign_shards_can_be_saved(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path, key: str
+) -> None:
+    found = run(model, tokenizer, write_tar(tmp_path / "shards", {key: TURN, "plain": TURN}))
+    printable = key.encode("utf-8", "backslashreplace").decode()  # bytes that are no UTF-8 are written as escapes
+    assert [each.key for each in found.predictions] == [printable, "plain"]
+    save_evaluation(found, tmp_path / "out")
+    assert len((tmp_path / "out" / "predictions.jsonl").read_bytes().splitlines()) == 2
+    assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("turn", "wanted"),
+    [
+        pytest.param(Turn("?", "[[000,500,999,999]]"), [(0.1, 100.1, 199.9, 199.9)], id="box"),
+        pytest.param(
+            Turn("?", "图片中存在一只狗,所在区域为[[000,000,100,100;500,500,600,600]]"),
+            [(0.1, 0.1, 20.1, 20.1), (100.1, 100.1, 120.1, 120.1)],
+            id="two boxes in a sentence",
+        ),
+        pytest.param(Turn("?", " 未找到指定目标\n"), [], id="not found"),
+        pytest.param(Turn("?", "The specified target was not found."), [], id="not found, English"),
+        pytest.param(Turn("?", "a red circle"), None, id="plain text"),
+        pytest.param(Turn("?", "see [[figure 1]]"), None, id="brackets without a box"),
+        pytest.param(
+            Turn("?", "[[000,000,000,000]]", Target("dog", "en", ((1.5, 2.0, 3.0, 4.0),))),
+            [(1.5, 2.0, 3.0, 4.0)],
+            id="target: exact pixels",
+        ),
+        pytest.param(Turn("?", "未找到指定目标", Target("狗", "zh", ())), [], id="target: absent"),
+    ],
+)
+def test_truth_boxes(turn: Turn, wanted: list[tuple[float, ...]] | None) -> None:
+    found = truth_boxes(turn, (200, 200), NOT_FOUND)
+    if wanted is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert len(found) == len(wanted)
+        for box, wanted_box in zip(found, wanted, strict=True):
+            assert box == pytest.approx(wanted_box)

@@ -1,0 +1,157 @@
+"""Checkpoint folders on disk: which count, which go, and what is said about broken ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.runtime.checkpoint import (
+    STATE_FILE,
+    ZERO_TAG,
+    Best,
+    TrainState,
+    checkpoint_name,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    remove_leftovers,
+)
+
+STATE = TrainState(
+    step=12,
+    epoch=1,
+    samples_consumed=190,
+    evaluated_step=10,
+    best=Best(value=0.5, step=10, num_since=1),
+    wandb_run_id="abc",
+    config_sha256="c",
+    data_sha256="d",
+    world_size=2,
+)
+
+
+def write_checkpoint(folder: Path, step: int, state: TrainState = STATE) -> Path:
+    """As save_checkpoint leaves it, with a stand-in for DeepSpeed's files."""
+    path = folder / checkpoint_name(step)
+    (path / ZERO_TAG).mkdir(parents=True)
+    (path / ZERO_TAG / "rank_0.pt").write_bytes(b"weights")
+    (path / STATE_FILE).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(state, step=step))))
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_whole_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
+    for step in (20, 3, 100, 7):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(7) / STATE_FILE).unlink()
+    (tmp_path / checkpoint_name(500) / ZERO_TAG).mkdir(parents=True)
+    write_checkpoint(tmp_path, 200).rename(tmp_path / f".tmp-{checkpoint_name(200)}")
+    write_checkpoint(tmp_path, 300).rename(tmp_path / f".tmp-old-{checkpoint_name(300)}")
+    (tmp_path / "step-notes.txt").write_text("not a checkpoint")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000020", "step-00000100"]
+
+
+def test_a_folder_that_is_not_there_or_empty_has_none(tmp_path: Path) -> None:
+    assert list_checkpoints(tmp_path) == list_checkpoints(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best_step", "kept"),
+    [
+        (1, None, [5]),
+        (2, None, [4, 5]),
+        (2, 1, [1, 4, 5]),
+        (2, 5, [4, 5]),
+        (1, 3, [3, 5]),
+        (2, 77, [4, 5]),
+        (9, 1, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(
+    tmp_path: Path, keep_last: int, best_step: int | None, kept: list[int]
+) -> None:
+    for step in range(1, 6):
+        write_checkpoint(tmp_path, step)
+    prune_checkpoints(tmp_path, keep_last, best_step)
+    assert names(tmp_path) == [checkpoint_name(step) for step in kept]
+    for step in kept:
+        assert read_state(tmp_path / checkpoint_name(step)).step == step
+        assert (tmp_path / checkpoint_name(step) / ZERO_TAG / "rank_0.pt").read_bytes() == b"weights"
+    prune_checkpoints(tmp_path, keep_last, best_step)
+    assert names(tmp_path) == [checkpoint_name(step) for step in kept]
+
+
+def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(0)).mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    prune_checkpoints(tmp_path, keep_last=1, best_step=None)
+    assert names(tmp_path) == ["notes.txt", checkpoint_name(0), checkpoint_name(2)]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    write_checkpoint(tmp_path, 2).rename(tmp_path / f".tmp-{checkpoint_name(2)}")
+    write_checkpoint(tmp_path, 3).rename(tmp_path / f".tmp-old-{checkpoint_name(3)}")
+    (tmp_path / "notes.txt").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["notes.txt", checkpoint_name(1)]
+    remove_leftovers(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("state", [STATE, TrainState(), dataclasses.replace(STATE, best=None, wandb_run_id=None)])
+def test_a_state_reads_back(tmp_path: Path, state: TrainState) -> None:
+    path = write_checkpoint(tmp_path, state.step, state)
+    assert read_state(path) == state
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"step": 12, "epo', id="cut off"),
+        pytest.param(b"\xff\xfe", id="no text"),
+        pytest.param(b"{}", id="no fields"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"[1, 2]", id="list"),
+        pytest.param(b'{"step": 12, "best": null, "speed": 3}', id="unknown field"),
+        pytest.param(b'{"step": 12, "best": {"value": 0.5}}', id="half a best"),
+        pytest.param(b'{"step": 12, "best": 0.5}', id="another best"),
+    ],
+)
+def test_a_state_that_cannot_be_read_names_its_file(tmp_path: Path, content: bytes) -> None:
+    path = write_checkpoint(tmp_path, 12)
+    (path / STATE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{path / STATE_FILE} cannot be read"):
+        read_state(path)
+
+
+def test_a_missing_state_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / STATE_FILE} cannot be read"):
+        read_state(tmp_path)
+
+
+def test_another_number_of_ranks_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 12)
+    with pytest.raises(CheckpointError, match=r"step-00000012 was written by 2 ranks and this run has 1"):
+        load_checkpoint(None, path)
+
+
+def test_one_step_later() -> None:
+    later = STATE.advanced(num_samples=16, epoch=2)
+    assert later == dataclasses.replace(STATE, step=13, samples_consumed=206, epoch=2)
+
+
+def test_names_sort_as_their_steps_do() -> None:
+    steps = [0, 9, 10, 99, 12_345, 99_999_999]
+    assert sorted(map(checkpoint_name, reversed(steps))) == [checkpoint_name(step) for step in steps]

@@ -1,0 +1,245 @@
+"""Settings from defaults, a YAML file and the command line, and what is said about mistakes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cogvlm_ft.config import Config, config_sha256, load_config, save_config
+from cogvlm_ft.errors import ConfigError
+
+MANDATORY = ["output_dir=runs/x", "model.path=models/tiny", "data.shards=shards_out"]
+
+WriteYaml = Callable[[str], Path]
+
+
+@pytest.fixture
+def write_yaml(tmp_path: Path) -> WriteYaml:
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_defaults_then_yaml_then_command_line(write_yaml: WriteYaml) -> None:
+    path = write_yaml(
+        "train: {lr: 1e-5, epochs: 3, max_steps: 10}\ndata: {shards: from_yaml}\nmodel: {freeze: [a.*]}\n"
+    )
+    overrides = [
+        "output_dir=runs/x",
+        "model.path=models/tiny",
+        "train.epochs=7",
+        "train.epochs=8",
+        "train.max_steps=null",
+    ]
+    config = load_config(path, overrides)
+    assert config.train.global_batch_size == Config().train.global_batch_size == 16  # nobody said anything
+    assert (config.train.lr, config.data.shards, config.model.freeze) == (1e-5, "from_yaml", ["a.*"])  # YAML
+    assert (config.train.epochs, config.train.max_steps) == (8, None)  # command line, the last one
+    assert (config.output_dir, config.model.path) == ("runs/x", "models/tiny")
+
+
+def test_a_yaml_file_is_not_needed(write_yaml: WriteYaml) -> None:
+    assert load_config(None, MANDATORY) == load_config(write_yaml(""), MANDATORY)
+    assert isinstance(load_config(None, MANDATORY), Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("tracking.name=a=b", ("tracking", "name", "a=b")),
+        ("tracking.name=2024", ("tracking", "name", "2024")),
+        ("tracking.name=中文", ("tracking", "name", "中文")),
+        ("train.lr=1e-5", ("train", "lr", 1e-5)),
+        ("train.lr=1", ("train", "lr", 1.0)),
+        ("train.tf32=true", ("train", "tf32", True)),
+        ("evaluate.max_samples=null", ("evaluate", "max_samples", None)),
+        ("model.freeze=[model.vision.*,lm_head.*]", ("model", "freeze", ["model.vision.*", "lm_head.*"])),
+    ],
+)
+def test_values_on_the_command_line(override: str, wanted: tuple[str, str, object]) -> None:
+    section, name, value = wanted
+    found = getattr(getattr(load_config(None, [*MANDATORY, override]), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "overrides", "wanted"),
+    [
+        pytest.param("train: {lrr: 1}", [], r"--config .*config\.yaml: train\.lrr.*'lr'", id="unknown in YAML"),
+        pytest.param("trian: {lr: 1}", [], r"--config .*config\.yaml: trian.*'train'", id="unknown section"),
+        pytest.param(
+            "", ["train.epoch=1"], r"command line train\.epoch=1: train\.epoch.*'epochs'", id="unknown option"
+        ),
+        pytest.param("", ["trian.lr=1"], r"command line trian\.lr=1: .*'train'", id="unknown section on command line"),
+        pytest.param("just some text", [], r"--config .*just some text", id="text instead of keys"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_source_and_the_nearest(
+    write_yaml: WriteYaml, yaml: str, overrides: list[str], wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        load_config(write_yaml(yaml), MANDATORY + overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("train.lr=fast", r"train\.lr: .*'fast'"),
+        ("train.epochs=2.5", r"train\.epochs: .*2\.5"),
+        ("train.epochs=null", r"train\.epochs: .*None"),
+        ("train.tf32=maybe", r"train\.tf32: .*maybe.*bool"),
+        ("train.epochs=[1]", r"train\.epochs"),
+        ("train=5", r"command line train=5"),
+        ("=5", r"command line =5"),
+    ],
+)
+def test_a_value_of_the_wrong_type(override: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        load_config(None, [*MANDATORY, override])
+
+
+def test_a_value_of_the_wrong_type_in_yaml_names_the_file(write_yaml: WriteYaml) -> None:
+    with pytest.raises(ConfigError, match=r"--config .*train\.epochs"):
+        load_config(write_yaml("train: {epochs: many}"), MANDATORY)
+
+
+@pytest.mark.parametrize("override", ["train.lr", "resume", "--train.lr", ""])
+def test_a_setting_without_an_equals_sign(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"on the command line: settings are written key=value"):
+        load_config(None, [*MANDATORY, override])
+
+
+def test_missing_settings_are_all_named(write_yaml: WriteYaml) -> None:
+    with pytest.raises(ConfigError, match=r"no value for data\.shards, model\.path, output_dir: .*data\.shards=\.\.\."):
+        load_config(None)
+    with pytest.raises(ConfigError, match=r"no value for model\.path: set it .*model\.path=\.\.\."):
+        load_config(write_yaml("output_dir: x\ndata: {shards: y}"))
+
+
+def test_a_yaml_file_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=rf"--config {path}: no such file"):
+            load_config(path, MANDATORY)
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        pytest.param("train: [1", id="open bracket"),
+        pytest.param("train: lr: 1", id="two colons"),
+        pytest.param("\ttrain: {}", id="tab"),
+        pytest.param("train: {lr: 1, lr: 2}", id="key twice"),
+        pytest.param("- train\n- data\n", id="list"),
+        pytest.param("train:\n", id="empty section"),
+    ],
+)
+def test_yaml_that_cannot_be_used_names_its_file(write_yaml: WriteYaml, yaml: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(write_yaml(yaml), MANDATORY)
+
+
+def test_a_reference_to_an_unknown_key_names_where_it_stands(write_yaml: WriteYaml) -> None:
+    assert load_config(write_yaml("train: {lr: '${train.min_lr_ratio}'}"), MANDATORY).train.lr == 0.1
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        load_config(write_yaml("train: {lr: '${no.such.key}'}"), MANDATORY)
+
+
+def test_yaml_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"output_dir: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(path, MANDATORY)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("train.precision=fp16", r"train\.precision='fp16': wanted one of fp32, bf16"),
+        ("train.precision=BF16", r"train\.precision='BF16'"),
+        ("tracking.mode=of", r"tracking\.mode='of': wanted one of auto, online, offline, disabled"),
+    ],
+)
+def test_choices(override: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        load_config(None, [*MANDATORY, override])
+
+
+def test_every_choice_is_accepted() -> None:
+    for precision in ("fp32", "bf16"):
+        assert load_config(None, [*MANDATORY, f"train.precision={precision}"]).train.precision == precision
+    for mode in ("auto", "online", "offline", "disabled"):
+        assert load_config(None, [*MANDATORY, f"tracking.mode={mode}"]).tracking.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [
+        ("train.epochs", 1),
+        ("train.max_steps", 1),
+        ("train.global_batch_size", 1),
+        ("train.micro_batch_size", 1),
+        ("train.lr", 0),
+        ("train.min_lr_ratio", 0),
+        ("train.warmup_fraction", 0),
+        ("train.weight_decay", 0),
+        ("train.max_grad_norm", 0),
+        ("train.log_every", 1),
+        ("train.patience", 1),
+        ("data.num_workers", 0),
+        ("data.max_bad_fraction", 0),
+        ("evaluate.every_epochs", 1),
+        ("evaluate.max_samples", 1),
+        ("evaluate.batch_size", 1),
+        ("evaluate.max_new_tokens", 1),
+        ("evaluate.num_pictures", 0),
+        ("checkpoint.every_steps", 1),
+        ("checkpoint.keep_last", 1),
+    ],
+)
+def test_bounds(key: str, least: int) -> None:
+    load_config(None, [*MANDATORY, f"{key}={least}"])
+    with pytest.raises(ConfigError, match=rf"{key}={least - 1}.*wanted at least {least}"):
+        load_config(None, [*MANDATORY, f"{key}={least - 1}"])
+
+
+@pytest.mark.parametrize("key", ["train.lr", "train.max_grad_norm", "train.warmup_fraction"])
+def test_not_a_number_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=nan"):
+        load_config(None, [*MANDATORY, f"{key}=nan"])
+
+
+def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
+    overrides = [
+        "train.lr=3e-6",
+        "train.max_steps=5",
+        "model.freeze=[model.vision.*]",
+        "tracking.name=试验",
+        "resume=false",
+    ]
+    config = load_config(None, MANDATORY + overrides)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml", ["train.lr=1"]).train.lr == 1
+
+
+def test_the_hash_is_of_the_resolved_settings(tmp_path: Path) -> None:
+    config = load_config(None, MANDATORY)
+    save_config(config, tmp_path / "config.yaml")
+    assert config_sha256(load_config(tmp_path / "config.yaml")) == config_sha256(config)
+    assert config_sha256(load_config(None, [*MANDATORY, "train.epochs=5"])) == config_sha256(config)  # the default
+    assert config_sha256(replace(config, seed=1)) != config_sha256(config)
+    assert len(config_sha256(config)) == 64
+
+
+def test_two_configs_share_nothing() -> None:
+    first, second = load_config(None, MANDATORY), load_config(None, MANDATORY)
+    first.model.freeze.append("x")
+    first.train.lr = 7
+    assert (second.model.freeze, second.train.lr) == ([], 5e-5)
