@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,21 @@ def read_lines(tracker: Tracker) -> list[dict[str, Any]]:
 
 
 def read_wandb_records(run_dir: Path) -> list[Any]:
-    """Records of a run's .wandb file: 32 KiB blocks of chunks (crc u32, length u16, type u8: 1 whole, 2-4 parts)."""
+    """Records of a finished run's .wandb file, whose end wandb's own process may write after `finish` returned."""
+    (path,) = run_dir.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        records = parse_wandb_records(path.read_bytes())
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{path}: wandb has not written its last record")
+
+
+def parse_wandb_records(content: bytes) -> list[Any]:
+    """Whole records of a .wandb file: 32 KiB blocks of chunks (crc u32, length u16, type u8: 1 whole, 2-4 parts)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = run_dir.glob("*.wandb")
-    content = path.read_bytes()
-    assert content.startswith(b":W&B")
     records, pending, position = [], b"", 7
     while position + 7 <= len(content):
         if 32768 - position % 32768 < 7:
@@ -50,7 +60,7 @@ def read_wandb_records(run_dir: Path) -> list[Any]:
         _, length, kind = struct.unpack_from("<IHB", content, position)
         pending += content[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):
+        if kind in (1, 4) and position <= len(content):
             records.append(Record.FromString(pending))
             pending = b""
     return records
