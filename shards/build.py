@@ -21,7 +21,8 @@ from tqdm import tqdm
 from cogvlm_ft.data.index import INDEX_VERSION, read_json_file
 from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.errors import DataError
-from shards.formats import READERS
+from shards.candidates import Candidate, Problem
+from shards.formats import FORMATS
 from shards.layout import SPLITS, Slice, assign_keys, plan_slices
 from shards.pack import PackSettings, is_written, rejection, shard_paths, to_json_bytes, write_atomically
 from shards.summary import summarize
@@ -48,15 +49,15 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
     _check_settings(settings)
     signature = _signature(settings)
     _prepare_folder(out, signature, overwrite)
-    annotations = READERS[settings.format](settings.annotations)
-    by_key, duplicates = assign_keys(annotations.candidates)
+    found = list(FORMATS[settings.format].read(settings.annotations, settings.images))
+    by_key, duplicates = assign_keys([part for part in found if isinstance(part, Candidate)])
     slices = plan_slices(
         by_key,
         val_fraction=settings.val_fraction,
         seed=settings.seed,
         samples_per_shard=settings.samples_per_shard,
     )
-    rejected = [rejection(problem) for problem in annotations.problems]
+    rejected = [rejection(problem) for problem in found if isinstance(problem, Problem)]
     for candidate, problem in duplicates:
         rejected.extend(rejection(each, candidate) for each in (*candidate.problems, problem))
     _write_missing_shards(slices, PackSettings(settings.images, out, settings.max_pixels), num_workers)
@@ -158,7 +159,7 @@ def _finish(
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Annotations and photos -> WebDataset shards.", allow_abbrev=False)
-    parser.add_argument("--format", choices=sorted(READERS), required=True)
+    parser.add_argument("--format", choices=sorted(FORMATS), required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder that the image paths are relative to")
     parser.add_argument("--annotations", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from cogvlm_ft.data.record import detect_language, is_finite_number
 from cogvlm_ft.grounding.targets import Box, Target, Turn
@@ -34,6 +35,9 @@ class Candidate:
     key: the user's own name for the sample, or None.
     targets: boxes are four finite numbers; whether they fit the image is not known yet.
     stated_size_px: the image size the annotation was made for, if it says so.
+    units: of the boxes: "pixels", "unit" (0..1 of width and height) or "thousandths"; all become pixels once the image
+        is open.
+    embedded_in: an annotation file that carries the image itself, used when there is no image file.
     problems: parts already lost.
     """
 
@@ -43,15 +47,9 @@ class Candidate:
     targets: tuple[Target, ...] = ()
     turns: tuple[Turn, ...] = ()
     stated_size_px: tuple[int, int] | None = None
+    units: Literal["pixels", "unit", "thousandths"] = "pixels"
+    embedded_in: Path | None = None
     problems: tuple[Problem, ...] = ()
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """The content of an annotation file; `problems` are those that belong to no candidate."""
-
-    candidates: list[Candidate]
-    problems: list[Problem]
 
 
 class Rejected(Exception):

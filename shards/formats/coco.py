@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target
 from shards.candidates import (
-    Annotations,
     Candidate,
     Problem,
     Rejected,
@@ -36,7 +36,7 @@ class _Image:
         self.problems: list[Problem] = []
 
 
-def read_coco(path: Path) -> Annotations:
+def read_coco(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """One candidate per image, one target per category. DataError if the file as a whole is something else."""
     content = _load(path)
     problems: list[Problem] = []
@@ -44,7 +44,8 @@ def read_coco(path: Path) -> Annotations:
     images = _images(content["images"], problems)
     for i, annotation in enumerate(content["annotations"]):
         _add_annotation(annotation, f"annotations[{i}]", images, names, problems)
-    return Annotations([_candidate(image) for image in images.values() if image], problems)
+    yield from problems
+    yield from (_candidate(image) for image in images.values() if image)
 
 
 def _load(path: Path) -> dict[str, Any]:

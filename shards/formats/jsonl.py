@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target, Turn
 from shards.candidates import (
-    Annotations,
     Candidate,
     Problem,
     Rejected,
@@ -24,23 +24,25 @@ from shards.candidates import (
 )
 
 
-def read_jsonl(path: Path) -> Annotations:
+def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """One candidate per line. A line that cannot be used becomes a problem; DataError if no line can."""
-    found = Annotations([], [])
+    num_candidates = 0
+    problems: list[Problem] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             source = f"{path.name}:{number}"
             try:
-                found.candidates.append(_candidate(_parse_line(line), source))
+                yield _candidate(_parse_line(line), source)
+                num_candidates += 1
             except Rejected as rejected:
-                found.problems.append(rejected.problem(source))
-    if not found.candidates:
-        first = f"; first: {found.problems[0].detail}" if found.problems else ""
+                problems.append(rejected.problem(source))
+                yield problems[-1]
+    if not num_candidates:
+        first = f"; first: {problems[0].detail}" if problems else ""
         wanted = 'wanted one JSON object with "image" and "targets" or "turns" per line'
-        raise DataError(f"{path}: none of its {len(found.problems)} lines can be used, {wanted}{first}")
-    return found
+        raise DataError(f"{path}: none of its {len(problems)} lines can be used, {wanted}{first}")
 
 
 def _parse_line(line: bytes) -> Any:
