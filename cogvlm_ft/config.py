@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cogvlm_ft.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16")
+RESIZES = ("squash", "letterbox")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -37,16 +38,40 @@ class ModelConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Training photos that never look the same twice. All off by default; good for a few hundred photos or less."""
+
+    crop: float = 0.0  # chance of showing a part of the photo, with every target whole; enlarges small targets
+    min_crop: float = 0.5  # smallest part, as a share of the photo's width and of its height
+    flip: float = 0.0  # chance of a mirrored photo; never if a text mentions a side. Writing in photos is mirrored too
+    brightness: float = 0.0  # largest change as a share, both ways: 0.2 is a factor of 0.8 to 1.2
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise
+    hue: float = 0.0  # largest turn of the colour circle, both ways, at most 0.5; never if a text mentions a colour
+
+
+@dataclass
 class DataConfig:
     """What it is trained on."""
 
-    shards: str = MISSING  # folder written by shards/build.py, or any folder of WebDataset tars
+    shards: Any = (
+        MISSING  # folder (or its http(s) address) written by shards/build.py, or any folder of WebDataset tars;
+    )
+    # or a list of them that are mixed: [{path: a, weight: 2.0}, {path: b, weight: 0.5}], weight = times per epoch
+    cache_dir: Optional[str] = None  # local folder for shards whose server gives no parts of a file
+    cache_gib: float = 100.0  # how much of them
     train_split: str = "train"
     val_split: str = "val"
-    wording: str = "box"  # built-in wording (box, description) or the path of a YAML file
+    wording: str = "box"  # built-in wording (box, description, referring, detection, region, steps, conversation,
+    # mixed) or the path of a YAML file
     max_sequence_length: int = 4096  # tokens of one image with all its turns; longer samples count as bad
     num_workers: int = 2  # loader processes per rank; 0 reads in the training process
     max_bad_fraction: float = 0.01  # unusable samples tolerated in an epoch, as a share of all
+    resize: Optional[str] = None  # squash: the photo fills the square, as CogVLM was trained | letterbox: it keeps its
+    # shape, with grey beside it | null: as the checkpoint was trained
+    jpeg_draft: bool = False  # decode large training JPEGs at 1/2, 1/4 or 1/8, never below the input size: faster, and
+    # pixels differ a little from those of evaluation
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
@@ -157,12 +182,14 @@ def _merge(base: Any, load: Any, source: str) -> Any:
 
 def _check(config: Config) -> None:
     train, data, evaluate = config.train, config.data, config.evaluate
+    _check_shares(data.augment)
     for key, value, allowed in (
         ("train.precision", train.precision, PRECISIONS),
         ("tracking.mode", config.tracking.mode, WANDB_MODES),
+        ("data.resize", data.resize, (*RESIZES, None)),
     ):
         if value not in allowed:
-            raise ConfigError(f"{key}={value!r}: wanted one of {', '.join(allowed)}")
+            raise ConfigError(f"{key}={value!r}: wanted one of {', '.join(map(str, allowed))}")
     for key, number, minimum in (
         ("train.epochs", train.epochs, 1),
         ("train.global_batch_size", train.global_batch_size, 1),
@@ -178,6 +205,7 @@ def _check(config: Config) -> None:
         ("data.max_bad_fraction", data.max_bad_fraction, 0),
         ("evaluate.num_pictures", evaluate.num_pictures, 0),
         ("data.num_workers", data.num_workers, 0),
+        ("data.cache_gib", data.cache_gib, 0),
         ("evaluate.every_epochs", evaluate.every_epochs, 1),
         ("evaluate.batch_size", evaluate.batch_size, 1),
         ("evaluate.max_samples", evaluate.max_samples, 1),
@@ -187,6 +215,13 @@ def _check(config: Config) -> None:
     ):
         if number is not None and not number >= minimum:  # not(>=) catches NaN too
             raise ConfigError(f"{key}={number}: wanted at least {minimum}")
+
+
+def _check_shares(augment: AugmentConfig) -> None:
+    for name, value in vars(augment).items():
+        low, high = {"hue": (0.0, 0.5), "min_crop": (0.05, 1.0)}.get(name, (0.0, 1.0))
+        if not low <= value <= high:
+            raise ConfigError(f"data.augment.{name}={value}: wanted {low} to {high}")
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -71,7 +71,8 @@ def make_start_model(scenes: Path, config: Config) -> None:
     import torch
 
     from cogvlm_ft.data.record import record_from_json
-    from cogvlm_ft.grounding.wording import build_turns, load_wording
+    from cogvlm_ft.grounding.turns import build_turns
+    from cogvlm_ft.grounding.wording import load_wording
     from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
     from cogvlm_ft.model.tokenizer import MODEL_FILE, train_tokenizer
 

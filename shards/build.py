@@ -1,6 +1,6 @@
 """Annotations and photos -> WebDataset shards.
 
-    python shards/build.py --format coco --images photos/ --annotations instances.json --out shards_out/
+    python shards/build.py --images photos/ --annotations instances.json --out shards_out/
 
 Can be stopped at any time: the same command goes on where it was.
 """
@@ -8,9 +8,10 @@ Can be stopped at any time: the same command goes on where it was.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
+import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,31 @@ from tqdm import tqdm
 from cogvlm_ft.data.index import INDEX_VERSION, read_json_file
 from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.errors import DataError
+from shards.absence import Absence, gather_vocabulary, is_exhaustive
 from shards.candidates import Candidate, Problem
-from shards.formats import FORMATS
-from shards.layout import SPLITS, Slice, assign_keys, plan_slices
-from shards.pack import PackSettings, is_written, rejection, shard_paths, to_json_bytes, write_atomically
+from shards.decisions import Decisions, load_decisions
+from shards.exif import EXIF_MODES, decide_exif
+from shards.formats import FORMATS, recognise_format
+from shards.layout import SPLITS, Slice
+from shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
+from shards.pack import (
+    PackSettings,
+    is_written,
+    rejection,
+    shard_paths,
+    to_json_bytes,
+    unfinished_path,
+    write_atomically,
+)
+from shards.spool import Spool
 from shards.summary import summarize
-from shards.workers import write_shards
+from shards.verify import VERIFY
+from shards.workers import warm_up, write_shards
 
 _COUNTS = ("num_samples", "num_targets", "num_boxes", "num_absent", "num_turns")
+_SPOOL = ".spool.sqlite"
+
+Parts = Iterator[Candidate | Problem]
 
 
 @dataclass(frozen=True)
@@ -42,72 +60,135 @@ class BuildSettings:
     seed: int = 0
     samples_per_shard: int = 1000
     max_pixels: int = MAX_PIXELS
+    verify: str = VERIFY[0]
+    decisions: Path | None = None
+    exif: str = EXIF_MODES[0]
+    negatives: NegativeSettings | None = None
+    max_side: int | None = None
 
 
 def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bool = False) -> str:
     """Write the shards, index.json and rejected.jsonl; returns a summary for people. Raises DataError."""
     _check_settings(settings)
     signature = _signature(settings)
-    _prepare_folder(out, signature, overwrite)
-    found = list(FORMATS[settings.format].read(settings.annotations, settings.images))
-    by_key, duplicates = assign_keys([part for part in found if isinstance(part, Candidate)])
-    slices = plan_slices(
-        by_key,
-        val_fraction=settings.val_fraction,
-        seed=settings.seed,
-        samples_per_shard=settings.samples_per_shard,
-    )
-    rejected = [rejection(problem) for problem in found if isinstance(problem, Problem)]
-    for candidate, problem in duplicates:
-        rejected.extend(rejection(each, candidate) for each in (*candidate.problems, problem))
-    _write_missing_shards(slices, PackSettings(settings.images, out, settings.max_pixels), num_workers)
-    index = _finish(out, slices, signature, rejected)
-    return summarize(index, rejected, out)
+    found = _check_folder(out, signature, overwrite)
+    warm_up(num_workers)
+    spool = Spool(out / _SPOOL, settings.seed)
+    try:
+        for part in tqdm(_parts(settings, spool), unit="", desc="annotations"):
+            spool.add(part)
+        signature["annotations_sha256"] = spool.sha256
+        exif = decide_exif(spool.candidates(), settings.images, settings.exif)
+        signature["exif"] = {"mode": settings.exif, "applied": exif.apply}
+        _begin(out, signature, found)
+        slices = spool.slices(val_fraction=settings.val_fraction, samples_per_shard=settings.samples_per_shard)
+        vocabulary, absence = _vocabulary(settings, spool)
+        spool.finish()
+        packing = PackSettings(
+            spool.path,
+            settings.images,
+            out,
+            settings.max_pixels,
+            settings.verify,
+            exif.apply,
+            settings.max_side,
+            absence,
+        )
+        _write_missing_shards(slices, packing, num_workers)
+        index, examples = _finish(out, slices, signature, spool, vocabulary, settings.negatives)
+    except sqlite3.Error as error:  # no room for it, or another build is writing there
+        raise DataError(f"{spool.path}: {error}; is there room, and does no other build write to {out}?") from None
+    finally:
+        spool.close()
+    return f"{exif.explanation}\n\n{summarize(index, examples, out)}"
+
+
+def _parts(settings: BuildSettings, spool: Spool) -> Parts:
+    """What the annotations say, one stage after another."""
+    parts = FORMATS[settings.format].read(settings.annotations, settings.images)
+    if settings.decisions:
+        parts = _decided(parts, load_decisions(settings.decisions), spool)
+    return parts
+
+
+def _decided(parts: Parts, decisions: Decisions, spool: Spool) -> Parts:
+    for part in parts:
+        if isinstance(part, Problem):
+            yield part
+            continue
+        kept, problems = decisions.apply(part)
+        yield from problems
+        if kept:
+            yield kept
+        else:
+            spool.remember(part)
+    yield from decisions.unmet()
+
+
+def _vocabulary(settings: BuildSettings, spool: Spool) -> tuple[Vocabulary | None, Absence | None]:
+    if not settings.negatives:
+        return None, None
+    return gather_vocabulary(spool, settings.negatives, is_exhaustive(settings.negatives, settings.format))
 
 
 def _check_settings(settings: BuildSettings) -> None:
     if not settings.images.is_dir():
         raise DataError(f"--images {settings.images} is no folder")
-    if not settings.annotations.is_file():
-        raise DataError(f"--annotations {settings.annotations} is no file")
+    if not settings.annotations.exists():
+        raise DataError(f"--annotations {settings.annotations}: no such file or folder")
     if not 0 <= settings.val_fraction < 1:
         raise DataError(f"--val-fraction {settings.val_fraction}, wanted 0 or more and below 1")
-    for name in ("samples_per_shard", "max_pixels"):
-        if getattr(settings, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(settings, name)}, wanted 1 or more")
+    for name in ("samples_per_shard", "max_pixels", "max_side"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}, wanted 1 or more")
+    if settings.negatives:
+        settings.negatives.check()
 
 
 def _signature(settings: BuildSettings) -> dict[str, Any]:
-    """The settings of build.json: with another one, finished shards must not be mixed with new ones."""
-    return {
-        "format": settings.format,
-        "images": str(settings.images.resolve()),
-        "annotations_sha256": hashlib.sha256(settings.annotations.read_bytes()).hexdigest(),
-        "val_fraction": settings.val_fraction,
-        "seed": settings.seed,
-        "samples_per_shard": settings.samples_per_shard,
-        "max_pixels": settings.max_pixels,
-    }
+    """The settings of build.json: with another one, finished shards must not be mixed with new ones.
+
+    Of the annotations and the decisions counts what came out, of EXIF what was decided: both are added when all is
+    read.
+    """
+    negatives = settings.negatives.signature() if settings.negatives else None
+    signature = {**vars(settings), "images": str(settings.images.resolve()), "negatives": negatives}
+    return {name: value for name, value in signature.items() if name not in ("annotations", "decisions", "exif")}
 
 
-def _prepare_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder ready for a new build or for going on with one. Raises DataError if it holds something else."""
+def _check_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The build.json of an earlier build that this one may go on with. Raises DataError if there is something else."""
     out.mkdir(parents=True, exist_ok=True)
-    marker = out / "build.json"
     if overwrite:
+        return None
+    marker = out / "build.json"
+    if marker.is_file():
+        found: dict[str, Any] = read_json_file(marker)
+        _refuse_other_settings(out, found, signature)
+        return found
+    if any(_own_files(out)):
+        raise DataError(f"{out} holds shards or an index.json, but no build.json: not our build; choose another --out")
+    return None
+
+
+def _refuse_other_settings(out: Path, found: dict[str, Any], signature: dict[str, Any]) -> None:
+    other = [name for name in signature if found.get(name) != signature[name]]
+    if other:
+        changes = "; ".join(f"{name}: {found.get(name)!r} there, {signature[name]!r} now" for name in other)
+        raise DataError(f"{out} was built with other settings ({changes}); take another --out, or add --overwrite")
+
+
+def _begin(out: Path, signature: dict[str, Any], found: dict[str, Any] | None) -> None:
+    """Go on with the earlier build, or delete all that one may have left."""
+    if found:
+        _refuse_other_settings(out, found, signature)
+    else:
         for path in _own_files(out):
             path.unlink()
-    elif marker.is_file():
-        found = read_json_file(marker)
-        other = [name for name in signature if found.get(name) != signature[name]]
-        if other:
-            changes = "; ".join(f"{name}: {found.get(name)!r} there, {signature[name]!r} now" for name in other)
-            raise DataError(f"{out} was built with other settings ({changes}); take another --out, or add --overwrite")
-    elif any(_own_files(out)):
-        raise DataError(f"{out} holds shards or an index.json, but no build.json: not our build; choose another --out")
     for path in out.glob("*.[0-9]*.tmp"):  # left by a killed build
         path.unlink(missing_ok=True)
-    write_atomically(marker, to_json_bytes(signature))
+    write_atomically(out / "build.json", to_json_bytes(signature))
 
 
 def _own_files(out: Path) -> Iterator[Path]:
@@ -121,18 +202,53 @@ def _own_files(out: Path) -> Iterator[Path]:
 
 def _write_missing_shards(slices: list[Slice], settings: PackSettings, num_workers: int) -> None:
     missing = [part for part in slices if not is_written(part, settings.out)]
-    total = sum(len(part.candidates) for part in slices)
-    done = total - sum(len(part.candidates) for part in missing)
-    with tqdm(total=total, initial=done, unit="image", desc="shards") as bar:
+    total = sum(len(part) for part in slices)
+    with tqdm(total=total, initial=total - sum(map(len, missing)), unit="image", desc="shards") as bar:
         for num_candidates in write_shards(missing, settings, num_workers):
             bar.update(num_candidates)
 
 
 def _finish(
-    out: Path, slices: list[Slice], signature: dict[str, Any], rejected: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Write rejected.jsonl and, last, index.json; `rejected` is extended by what the shards left out."""
+    out: Path,
+    slices: list[Slice],
+    signature: dict[str, Any],
+    spool: Spool,
+    vocabulary: Vocabulary | None,
+    negatives: NegativeSettings | None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Write rejected.jsonl and, last, index.json; returns the index, and for each reason of a rejection an example."""
     splits: dict[str, Any] = {split: {"shards": [], **dict.fromkeys(_COUNTS, 0)} for split in SPLITS}
+    reasons: Counter[str] = Counter()
+    num_added: Counter[str] = Counter()
+    examples: dict[str, dict[str, Any]] = {}
+    unfinished = unfinished_path(out / "rejected.jsonl")
+    with unfinished.open("wb") as file:
+        for row in _rejected(out, slices, spool, splits, num_added):
+            file.write(to_json_bytes(row) + b"\n")
+            reasons[row["reason"]] += 1
+            examples.setdefault(row["reason"], row)
+    unfinished.replace(out / "rejected.jsonl")
+    if not any(split["num_samples"] for split in splits.values()):
+        first = next((f"; first: {row['reason']}: {row['detail']}" for row in examples.values()), "")
+        raise DataError(f"no sample is left, see {out / 'rejected.jsonl'}{first}")
+    index = {
+        "version": INDEX_VERSION,
+        "splits": splits,
+        "rejected": dict(sorted(reasons.items())),
+        "build": {name: value for name, value in signature.items() if name != "images"},
+    }
+    if vocabulary and negatives:
+        index["negatives"] = negatives_report(vocabulary, negatives, num_added)
+    write_atomically(out / "index.json", to_json_bytes(index))
+    return index, examples
+
+
+def _rejected(
+    out: Path, slices: list[Slice], spool: Spool, splits: dict[str, Any], num_added: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """The lines of rejected.jsonl; on the way, every shard is counted in its split, and its absent targets by kind."""
+    for problem, image in spool.problems():
+        yield rejection(problem, image)
     for part in slices:
         tar_path, offsets_path = shard_paths(part.name, out)
         content = read_json_file(offsets_path)
@@ -141,52 +257,67 @@ def _finish(
         split["shards"].append({"path": tar_path.name, **shard})
         for name in _COUNTS:
             split[name] += content[name]
-        rejected.extend(content["rejected"])
-    write_atomically(out / "rejected.jsonl", b"".join(to_json_bytes(row) + b"\n" for row in rejected))
-    if not any(split["num_samples"] for split in splits.values()):
-        first = f"; first: {rejected[0]['reason']}: {rejected[0]['detail']}" if rejected else ""
-        raise DataError(f"no sample is left, see {out / 'rejected.jsonl'}{first}")
-    reasons = sorted(row["reason"] for row in rejected)
-    index = {
-        "version": INDEX_VERSION,
-        "splits": splits,
-        "rejected": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
-        "build": {name: value for name, value in signature.items() if name != "images"},
-    }
-    write_atomically(out / "index.json", to_json_bytes(index))
-    return index
+        num_added.update(content.get("negatives", {}))
+        yield from content["rejected"]
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Annotations and photos -> WebDataset shards.", allow_abbrev=False)
-    parser.add_argument("--format", choices=sorted(FORMATS), required=True)
-    parser.add_argument("--images", type=Path, required=True, help="folder that the image paths are relative to")
-    parser.add_argument("--annotations", type=Path, required=True)
+    parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
+    parser.add_argument("--annotations", type=Path, required=True, help="file or folder, as the format has it")
+    parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--decisions", type=Path, help="what to drop and to edit, as cogvlm-review-shards writes it")
     parser.add_argument("--val-fraction", type=float, default=BuildSettings.val_fraction, help="share of the images")
     parser.add_argument("--seed", type=int, default=BuildSettings.seed)
     parser.add_argument("--samples-per-shard", type=int, default=BuildSettings.samples_per_shard)
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
+    parser.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default=BuildSettings.verify,
+        help="how images are checked: structure finds files that are cut off, and is fast; decode finds more",
+    )
+    parser.add_argument("--exif", choices=EXIF_MODES, default=BuildSettings.exif, help="turn photos upright, if needed")
+    parser.add_argument("--max-side", type=int, help="larger images are made smaller and stored as JPEG, px")
+    parser.add_argument("--negatives", type=float, default=0.0, help="share of absent targets among all, such as 0.2")
+    parser.add_argument("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="what they are made from")
+    parser.add_argument("--synonyms", type=Path, help="YAML file of words that mean the same, for absent targets")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="does not change the result")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier build wrote to --out")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; exit code 1 with one line on stderr for a mistake of the user."""
-    args = _parse_args(argv)
-    settings = BuildSettings(
-        format=args.format,
-        images=args.images,
-        annotations=args.annotations,
+def _settings(args: argparse.Namespace) -> BuildSettings:
+    """Says what was seen if the format is to be found out."""
+    annotations, name = args.annotations, args.format
+    if name == "auto":
+        name, seen = recognise_format(annotations)
+        print(f"{annotations}: {seen}, read as --format {name}", flush=True)
+    kinds = dict.fromkeys(args.negative_kinds, 1.0)
+    negatives = NegativeSettings(args.negatives, kinds, args.synonyms, args.seed) if args.negatives else None
+    return BuildSettings(
+        format=name,
+        images=args.images or (annotations if annotations.is_dir() else annotations.parent),
+        annotations=annotations,
         val_fraction=args.val_fraction,
         seed=args.seed,
         samples_per_shard=args.samples_per_shard,
         max_pixels=args.max_pixels,
+        verify=args.verify,
+        decisions=args.decisions,
+        exif=args.exif,
+        negatives=negatives,
+        max_side=args.max_side,
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; exit code 1 with one line on stderr for a mistake of the user."""
+    args = _parse_args(argv)
     try:
-        print(build(settings, args.out, num_workers=args.workers, overwrite=args.overwrite))
-    except DataError as error:
+        print(build(_settings(args), args.out, num_workers=args.workers, overwrite=args.overwrite))
+    except (DataError, OSError) as error:  # OSError: no room, no permission
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,14 @@ from typing import Any, Literal
 
 from cogvlm_ft.data.record import detect_language, is_finite_number
 from cogvlm_ft.grounding.targets import Box, Target, Turn
+
+Units = Literal["pixels", "unit", "thousandths"]
+
+_MAX_SHOWN = 80
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel = 4
+_SHOWN.maxlist = _SHOWN.maxdict = 10
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = _MAX_SHOWN
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Candidate:
     targets: tuple[Target, ...] = ()
     turns: tuple[Turn, ...] = ()
     stated_size_px: tuple[int, int] | None = None
-    units: Literal["pixels", "unit", "thousandths"] = "pixels"
+    units: Units = "pixels"
     embedded_in: Path | None = None
     problems: tuple[Problem, ...] = ()
 
@@ -69,7 +78,12 @@ class Rejected(Exception):
 def want(ok: bool, level: str, field: str, value: object, wanted: str) -> None:
     """Raises Rejected (reason bad_field) unless `ok`."""
     if not ok:
-        raise Rejected(level, "bad_field", f"{field} is {value!r:.80}, wanted {wanted}")
+        raise Rejected(level, "bad_field", f"{field} is {shown(value)}, wanted {wanted}")
+
+
+def shown(value: object) -> str:
+    """For messages: short, and without going to the end of what is deep or long."""
+    return _SHOWN.repr(value)[:_MAX_SHOWN]
 
 
 def check_text(value: Any, level: str) -> None:
@@ -82,35 +96,53 @@ def check_text(value: Any, level: str) -> None:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            yield name
-            yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            parts += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            parts += part
 
 
 def image_path(value: Any, field: str) -> str:
-    """The normalised path; raises Rejected if it is none."""
+    """The normalised path, also of one written on Windows; raises Rejected if it is none."""
     want(isinstance(value, str) and bool(value.strip()), "sample", field, value, "the path of an image")
-    return posixpath.normpath(value)
+    return posixpath.normpath(value.replace("\\", "/"))
 
 
 def four_numbers(box: Any, meaning: str) -> Box:
     """The coordinates as floats; raises Rejected if they are not four finite numbers."""
     want(isinstance(box, list), "box", "the box", box, f"a list {meaning}")
     if len(box) != 4:
-        raise Rejected("box", "wrong_number_of_coordinates", f"{box!r:.80} has {len(box)}, wanted {meaning}")
+        raise Rejected("box", "wrong_number_of_coordinates", f"{shown(box)} has {len(box)}, wanted {meaning}")
     for number in box:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise Rejected("box", "not_numeric", f"{number!r:.80} in {box!r:.80} is no number")
+            raise Rejected("box", "not_numeric", f"{shown(number)} in {shown(box)} is no number")
         if not is_finite_number(number):
-            raise Rejected("box", "not_finite", f"{number!r:.80} in {box!r:.80} is not finite")
+            raise Rejected("box", "not_finite", f"{shown(number)} in {shown(box)} is not finite")
     a, b, c, d = (float(number) for number in box)
     return a, b, c, d
+
+
+def number(text: str | None, field: str) -> float:
+    """Of a text; raises Rejected if it is none. Whether it is finite is for `four_numbers` to say."""
+    try:
+        return float(text or "")
+    except ValueError:
+        raise Rejected("box", "not_numeric", f"{field} is {shown(text)}, wanted a number") from None
+
+
+def box_in_pixels(box: Box, units: Units, image_size_px: tuple[int, int]) -> Box:
+    """The box of a candidate whose `units` these are."""
+    if units == "pixels":
+        return box
+    whole = 1 if units == "unit" else 1000
+    width, height = image_size_px
+    x0, y0, x1, y1 = box
+    return x0 * width / whole, y0 * height / whole, x1 * width / whole, y1 * height / whole
 
 
 def make_target(
@@ -128,3 +160,14 @@ def make_target(
     if num_boxes_found and not boxes:
         raise Rejected("target", "no_boxes_left", f"{phrase!r} lost all its boxes ({num_boxes_found})")
     return Target(phrase, language or detect_language(phrase), tuple(boxes), description)
+
+
+def make_targets(boxes_of: dict[str, list[Box | None]], source: str, problems: list[Problem]) -> tuple[Target, ...]:
+    """One target per phrase; those that cannot be used become problems. None is a box that is lost already."""
+    targets = []
+    for phrase, boxes in boxes_of.items():
+        try:
+            targets.append(make_target(phrase, [box for box in boxes if box], num_boxes_found=len(boxes)))
+        except Rejected as rejected:
+            problems.append(rejected.problem(source))
+    return tuple(targets)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from cogvlm_ft.data.reader import decode_image
+from cogvlm_ft.data.reader import read_orientation, upright_size
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box
-from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
+from cogvlm_ft.data.tars import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES
 from cogvlm_ft.grounding.targets import Box, Target
-from shards.candidates import Candidate, Problem, Rejected, make_target
+from shards.candidates import Candidate, Problem, Rejected, Units, box_in_pixels, make_target
+from shards.files import read_embedded, read_inside
+from shards.verify import VERIFY, verified_size
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,48 @@ class CheckedSample:
 
 
 def check_candidate(
-    candidate: Candidate, key: str, images: Path, max_pixels: int
+    candidate: Candidate,
+    key: str,
+    images: Path,
+    max_pixels: int,
+    verify: str = VERIFY[0],
+    *,
+    apply_exif: bool = False,
 ) -> tuple[CheckedSample | None, list[Problem]]:
-    """The sample without its bad parts (None if nothing is left), and every problem it has, also the reader's."""
+    """The sample without its bad parts (None if nothing is left), and every problem it has, also the reader's.
+
+    apply_exif: the boxes are drawn on the photo as its EXIF orientation turns it.
+    """
     problems = list(candidate.problems)
     try:
         if not candidate.targets and not candidate.turns:
             raise _nothing_left(candidate, problems)
-        ext = _extension(candidate.image)
-        data = _read_image(images, candidate.image)
-        image_size_px = _decoded_size(data, key, max_pixels)
-        _check_stated_size(candidate, image_size_px)
-        targets = [_fit_target(target, candidate.source, image_size_px, problems) for target in candidate.targets]
+        ext, data = read_image(candidate, images)
+        stored_px = _size(data, key, max_pixels, verify)
+        orientation = read_orientation(data) if apply_exif else 1
+        image_size_px = upright_size(stored_px, orientation)
+        _check_stated_size(candidate, image_size_px, stored_px)
+        targets = [
+            _fit_target(target, candidate.units, candidate.source, image_size_px, problems)
+            for target in candidate.targets
+        ]
         kept = tuple(target for target in targets if target)
         if not kept and not candidate.turns:
             raise _nothing_left(candidate, problems)
     except Rejected as rejected:
         return None, [*problems, rejected.problem(candidate.source)]
-    record = Record(key, image_size_px, candidate.source, kept, candidate.turns)
+    record = Record(key, image_size_px, candidate.source, kept, candidate.turns, upright=orientation != 1)
     return CheckedSample(record, ext, data), problems
+
+
+def read_image(candidate: Candidate, images: Path) -> tuple[str, bytes]:
+    """(extension, bytes) of the image file, or of the image inside the annotation. Raises Rejected."""
+    try:
+        return _extension(candidate.image), read_inside(images, candidate.image, "image", MAX_MEMBER_BYTES)
+    except Rejected as rejected:
+        if candidate.embedded_in is None or rejected.reason not in ("missing_image", "unsupported_extension"):
+            raise
+        return read_embedded(candidate.embedded_in)
 
 
 def _nothing_left(candidate: Candidate, problems: list[Problem]) -> Rejected:
@@ -58,35 +82,27 @@ def _extension(image: str) -> str:
     return ext
 
 
-def _read_image(images: Path, image: str) -> bytes:
+def _size(data: bytes, key: str, max_pixels: int, verify: str) -> tuple[int, int]:
     try:
-        root, path = os.path.realpath(images), os.path.realpath(images / image)
-        if os.path.commonpath([root, path]) != root:
-            raise Rejected("sample", "path_outside_images", f"{image!r:.200} leads out of {images}")
-        return Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise Rejected("sample", "missing_image", f"no file {image!r:.200} in {images}") from None
-    except (OSError, ValueError) as error:  # no permission, a circle of links; ValueError: a NUL in the name
-        raise Rejected("sample", "unreadable_image", f"{image!r:.200}: {error}") from None
-
-
-def _decoded_size(data: bytes, key: str, max_pixels: int) -> tuple[int, int]:
-    try:
-        return decode_image(data, key, max_pixels).size
+        return verified_size(data, key, max_pixels, verify)
     except BadSampleError as error:
         raise Rejected("sample", error.reason, error.detail) from None
 
 
-def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int]) -> None:
-    """Boxes made for another size (a resized or EXIF-rotated copy) would point somewhere else."""
-    if candidate.stated_size_px not in (None, image_size_px):
+def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int], stored_px: tuple[int, int]) -> None:
+    """Boxes made for another size (a resized copy) would point somewhere else; some tools state the size as stored
+    though they show the photo upright."""
+    if candidate.stated_size_px not in (None, image_size_px, stored_px):
         detail = f"the annotation is for {candidate.stated_size_px}, {candidate.image} has {image_size_px} pixels"
         raise Rejected("sample", "size_mismatch", detail)
 
 
-def _fit_target(target: Target, source: str, image_size_px: tuple[int, int], problems: list[Problem]) -> Target | None:
+def _fit_target(
+    target: Target, units: Units, source: str, image_size_px: tuple[int, int], problems: list[Problem]
+) -> Target | None:
     boxes: list[Box] = []
-    for box in target.boxes_xyxy:
+    for found in target.boxes_xyxy:
+        box = box_in_pixels(found, units, image_size_px)
         defect = box_defect(box, image_size_px)
         if defect:
             detail = f"box {list(box)} (x0, y0, x1, y1) of {target.phrase!r} in an image of {image_size_px}"

@@ -5,36 +5,78 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from cogvlm_ft.data.record import Record, record_to_json
-from cogvlm_ft.data.tars import scan_tar
-from shards.candidates import Candidate, Problem
+from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
+from shards.absence import Absence, with_absent
+from shards.candidates import Problem
 from shards.checks import CheckedSample, check_candidate
 from shards.layout import Slice
+from shards.shrink import shrink_sample
+from shards.spool import Spooled, read_slice
+from shards.verify import VERIFY
+
+_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 
 @dataclass(frozen=True)
 class PackSettings:
     """What a worker needs besides its slice."""
 
+    spool: Path
     images: Path
     out: Path
     max_pixels: int
+    verify: str = VERIFY[0]
+    apply_exif: bool = False
+    max_side: int | None = None
+    absence: Absence | None = None
 
 
 def write_shard(part: Slice, settings: PackSettings) -> int:
     """Check the candidates and write the good ones; the number of candidates. Same slice, same bytes."""
     tar_path, offsets_path = shard_paths(part.name, settings.out)
     unfinished = unfinished_path(tar_path)
+    records: list[Record] = []
     rejected: list[dict[str, Any]] = []
-    records = _write_tar(part, settings, unfinished, rejected)
-    content = _describe(unfinished, records, rejected)
+    num_added: Counter[str] = Counter()
+    with unfinished.open("wb") as file:
+        tar = _Tar(file)
+        for spooled in read_slice(settings.spool, part, with_others=settings.absence is not None):
+            sample, problems = prepare_sample(spooled, settings, num_added)
+            rejected.extend(rejection(problem, spooled.candidate.image, spooled.key) for problem in problems)
+            if sample:
+                tar.add_sample(sample)
+                records.append(sample.record)
+        tar.finish()
     unfinished.replace(tar_path)
+    content = {**tar.identity(), **_counts(records), "samples": tar.samples, "rejected": rejected}
+    if settings.absence:
+        content["negatives"] = dict(sorted(num_added.items()))
     write_atomically(offsets_path, to_json_bytes(content))
-    return len(part.candidates)
+    return len(part)
+
+
+def prepare_sample(
+    spooled: Spooled, settings: PackSettings, num_added: Counter[str]
+) -> tuple[CheckedSample | None, list[Problem]]:
+    """From what the annotation says to what the shard gets, one stage after another. num_added: absent targets."""
+    candidate, key = spooled.candidate, spooled.key
+    sample, problems = check_candidate(
+        candidate, key, settings.images, settings.max_pixels, settings.verify, apply_exif=settings.apply_exif
+    )
+    if sample and settings.absence:
+        sample = with_absent(sample, spooled, settings.spool, settings.absence, num_added)
+    if sample and settings.max_side:
+        try:
+            sample = shrink_sample(sample, settings.max_side)
+        except BadSampleError as error:  # its structure was good, but it cannot be decoded
+            return None, [*problems, Problem("sample", error.reason, error.detail, candidate.source)]
+    return sample, problems
 
 
 def shard_paths(name: str, out: Path) -> tuple[Path, Path]:
@@ -51,12 +93,12 @@ def is_written(part: Slice, out: Path) -> bool:
         return False
 
 
-def rejection(problem: Problem, candidate: Candidate | None = None, key: str | None = None) -> dict[str, Any]:
+def rejection(problem: Problem, image: str | None = None, key: str | None = None) -> dict[str, Any]:
     """A line of rejected.jsonl."""
     return {
         "level": problem.level,
         "reason": problem.reason,
-        "image": candidate.image if candidate else None,
+        "image": image,
         "key": key,
         "source": problem.source,
         "detail": problem.detail,
@@ -80,51 +122,77 @@ def write_atomically(path: Path, data: bytes) -> None:
     unfinished.replace(path)
 
 
-def _write_tar(part: Slice, settings: PackSettings, path: Path, rejected: list[dict[str, Any]]) -> list[Record]:
-    # Imported here because webdataset imports torch if there is one: seconds that only a writer needs to spend.
-    from webdataset.writer import TarWriter
+class _Tar:
+    """A plain WebDataset tar: per sample its image and its record, the same bytes on every machine.
 
-    records = []
-    fixed = {"mtime": 0, "user": "shards", "group": "shards", "mode": 0o444}  # the same bytes on every machine
-    with path.open("wb") as file, TarWriter(file, encoder=False, **fixed) as tar:
-        for key, candidate in part.candidates:
-            sample, problems = check_candidate(candidate, key, settings.images, settings.max_pixels)
-            rejected.extend(rejection(problem, candidate, key) for problem in problems)
-            if sample:
-                tar.write(_members(sample))
-                records.append(sample.record)
-    return records
+    samples: what the offsets file says about each.
+
+    Written here and not by webdataset's TarWriter, because that needs torch (seconds) and does not tell the offsets.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = 0
+        self._sha256 = hashlib.sha256()
+        self.samples: list[dict[str, Any]] = []
+
+    def add_sample(self, sample: CheckedSample) -> None:
+        """Members in alphabetical order, as WebDataset writes them."""
+        key = sample.record.key
+        data = {sample.ext: sample.image, "json": record_to_json(sample.record)}
+        places = {ext: self._add_member(f"{key}.{ext}", data[ext]) for ext in sorted(data)}
+        self.samples.append({"key": key, "ext": sample.ext, "image": places[sample.ext], "json": places["json"]})
+
+    def finish(self) -> None:
+        """Two empty blocks, then zeros up to a whole record."""
+        end = self._size + 2 * _BLOCK
+        self._write(bytes(-(-end // _RECORD) * _RECORD - self._size))
+
+    def identity(self) -> dict[str, Any]:
+        """Of the finished file."""
+        return {"sha256": self._sha256.hexdigest(), "size": self._size}
+
+    def _add_member(self, name: str, data: bytes) -> list[int]:
+        """[offset, size] of the data."""
+        self._write(_header(name, len(data)))
+        offset = self._size
+        self._write(data)
+        self._write(bytes(-len(data) % _BLOCK))
+        return [offset, len(data)]
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._size += len(data)
 
 
-def _members(sample: CheckedSample) -> dict[str, Any]:
-    return {"__key__": sample.record.key, sample.ext: sample.image, "json": record_to_json(sample.record)}
+def _header(name: str, size: int) -> bytes:
+    """The blocks before the data of a member."""
+    if name.isascii() and size < 8**11:  # as tarfile does it, ten times faster
+        start = b"%s%07o\0%s%011o\0" % (name.encode().ljust(100, b"\0"), 0o444, b"0000000\0" * 2, size)
+        block = bytearray(_HEADER_OF_NOTHING)
+        block[: len(start)] = start
+        block[148:156] = b"        "  # the place of the checksum counts as blanks
+        block[148:156] = b"%06o\0 " % sum(block)
+        return bytes(block)
+    return _slow_header(name, size)
 
 
-def _describe(tar_path: Path, records: list[Record], rejected: list[dict[str, Any]]) -> dict[str, Any]:
-    """The content of the offsets file; the offsets are found by reading the tar back."""
-    entries, losses = scan_tar(tar_path)
-    assert [entry.key for entry in entries] == [record.key for record in records] and not losses
+def _slow_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime, info.uname, info.gname = size, 0o444, 0, "shards", "shards"
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+_HEADER_OF_NOTHING = _slow_header("", 0)
+
+
+def _counts(records: list[Record]) -> dict[str, int]:
     targets = [target for record in records for target in record.targets]
-    with tar_path.open("rb") as file:
-        sha256 = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
     return {
-        "sha256": sha256.hexdigest(),
-        "size": tar_path.stat().st_size,
         "num_samples": len(records),
         "num_targets": len(targets),
         "num_boxes": sum(len(target.boxes_xyxy) for target in targets),
         "num_absent": sum(not target.boxes_xyxy for target in targets),
         "num_turns": sum(len(record.turns) for record in records),
-        "samples": [
-            {
-                "key": entry.key,
-                "ext": entry.ext,
-                "image": [entry.image_offset, entry.image_size],
-                "json": [entry.json_offset, entry.json_size],
-            }
-            for entry in entries
-        ],
-        "rejected": rejected,
     }

@@ -7,10 +7,23 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
+from cogvlm_ft.errors import DataError
 from shards.layout import Slice
 from shards.pack import PackSettings, write_shard
+
+
+def warm_up(num_workers: int) -> None:
+    """Start the process that workers are forked from: it imports what they need while the annotations are read.
+
+    Of its own, so that workers inherit no threads and no locks.
+    """
+    if num_workers > 1:
+        multiprocessing.set_forkserver_preload(["shards.pack"])
+        forkserver.ensure_running()
 
 
 def write_shards(slices: list[Slice], settings: PackSettings, num_workers: int) -> Iterator[int]:
@@ -20,13 +33,13 @@ def write_shards(slices: list[Slice], settings: PackSettings, num_workers: int) 
         for part in slices:
             yield write_shard(part, settings)
         return
-    # forkserver: no inherited threads or locks, and webdataset is imported once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["webdataset", "shards.pack"])
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(write_shard, part, settings) for part in slices]):
                 yield done.result()
+        except BrokenProcessPool:
+            raise DataError("a worker was killed, perhaps for memory: run it again with fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -26,21 +26,29 @@ class Sequences:
     block_ids: Tensor
 
 
-def encode_prompt(prompt: str, tokenizer: Encoder, template_version: str) -> list[int]:
-    """Ids between the image and the answer; DataError if there are none: the last one predicts the answer's first."""
-    ids = tokenizer.encode(render_prompt(prompt, template_version))
+def encode_prompt(
+    prompt: str, tokenizer: Encoder, template_version: str, history: Sequence[tuple[str, str]] = ()
+) -> list[int]:
+    """Ids between the image and the answer; DataError if there are none: the last one predicts the answer's first.
+
+    history: earlier (prompt, answer) pairs; the template "base" leaves them out, as the reference does.
+    """
+    ids = tokenizer.encode(render_prompt(prompt, template_version, history))
     if not ids:
         raise DataError("a turn has an empty prompt")
     return ids
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Encoder, config: CogVLMConfig) -> Sequences:
-    """`[bos boi patches eoi | prompt answer eos | prompt answer eos | ...]`; prompt and answer are encoded apart."""
+    """`[bos boi patches eoi | prompt answer eos | prompt answer eos | ...]`; prompt and answer are encoded apart.
+
+    The history of a turn is part of its prompt, unlabelled: no turn sees another one's block.
+    """
     ids = [tokenizer.bos_token_id] + [config.pad_token_id or 0] * (config.num_patches + 2)
     labels = [IGNORE_INDEX] * len(ids)
     lengths = []
     for turn in turns:
-        prompt = encode_prompt(turn.prompt, tokenizer, config.template_version)
+        prompt = encode_prompt(turn.prompt, tokenizer, config.template_version, turn.history)
         answer = [*tokenizer.encode(turn.answer), tokenizer.eos_token_id]
         ids += prompt + answer
         labels += [IGNORE_INDEX] * len(prompt) + answer

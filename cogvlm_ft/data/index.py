@@ -1,4 +1,4 @@
-"""Where every sample of a shard set lies on disk, so that any of them can be read directly."""
+"""Where every sample of a shard set lies, on disk or on a server, so that any of them can be read directly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cogvlm_ft.data.tars import Entry, Loss, scan_tar
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.data.remote import Cache, RemoteShard, check_url, fetch_json, gives_ranges, is_url, shown
+from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, Entry, Loss, scan_tar
+from cogvlm_ft.errors import ConfigError, DataError
 
 INDEX_VERSION = 1
 
@@ -24,18 +26,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """One split of a shard set. The arrays have one element per sample, in the order of the shards.
+    """One split of one shard set or of several. The arrays have one element per sample, in the order of the shards.
 
-    keys, exts: bytes; `key(i)` gives text.
+    keys, exts: bytes; `key(i)` gives text. With several sources a key starts with the name of its source.
     shard_number: which of `shard_paths`.
     image_offset, image_size, json_offset, json_size: of the data bytes in that tar.
+    source_sizes, source_weights: how many samples come from each source, one after another, and how often they are
+        drawn per epoch.
     losses: what a scan of the tars could not use; empty if the offsets files were used.
-    data_sha256: identifies the data of the split.
+    data_sha256: identifies the data of the split, and the weights.
     """
 
-    folder: Path
     split: str
-    shard_paths: tuple[Path, ...]
+    shard_paths: tuple[Path | RemoteShard, ...]
     keys: NDArray[np.bytes_]
     exts: NDArray[np.bytes_]
     shard_number: NDArray[np.int32]
@@ -43,6 +46,8 @@ class ShardIndex:
     image_size: NDArray[np.int64]
     json_offset: NDArray[np.int64]
     json_size: NDArray[np.int64]
+    source_sizes: tuple[int, ...]
+    source_weights: tuple[float, ...]
     losses: tuple[Loss, ...]
     data_sha256: str
 
@@ -55,30 +60,61 @@ class ShardIndex:
 
 
 class _Shard(NamedTuple):
-    entries: list[Entry]
+    """places: int64[samples, 4], the numbers of an Entry."""
+
+    path: Path | RemoteShard
+    keys: NDArray[np.bytes_]
+    exts: NDArray[np.bytes_]
+    places: NDArray[np.int64]
     losses: list[Loss]
     identity: str
 
 
-def load_index(folder: str | Path, split: str) -> ShardIndex:
+@dataclass(frozen=True)
+class ShardSource:
+    """One of the shard sets of a run. weight: how often each of its samples is drawn per epoch."""
+
+    path: str
+    weight: float = 1.0
+
+
+def shard_sources(shards: object) -> list[ShardSource]:
+    """The entries of data.shards. Raises ConfigError if it is something else."""
+    entries = shards if isinstance(shards, list) else [shards]
+    sources = []
+    for entry in entries:
+        fields = entry if isinstance(entry, dict) else {"path": entry}
+        path, weight = fields.get("path"), fields.get("weight", 1.0)
+        good = isinstance(path, (str, Path)) and str(path) and set(fields) <= {"path", "weight"}
+        if not good or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1e6:
+            wanted = "a folder, or a list of folders or {path: folder, weight: a number above 0}"
+            raise ConfigError(f"data.shards has {entry!r:.200}, wanted {wanted}")
+        sources.append(ShardSource(str(path), float(weight)))
+    if not sources:
+        raise ConfigError("data.shards is an empty list, wanted at least one folder")
+    return sources
+
+
+def load_index(
+    shards: object, split: str, *, cache_dir: str | Path | None = None, cache_gib: float = 100.0
+) -> ShardIndex:
     """Describe the tars of a split: from index.json and the offsets files if they are there, else by scanning.
 
+    shards: as data.shards: a folder, the address of one, or a list of these with weights.
+    cache_dir, cache_gib: where whole shards are kept if their server gives no parts of them, and how much of them.
     Raises DataError if there is nothing to read, or if the tars cannot be read in place.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; wanted one with WebDataset shards, as shards/build.py writes them")
-    paths = _paths_by_index(folder, split)
-    if paths is None:
-        paths = _paths_by_name(folder, split)
-    shards = [_load_shard(path) for path in paths]
-    index = _join(folder, split, paths, shards)
+    sources = shard_sources(shards)
+    cache = Cache(Path(cache_dir), int(cache_gib * 2**30)) if cache_dir else None
+    found = [_load_source(source.path, split, cache) for source in sources]
+    index = _join(split, [source.path for source in sources], [source.weight for source in sources], found)
     if index.losses:
         counts = dict(Counter(loss.reason for loss in index.losses))
-        _log.warning("%s, split %s: not usable: %s; first: %s", folder, split, counts, index.losses[0])
+        _log.warning("split %s: not usable: %s; first: %s", split, counts, index.losses[0])
     if not len(index):
         hint = f"lost while scanning: {index.losses[:3]}" if index.losses else "build with another --val-fraction"
-        raise DataError(f"{folder}: split {split!r} has no samples in its {len(paths)} shards; {hint}")
+        where = ", ".join(shown(source.path) for source in sources)
+        raise DataError(f"{where}: split {split!r} has no samples in its {len(index.shard_paths)} shards; {hint}")
     return index
 
 
@@ -88,6 +124,43 @@ def read_json_file(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no valid JSON: {error}; build the shards again with --overwrite") from None
+
+
+def _load_source(path: str, split: str, cache: Cache | None) -> list[_Shard]:
+    if is_url(path):
+        return _load_remote(path.rstrip("/") + "/", split, cache)
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; wanted one with WebDataset shards, as shards/build.py writes them")
+    paths = _paths_by_index(folder, split)
+    if paths is None:
+        paths = _paths_by_name(folder, split)
+    return [_load_shard(path) for path in paths]
+
+
+def _load_remote(folder: str, split: str, cache: Cache | None) -> list[_Shard]:
+    """Of the shards that index.json there names; the offsets files beside them are needed too."""
+    check_url(folder)
+    rows = _shards_of(fetch_json(f"{folder}index.json"), f"{shown(folder)}index.json", split)
+    if not rows or gives_ranges(folder + rows[0][0], rows[0][1]):
+        cache = None
+    elif cache is None:
+        raise DataError(f"{shown(folder)}: this server gives no parts of a file: set data.cache_dir to a local folder")
+    else:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        cache.check_room(sum(size for _, size, sha256 in rows if not (cache.folder / f"{sha256}.tar").exists()))
+
+    def load(row: tuple[str, int, str]) -> _Shard:
+        name, size, sha256 = row
+        url = f"{folder}{Path(name).with_suffix('.json')}"
+        shard = RemoteShard(folder + name, size, sha256, cache)
+        try:
+            return _shard_of_offsets(fetch_json(url), shard, size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{shown(url)} does not fit {name} ({error}); put the whole build there again") from None
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(load, rows))
 
 
 def _paths_by_index(folder: Path, split: str) -> list[Path] | None:
@@ -101,15 +174,31 @@ def _paths_by_index(folder: Path, split: str) -> list[Path] | None:
     if not isinstance(content, dict) or "splits" not in content:
         _log.info("%s was not written by shards/build.py; scanning the tars instead", path)
         return None
-    if content.get("version") != INDEX_VERSION:
-        raise DataError(f"{path}: version {content.get('version')!r}, wanted {INDEX_VERSION}; build the shards again")
-    if split not in content["splits"]:
-        raise DataError(f"{path}: no split {split!r}, found {sorted(content['splits'])}")
-    paths = [folder / Path(shard["path"]).name for shard in content["splits"][split]["shards"]]
+    paths = [folder / name for name, _, _ in _shards_of(content, str(path), split)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{folder}: index.json names {len(missing)} shards that are not there, such as {missing[0]}")
     return paths
+
+
+def _shards_of(content: Any, source: str, split: str) -> list[tuple[str, int, str]]:
+    """(file name, size, sha256) of each shard of a split; DataError if this is no index.json of ours."""
+    try:
+        if content["version"] != INDEX_VERSION:
+            found = f"version {content['version']!r:.80}, wanted {INDEX_VERSION}"
+            raise DataError(f"{source}: {found}; build the shards again")
+        if split not in content["splits"]:
+            raise DataError(f"{source}: no split {split!r}, found {sorted(content['splits'])}")
+        rows = [(row["path"], row["size"], row["sha256"]) for row in content["splits"][split]["shards"]]
+        good = all(
+            re.fullmatch(r"[\w-]+\.tar", name) and type(size) is int and re.fullmatch("[0-9a-f]{64}", sha256)
+            for name, size, sha256 in rows
+        )
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise DataError(f"{source} is damaged: wanted the path, size and sha256 of every shard; build the shards again")
+    return rows
 
 
 def _paths_by_name(folder: Path, split: str) -> list[Path]:
@@ -128,40 +217,87 @@ def _load_shard(path: Path) -> _Shard:
     offsets_path = path.with_suffix(".json")
     if offsets_path.is_file():
         try:
-            return _shard_of_offsets(json.loads(offsets_path.read_bytes()), size)
+            return _shard_of_offsets(json.loads(offsets_path.read_bytes()), path, size)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("%s does not fit %s (%s); scanning the tar instead", offsets_path.name, path, error)
     entries, losses = scan_tar(path)
     layout = hashlib.sha256(repr(entries).encode("utf-8", "backslashreplace")).hexdigest()
-    return _Shard(entries, losses, f"{size}:{layout}")
+    return _shard_of_entries(path, entries, losses, f"{size}:{layout}")
 
 
-def _shard_of_offsets(content: Any, size: int) -> _Shard:
+def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Shard:
     """Raises ValueError, KeyError or TypeError if this does not describe a tar of that size."""
     if content["size"] != size:
         raise ValueError(f"made for {content['size']} bytes, the tar has {size}")
+    sha256 = str(content["sha256"])
+    if isinstance(path, RemoteShard) and sha256 != path.sha256:
+        raise ValueError(f"made for sha256 {sha256:.64}, index.json says {path.sha256}")
     entries = [Entry(row["key"], row["ext"], *row["image"], *row["json"]) for row in content["samples"]]
     for entry in entries:
         if min(entry[2:]) < 0 or max(entry.image_offset + entry.image_size, entry.json_offset + entry.json_size) > size:
             raise ValueError(f"sample {entry.key!r} lies outside the tar")
-    return _Shard(entries, [], str(content["sha256"]))
+        if max(entry.image_size, entry.json_size) > MAX_MEMBER_BYTES:
+            raise ValueError(f"sample {entry.key!r} is larger than {MAX_MEMBER_BYTES} bytes")
+    return _shard_of_entries(path, entries, [], sha256)
 
 
-def _join(folder: Path, split: str, paths: list[Path], shards: list[_Shard]) -> ShardIndex:
-    entries = [entry for shard in shards for entry in shard.entries]
-    places = np.array([entry[2:] for entry in entries], dtype=np.int64).reshape(-1, 4)
-    identity = "\n".join(f"{path.name} {shard.identity}" for path, shard in zip(paths, shards, strict=True))
-    return ShardIndex(
-        folder=folder,
-        split=split,
-        shard_paths=tuple(paths),
+def _shard_of_entries(path: Path | RemoteShard, entries: list[Entry], losses: list[Loss], identity: str) -> _Shard:
+    """As arrays, which take a tenth of the memory of a million entries."""
+    return _Shard(
+        path,
         keys=np.array([entry.key.encode("utf-8", "backslashreplace") for entry in entries], dtype=np.bytes_),
         exts=np.array([entry.ext.encode() for entry in entries], dtype=np.bytes_),
-        shard_number=np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.entries) for shard in shards]),
+        places=np.array([entry[2:] for entry in entries], dtype=np.int64).reshape(-1, 4),
+        losses=losses,
+        identity=identity,
+    )
+
+
+def _join(split: str, names: list[str], weights: list[float], sources: list[list[_Shard]]) -> ShardIndex:
+    shards = [shard for source in sources for shard in source]
+    sizes = [sum(len(shard.keys) for shard in source) for source in sources]
+    keys = [
+        _prefixed(shard.keys, prefix)
+        for source, prefix in zip(sources, _prefixes(names), strict=True)
+        for shard in source
+    ]
+    places = np.concatenate([shard.places for shard in shards]) if shards else np.zeros((0, 4), np.int64)
+    filled = [number for number, size in enumerate(sizes) if size]
+    return ShardIndex(
+        split=split,
+        shard_paths=tuple(shard.path for shard in shards),
+        keys=np.concatenate([np.zeros(0, np.bytes_), *keys]),
+        exts=np.concatenate([np.zeros(0, np.bytes_), *(shard.exts for shard in shards)]),
+        shard_number=np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.keys) for shard in shards]),
         image_offset=places[:, 0].copy(),
         image_size=places[:, 1].copy(),
         json_offset=places[:, 2].copy(),
         json_size=places[:, 3].copy(),
+        source_sizes=tuple(sizes[number] for number in filled),
+        source_weights=tuple(weights[number] for number in filled),
         losses=tuple(loss for shard in shards for loss in shard.losses),
-        data_sha256=hashlib.sha256(identity.encode()).hexdigest(),
+        data_sha256=_identity(weights, sources),
     )
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """What the keys of each source start with; nothing if there is one."""
+    if len(names) == 1:
+        return [""]
+    last = [Path(name).name for name in names]
+    return [f"{name}/" if last.count(name) == 1 else f"{name}-{number}/" for number, name in enumerate(last)]
+
+
+def _prefixed(keys: NDArray[np.bytes_], prefix: str) -> NDArray[np.bytes_]:
+    return np.char.add(prefix.encode("utf-8", "backslashreplace"), keys) if prefix else keys
+
+
+def _identity(weights: list[float], sources: list[list[_Shard]]) -> str:
+    digests = []
+    for shards in sources:
+        lines = "\n".join(f"{shard.path.name} {shard.identity}" for shard in shards)
+        digests.append(hashlib.sha256(lines.encode("utf-8", "backslashreplace")).hexdigest())
+    if weights == [1.0]:
+        return digests[0]
+    lines = "\n".join(f"{weight} {digest}" for weight, digest in zip(weights, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
 
+from cogvlm_ft.config import AugmentConfig
+from cogvlm_ft.data.augment import Colours, augments, choose_look
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.plan import SamplePlan, rank_part
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.data.transforms import Frame, move_record, resize_of, whole_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
-from cogvlm_ft.grounding.wording import Wording, build_turns
+from cogvlm_ft.grounding.turns import build_turns
+from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
@@ -23,7 +27,7 @@ MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before
 
 
 def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list[Turn]:
-    """The user's own turns verbatim, then one turn per target in words chosen by (seed, epoch, key)."""
+    """The user's own turns verbatim, then those about the targets in words chosen by (seed, epoch, key)."""
     assert record.image_size_px is not None
     worded = build_turns(record.targets, record.image_size_px, wording, seed=seed, epoch=epoch, key=record.key)
     return [*record.turns, *worded]
@@ -31,7 +35,10 @@ def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list
 
 @dataclass(frozen=True)
 class Item:
-    """What a loader process is asked for: a sample of an epoch, and whether it counts."""
+    """What a loader process is asked for: a sample, and whether it counts.
+
+    epoch: how often the samples of its source were all seen before, so that a sample never looks the same twice.
+    """
 
     epoch: int
     index: int
@@ -48,6 +55,7 @@ class GroundingDataset(Dataset):
     config: CogVLMConfig
     seed: int
     max_sequence_length: int
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __getitem__(self, item: Item) -> Example:
         """An unusable sample is reported in `bad`, and its place filled by a neighbour of weight 0."""
@@ -66,8 +74,11 @@ class GroundingDataset(Dataset):
         sample = self.reader.read(index)
         key = sample.record.key
         try:
-            turns = turns_of(sample.record, self.wording, seed=self.seed, epoch=epoch)
+            frame, colours = self._look(sample.record, epoch)
+            turns = turns_of(move_record(sample.record, frame), self.wording, seed=self.seed, epoch=epoch)
             sequences = encode_turns(turns, self.tokenizer, self.config)
+        except BadSampleError:
+            raise
         except DataError as error:
             raise BadSampleError(key, "unusable_turn", str(error)) from error
         length = len(sequences.input_ids)
@@ -75,8 +86,17 @@ class GroundingDataset(Dataset):
             raise BadSampleError(
                 key, "too_long", f"{length} tokens, data.max_sequence_length={self.max_sequence_length}"
             )
-        pixels = preprocess_image(sample.image, self.config.image_size)
+        seen = colours.apply(frame.apply_image(sample.image, self.config.image_size))
+        pixels = preprocess_image(seen, self.config.image_size)
         return Example(key, pixels, sequences, weight, len(turns), bad)
+
+    def _look(self, record: Record, epoch: int) -> tuple[Frame, Colours]:
+        """Which part of the photo the model sees, and in which colours."""
+        resize = resize_of(self.config)
+        if not augments(self.augment):
+            return whole_frame(record, resize), Colours()
+        turns = turns_of(record, self.wording, seed=self.seed, epoch=epoch)
+        return choose_look(record, turns, self.augment, resize, seed=self.seed, epoch=epoch)
 
 
 def read_steps(
@@ -94,10 +114,10 @@ def read_steps(
     micro_batches: list[list[Item]] = []
     num_accum_steps = 1
     for start in range(offset, plan.num_samples, plan.global_batch_size):
-        indices, weights = plan.global_batch(epoch, start)
-        parts = rank_part(indices, weights, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+        batch = plan.global_batch(epoch, start)
+        parts = rank_part(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
         num_accum_steps = len(parts)
-        micro_batches += [[Item(epoch, int(i), float(w)) for i, w in zip(*part, strict=True)] for part in parts]
+        micro_batches += [[Item(int(p), int(i), float(w)) for i, p, w in zip(*part, strict=True)] for part in parts]
     loader = DataLoader(dataset, batch_sampler=micro_batches, num_workers=num_workers, collate_fn=collate)  # type: ignore[arg-type]
     step: list[Batch] = []
     for batch in loader:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.errors import ConfigError
 
-Part = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""(sample indices, weights): weight 1 for a sample of its own, 0 for one that only fills the last batch."""
+
+class Part(NamedTuple):
+    """Samples of a batch, one element each.
+
+    passes: how often the walk through the sample's source has been completed before: 0 for the first time it is seen,
+        then 1, ...; with one source the same as the epoch.
+    weights: 1 for a sample of its own, 0 for one that only fills the last batch.
+    """
+
+    indices: NDArray[np.int64]
+    passes: NDArray[np.int64]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -20,16 +33,23 @@ class SamplePlan:
 
     The position of a run is one number, `samples_consumed`: the sum of the weights of all global batches so far. It is
     true for every world size, and for every global batch size.
+
+    num_samples: of an epoch.
+    sources: (samples, samples drawn per epoch) of each part of the index, where that is not all of them once. A source
+        is walked through again and again, each time in another order, and each epoch goes on where the last one ended:
+        so every sample is seen before any is seen once more.
     """
 
     num_samples: int
     global_batch_size: int
     seed: int
+    sources: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("global_batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"SamplePlan: {name}={getattr(self, name)}, wanted {least} or more")
+        assert not self.sources or sum(drawn for _, drawn in self.sources) == self.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
@@ -37,23 +57,34 @@ class SamplePlan:
         return -(-self.num_samples // self.global_batch_size)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's permutation of all samples, int64[num_samples], read-only."""
-        return _epoch_order(self.num_samples, self.seed, epoch)
+        """The samples of the epoch, int64[num_samples], read-only."""
+        return _epoch_order(self.num_samples, self.seed, epoch, self.sources)[0]
 
     def position(self, samples_consumed: int) -> tuple[int, int]:
         """(epoch, offset in the epoch) after that many samples."""
         return divmod(samples_consumed, self.num_samples)
 
     def global_batch(self, epoch: int, offset: int) -> Part:
-        """(int64[G], float32[G]): the next samples of the epoch, filled up from its start with weight 0 at the end."""
+        """The next `global_batch_size` samples of the epoch, filled up from its start with weight 0 at the end."""
         places = offset + np.arange(self.global_batch_size)
-        indices = self.order(epoch)[places % self.num_samples]
-        return indices, (places < self.num_samples).astype(np.float32)
+        indices, passes = _epoch_order(self.num_samples, self.seed, epoch, self.sources)
+        within = places % self.num_samples
+        return Part(indices[within], passes[within], (places < self.num_samples).astype(np.float32))
+
+
+def plan_samples(sizes: Sequence[int], weights: Sequence[float], *, global_batch_size: int, seed: int) -> SamplePlan:
+    """A plan that draws `weight * size` samples of each source per epoch, rounded to whole samples, at least one.
+
+    Weight 1 is every sample once an epoch, 2 twice, 0.5 another half each epoch.
+    """
+    drawn = [max(1, round(Fraction(str(weight)) * size)) for size, weight in zip(sizes, weights, strict=True)]
+    sources = tuple(zip(sizes, drawn, strict=True))
+    once = all(size == count for size, count in sources)
+    return SamplePlan(sum(drawn), global_batch_size, seed, () if once else sources)
 
 
 def rank_part(
-    indices: NDArray[np.int64],
-    weights: NDArray[np.float32],
+    batch: Part,
     *,
     rank: int,
     world_size: int,
@@ -63,23 +94,51 @@ def rank_part(
 
     Raises ConfigError if the global batch cannot be dealt out evenly.
     """
+    num_samples = len(batch.indices)
     per_step = world_size * micro_batch_size
-    if len(indices) % per_step:
-        below = len(indices) // per_step * per_step
+    if num_samples % per_step:
+        below = num_samples // per_step * per_step
         nearest = " or ".join(str(size) for size in (below, below + per_step) if size)
         raise ConfigError(
-            f"global_batch_size={len(indices)} is no multiple of world_size * micro_batch_size = "
+            f"global_batch_size={num_samples} is no multiple of world_size * micro_batch_size = "
             f"{world_size} * {micro_batch_size} = {per_step}; set it to {nearest}"
         )
-    starts = range(rank * micro_batch_size, len(indices), per_step)
-    return [(indices[s : s + micro_batch_size], weights[s : s + micro_batch_size]) for s in starts]
+    starts = range(rank * micro_batch_size, num_samples, per_step)
+    cuts = [slice(start, start + micro_batch_size) for start in starts]
+    return [Part(batch.indices[cut], batch.passes[cut], batch.weights[cut]) for cut in cuts]
 
 
 @lru_cache(maxsize=2)  # one for training, one for evaluation
-def _epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def _epoch_order(
+    num_samples: int, seed: int, epoch: int, sources: tuple[tuple[int, int], ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(samples, passes) of an epoch."""
+    samples, passes = np.arange(num_samples), np.full(num_samples, epoch)
+    if sources:
+        walks = [_walk(size, drawn, epoch, (seed, number)) for number, (size, drawn) in enumerate(sources)]
+        starts = np.cumsum([0] + [size for size, _ in sources])
+        samples = np.concatenate([start + walk[0] for start, walk in zip(starts, walks, strict=False)])
+        passes = np.concatenate([walk[1] for walk in walks])
+    order = _permutation(num_samples, (seed, epoch))
+    found = samples[order], passes[order]
+    for each in found:
+        each.setflags(write=False)
+    return found
+
+
+def _walk(size: int, drawn: int, epoch: int, seed: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The stretch of one source's endless walk that belongs to the epoch: (samples, passes)."""
+    places = np.arange(epoch * drawn, (epoch + 1) * drawn)
+    passes = places // size
+    samples = [
+        _permutation(size, (*seed, int(number)))[places[passes == number] - number * size]
+        for number in np.unique(passes)
+    ]
+    return np.concatenate(samples), passes
+
+
+def _permutation(size: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
     # Sorting raw bits instead of Generator.permutation: NumPy promises the same raw stream in every version, and only
     # then can a run be resumed after an upgrade.
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
-    order = np.argsort(bits, kind="stable").astype(np.int64, copy=False)
-    order.setflags(write=False)
-    return order
+    bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
+    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)

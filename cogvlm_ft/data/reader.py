@@ -6,15 +6,28 @@ import io
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image
 
 from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
+from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.grounding.targets import Target
 
 MAX_PIXELS = 100_000_000
 """Largest picture that is decoded: 100 megapixels are 300 MB in memory."""
+
+ORIENTATION_TAG = 0x0112  # EXIF
+_TURN_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow knows formats that start other programs
 _MAX_OPEN_FILES = 64  # per process; the usual limit is 1024
@@ -22,7 +35,8 @@ _MAX_OPEN_FILES = 64  # per process; the usual limit is 1024
 
 @dataclass(frozen=True)
 class Sample:
-    """image: RGB, as stored (an EXIF rotation is not applied), `record.image_size_px` large."""
+    """image: RGB, turned upright by its EXIF orientation where the record says so, `record.image_size_px` large; or a
+    half, a quarter or an eighth of that, if the reader may draft."""
 
     record: Record
     image: Image.Image
@@ -31,12 +45,16 @@ class Sample:
 class ShardReader:
     """Random access to the samples of an index.
 
+    draft_side: JPEGs are decoded at a half, a quarter or an eighth of their size where both sides keep this many pixels
+        and no pixel is cut in two; None: always in full.
+
     May be built before a DataLoader starts its workers: every process opens its own files. Not for several threads.
     """
 
-    def __init__(self, index: ShardIndex, *, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, index: ShardIndex, *, max_pixels: int = MAX_PIXELS, draft_side: int | None = None) -> None:
         self.index = index
         self.max_pixels = max_pixels
+        self.draft_side = draft_side
         self._pid = os.getpid()
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, last used last
 
@@ -51,42 +69,92 @@ class ShardReader:
         json_bytes = self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_size[i]))
         record = record_from_json(json_bytes, key)
         image_bytes = self._read_bytes(key, shard, int(index.image_offset[i]), int(index.image_size[i]))
-        image = decode_image(image_bytes, key, self.max_pixels)
-        return Sample(_fit_record(record, image.size), image)
+        image, shrink = _decode(image_bytes, key, self.max_pixels, record.upright, self.draft_side)
+        return Sample(_fit_record(record, (image.width * shrink, image.height * shrink)), image)
 
     def _read_bytes(self, key: str, shard: int, offset: int, size: int) -> bytes:
+        path = self.index.shard_paths[shard]
         try:
-            data = os.pread(self._file(shard), size, offset)
+            if isinstance(path, RemoteShard):
+                return path.read(size, offset)
+            data = os.pread(self._file(shard, path), size, offset)
         except OSError as error:
-            raise BadSampleError(key, "unreadable_shard", f"{self.index.shard_paths[shard]}: {error}") from None
+            raise BadSampleError(key, "unreadable_shard", f"{path}: {error}") from None
         if len(data) != size:
-            where = f"{self.index.shard_paths[shard]}, byte {offset}"
-            raise BadSampleError(key, "short_read", f"{where}: {len(data)} of {size} bytes")
+            raise BadSampleError(key, "short_read", f"{path}, byte {offset}: {len(data)} of {size} bytes")
         return data
 
-    def _file(self, shard: int) -> int:
+    def _file(self, shard: int, path: Path) -> int:
         if self._pid != os.getpid():  # forked or unpickled: the numbers belong to another process
             self._pid = os.getpid()
             self._files.clear()
         if shard not in self._files:
             if len(self._files) >= _MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.index.shard_paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._files.move_to_end(shard)
         return self._files[shard]
 
 
-def decode_image(data: bytes, key: str, max_pixels: int) -> Image.Image:
-    """The whole picture as RGB. Raises BadSampleError with reason too_many_pixels or broken_image."""
+def decode_image(data: bytes, key: str, max_pixels: int, *, upright: bool = False) -> Image.Image:
+    """The whole picture as RGB. Raises BadSampleError with reason too_many_pixels or broken_image.
+
+    upright: turn it as its EXIF orientation says.
+    """
+    return _decode(data, key, max_pixels, upright, None)[0]
+
+
+def read_orientation(data: bytes) -> int:
+    """The EXIF orientation of an encoded image, 1 to 8, without decoding it; 1 is upright, and whatever is broken.
+
+    A TIFF is turned by Pillow, so it is upright too.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            if image.format == "PNG" and "exif" not in image.info:
+                return 1  # getexif would decode it to look behind the pixels
+            return _orientation(image)
+    except Exception:  # not an image at all: whoever decodes it says so
+        return 1
+
+
+def upright_size(size_px: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(width, height) after turning a picture of `size_px` upright."""
+    return (size_px[1], size_px[0]) if orientation >= 5 else size_px
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # on broken EXIF data Pillow raises nearly anything; no viewer turns such a picture
+        return 1
+    return orientation if orientation in _TURN_UPRIGHT else 1
+
+
+def _decode(data: bytes, key: str, max_pixels: int, upright: bool, draft_side: int | None) -> tuple[Image.Image, int]:
+    """The picture, and how many pixels of the whole one are a pixel of it, in a row."""
     Image.MAX_IMAGE_PIXELS = None  # ours replaces Pillow's limit, which only warns up to twice its value
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
-                return image.convert("RGB")
+                shrink = _draft(image, draft_side) if draft_side else 1
+                rgb = image.convert("RGB")
+                orientation = _orientation(image) if upright else 1
+                return (rgb if orientation == 1 else rgb.transpose(_TURN_UPRIGHT[orientation])), shrink
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything: KeyError, struct.error
         raise BadSampleError(key, "broken_image", f"{type(error).__name__}: {error}") from None
     raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels, the limit is {max_pixels}")
+
+
+def _draft(image: Image.Image, side: int) -> int:
+    """Let a JPEG be decoded smaller; how many times."""
+    width, height = image.size
+    for shrink in (8, 4, 2):
+        if not width % shrink and not height % shrink and min(width, height) >= side * shrink:
+            image.draft(None, (width // shrink, height // shrink))  # does nothing to other formats
+            break
+    return width // image.width
 
 
 def _fit_record(record: Record, image_size_px: tuple[int, int]) -> Record:

@@ -35,10 +35,11 @@ class Record:
     """What the JSON of a shard holds.
 
     key: name of the sample, unique in its shard set.
-    image_size_px: (width, height) of the stored picture, or None while unknown (JSON written by others).
+    image_size_px: (width, height) of the picture, or None while unknown (JSON written by others).
     source: the annotation it came from, for people.
     targets: what can be asked about.
     turns: prompt/answer pairs that the user wrote, used verbatim.
+    upright: the size and the boxes are those of the picture turned as its EXIF orientation says.
     """
 
     key: str
@@ -46,11 +47,12 @@ class Record:
     source: str
     targets: tuple[Target, ...]
     turns: tuple[Turn, ...]
+    upright: bool = False
 
 
 def record_to_json(record: Record) -> bytes:
     """Compact UTF-8 JSON; the same record always gives the same bytes."""
-    fields = {
+    fields: dict[str, Any] = {
         "key": record.key,
         "image_size_px": record.image_size_px,
         "source": record.source,
@@ -63,9 +65,17 @@ def record_to_json(record: Record) -> bytes:
             }
             for target in record.targets
         ],
-        "turns": [{"prompt": turn.prompt, "answer": turn.answer} for turn in record.turns],
+        "turns": [_turn_fields(turn) for turn in record.turns],
     }
+    if record.upright:
+        fields["upright"] = True
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _turn_fields(turn: Turn) -> dict[str, Any]:
+    """The history only where there is one."""
+    fields: dict[str, Any] = {"prompt": turn.prompt, "answer": turn.answer}
+    return fields | {"history": turn.history} if turn.history else fields
 
 
 def record_from_json(data: bytes, key: str) -> Record:
@@ -79,8 +89,9 @@ def record_from_json(data: bytes, key: str) -> Record:
     except (ValueError, RecursionError) as error:
         raise BadSampleError(key, "bad_json", str(error)) from None
     _want(isinstance(fields, dict), key, "the record", fields, "a JSON object")
-    source = fields.get("source", "")
+    source, upright = fields.get("source", ""), fields.get("upright", False)
     _want(isinstance(source, str), key, "source", source, "a string")
+    _want(isinstance(upright, bool), key, "upright", upright, "true or false")
     targets = _list(fields.get("targets", []), key, "targets")
     turns = _list(fields.get("turns", []), key, "turns")
     if not targets and not turns:
@@ -91,6 +102,7 @@ def record_from_json(data: bytes, key: str) -> Record:
         source=source,
         targets=tuple(_target(value, key, f"targets[{i}]") for i, value in enumerate(targets)),
         turns=tuple(_turn(value, key, f"turns[{i}]") for i, value in enumerate(turns)),
+        upright=upright,
     )
 
 
@@ -173,7 +185,15 @@ def _box(value: Any, key: str, field: str) -> Box:
 
 def _turn(value: Any, key: str, field: str) -> Turn:
     _want(isinstance(value, dict), key, field, value, "an object")
+    history = _list(value.get("history") or [], key, f"{field}.history")
     return Turn(
         prompt=_text(value.get("prompt"), key, f"{field}.prompt"),
         answer=_text(value.get("answer"), key, f"{field}.answer"),
+        history=tuple(_pair(pair, key, f"{field}.history[{i}]") for i, pair in enumerate(history)),
     )
+
+
+def _pair(value: Any, key: str, field: str) -> tuple[str, str]:
+    pair = _list(value, key, field)
+    _want(len(pair) == 2, key, field, value, "[prompt, answer]")
+    return _text(pair[0], key, f"{field}[0]"), _text(pair[1], key, f"{field}[1]")

@@ -12,7 +12,11 @@ from cogvlm_ft.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 
+MAX_MEMBER_BYTES = 1 << 30
+"""Largest image or record that is read: the whole of it goes into memory."""
+
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -51,7 +55,7 @@ def scan_tar(path: Path) -> tuple[list[Entry], list[Loss]]:
         for member in _members(file, size):
             if _is_damaged(file, end, member.offset):
                 losses.append(Loss(path.name, "", "damaged_header"))
-            end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            end = min(size, member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
             reason = _sort_in(samples, member, size)
             if reason:
                 losses.append(Loss(path.name, _split_name(member.name)[0], reason))
@@ -81,17 +85,33 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
         file.seek(start)
         tar = None
         try:
-            tar = tarfile.TarFile(fileobj=file, ignore_zeros=True, errors="surrogateescape")
+            tar = tarfile.TarFile(fileobj=_Headers(file), ignore_zeros=True, errors="surrogateescape")  # type: ignore[arg-type]
             while (member := tar.next()) is not None:
                 start = member.offset_data
                 if member.size < 0:  # would send tarfile backwards, for ever
                     raise tarfile.ReadError("negative size")
                 yield member
+                if member.offset_data + member.size > size:  # cut off, or its size is wrong: whole samples may follow
+                    raise tarfile.ReadError("longer than the file")
             return
         except (tarfile.TarError, ValueError, OverflowError):
             # A damaged long-name or pax header, or the end of the file in the middle of a member. tarfile gives up
             # here; whole samples may follow.
-            start = max(start, tar.offset if tar else 0) + _BLOCK
+            start = max(start, tar.offset if tar and tar.offset <= size else 0) + _BLOCK
+
+
+class _Headers:
+    """A file for tarfile, which reads only headers here: one that says it is gigabytes long is damaged."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.name, self.mode = "", "rb"
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _MAX_NAME_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, tar_size: int) -> str | None:
@@ -110,6 +130,8 @@ def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.Tar
         return None
     if member.offset_data + member.size > tar_size:
         return "truncated"
+    if member.size > MAX_MEMBER_BYTES:
+        return "too_large"
     if extension in samples.setdefault(key, {}):
         return "duplicate_member"
     samples[key][extension] = member.offset_data, member.size

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cogvlm_ft.config import EvaluateConfig
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.transforms import Frame, move_record, resize_of, whole_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.draw import draw_boxes
 from cogvlm_ft.evaluate.generate import generate_answers
@@ -36,7 +37,10 @@ METRICS_FILE, PREDICTIONS_FILE, PICTURES_FOLDER = "metrics.json", "predictions.j
 @dataclass(frozen=True)
 class Prediction:
     """One answered turn. Boxes in pixels of the stored photo; boxes_xyxy None = unreadable or not found;
-    truth_boxes_xyxy empty = absent, None = a turn without boxes."""
+    truth_boxes_xyxy empty = absent, None = a turn without boxes; score None = free text, which is not scored.
+
+    history: the true (prompt, answer) pairs before it. num_cut_boxes: true boxes that need not be named.
+    """
 
     key: str
     turn: int
@@ -46,16 +50,19 @@ class Prediction:
     boxes_xyxy: list[Box] | None
     truth_boxes_xyxy: list[Box] | None
     image_size_px: tuple[int, int]
-    score: AnswerScore
+    score: AnswerScore | None
+    history: tuple[tuple[str, str], ...] = ()
+    num_cut_boxes: int = 0
 
 
 @dataclass(frozen=True)
 class Question:
-    """One photo and all its turns."""
+    """One photo and all its turns, whose boxes are in pixels of the frame."""
 
     index: int
     key: str
     image: Image.Image
+    frame: Frame
     turns: list[Turn]
 
 
@@ -100,7 +107,7 @@ def evaluate(
             range(num_batches), desc="evaluate", unit="batch", disable=None if is_main() else True, leave=False
         ):
             indices = mine[batch * settings.batch_size : (batch + 1) * settings.batch_size]
-            questions = list(_read_questions(reader, indices, wording, seed))
+            questions = list(_read_questions(reader, indices, wording, seed, resize_of(model.config)))
             num_bad += len(indices) - len(questions)
             answered += _answer(model, tokenizer, questions, wording, settings.max_new_tokens)
     gathered = gather_to_main((answered, num_bad))
@@ -108,23 +115,36 @@ def evaluate(
         return Evaluation(from_main(None), [], [])
     by_index = sorted((pair for part, _ in gathered for pair in part), key=lambda pair: pair[0])
     predictions = [prediction for _, part in by_index for prediction in part]
-    metrics = summarize([prediction.score for prediction in predictions])
+    metrics = summarize([prediction.score for prediction in predictions if prediction.score])
     metrics |= {"num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
+    metrics |= _count_left_out(predictions)
     shown = [Shown(part[0].key, reader.read(index).image, part) for index, part in by_index[: settings.num_pictures]]
     return Evaluation(from_main(metrics), predictions, shown)
 
 
-def _read_questions(reader: ShardReader, indices: Iterable[int], wording: Wording, seed: int) -> Iterator[Question]:
+def _count_left_out(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Answers that are not scored, and true boxes that are not asked for."""
+    return {
+        "num_unscored": float(sum(prediction.score is None for prediction in predictions)),
+        "num_cut_boxes": float(sum(prediction.num_cut_boxes for prediction in predictions)),
+    }
+
+
+def _read_questions(
+    reader: ShardReader, indices: Iterable[int], wording: Wording, seed: int, resize: str
+) -> Iterator[Question]:
     """The usable photos among `indices`. The wording is that of epoch 0, so every evaluation asks the same."""
     for index in indices:
         try:
             sample = reader.read(index)
-            turns = [turn for turn in turns_of(sample.record, wording, seed=seed, epoch=0) if turn.prompt.strip()]
+            frame = whole_frame(sample.record, resize)
+            worded = turns_of(move_record(sample.record, frame), wording, seed=seed, epoch=0)
+            turns = [turn for turn in worded if turn.prompt.strip()]
         except DataError as error:
             logger.warning("validation photo cannot be used: %s", error)  # and counted by the caller
             continue
         if turns:
-            yield Question(index, sample.record.key, sample.image, turns)
+            yield Question(index, sample.record.key, sample.image, frame, turns)
 
 
 def _answer(
@@ -132,9 +152,11 @@ def _answer(
 ) -> list[tuple[int, list[Prediction]]]:
     """Collective. A rank without questions asks one about a blank picture, so that all ranks make the same calls."""
     size = model.config.image_size
-    pixels = [preprocess_image(question.image, size) for question in questions] or [torch.zeros(3, size, size)]
+    seen = [question.frame.apply_image(question.image, size) for question in questions]
+    pixels = [preprocess_image(image, size) for image in seen] or [torch.zeros(3, size, size)]
     prompts = [[turn.prompt for turn in question.turns] for question in questions] or [["?"]]
-    answers = generate_answers(model, tokenizer, torch.stack(pixels).to(device()), prompts, max_new_tokens)
+    histories = [[turn.history for turn in question.turns] for question in questions] or [[()]]
+    answers = generate_answers(model, tokenizer, torch.stack(pixels).to(device()), prompts, max_new_tokens, histories)
     return [
         (question.index, [_predict(question, i, answer, wording) for i, answer in enumerate(texts)])
         for question, texts in zip(questions, answers, strict=False)
@@ -142,20 +164,24 @@ def _answer(
 
 
 def _predict(question: Question, number: int, answer: str, wording: Wording) -> Prediction:
-    turn, size = question.turns[number], question.image.size
+    """Scored in the frame, where a pixel is as large as in the photo."""
+    turn, frame, size = question.turns[number], question.frame, question.frame.size_px
     not_found = wording.not_found_sentences
     truth = truth_boxes(turn, size, not_found)
     bins = parse_boxes(answer)
+    score = score_answer(answer, truth, size, not_found, truth_text=turn.answer, num_cut_boxes=turn.num_cut_boxes)
     return Prediction(
         key=question.key,
         turn=number,
         prompt=turn.prompt,
         answer=answer,
         truth=turn.answer,
-        boxes_xyxy=None if bins is None else _boxes(bins, size),
-        truth_boxes_xyxy=truth,
-        image_size_px=size,
-        score=score_answer(answer, truth, size, not_found, truth_text=turn.answer),
+        boxes_xyxy=None if bins is None else list(frame.invert_boxes(_boxes(bins, size))),
+        truth_boxes_xyxy=None if truth is None else list(frame.invert_boxes(truth)),
+        image_size_px=frame.photo_px,
+        score=score if turn.scored else None,
+        history=turn.history,
+        num_cut_boxes=turn.num_cut_boxes,
     )
 
 

@@ -22,18 +22,25 @@ FIRST_TEXT_POSITION = 4  # bos 0, boi 1, patches 2, eoi 3
 
 
 def generate_answers(
-    model: Any, tokenizer: CogVLMTokenizer, pixel_values: Tensor, prompts: Sequence[Sequence[str]], max_new_tokens: int
+    model: Any,
+    tokenizer: CogVLMTokenizer,
+    pixel_values: Tensor,
+    prompts: Sequence[Sequence[str]],
+    max_new_tokens: int,
+    histories: Sequence[Sequence[Sequence[tuple[str, str]]]] | None = None,
 ) -> list[list[str]]:
     """Collective. Answers to `prompts[b]` (at least one each) about image b of float[B, 3, S, S].
 
-    Equal, id by id, to asking every question alone.
+    Equal, id by id, to asking every question alone. histories: for each prompt the (prompt, answer) pairs before it.
     """
     config: CogVLMConfig = model.config
     cache = DynamicCache(config=config)
     _read_images(model, tokenizer, pixel_values, cache)
     owners = [b for b, questions in enumerate(prompts) for _ in questions]
     cache.batch_select_indices(torch.tensor(owners, device=pixel_values.device))
-    rows = [encode_prompt(q, tokenizer, config.template_version) for questions in prompts for q in questions]
+    pasts = [past for of_image in histories for past in of_image] if histories else [()] * len(owners)
+    asked = zip((question for questions in prompts for question in questions), pasts, strict=True)
+    rows = [encode_prompt(question, tokenizer, config.template_version, past) for question, past in asked]
     answers = iter(_decode(model, tokenizer, rows, cache, pixel_values.device, max_new_tokens))
     return [[tokenizer.decode(next(answers)) for _ in questions] for questions in prompts]
 

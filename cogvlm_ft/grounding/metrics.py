@@ -49,14 +49,16 @@ def _area(top_left: NDArray[np.float64], bottom_right: NDArray[np.float64]) -> N
     return sides[..., 0] * sides[..., 1]
 
 
-def match_iou(predicted_xyxy: ArrayLike, truth_xyxy: ArrayLike) -> float:
+def match_iou(predicted_xyxy: ArrayLike, truth_xyxy: ArrayLike, num_optional: int = 0) -> float:
     """One IoU for two sets of boxes: matched one to one as well as possible, sum of the IoUs / size of the larger set.
 
-    A missing and a superfluous box both cost. With one box on each side this is their plain IoU.
+    A missing and a superfluous box both cost. With one box on each side this is their plain IoU. Of the true boxes
+    `num_optional`, any of them, may be missing.
     """
     iou = pairwise_iou(predicted_xyxy, truth_xyxy)
     rows, columns = linear_sum_assignment(iou, maximize=True)
-    return float(iou[rows, columns].sum() / max(iou.shape))
+    num_predicted, num_true = iou.shape
+    return float(iou[rows, columns].sum() / max(num_predicted, num_true - num_optional))
 
 
 def score_answer(
@@ -65,11 +67,13 @@ def score_answer(
     image_size_px: tuple[int, int],
     not_found: Collection[str],
     truth_text: str | None = None,
+    num_cut_boxes: int = 0,
 ) -> AnswerScore:
     """Score the answer to one turn.
 
     truth_boxes_xyxy: pixels; empty = the thing is absent; None = a verbatim turn without boxes: give `truth_text`.
     not_found: the not-found sentences that count (`Wording.not_found_sentences`).
+    num_cut_boxes: how many of the true boxes need not be named, because the list was to be cut; no matter which.
     """
     answer = answer_text.strip()
     if truth_boxes_xyxy is None:
@@ -84,7 +88,8 @@ def score_answer(
         return AnswerScore(kind, readable=False)
     if kind == ABSENT:
         return AnswerScore(kind)
-    return AnswerScore(kind, iou=match_iou(boxes_from_bins(bins, image_size_px), truth_boxes_xyxy))
+    boxes = boxes_from_bins(bins, image_size_px)
+    return AnswerScore(kind, iou=match_iou(boxes, truth_boxes_xyxy, num_cut_boxes))
 
 
 def summarize(scores: Sequence[AnswerScore]) -> dict[str, float]:

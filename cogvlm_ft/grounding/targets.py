@@ -27,9 +27,16 @@ class Target:
 class Turn:
     """One question and its answer.
 
-    target: what the turn was made from, or None for a prompt/answer pair that the user wrote.
+    target: what the turn was made from, with all its boxes, or None for a prompt/answer pair that the user wrote. A
+        turn about several things has one target that holds the boxes of all of them.
+    history: earlier (prompt, answer) pairs of the same conversation, first one first.
+    scored: False if the answer is free text made from a target, such as a description: no box of it can be measured.
+    num_cut_boxes: boxes of the target that the answer leaves out, because the list would be too long.
     """
 
     prompt: str
     answer: str
     target: Target | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    scored: bool = True
+    num_cut_boxes: int = 0

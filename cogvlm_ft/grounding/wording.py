@@ -1,138 +1,211 @@
-"""The words around the boxes: from targets to questions and answers, in Chinese or English."""
+"""The words around the boxes, in Chinese or English: read from YAML and checked. `turns` puts targets into them."""
 
 from __future__ import annotations
 
-import random
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.grounding.boxes import bins_from_box, format_boxes, parse_boxes
-from cogvlm_ft.grounding.targets import Target, Turn
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.grounding.templates import SAMPLE_BOXES, Slot, fill, read_sentence, read_templates
 
 LANGUAGES = ("zh", "en")
+BOX_ORDERS = ("file", "left_to_right", "large_first")
+MAX_BOXES, MAX_TARGETS = 50, 5
 
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_IN_PROMPTS = {"phrase"}
-_IN_ANSWERS = {"boxes", "phrase", "count", "description"}
-_SAMPLE_BOXES = "[[012,345,678,901]]"
+_NOT_FOUND = {"zh": "未找到指定目标", "en": "The specified target was not found."}
+_MORE = {"zh": "（共{count}处，只列出{shown}处）", "en": " ({count} in all, {shown} of them listed)"}
+
+_ASK = Slot(("phrase",), ("not_found",))
+_TELL = Slot(("boxes",), ("phrase", "count", "description", "more"), boxes="boxes")
+_ASK_ALL = Slot((), ("phrases", "not_found"))
+# Style -> the keys of a language that hold lists of texts. "lines" comes before the answers that are made of them.
+_STYLES: dict[str, dict[str, Slot]] = {
+    "refer": {"prompts": _ASK, "answers": _TELL},
+    "detect": {"prompts": _ASK, "answers": _TELL},
+    "describe": {
+        "prompts": Slot(("boxes",), ("phrase",), boxes="boxes"),
+        "answers": Slot(("description",), ("phrase",)),
+    },
+    "steps": {
+        "prompts": _ASK_ALL,
+        "lines": Slot(("boxes",), ("phrase", "count", "description", "number"), boxes="boxes"),
+        "answers": Slot(("lines",), ("phrases", "count", "more"), boxes="lines"),
+    },
+    "conversation": {
+        "first_prompts": _ASK_ALL,
+        "first_answers": Slot(("phrases",), ("count",)),
+        "prompts": _ASK,
+        "answers": _TELL,
+    },
+}
 
 
 @dataclass(frozen=True)
 class LanguageWording:
-    """The sentences of one language, each holding placeholders.
+    """The sentences of one language, each holding placeholders; which ones, `_STYLES` says.
 
-    prompts: with `{phrase}`.
-    answers: with `{boxes}`; may have `{phrase}`, `{count}` (of boxes), `{description}` (the phrase if there is none).
     not_found: the whole answer when the thing is not in the picture.
+    lines: of a step-wise answer, one per target. first_prompts, first_answers: how a conversation begins.
+    more: the note that a list of boxes was cut.
     """
 
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     not_found: str
+    lines: tuple[str, ...] = ()
+    first_prompts: tuple[str, ...] = ()
+    first_answers: tuple[str, ...] = ()
+    more: str = ""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How questions and answers are put, by language ("zh", "en")."""
+    """How questions and answers are put.
+
+    languages: by "zh", "en"; empty for a mix.
+    style: "refer" (one turn per target), "detect" (the same, targets of one phrase made one), "describe" (box ->
+        description), "steps" (one answer for many targets) or "conversation" (the same in many turns).
+    max_boxes: the most boxes in one answer, or in the answers of one conversation.
+    max_targets: the most targets of one step-wise answer or conversation; the others get their own.
+    box_order: one of BOX_ORDERS.
+    mix: the wordings that one is drawn from for every photo, as often as its `weight` says.
+    """
 
     name: str
     languages: Mapping[str, LanguageWording]
+    style: str = "refer"
+    max_boxes: int = MAX_BOXES
+    max_targets: int = MAX_TARGETS
+    box_order: str = "file"
+    weight: float = 1.0
+    mix: tuple[Wording, ...] = ()
 
     @property
     def not_found_sentences(self) -> tuple[str, ...]:
-        """The not-found sentence of every language, for scoring."""
-        return tuple(language.not_found for language in self.languages.values())
+        """The not-found sentences of every language, for scoring."""
+        own = [language.not_found for language in self.languages.values()]
+        return tuple(dict.fromkeys([*own, *(text for part in self.mix for text in part.not_found_sentences)]))
 
 
 def load_wording(name_or_path: str | Path) -> Wording:
     """Load a built-in wording by name, or a YAML file of the same form; raises ConfigError."""
-    folder = resources.files("cogvlm_ft.grounding") / "wordings"
-    built_in = {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
+    content, folder = _load_yaml(name_or_path, Path())
+    return _build_wording(content, str(name_or_path), folder)
+
+
+def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
+    """The content of a built-in wording, or of a file relative to `folder`; and the folder of the file."""
+    built_in_folder = resources.files("cogvlm_ft.grounding") / "wordings"
+    built_in = {file.name.removesuffix(".yaml"): file for file in built_in_folder.iterdir()}
+    path = folder / name_or_path
     if name_or_path in built_in:
         raw = built_in[str(name_or_path)].read_bytes()
-    elif Path(name_or_path).is_file():
-        raw = Path(name_or_path).read_bytes()
+    elif path.is_file():
+        raw = path.read_bytes()
     else:
         names = ", ".join(sorted(built_in))
         raise ConfigError(f"wording {name_or_path}: neither built in ({names}) nor a YAML file that exists")
     try:
-        content = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        return yaml.safe_load(raw), path.parent
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"wording {name_or_path}: not readable as YAML: {error}") from error
-    return _build_wording(content, str(name_or_path))
 
 
-def build_turns(
-    targets: Sequence[Target], image_size_px: tuple[int, int], wording: Wording, *, seed: int, epoch: int, key: str
-) -> list[Turn]:
-    """One turn per target, in an order and a wording that depend on (seed, epoch, key) only.
-
-    key: names the sample. Raises ConfigError when the wording lacks a target's language, DataError when a phrase or
-    description breaks the box text.
-    """
-    rng = random.Random(f"{seed}:{epoch}:{key}")
-    shuffled = list(targets)
-    rng.shuffle(shuffled)
-    return [_build_turn(target, image_size_px, wording, rng, key) for target in shuffled]
-
-
-def _build_turn(target: Target, image_size_px: tuple[int, int], wording: Wording, rng: random.Random, key: str) -> Turn:
-    sentences = wording.languages.get(target.language)
-    if sentences is None:
-        raise ConfigError(
-            f"wording {wording.name} has {', '.join(wording.languages)}, but sample {key} has a target in"
-            f" {target.language!r} ({target.phrase!r}): add this language to the wording or drop such targets"
-        )
-    prompt = _fill(rng.choice(sentences.prompts), {"phrase": target.phrase})
-    answer_template = rng.choice(sentences.answers)
-    if not target.boxes_xyxy:
-        return Turn(prompt, sentences.not_found, target)
-    values = {
-        "boxes": format_boxes(target.boxes_xyxy, image_size_px),
-        "phrase": target.phrase,
-        "count": str(len(target.boxes_xyxy)),
-        "description": target.description or target.phrase,
-    }
-    answer = _fill(answer_template, values)
-    if parse_boxes(answer) != [bins_from_box(box, image_size_px) for box in target.boxes_xyxy]:
-        raise DataError(
-            f"sample {key}: the answer {answer!r} does not read back as the boxes of {target.phrase!r}:"
-            " take the double brackets out of its phrase and description"
-        )
-    return Turn(prompt, answer, target)
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Put the values in, in one pass: braces inside a value stay as they are."""
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
-
-
-def _build_wording(content: Any, name: str) -> Wording:
+def _build_wording(content: Any, name: str, folder: Path | None) -> Wording:
+    """folder: where the files of a mix are; None inside a mix, which holds no other."""
+    place = f"wording {name}"
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"wording {name}: found {content!r}, wanted the keys {' and/or '.join(LANGUAGES)}")
-    _check_keys(content, allowed=LANGUAGES, place=f"wording {name}")
-    languages = {language: _build_language(content[language], f"wording {name}, {language}") for language in content}
-    return Wording(name, languages)
+        raise ConfigError(f"{place}: found {content!r:.200}, wanted the keys {' and/or '.join(LANGUAGES)}, or mix")
+    if "mix" in content:
+        if folder is None:
+            raise ConfigError(f"{place} is a mix itself: name its parts in the outer mix")
+        return _build_mix(content, name, folder)
+    _check_keys(content, allowed=(*LANGUAGES, "style", "max_boxes", "max_targets", "box_order"), place=place)
+    style = content.get("style", "refer")
+    _want(isinstance(style, str) and style in _STYLES, f"{place}.style", style, f"one of {', '.join(_STYLES)}")
+    found = [language for language in content if language in LANGUAGES]
+    if not found:
+        raise ConfigError(f"{place}: found {', '.join(content)}, wanted the keys {' and/or '.join(LANGUAGES)} too")
+    languages = {language: _build_language(content[language], place, language, style) for language in found}
+    return replace(Wording(name, languages, style), **_read_limits(content, place))
 
 
-def _build_language(content: Any, place: str) -> LanguageWording:
-    wanted = ("prompts", "answers", "not_found")
+def _build_mix(content: dict[Any, Any], name: str, folder: Path) -> Wording:
+    """Limits beside the mix hold for all its parts."""
+    place = f"wording {name}"
+    _check_keys(content, allowed=("mix", "max_boxes", "max_targets", "box_order"), place=place)
+    limits = _read_limits(content, place)
+    entries = content["mix"]
+    _want(isinstance(entries, list) and bool(entries), f"{place}.mix", entries, "a list of wordings")
+    parts = []
+    for number, entry in enumerate(entries, 1):
+        part = _build_part(entry, f"{name}, mix {number}", folder)
+        parts.append(replace(part, **limits))
+    for part in parts:
+        if set(part.languages) != set(parts[0].languages):
+            raise ConfigError(
+                f"{place}: {parts[0].name} has {', '.join(parts[0].languages)}, {part.name} has"
+                f" {', '.join(part.languages)}: all parts of a mix need the same languages"
+            )
+    return Wording(name, {}, mix=tuple(parts), **limits)
+
+
+def _build_part(entry: Any, name: str, folder: Path) -> Wording:
+    """One entry of a mix: a wording (name, path or the content of a file), or {wording: ..., weight: ...}."""
+    wording, weight = entry, 1.0
+    if isinstance(entry, dict) and "wording" in entry:
+        _check_keys(entry, allowed=("wording", "weight"), place=f"wording {name}")
+        wording, weight = entry["wording"], entry.get("weight", 1.0)
+    good = isinstance(weight, (int, float)) and not isinstance(weight, bool) and weight > 0 and math.isfinite(weight)
+    _want(good, f"wording {name}.weight", weight, "a number above 0")
+    if isinstance(wording, str):
+        name = f"{name} ({wording})"
+        wording, _ = _load_yaml(wording, folder)
+    return replace(_build_wording(wording, name, None), weight=float(weight))
+
+
+def _read_limits(content: dict[Any, Any], place: str) -> dict[str, Any]:
+    """max_boxes, max_targets and box_order, as far as they are given."""
+    limits = {key: content[key] for key in ("max_boxes", "max_targets", "box_order") if key in content}
+    for key, value in limits.items():
+        if key == "box_order":
+            _want(value in BOX_ORDERS, f"{place}.{key}", value, f"one of {', '.join(BOX_ORDERS)}")
+        else:
+            _want(type(value) is int and value >= 1, f"{place}.{key}", value, "a whole number of at least 1")
+    return limits
+
+
+def _build_language(content: Any, place: str, language: str, style: str) -> LanguageWording:
+    slots, place = _STYLES[style], f"{place}, {language}"
+    wanted = (*slots, "not_found")
     if not isinstance(content, dict):
-        raise ConfigError(f"{place}: found {content!r}, wanted the keys {', '.join(wanted)}")
-    _check_keys(content, allowed=wanted, place=place)
+        raise ConfigError(f"{place}: found {content!r:.200}, wanted the keys {', '.join(wanted)}")
+    _check_keys(content, allowed=(*wanted, "more"), place=f"{place} (style {style})")
+    content = {"more": _MORE[language]} | content
+    if style == "describe":  # asks about what is there
+        content = {"not_found": _NOT_FOUND[language]} | content
     missing = [key for key in wanted if key not in content]
     if missing:
-        raise ConfigError(f"{place}: {', '.join(missing)} missing; wanted are {', '.join(wanted)}")
-    prompts = _read_templates(content["prompts"], f"{place}.prompts", required="phrase", allowed=_IN_PROMPTS)
-    answers = _read_templates(content["answers"], f"{place}.answers", required="boxes", allowed=_IN_ANSWERS)
-    return LanguageWording(prompts, answers, _read_not_found(content["not_found"], f"{place}.not_found"))
+        raise ConfigError(f"{place}: {', '.join(missing)} missing; style {style} wants {', '.join(wanted)}")
+    texts: dict[str, tuple[str, ...]] = {}
+    for key, slot in slots.items():
+        sample = _sample_lines(texts["lines"]) if slot.boxes == "lines" else SAMPLE_BOXES
+        texts[key] = read_templates(content[key], f"{place}.{key}", slot, sample)
+    not_found = read_sentence(content["not_found"], f"{place}.not_found").strip()
+    more = read_sentence(content["more"], f"{place}.more", ("count", "shown"))
+    return LanguageWording(not_found=not_found, more=more, **texts)
+
+
+def _sample_lines(lines: Collection[str]) -> str:
+    """A line of every kind."""
+    values = dict.fromkeys(("phrase", "count", "description", "number"), "x") | {"boxes": SAMPLE_BOXES}
+    return "\n".join(fill(line, values) for line in lines)
 
 
 def _check_keys(content: dict[Any, Any], *, allowed: Collection[str], place: str) -> None:
@@ -141,34 +214,6 @@ def _check_keys(content: dict[Any, Any], *, allowed: Collection[str], place: str
         raise ConfigError(f"{place}: unknown key {', '.join(unknown)}; known are {', '.join(allowed)}")
 
 
-def _read_templates(content: Any, place: str, *, required: str, allowed: Collection[str]) -> tuple[str, ...]:
-    if not isinstance(content, list) or not content:
-        raise ConfigError(f"{place}: found {content!r}, wanted a list with at least one text")
-    for number, template in enumerate(content, 1):
-        _check_template(template, f"{place}, text {number}", required, allowed)
-    return tuple(content)
-
-
-def _check_template(template: Any, place: str, required: str, allowed: Collection[str]) -> None:
-    if not isinstance(template, str):
-        raise ConfigError(
-            f"{place}: found {template!r}, wanted a text; in YAML a brace at its start needs quotes around it"
-        )
-    unknown = set(_PLACEHOLDER.findall(template)) - set(allowed)
-    if unknown or re.search(r"[{}]", _PLACEHOLDER.sub("", template)):
-        known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
-        raise ConfigError(f"{place}: {template!r} has a brace that is no known placeholder; known here are {known}")
-    if f"{{{required}}}" not in template:
-        raise ConfigError(f"{place}: {template!r} lacks {{{required}}}")
-    if required == "boxes":
-        sample = _fill(template, {name: "" for name in allowed} | {"boxes": _SAMPLE_BOXES})
-        if parse_boxes(sample) != parse_boxes(_SAMPLE_BOXES):
-            raise ConfigError(f"{place}: {template!r} must hold {{boxes}} once and no other double brackets")
-
-
-def _read_not_found(content: Any, place: str) -> str:
-    if not isinstance(content, str) or not content.strip():
-        raise ConfigError(f"{place}: found {content!r}, wanted a sentence")
-    if re.search(r"[{}]|\[\[", content):
-        raise ConfigError(f"{place}: {content!r} must be a plain sentence, without placeholders and double brackets")
-    return content.strip()
+def _want(ok: bool, place: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{place}: found {value!r:.200}, wanted {wanted}")

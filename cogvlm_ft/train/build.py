@@ -9,9 +9,10 @@ from typing import Any
 from transformers import initialization
 
 from cogvlm_ft.config import Config, save_config
+from cogvlm_ft.data.augment import draft_side
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset
-from cogvlm_ft.data.plan import SamplePlan
+from cogvlm_ft.data.plan import SamplePlan, plan_samples
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.grounding.wording import load_wording
@@ -55,10 +56,16 @@ class Run:
 
 def build_run(config: Config) -> Run:
     """Collective. Data and wording first: what is wrong with them is told before the weights are read."""
-    train_index = load_index(config.data.shards, config.data.train_split)
-    val_index = load_index(config.data.shards, config.data.val_split)
+    data = config.data
+    train_index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    val_index = load_index(data.shards, data.val_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
     wording = load_wording(config.data.wording)
-    plan = SamplePlan(len(train_index), config.train.global_batch_size, config.seed)
+    plan = plan_samples(
+        train_index.source_sizes,
+        train_index.source_weights,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+    )
     output_dir = Path(config.output_dir)
     if is_main():
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -66,12 +73,13 @@ def build_run(config: Config) -> Run:
     barrier()
     engine, tokenizer = build_model_engine(config)
     dataset = GroundingDataset(
-        reader=ShardReader(train_index),
+        reader=ShardReader(train_index, draft_side=draft_side(config.data, engine.module.config.image_size)),
         wording=wording,
         tokenizer=tokenizer,
         config=engine.module.config,
         seed=config.seed,
         max_sequence_length=config.data.max_sequence_length,
+        augment=config.data.augment,
     )
     return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
 
@@ -81,6 +89,8 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     settings = deepspeed_settings(config)
     tokenizer = CogVLMTokenizer.from_folder(config.model.path)
     model_config = load_config(config.model.path, config.model.image_size)
+    if config.data.resize:
+        model_config.image_resize = config.data.resize  # stays with the weights, in their config.json
     if len(tokenizer) != model_config.vocab_size:
         raise CheckpointError(
             f"{config.model.path}: tokenizer.model has {len(tokenizer)} pieces, config.json says vocab_size="

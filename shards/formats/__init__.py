@@ -2,24 +2,81 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogvlm_ft.errors import DataError
 from shards.candidates import Candidate, Problem
-from shards.formats.coco import read_coco
-from shards.formats.jsonl import read_jsonl
+from shards.formats.coco import read_coco, recognise_coco
+from shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
+from shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
+from shards.formats.jsonl import read_jsonl, recognise_jsonl
+from shards.formats.labelme import read_labelme, recognise_labelme
+from shards.formats.mdetr import read_mdetr, recognise_mdetr
+from shards.formats.odvg import read_odvg, recognise_odvg
+from shards.formats.refcoco import read_refcoco, recognise_refcoco
+from shards.formats.rows import read_head
+from shards.formats.swift import read_swift, recognise_swift
+from shards.formats.voc import read_voc, recognise_voc
+from shards.formats.yolo import read_yolo, recognise_yolo
 
 
 @dataclass(frozen=True)
 class Format:
-    """read: (annotations, images folder) -> candidates, and problems that belong to none of them, one by one.
+    """A way to write annotations.
 
-    Raises DataError if the annotations as a whole are something else.
+    read: (annotations, images folder) -> candidates, and problems that belong to none of them, one by one.
+        Raises DataError if the annotations as a whole are something else.
+    recognise: what it saw there, in words for people, or None if the annotations are something else. Looks at names
+        and the beginning of files only.
     """
 
     read: Callable[[Path, Path], Iterator[Candidate | Problem]]
+    recognise: Callable[[Path], str | None]
 
 
-FORMATS: dict[str, Format] = {"coco": Format(read_coco), "jsonl": Format(read_jsonl)}
+FORMATS: dict[str, Format] = {
+    "voc": Format(read_voc, recognise_voc),
+    "yolo": Format(read_yolo, recognise_yolo),
+    "labelme": Format(read_labelme, recognise_labelme),
+    "csv": Format(read_csv_boxes, recognise_csv_boxes),
+    "refcoco": Format(read_refcoco, recognise_refcoco),
+    "mdetr": Format(read_mdetr, recognise_mdetr),
+    "odvg": Format(read_odvg, recognise_odvg),
+    "cogvlm-sft": Format(read_cogvlm_sft, recognise_cogvlm_sft),
+    "swift": Format(read_swift, recognise_swift),
+    "coco": Format(read_coco, recognise_coco),
+    "jsonl": Format(read_jsonl, recognise_jsonl),
+}
 """By the name that --format takes."""
+
+
+def recognise_format(annotations: Path) -> tuple[str, str]:
+    """(name of the format, what was seen). Raises DataError unless exactly one format fits."""
+    try:
+        seen = {name: format.recognise(annotations) for name, format in FORMATS.items()}
+        fits = [(name, what) for name, what in seen.items() if what is not None]
+        if len(fits) == 1:
+            return fits[0]
+        found = "; ".join(f"{what} (--format {name})" for name, what in fits) or _describe(annotations)
+    except OSError as error:
+        raise DataError(f"--annotations {annotations} cannot be read: {error.strerror}") from None
+    if fits:
+        problem, advice = "fits several formats", "choose one, or name the folder or file of one of them"
+    else:
+        problem, advice = "is of no known format", f"choose --format {', '.join(FORMATS)}"
+    raise DataError(f"--annotations {annotations} {problem}: it has {found}; {advice}")
+
+
+def _describe(annotations: Path) -> str:
+    """What is there, for people."""
+    if annotations.is_dir():
+        endings = Counter(path.suffix or "no ending" for path in annotations.iterdir() if path.is_file())
+        folders = sum(path.is_dir() for path in annotations.iterdir())
+        kinds = [f"{count} x {ending}" for ending, count in endings.most_common(5)]
+        return ", ".join([*kinds, f"{folders} folders"])
+    if not annotations.is_file():
+        return "neither file nor folder there"
+    return f"{annotations.stat().st_size} bytes that begin with {read_head(annotations, 40)!r}"

@@ -1,4 +1,10 @@
-"""COCO instances JSON: "images", "annotations" with bbox [x, y, width, height], "categories"."""
+"""COCO instances JSON: "images", "annotations" with bbox [x, y, width, height], "categories".
+
+{"images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}], "categories": [{"id": 7, "name": "dog"}],
+ "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 20, 10], "iscrowd": 0}]}
+
+The file is one JSON object, so all of it goes into memory, except for the outlines, which are its largest part.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.grounding.targets import Box, Target
+from cogvlm_ft.grounding.targets import Box
 from shards.candidates import (
     Candidate,
     Problem,
@@ -17,11 +23,13 @@ from shards.candidates import (
     check_text,
     four_numbers,
     image_path,
-    make_target,
+    make_targets,
     want,
 )
+from shards.files import read_ends
 
 _LISTS = ("images", "annotations", "categories")
+_ENDS_BYTES = 2**16
 
 
 class _Image:
@@ -48,9 +56,22 @@ def read_coco(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     yield from (_candidate(image) for image in images.values() if image)
 
 
+def recognise_coco(annotations: Path) -> str | None:
+    """Looks at both ends of the file for its lists; MDETR's token spans and panoptic segments are something else."""
+    ends = read_ends(annotations, _ENDS_BYTES)
+    is_object = ends.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{"
+    lists = [name for name in _LISTS if f'"{name}"'.encode() in ends]
+    is_coco = lists and b'"category_id"' in ends and b'"bbox"' in ends
+    is_other = any(name in ends for name in (b'"tokens_', b'"segments_info"'))
+    return f"a COCO object with {' and '.join(lists)}" if is_object and is_coco and not is_other else None
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+        content = json.loads(text, object_hook=_without_outlines)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; wanted COCO instances JSON") from None
     except (ValueError, RecursionError) as error:
         hint = "for one JSON object per line use --format jsonl"
         raise DataError(f"{path} is no JSON: {error}; wanted one COCO instances object ({hint})") from None
@@ -60,14 +81,24 @@ def _load(path: Path) -> dict[str, Any]:
     if missing:
         found = ", ".join(sorted(content)[:10]) or "nothing"
         raise DataError(f"{path} has no list called {' or '.join(missing)}; found {found}; wanted COCO instances JSON")
+    first = next(iter(content["annotations"]), None)
+    if isinstance(first, dict) and "segments_info" in first:
+        raise DataError(
+            f"{path} is COCO's panoptic JSON, which has segments; wanted the instances JSON of these images"
+        )
     return content
+
+
+def _without_outlines(value: dict[str, Any]) -> dict[str, Any]:
+    value.pop("segmentation", None)
+    return value
 
 
 def _category_names(categories: list[Any], problems: list[Problem]) -> dict[Any, str]:
     names: dict[Any, str] = {}
     for i, category in enumerate(categories):
         try:
-            number = _id(category, "category")
+            number = _id(category, "target")
             name = category.get("name")
             want(isinstance(name, str), "target", '"name"', name, "a string")
             want(number not in names, "target", '"id"', number, "an id that no other category has")
@@ -117,18 +148,12 @@ def _add_annotation(
 
 
 def _candidate(image: _Image) -> Candidate:
-    targets: list[Target] = []
-    for name, boxes in image.boxes.items():
-        good = [box for box in boxes if box]
-        try:
-            targets.append(make_target(name, good, num_boxes_found=len(boxes)))
-        except Rejected as rejected:
-            image.problems.append(rejected.problem(image.source))
+    targets = make_targets(image.boxes, image.source, image.problems)
     return Candidate(
         image=image.path,
         key=None,
         source=image.source,
-        targets=tuple(targets),
+        targets=targets,
         stated_size_px=image.stated_size_px,
         problems=tuple(image.problems),
     )

@@ -1,62 +1,73 @@
 """JSON lines: one image per line.
 
 {"image": "a.jpg", "targets": [{"phrase": "dog", "boxes": [[1, 2, 30, 40]]}], "turns": [{"prompt": "?", "answer": "."}]}
+
+or one question per line, with the answer as CogVLM writes it:
+
+{"image": "a.jpg", "Prompt": "狗在哪里?", "Label": "图片中存在一只狗,所在区域为[[086,540,400,760]]"}
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target, Turn
 from shards.candidates import (
     Candidate,
     Problem,
     Rejected,
-    check_text,
     four_numbers,
     image_path,
     make_target,
     want,
 )
+from shards.formats.conversations import verbatim_turn
+from shards.formats.rows import first_objects, merge_same_image, rows_by_image
 
 
 def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per line. A line that cannot be used becomes a problem; DataError if no line can."""
-    num_candidates = 0
-    problems: list[Problem] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            source = f"{path.name}:{number}"
-            try:
-                yield _candidate(_parse_line(line), source)
-                num_candidates += 1
-            except Rejected as rejected:
-                problems.append(rejected.problem(source))
-                yield problems[-1]
-    if not num_candidates:
-        first = f"; first: {problems[0].detail}" if problems else ""
-        wanted = 'wanted one JSON object with "image" and "targets" or "turns" per line'
-        raise DataError(f"{path}: none of its {len(problems)} lines can be used, {wanted}{first}")
+    """One candidate per line of our form, and one per image for the guide's pairs. DataError if no line can be used."""
+    wanted = 'one JSON object with "image" and "targets" or "turns" (or "Prompt" and "Label") per line'
+    for rows in rows_by_image(path, _joined_image, wanted=wanted, arrays=False):
+        if isinstance(rows, Problem):
+            yield rows
+            continue
+        try:
+            yield merge_same_image([_candidate(row.value, row.source) for row in rows])
+        except Rejected as rejected:
+            yield rejected.problem(rows[0].source)
 
 
-def _parse_line(line: bytes) -> Any:
-    try:
-        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise Rejected("sample", "bad_json", f"{error}: {line[:80]!r}") from None
-    check_text(value, "sample")
-    return value
+def recognise_jsonl(annotations: Path) -> str | None:
+    """Lines with "image" and "targets", "turns" or "Prompt" and "Label"."""
+    for line in first_objects(annotations):
+        if "image" in line and ("targets" in line or "turns" in line):
+            return 'JSON lines with "image" and "targets" or "turns"'
+        if _is_pair(line):
+            return 'JSON lines with "Prompt" and "Label"'
+    return None
 
 
-def _candidate(line: Any, source: str) -> Candidate:
-    want(isinstance(line, dict), "sample", "the line", line, 'a JSON object with "image"')
-    image = image_path(line.get("image"), '"image"')
+def _joined_image(line: dict[str, Any]) -> str | None:
+    """The image of a pair of the guide, which often has many lines. A line of ours stands alone, it can hold all."""
+    image = image_path(_image(line), '"image"')
+    return image if _is_pair(line) and "key" not in line else None
+
+
+def _is_pair(line: dict[str, Any]) -> bool:
+    """The guide's own form: one question and its answer, whatever the capitals of its keys."""
+    return "targets" not in line and "turns" not in line and {"prompt", "label"} <= {name.lower() for name in line}
+
+
+def _image(line: dict[str, Any]) -> Any:
+    if "image" in line:
+        return line["image"]
+    return next((value for name, value in line.items() if name.lower() in ("image", "image_path")), None)
+
+
+def _candidate(line: dict[str, Any], source: str) -> Candidate:
     key = line.get("key")
     good_key = key is None or (isinstance(key, str) and bool(key.strip()))
     want(good_key, "sample", '"key"', key, "a string that is not empty")
@@ -65,8 +76,10 @@ def _candidate(line: Any, source: str) -> Candidate:
     problems: list[Problem] = []
     targets = [_target(value, f"{source} targets[{i}]", problems) for i, value in enumerate(line.get("targets", []))]
     turns = [_turn(value, f"{source} turns[{i}]", problems) for i, value in enumerate(line.get("turns", []))]
+    if _is_pair(line):
+        turns = [_pair(line, source, problems)]
     return Candidate(
-        image=image,
+        image=image_path(_image(line), '"image"'),
         key=key,
         source=source,
         targets=tuple(target for target in targets if target),
@@ -113,7 +126,31 @@ def _turn(value: Any, source: str, problems: list[Problem]) -> Turn | None:
         for name in ("prompt", "answer"):
             text = value.get(name)
             want(isinstance(text, str) and bool(text.strip()), "turn", f'"{name}"', text, "a string that is not empty")
-        return Turn(value["prompt"], value["answer"])
+        history = value.get("history") or []
+        want(isinstance(history, list), "turn", '"history"', history, "a list of [prompt, answer]")
+        for pair in history:
+            good = (
+                isinstance(pair, list)
+                and len(pair) == 2
+                and all(isinstance(text, str) and text.strip() for text in pair)
+            )
+            want(good, "turn", '"history"', pair, "a list of [prompt, answer], none empty")
+        return Turn(value["prompt"], value["answer"], history=tuple((pair[0], pair[1]) for pair in history))
+    except Rejected as rejected:
+        problems.append(rejected.problem(source))
+        return None
+
+
+def _pair(line: dict[str, Any], source: str, problems: list[Problem]) -> Turn | None:
+    """The guide's texts as they stand."""
+    try:
+        texts = []
+        for wanted in ("prompt", "label"):
+            names = [name for name in line if name.lower() == wanted]
+            want(len(names) == 1, "turn", "the keys", names, f'"{wanted.capitalize()}" only once')
+            want(isinstance(line[names[0]], str), "turn", f'"{names[0]}"', line[names[0]], "a string")
+            texts.append(line[names[0]])
+        return verbatim_turn(texts[0], texts[1], ())
     except Rejected as rejected:
         problems.append(rejected.problem(source))
         return None

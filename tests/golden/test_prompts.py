@@ -73,6 +73,17 @@ def test_a_conversation_is_built_as_the_published_code_does(row: dict[str, Any])
     assert positions[0].tolist() == row["position_ids"]
 
 
+def test_a_turn_with_a_history_is_encoded_as_the_published_code_does() -> None:
+    rows = [row for row in PUBLISHED_ROWS if row["image"] and row["history"]]
+    assert {row["template_version"] for row in rows} == {"base", "chat", "vqa"}
+    for row in rows:
+        turn = Turn(row["query"], row["answer"] or "", history=tuple(map(tuple, row["history"])))
+        found = encode_turns([turn], StubTokenizer(), config_for(row["template_version"]))
+        length = len(row["input_ids"])
+        assert found.input_ids.tolist()[:length] == row["input_ids"]
+        assert found.position_ids.tolist()[:length] == row["position_ids"]
+
+
 @pytest.mark.parametrize("row", WHOLE_ROWS, ids=lambda row: f"{row['signal_type']}-{row['max_target_length']}")
 def test_a_turn_is_encoded_as_in_the_official_training(row: dict[str, Any]) -> None:
     config = config_for(TEMPLATE_OF_SIGNAL[row["signal_type"]])

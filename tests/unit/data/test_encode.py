@@ -75,6 +75,29 @@ def test_prompt_and_answer_are_encoded_apart_and_nothing_comes_between(
     assert text_of(encode_turns(TURNS[:1], tokenizer, config_for(template_version)), block=1) == prompt + answer
 
 
+HISTORY = (("Is there a dog?", "Found 1: dog."), ("Where?", "[[001,002,003,004]]"))
+
+
+@pytest.mark.parametrize(
+    ("template_version", "past"),
+    [
+        ("base", ""),
+        ("chat", "Question: Is there a dog? Answer: Found 1: dog.\nQuestion: Where? Answer: [[001,002,003,004]]\n"),
+    ],
+)
+def test_the_history_of_a_turn_stands_before_its_prompt_without_labels(template_version: str, past: str) -> None:
+    tokenizer, config = CharacterTokenizer(), config_for(template_version)
+    plain, later = Turn("dog?", "no"), Turn("dog?", "no", history=HISTORY)
+    found = encode_turns([plain, later, plain], tokenizer, config)
+    wanted = tokenizer.encode(past) + text_of(encode_turns([plain], tokenizer, config), block=1)
+    assert text_of(found, block=2) == wanted
+    assert text_of(found, block=1) == text_of(found, block=3) == wanted[len(past) :]
+    labels = found.labels[found.block_ids == 2].tolist()
+    assert labels == [IGNORED] * (len(wanted) - 3) + [*tokenizer.encode("no"), 2]
+    starts = [found.position_ids[found.block_ids == block][0].item() for block in (1, 2, 3)]
+    assert starts == [4, 4, 4]
+
+
 def test_one_image_even_without_turns() -> None:
     found = encode_turns([], CharacterTokenizer(), config_for(image_size=28))
     assert found.input_ids.tolist() == [1, 0, 0, 0, 0, 0, 0]

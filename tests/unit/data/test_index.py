@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvlm_ft.data.index import ShardIndex, load_index
-from cogvlm_ft.data.tars import scan_tar
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.config import load_config, save_config
+from cogvlm_ft.data.index import ShardIndex, ShardSource, load_index, shard_sources
+from cogvlm_ft.data.plan import plan_samples
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, scan_tar
+from cogvlm_ft.errors import ConfigError, DataError
 from shards.build import BuildSettings, build
 
 RECORD = b'{"turns": [{"prompt": "p", "answer": "q"}]}'
@@ -292,6 +296,58 @@ def test_compressed_tars_are_refused_clearly(tmp_path: Path, name: str) -> None:
         load_index(tmp_path, "train")
 
 
+def patch_size(path: Path, name: str, size: int) -> None:
+    """Let the header of a member say another size."""
+    offset = header_offset(path, name)
+    header = tarfile.TarInfo(name)
+    header.size = size
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [10**6, 8**11 - 1, 2**62])
+def test_a_member_that_claims_to_be_huge_is_refused(tmp_path: Path, size: int) -> None:
+    path = write_tar(tmp_path / "x.tar", samples("a", "b", "c"))
+    patch_size(path, "b.jpg", size)
+    entries, losses = scan_tar(path)
+    assert [entry.key for entry in entries] == ["a", "c"] and losses == [("x.tar", "b", "truncated")]
+
+
+def test_a_member_that_is_huge_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", samples("a", "b"))
+    whole = path.read_bytes()
+    patch_size(path, "b.jpg", MAX_MEMBER_BYTES + 1)
+    with path.open("r+b") as file:  # a file with a hole takes no room
+        file.truncate(len(whole) + MAX_MEMBER_BYTES + 512)
+    entries, losses = scan_tar(path)
+    assert [entry.key for entry in entries] == ["a"] and ("x.tar", "b", "too_large") in losses
+
+    content = {"size": path.stat().st_size, "sha256": "0" * 64}
+    sample = {"key": "b", "ext": "jpg", "image": [512, MAX_MEMBER_BYTES + 1], "json": [0, 1]}
+    path = path.rename(tmp_path / "train-0.tar")
+    path.with_suffix(".json").write_text(json.dumps({**content, "samples": [sample]}))
+    assert keys_of(load_index(tmp_path, "train")) == ["a"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_megabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    path = write_tar(tmp_path / "x.tar", samples("a", "b"))
+    start = header_offset(path, "b.jpg")
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 3 << 20
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + header.tobuf(tarfile.GNU_FORMAT) + data[start:])
+    with path.open("r+b") as file:
+        file.truncate(4 << 20)
+    tracemalloc.start()
+    entries, losses = scan_tar(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [entry.key for entry in entries] == ["a", "b"] and peak < 2 << 20
+    assert losses == ([] if kind == tarfile.XGLTYPE else [("x.tar", "", "damaged_header")])
+
+
 def test_nothing_to_read_says_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
         load_index(tmp_path / "nowhere", "train")
@@ -303,3 +359,99 @@ def test_nothing_to_read_says_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar").write_bytes(b"no tar at all " * 100)
     with pytest.raises(DataError, match=r"no samples.*damaged_header"):
         load_index(tmp_path, "train")
+
+
+def build_source(folder: Path, names: str, colour: int) -> Path:
+    """Our own shards: one sample per letter, all of train but the last."""
+    folder.mkdir()
+    lines = []
+    for name in names:
+        Image.new("RGB", (8, 6), (ord(name), colour, 0)).save(folder / f"{name}.png")
+        lines.append({"image": f"{name}.png", "targets": [{"phrase": "dog", "boxes": [[0, 0, 4, 4]]}]})
+    (folder / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build(BuildSettings("jsonl", folder, folder / "x.jsonl", val_fraction=0.0), folder / "out", num_workers=1)
+    return folder / "out"
+
+
+def test_several_sources_become_one_index(tmp_path: Path) -> None:
+    a, b = build_source(tmp_path / "1", "abc", 0), build_source(tmp_path / "2", "abcde", 1)
+    (tmp_path / "2" / "out").rename(tmp_path / "cups")
+    shards = [{"path": str(a), "weight": 2}, str(tmp_path / "cups")]
+    index = load_index(shards, "train")
+    assert sorted(keys_of(index)) == sorted([f"out/{k}" for k in "abc"] + [f"cups/{k}" for k in "abcde"])
+    assert (index.source_sizes, index.source_weights) == ((3, 5), (2.0, 1.0))
+    reader = ShardReader(index)
+    for i in range(len(index)):
+        sample = reader.read(i)
+        folder, letter = sample.record.key.split("/")
+        assert sample.image.getpixel((0, 0)) == (ord(letter), int(folder == "cups"), 0)
+    plan = plan_samples(index.source_sizes, index.source_weights, global_batch_size=4, seed=0)
+    drawn = [index.key(i) for i in plan.order(0)]
+    assert sorted(drawn) == sorted([f"out/{k}" for k in "abc"] * 2 + [f"cups/{k}" for k in "abcde"])
+    assert b.parent.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("data.shards=a", [ShardSource("a", 1.0)]),
+        ("data.shards=[a,b]", [ShardSource("a", 1.0), ShardSource("b", 1.0)]),
+        ("data.shards=[{path: a, weight: 2}, {path: b, weight: 0.5}]", [ShardSource("a", 2.0), ShardSource("b", 0.5)]),
+        ("data.shards=http://host:80/a", [ShardSource("http://host:80/a", 1.0)]),
+    ],
+)
+def test_how_shards_are_written_in_a_config(tmp_path: Path, setting: str, wanted: list[ShardSource]) -> None:
+    config = load_config(None, ["output_dir=x", "model.path=m", setting])
+    assert shard_sources(config.data.shards) == wanted
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_one_source_keeps_its_keys_and_its_identity(built: Path) -> None:
+    plain = load_index(built, "train")
+    for shards in (str(built), [str(built)], [{"path": str(built)}], {"path": str(built), "weight": 1}):
+        index = load_index(shards, "train")
+        assert same_samples(index, plain) and index.data_sha256 == plain.data_sha256
+    assert (plain.source_sizes, plain.source_weights) == ((5,), (1.0,))
+
+
+def test_every_source_and_every_weight_is_part_of_the_identity(built: Path, tmp_path: Path) -> None:
+    other = build_source(tmp_path / "other", "xy", 0)
+    mixtures: list[Any] = [
+        str(built),
+        [{"path": str(built), "weight": 0.5}],
+        [str(built), str(other)],
+        [str(other), str(built)],
+        [{"path": str(built), "weight": 2}, str(other)],
+    ]
+    assert len({load_index(shards, "train").data_sha256 for shards in mixtures}) == len(mixtures)
+
+
+def test_two_sources_of_one_name_are_told_apart(built: Path, tmp_path: Path) -> None:
+    other = build_source(tmp_path / "other", "ab", 0)
+    keys = keys_of(load_index([str(built), str(other)], "train"))
+    assert len(set(keys)) == 7 and {key.split("/")[0] for key in keys} == {"out-0", "out-1"}
+
+
+def test_a_source_may_have_nothing_for_a_split_if_another_has(tmp_path: Path) -> None:
+    empty = build_source(tmp_path / "1", "abc", 0)
+    write_tar(tmp_path / "val-0.tar", samples("v"))
+    index = load_index([str(empty), str(tmp_path)], "val")
+    assert len(index) == 1 and index.source_sizes == (1,)
+    with pytest.raises(DataError, match="'val' has no samples"):
+        load_index([str(empty), str(empty)], "val")
+
+
+@pytest.mark.parametrize(
+    "shards", [[], [{"path": "x", "weight": 0}], [{"path": "x", "wieght": 2}], [{"weight": 1}], [7], None, "", [["x"]]]
+)
+def test_a_list_of_shards_that_is_none(shards: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.shards"):
+        load_index(shards, "train")
+
+
+def test_an_index_that_is_damaged_is_a_data_error(built: Path) -> None:
+    for content in ({"version": 1, "splits": 3}, {"version": 1, "splits": {"train": {"shards": [{"path": "a"}]}}}):
+        (built / "index.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"index\.json"):
+            load_index(built, "train")

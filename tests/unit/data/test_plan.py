@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cogvlm_ft.data.plan import SamplePlan, rank_part
+from cogvlm_ft.data.plan import SamplePlan, plan_samples, rank_part
 from cogvlm_ft.errors import ConfigError
 
 SIZES = list(itertools.product([1, 2, 7, 16, 100], [1, 4, 12, 128]))
@@ -17,7 +17,7 @@ def real_samples(plan: SamplePlan, consumed: int, num_steps: int) -> tuple[list[
     """What a run sees, with one number as its only state."""
     seen: list[int] = []
     for _ in range(num_steps):
-        indices, weights = plan.global_batch(*plan.position(consumed))
+        indices, _, weights = plan.global_batch(*plan.position(consumed))
         seen += indices[weights > 0].tolist()
         consumed += int(weights.sum())
     return seen, consumed
@@ -37,7 +37,8 @@ def test_batches_are_always_full_and_padding_weighs_nothing(num_samples: int, ba
     plan = SamplePlan(num_samples, batch, seed=3)
     order = plan.order(5)
     for offset in range(0, num_samples, max(1, num_samples // 9)):
-        indices, weights = plan.global_batch(5, offset)
+        indices, passes, weights = plan.global_batch(5, offset)
+        assert passes.tolist() == [5] * batch
         assert indices.shape == weights.shape == (batch,)
         assert (indices.dtype, weights.dtype) == (np.int64, np.float32)
         num_real = min(batch, num_samples - offset)
@@ -50,18 +51,18 @@ def test_batches_are_always_full_and_padding_weighs_nothing(num_samples: int, ba
 def test_the_union_over_ranks_is_the_global_batch_for_every_world_size(world_size: int) -> None:
     plan = SamplePlan(50, 24, seed=0)
     for offset in (0, 24, 48):
-        indices, weights = plan.global_batch(0, offset)
+        whole = plan.global_batch(0, offset)
         for micro_batch_size in (1, 2):
             parts = [
-                rank_part(indices, weights, rank=r, world_size=world_size, micro_batch_size=micro_batch_size)
+                rank_part(whole, rank=r, world_size=world_size, micro_batch_size=micro_batch_size)
                 for r in range(world_size)
             ]
             num_micro_steps = 24 // (world_size * micro_batch_size)
             assert [len(part) for part in parts] == [num_micro_steps] * world_size
-            assert all(len(i) == len(w) == micro_batch_size for part in parts for i, w in part)
+            assert all(len(each) == micro_batch_size for part in parts for micro in part for each in micro)
             in_order = [part[m] for m in range(num_micro_steps) for part in parts]
-            assert np.concatenate([i for i, _ in in_order]).tolist() == indices.tolist()
-            assert np.concatenate([w for _, w in in_order]).tolist() == weights.tolist()
+            for found, wanted in zip(zip(*in_order, strict=True), whole, strict=True):
+                assert np.concatenate(found).tolist() == wanted.tolist()
 
 
 def test_a_run_resumed_anywhere_sees_what_it_would_have_seen() -> None:
@@ -92,14 +93,72 @@ def test_the_cached_order_cannot_be_spoiled() -> None:
 
 
 def test_a_batch_that_cannot_be_dealt_out_names_the_nearest_sizes() -> None:
-    indices, weights = SamplePlan(100, 30, 0).global_batch(0, 0)
+    batch = SamplePlan(100, 30, 0).global_batch(0, 0)
     with pytest.raises(ConfigError, match=r"global_batch_size=30 .* 4 \* 2 = 8; set it to 24 or 32"):
-        rank_part(indices, weights, rank=0, world_size=4, micro_batch_size=2)
+        rank_part(batch, rank=0, world_size=4, micro_batch_size=2)
     with pytest.raises(ConfigError, match=r"set it to 32$"):
-        rank_part(indices[:3], weights[:3], rank=0, world_size=16, micro_batch_size=2)
+        rank_part(SamplePlan(3, 3, 0).global_batch(0, 0), rank=0, world_size=16, micro_batch_size=2)
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
 def test_numbers_out_of_range(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match="wanted"):
         SamplePlan(*numbers)
+
+
+def epochs_of(plan: SamplePlan, num_epochs: int) -> list[list[int]]:
+    return [plan.order(epoch).tolist() for epoch in range(num_epochs)]
+
+
+def mixed(sizes: list[int], weights: list[float], batch: int = 4, seed: int = 1) -> SamplePlan:
+    return plan_samples(sizes, weights, global_batch_size=batch, seed=seed)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    assert mixed([7, 9], [1.0, 1.0]) == SamplePlan(16, 4, 1)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.5, 1, 1.5, 2, 3.7])
+def test_a_source_is_drawn_by_its_weight_and_seen_whole_before_anything_twice(weight: float) -> None:
+    plan = mixed([10, 20], [weight, 1.0])
+    per_epoch = round(10 * weight)
+    walk: list[int] = []
+    for order in epochs_of(plan, 10):
+        assert len(order) == plan.num_samples == per_epoch + 20
+        assert sorted(i for i in order if i >= 10) == list(range(10, 30))
+        walk += [i for i in order if i < 10]
+        counts = np.bincount(walk, minlength=10)
+        assert counts.sum() == len(walk) and counts.max() - counts.min() <= 1
+
+
+def test_two_halves_are_all_and_the_next_two_are_other_halves() -> None:
+    halves = [set(order) for order in epochs_of(mixed([100], [0.5]), 4)]
+    assert all(len(half) == 50 for half in halves)
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(100))
+    assert halves[0] not in (halves[2], halves[3])
+
+
+def test_weights_are_exact_decimals() -> None:
+    assert mixed([10**6], [0.1]).num_samples == 10**5  # and not one more, as 0.1 is in binary
+    assert mixed([3], [0.001]).num_samples == 1
+
+
+def test_passes_count_the_walks_through_each_source() -> None:
+    plan = mixed([4, 4], [2.0, 0.5], batch=10)
+    for epoch in range(4):
+        indices, passes, weights = plan.global_batch(epoch, 0)
+        first = sorted(zip(indices[indices < 4].tolist(), passes[indices < 4].tolist(), strict=True))
+        assert first == [(i, 2 * epoch + turn) for i in range(4) for turn in (0, 1)]  # never the same twice
+        assert set(passes[indices >= 4].tolist()) == {epoch // 2} and weights.all()
+
+
+def test_a_mixed_run_resumed_anywhere_sees_what_it_would_have_seen() -> None:
+    whole, _ = real_samples(mixed([5, 8], [1.5, 0.25]), 0, 12)
+    for steps in range(12):
+        before, consumed = real_samples(mixed([5, 8], [1.5, 0.25]), 0, steps)
+        after, _ = real_samples(mixed([5, 8], [1.5, 0.25]), consumed, 12 - steps)
+        assert before + after == whole
+
+
+def test_a_mixed_order_never_changes() -> None:
+    assert epochs_of(mixed([3, 4], [2.0, 0.5], seed=0), 2) == [[1, 0, 1, 4, 2, 5, 0, 2], [6, 1, 0, 0, 3, 2, 1, 2]]

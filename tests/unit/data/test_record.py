@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,29 @@ def test_there_and_back() -> None:
     assert "一只狗".encode() in data and b": " not in data and b", " not in data
 
 
+def test_a_conversation_keeps_its_earlier_turns_and_others_their_bytes() -> None:
+    record = Record("a", (4, 3), "", (), (Turn("one?", "1"), Turn("two?", "2", history=(("one?", "1"),))))
+    data = record_to_json(record)
+    assert record_from_json(data, "a") == record
+    assert data.endswith(
+        b'"turns":[{"prompt":"one?","answer":"1"},{"prompt":"two?","answer":"2","history":[["one?","1"]]}]}'
+    )
+    assert record_from_json(data.replace(b'[["one?","1"]]', b"null"), "a").turns[1].history == ()
+    for spoiled, message in (
+        (b'[["one?"]]', r"turns\[1\].history\[0\] is"),
+        (b'[["one?",1]]', r"history\[0\]\[1\] is 1"),
+    ):
+        with pytest.raises(BadSampleError, match=message):
+            record_from_json(data.replace(b'[["one?","1"]]', spoiled), "a")
+
+
+def test_only_an_upright_record_says_so() -> None:
+    assert b"upright" not in record_to_json(RECORD)
+    upright = replace(RECORD, upright=True)
+    assert record_to_json(upright) == record_to_json(RECORD)[:-1] + b',"upright":true}'
+    assert record_from_json(record_to_json(upright), "a") == upright
+
+
 def test_json_of_others_needs_targets_or_turns_only() -> None:
     data = b'{"targets": [{"phrase": "\xe7\x8b\x97", "boxes_xyxy": [[1, 2, 3, 4]]}], "url": "http://x", "width": 5}'
     assert record_from_json(data, "k") == Record("k", None, "", (Target("狗", "zh", ((1.0, 2.0, 3.0, 4.0),)),), ())
@@ -59,6 +83,7 @@ def test_json_of_others_needs_targets_or_turns_only() -> None:
         (["image_size_px"], [40.5, 30]),
         (["image_size_px"], "40x30"),
         (["source"], 7),
+        (["upright"], 1),
         (["targets"], None),
         (["targets"], {}),
         (["targets", 0], "dog"),
@@ -75,6 +100,7 @@ def test_json_of_others_needs_targets_or_turns_only() -> None:
         (["targets", 0, "boxes_xyxy", 0], [1, 2, 3, 10**400]),
         (["turns", 0], ["prompt", "answer"]),
         (["turns", 0, "answer"], ""),
+        (["turns", 0, "history"], "earlier"),
     ],
 )
 def test_a_bad_field_is_named(path: list[Any], value: Any) -> None:

@@ -85,6 +85,7 @@ def test_metrics_of_all_photos(model: CogVLMForCausalLM, tokenizer: CogVLMTokeni
     assert found.metrics.keys() == {
         *("mean_iou", "acc@0.5", "acc@0.75", "false_not_found", "not_found_acc", "unreadable", "text_exact"),
         *("num_present", "num_absent", "num_text", "num_images", "num_bad"),
+        *("num_unscored", "num_cut_boxes"),
     }
     assert found.metrics["num_images"] == NUM_PHOTOS
     assert found.metrics["num_bad"] == 0
@@ -196,6 +197,60 @@ def test_saved_files(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shard
     for picture in pictures:
         with Image.open(picture) as image:
             assert min(image.size) >= 56
+
+
+DOG = {"phrase": "dog", "boxes_xyxy": [[1, 2, 30, 15]], "description": "a brown dog"}
+CATS = {"phrase": "cat", "boxes_xyxy": [[1, 2, 3, 4], [5, 6, 7, 8]]}
+BIRD = {"phrase": "bird", "boxes_xyxy": []}
+
+
+def test_descriptions_are_kept_and_not_scored(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    shards = write_tar(tmp_path / "shards", {"a": {"targets": [DOG, CATS, BIRD]}})
+    found = run(model, tokenizer, shards, wording="region")
+    assert {each.truth for each in found.predictions} == {"a brown dog", "cat"}
+    assert [each.score for each in found.predictions] == [None, None]
+    assert found.metrics["num_unscored"] == 2
+    assert found.metrics["num_present"] == found.metrics["num_absent"] == found.metrics["num_text"] == 0
+    assert "unreadable" not in found.metrics and "mean_iou" not in found.metrics
+    save_evaluation(found, tmp_path / "out")
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["score"] for line in lines] == [None, None]
+    assert all(json.loads(line)["answer"] is not None for line in lines)
+
+
+def test_the_lines_of_a_step_wise_answer_are_scored_together(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    found = run(model, tokenizer, write_tar(tmp_path, {"a": {"targets": [DOG, CATS, BIRD]}}), wording="steps")
+    (prediction,) = found.predictions
+    assert sorted(prediction.truth_boxes_xyxy or ()) == [(1, 2, 3, 4), (1, 2, 30, 15), (5, 6, 7, 8)]
+    assert (found.metrics["num_present"], found.metrics["num_absent"], found.metrics["num_unscored"]) == (1, 0, 0)
+
+
+def test_later_turns_of_a_conversation_are_asked_after_the_true_earlier_ones(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    model.config.template_version = "chat"
+    shards = write_tar(tmp_path, {"a": {"targets": [DOG, CATS, BIRD]}})
+    found = run(model, tokenizer, shards, wording="conversation")
+    turns = found.predictions
+    assert [len(each.history) for each in turns] == [0, 1, 2, 3]
+    assert turns[3].history == tuple((each.prompt, each.truth) for each in turns[:3])
+    assert (found.metrics["num_present"], found.metrics["num_absent"], found.metrics["num_unscored"]) == (2, 1, 1)
+    pixels = preprocess_image(reader_of(shards).read(0).image, 56)[None].to(device())
+    model.eval()
+    with torch.no_grad():
+        alone = generate_answers(model, tokenizer, pixels, [[turns[3].prompt]], 4, [[turns[3].history]])
+    assert alone == [[turns[3].answer]]
+
+
+def test_boxes_that_are_cut_are_counted(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path) -> None:
+    many = {"phrase": "dot", "boxes_xyxy": [[i / 2, 1, i / 2 + 3, 9] for i in range(60)]}
+    found = run(model, tokenizer, write_tar(tmp_path, {"a": {"targets": [many, DOG]}}))
+    assert sorted(each.num_cut_boxes for each in found.predictions) == [0, 10]
+    assert found.metrics["num_cut_boxes"] == 10
 
 
 @pytest.mark.parametrize("key", ["holiday/beach", "caf\udce9"], ids=["folder", "latin-1 bytes"])

@@ -47,9 +47,14 @@ def pixels() -> Tensor:
 
 
 def published_answer(
-    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, image: Tensor, prompt: str, max_new_tokens: int
+    model: CogVLMForCausalLM,
+    tokenizer: CogVLMTokenizer,
+    image: Tensor,
+    prompt: str,
+    max_new_tokens: int,
+    history: Sequence[tuple[str, str]] = (),
 ) -> str:
-    one = build_conversation(tokenizer, model.config, query=prompt, images=[image])
+    one = build_conversation(tokenizer, model.config, query=prompt, images=[image], history=history)
     rows = {name: one[name][None] for name in ("input_ids", "token_type_ids", "attention_mask")}
     ids = model.generate(
         **rows,
@@ -111,6 +116,19 @@ def test_the_order_of_images_and_prompts_does_not_matter(
     turned = [prompts[::-1] for prompts in PROMPTS[::-1]]
     found = generate_answers(model, ids_only, pixels.flip(0), turned, NUM_NEW)
     assert [answers[::-1] for answers in found[::-1]] == wanted
+
+
+def test_a_history_is_read_before_its_own_prompt_only(
+    model: CogVLMForCausalLM, ids_only: IdTokenizer, pixels: Tensor
+) -> None:
+    model.config.template_version = "chat"
+    past = (("Is there a dog?", "Found 1: dog."), ("Where?", "[[001,002,003,004]]"))
+    histories = [[(), past, past[:1]], [past], [(), (), past, ()]]
+    found = generate_answers(model, ids_only, pixels, PROMPTS, NUM_NEW, histories)
+    for image, prompts, pasts, answers in zip(pixels, PROMPTS, histories, found, strict=True):
+        for prompt, history, answer in zip(prompts, pasts, answers, strict=True):
+            assert published_answer(model, ids_only, image, prompt, NUM_NEW, history) == answer
+    assert found != generate_answers(model, ids_only, pixels, PROMPTS, NUM_NEW)
 
 
 def count_passes(model: CogVLMForCausalLM) -> list[int]:

@@ -9,7 +9,8 @@ import yaml
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.boxes import bins_from_box, parse_boxes
 from cogvlm_ft.grounding.targets import Target, Turn
-from cogvlm_ft.grounding.wording import LanguageWording, Wording, build_turns, load_wording
+from cogvlm_ft.grounding.turns import build_turns
+from cogvlm_ft.grounding.wording import LanguageWording, Wording, load_wording
 
 DOG = Target("一只狗", "zh", ((86, 540, 400, 760),))
 CATS = Target("the cats", "en", ((500, 500, 600, 600), (0, 0, 100, 100)))
@@ -115,7 +116,9 @@ def write_and_load(folder: Path, content: object) -> Wording:
 
 def test_a_file_of_the_user(tmp_path: Path) -> None:
     wording = write_and_load(tmp_path, GOOD)
-    assert wording.languages["zh"] == LanguageWording(("{phrase}在哪里?",), ("{boxes}",), "未找到指定目标")
+    wanted = LanguageWording(("{phrase}在哪里?",), ("{boxes}",), "未找到指定目标")
+    assert replace(wording.languages["zh"], more="") == wanted
+    assert (wording.style, wording.max_boxes, wording.max_targets, wording.box_order) == ("refer", 50, 5, "file")
     assert load_wording(str(tmp_path / "my.yaml")) == wording
 
 
@@ -126,6 +129,7 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
         ({"prompts": ["{phrase}{box}?"]}, "no known placeholder"),
         ({"prompts": ["{phrase}{boxes}"]}, "no known placeholder"),
         ({"prompts": ["{phrase}{"]}, "no known placeholder"),
+        ({"prompts": ["{phrase}?", "{{phrase}}?"]}, r"zh.prompts, text 2.*lacks \{phrase\}"),
         ({"prompts": []}, "at least one text"),
         ({"prompts": "{phrase}在哪里?"}, "wanted a list"),
         ({"prompts": [{"phrase": None}]}, "quotes"),
@@ -133,6 +137,15 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
         ({"answers": ["{boxes}{boxes}"]}, "once and no other"),
         ({"answers": ["[[x0,y0,x1,y1]] {boxes}"]}, "once and no other"),
         ({"answers": ["[{boxes}"]}, "once and no other"),
+        ({"answers": ["{boxes} [["]}, "once and no other"),
+        ({"answers": ["[{more}{boxes}"]}, "once and no other"),
+        (
+            {"answers": ["{boxes}", "[{boxes}]"]},
+            r"text 2: .* gives '\[\[\[012.*reads back as no boxes, wanted \[\(12, ",
+        ),
+        ({"more": "{count} of {all}"}, r"zh.more: .*placeholders than \{count\}, \{shown\}"),
+        ({"more": " "}, "zh.more: found ' ', wanted a sentence"),
+        ({"lines": ["{boxes}"]}, r"zh \(style refer\): unknown key lines"),
         ({"not_found": "[[000,000,000,000]]"}, "plain sentence"),
         ({"not_found": "没有{phrase}"}, "plain sentence"),
         ({"not_found": " "}, "wanted a sentence"),
@@ -151,6 +164,22 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, change: dict[str, object],
         ({"fr": GOOD["zh"]}, "unknown key fr"),
         ({"zh": {"prompts": ["{phrase}"], "answers": ["{boxes}"]}}, "not_found missing"),
         ({"zh": []}, "wanted the keys"),
+        ({"style": "steps"}, "wanted the keys zh and/or en too"),
+        (GOOD | {"style": "step"}, r"style: found 'step', wanted one of refer, detect, describe, steps, conversation"),
+        (GOOD | {"style": ["refer"]}, "style: found"),
+        (GOOD | {"max_boxes": 0}, "max_boxes: found 0, wanted a whole number of at least 1"),
+        (GOOD | {"max_targets": True}, "max_targets: found True"),
+        (GOOD | {"box_order": "random"}, "box_order: found 'random', wanted one of file, left_to_right, large_first"),
+        (GOOD | {"style": "steps"}, "zh: lines missing; style steps wants prompts, lines, answers, not_found"),
+        ({"mix": []}, "mix: found .*, wanted a list"),
+        ({"mix": ["box"], "zh": GOOD["zh"]}, "unknown key zh; known are mix, max_boxes"),
+        ({"mix": ["box", "boxes"]}, "wording boxes: neither built in"),
+        ({"mix": ["mixed"]}, r"my.yaml, mix 1 \(mixed\) is a mix itself"),
+        ({"mix": [7]}, r"my.yaml, mix 1: found 7"),
+        ({"mix": [{"wording": "box", "weight": 0}]}, "mix 1.weight: found 0, wanted a number above 0"),
+        ({"mix": [{"wording": "box", "weight": float("inf")}]}, "mix 1.weight: found inf"),
+        ({"mix": [{"wording": "box", "wieght": 2}]}, "unknown key wieght; known are wording, weight"),
+        ({"mix": ["box", GOOD]}, r"mix 1 \(box\) has zh, en, .*mix 2 has zh: all parts of a mix need the same"),
         ([], "wanted the keys"),
     ],
 )
@@ -160,8 +189,70 @@ def test_mistakes_in_the_frame_of_a_file_are_named(tmp_path: Path, content: obje
 
 
 def test_a_file_that_does_not_exist_or_is_no_yaml(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither built in \\(box, description\\) nor"):
+    with pytest.raises(ConfigError, match=r"neither built in \(box, conversation, .*, steps\) nor"):
         load_wording("boxes")
-    (tmp_path / "bad.yaml").write_bytes(b"zh: [\xff")
-    with pytest.raises(ConfigError, match="not readable as YAML"):
-        load_wording(tmp_path / "bad.yaml")
+    for spoiled in (b"zh: [\xff", b"zh: 2020-99-99", b"[" * 500):
+        (tmp_path / "bad.yaml").write_bytes(spoiled)
+        with pytest.raises(ConfigError, match="not readable as YAML"):
+            load_wording(tmp_path / "bad.yaml")
+
+
+STEPS = {
+    "style": "steps",
+    "en": {
+        "prompts": ["Find {phrases}; where one is missing say {not_found}"],
+        "lines": ["{number}. {phrase} ({count}): {boxes}"],
+        "answers": ["{count} found: {phrases}\n{lines}{more}\nend"],
+        "not_found": "none",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lines": ["{phrase}"]}, r"en.lines, text 1.*lacks \{boxes\}"),
+        ({"lines": ["{boxes}", "{boxes} and [["]}, r"en.lines, text 2.*once and no other double brackets"),
+        ({"lines": ["{phrases} {boxes}"]}, r"\{phrases\}; known here are \{boxes\}, \{count\}"),
+        ({"answers": ["{count} found"]}, r"en.answers, text 1.*lacks \{lines\}"),
+        ({"answers": ["[{lines}"], "lines": ["{boxes}"]}, r"must hold \{lines\} once"),
+        ({"answers": ["{lines}{boxes}"]}, r"\{boxes\}; known here are \{count\}, \{lines\}"),
+        ({"prompts": ["What about {phrase}?"]}, r"\{phrase\}; known here are \{not_found\}, \{phrases\}"),
+        ({"prompts": [" "]}, "en.prompts, text 1: found an empty text"),
+    ],
+)
+def test_mistakes_in_a_step_wise_file_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    assert write_and_load(tmp_path, STEPS).languages["en"].lines == ("{number}. {phrase} ({count}): {boxes}",)
+    with pytest.raises(ConfigError, match=message):
+        write_and_load(tmp_path, STEPS | {"en": STEPS["en"] | change})  # type: ignore[operator]
+
+
+def test_a_mix_of_names_paths_and_wordings_written_out(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    write_and_load(tmp_path / "own", STEPS)
+    inline = {
+        "style": "detect",
+        "max_boxes": 3,
+        "en": {"prompts": ["{phrase}?"], "answers": ["{boxes}"], "not_found": "no"},
+    }
+    content = {"mix": ["own/my.yaml", {"wording": inline, "weight": 2.5}], "box_order": "large_first"}
+    wording = write_and_load(tmp_path, content)
+    assert [(part.style, part.weight, part.max_boxes, part.box_order) for part in wording.mix] == [
+        ("steps", 1.0, 50, "large_first"),
+        ("detect", 2.5, 3, "large_first"),
+    ]
+    assert wording.not_found_sentences == ("none", "no")
+
+
+def test_the_built_in_mix_holds_every_style() -> None:
+    wording = load_wording("mixed")
+    assert {part.style for part in wording.mix} == {"refer", "detect", "describe", "steps", "conversation"}
+    assert wording.not_found_sentences == ("未找到指定目标", "The specified target was not found.")
+
+
+def test_some_built_in_questions_say_what_to_answer_when_a_thing_is_absent() -> None:
+    for name in ("referring", "detection", "steps", "conversation"):
+        for language in load_wording(name).languages.values():
+            share = sum("{not_found}" in prompt for prompt in language.prompts) / len(language.prompts)
+            assert 0.1 < share < 0.5
+            assert len(set(language.prompts)) == len(language.prompts) >= 5

@@ -10,9 +10,6 @@ import pytest
 from photo_builds import Build, image_bytes
 
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate
-from shards.layout import assign_keys, safe_key
 
 GOOD = {"image": "b.jpg", "targets": [{"phrase": "cat", "boxes": [[0, 0, 40, 30]]}]}
 GOOD_RECORD = {"phrase": "cat", "language": "en", "boxes_xyxy": [[0, 0, 40, 30]], "description": None}
@@ -195,17 +192,6 @@ def test_a_second_line_with_the_same_key_is_rejected_with_a_hint(build_jsonl: Bu
     assert [row["source"] for row in found["rejected"]] == ["lines.jsonl:2", "lines.jsonl:3"]
     assert "on one line" in found["rejected"][0]["detail"]
     assert set(found["records"]) == {"b", "other"}
-
-
-def test_two_images_never_share_a_derived_key() -> None:
-    images = ["a.jpg", "a.png", "d/a.jpg", "d_a.jpg", "d.a.jpg", "x" * 200 + "1.jpg", "x" * 200 + "2.jpg", "照片.jpg"]
-    target = Target("dog", "en", ())
-    by_key, duplicates = assign_keys([Candidate(image, None, "", (target,)) for image in images])
-    assert len(by_key) == len(images) and not duplicates
-    assert {"a", "d_a", "照片"} < set(by_key)
-    for key in by_key:
-        assert "." not in key and "/" not in key and len(key.encode()) <= 80
-        assert safe_key(key) == key
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe{\0}\0", b'{"images": [], "annotations": []}', b""])

@@ -8,18 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
-from photo_builds import Build, image_bytes
+from photo_builds import Build, image_bytes, run_build
+from PIL import Image
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
 from shards.build import BuildSettings, build, main
+from shards.candidates import Candidate
+from shards.decisions import part_ids
+from shards.formats import FORMATS
+from shards.negatives import NegativeSettings
+from shards.verify import VERIFY
 
 ROOT = Path(__file__).parents[3]
 
@@ -138,7 +145,7 @@ def test_another_seed_makes_another_split(photos: Path, tmp_path: Path) -> None:
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     (photos / "big.jpg").write_bytes(image_bytes(800, 600))
-    lines = [{**dog("big.jpg"), "key": f"k{i:03d}"} for i in range(50)]
+    lines = [{**dog("big.jpg"), "key": f"k{i:03d}"} for i in range(300)]
     annotations = write_lines(tmp_path / "x.jsonl", lines)
     arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations)]
     arguments += ["--samples-per-shard", "2", "--val-fraction", "0", "--workers", "2"]
@@ -159,6 +166,27 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(photos: Path, tmp_path:
     assert main([*arguments, "--out", str(whole)]) == 0
     assert folder_bytes(killed) == folder_bytes(whole)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
+
+
+def test_a_build_killed_while_it_reads_the_annotations(photos: Path, tmp_path: Path) -> None:
+    """A pipe holds it there: its second half never comes."""
+    annotations, out = tmp_path / "x.jsonl", tmp_path / "out"
+    os.mkfifo(annotations)
+    arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations), "--out", str(out)]
+    code = f"import sys; from shards.build import main; sys.exit(main({arguments!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    with annotations.open("w") as pipe:  # waits for the other side
+        pipe.write(json.dumps(dog("a.jpg")) + "\n")
+        pipe.flush()
+        assert (out / ".spool.sqlite").exists()
+        process.kill()
+        process.wait()
+    assert [path.name for path in out.iterdir()] == [".spool.sqlite"]
+    annotations.unlink()
+    write_lines(annotations, [dog(f"{name}.jpg") for name in "abcde"])
+    assert main(arguments) == 0
+    assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
+    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
 
 def test_damaged_and_missing_shards_are_written_again(photos: Path, tmp_path: Path) -> None:
@@ -193,6 +221,147 @@ def test_changed_annotations_need_overwrite(photos: Path, tmp_path: Path) -> Non
     write_lines(annotations, [dog("b.jpg")])
     with pytest.raises(DataError, match="annotations_sha256"):
         build(BuildSettings("jsonl", photos, annotations), tmp_path / "out", num_workers=1)
+
+
+def test_the_format_is_found_out_and_said(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = write_lines(photos / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"])
+    assert main(["--annotations", str(annotations), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{annotations}: ") and printed[0].endswith("read as --format jsonl")
+    assert json.loads((tmp_path / "out" / "index.json").read_bytes())["build"]["format"] == "jsonl"
+
+
+def test_cut_off_images_are_found_either_way_and_the_way_is_part_of_the_build(photos: Path, tmp_path: Path) -> None:
+    (photos / "b.jpg").write_bytes((photos / "a.jpg").read_bytes()[:-40])
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg"), dog("b.jpg")])
+    for verify in VERIFY:
+        found = run_build("jsonl", annotations, photos, tmp_path / verify, verify=verify)
+        assert set(found["records"]) == {"a"} and found["index"]["rejected"] == {"broken_image": 1}
+    assert (tmp_path / "structure/train-000000.tar").read_bytes() == (tmp_path / "decode/train-000000.tar").read_bytes()
+    with pytest.raises(DataError, match="verify: 'structure' there, 'decode' now"):
+        run_build("jsonl", annotations, photos, tmp_path / "structure", verify="decode")
+
+
+def test_a_format_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.bin").write_bytes(b"\0\1\2" * 50)
+    for path in (tmp_path / "x.bin", tmp_path / "nowhere"):
+        assert main(["--annotations", str(path), "--out", str(tmp_path / "out")]) == 1
+        assert str(path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_decisions_are_applied_and_part_of_the_build(photos: Path, tmp_path: Path) -> None:
+    lines = [dog("a.jpg"), {**dog("b.jpg"), "targets": [*dog("b.jpg")["targets"], {"phrase": "cat", "boxes": []}]}]
+    annotations = write_lines(tmp_path / "x.jsonl", lines)
+    first, second = FORMATS["jsonl"].read(annotations, photos)
+    assert isinstance(first, Candidate) and isinstance(second, Candidate)
+    rows = [
+        {"id": part_ids(first).sample, "decision": "drop"},
+        {"id": part_ids(second).targets[0], "decision": "edit", "phrase": "wolf"},
+        {"id": "box-0123456789abcdef", "decision": "drop"},
+    ]
+    decisions = tmp_path / "decisions.json"
+    decisions.write_text(json.dumps({"decisions": rows}))
+    found = run_build("jsonl", annotations, photos, tmp_path / "out", decisions=decisions)
+    assert [target["phrase"] for target in found["records"]["b"]["targets"]] == ["wolf", "cat"]
+    assert set(found["records"]) == {"b"}
+    assert [row["reason"] for row in found["rejected"]] == ["dropped_by_review", "decision_fits_nothing"]
+    with pytest.raises(DataError, match="annotations_sha256"):
+        run_build("jsonl", annotations, photos, tmp_path / "out")
+
+
+def zoo(photos: Path, tmp_path: Path) -> Path:
+    """COCO: every photo shows two animals; one photo is there twice, the second time with a third animal."""
+    names = ["dog", "cat", "horse", "zebra", "bear"]
+    content: dict[str, Any] = {
+        "images": [{"id": i, "file_name": f"{'abcdea'[i]}.jpg"} for i in range(6)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"image_id": i, "category_id": (i + step) % 5, "bbox": [1, 2, 20, 15]} for i in range(5) for step in (0, 1)
+        ]
+        + [{"image_id": 5, "category_id": 2, "bbox": [3, 3, 9, 9]}],
+    }
+    annotations = tmp_path / "zoo.json"
+    annotations.write_text(json.dumps(content))
+    return annotations
+
+
+def test_absent_targets_are_added_by_any_number_of_workers(photos: Path, tmp_path: Path) -> None:
+    annotations = zoo(photos, tmp_path)
+    negatives = NegativeSettings(share=0.5)
+    settings = BuildSettings("coco", photos, annotations, val_fraction=0.2, samples_per_shard=2, negatives=negatives)
+    for num_workers in (1, 2):
+        build(settings, tmp_path / f"out{num_workers}", num_workers=num_workers)
+    assert folder_bytes(tmp_path / "out1") == folder_bytes(tmp_path / "out2")
+    index = json.loads((tmp_path / "out1" / "index.json").read_bytes())
+    num_absent = sum(split["num_absent"] for split in index["splits"].values())
+    assert num_absent == sum(index["negatives"]["added"].values()) > 4
+
+    present = {"a": {"dog", "cat", "horse"}, "b": {"cat", "horse"}, "c": {"horse", "zebra"}}  # horse: a lost duplicate
+    for split in ("train", "val"):
+        reader = ShardReader(load_index(tmp_path / "out1", split))
+        for i in range(len(reader)):
+            record = reader.read(i).record
+            absent = {target.phrase for target in record.targets if not target.boxes_xyxy}
+            shown = {target.phrase for target in record.targets if target.boxes_xyxy}
+            assert not absent & (shown | present.get(record.key, set()))
+    with pytest.raises(DataError, match=r"negatives: .*there, None now"):
+        build(replace(settings, negatives=None), tmp_path / "out1", num_workers=1)
+
+
+def test_a_share_that_cannot_be(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = zoo(photos, tmp_path)
+    arguments = ["--format", "coco", "--images", str(photos), "--annotations", str(annotations), "--workers", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "1.5"]) == 1
+    assert "share is 1.5" in capsys.readouterr().err
+    assert (
+        main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "0.3", "--negative-kinds", "attribute"]) == 0
+    )
+    assert "absent targets: " in capsys.readouterr().out
+
+
+def test_large_photos_are_made_smaller_with_their_boxes(photos: Path, tmp_path: Path) -> None:
+    (photos / "large.png").write_bytes(image_bytes(400, 200, image_format="PNG"))
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg"), dog("large.png", (40, 20, 400, 200))])
+    found = run_build("jsonl", annotations, photos, tmp_path / "out", max_side=100)
+    assert found["records"]["large"]["image_size_px"] == [100, 50]
+    assert found["records"]["large"]["targets"][0]["boxes_xyxy"] == [[10, 5, 100, 50]]
+    reader = ShardReader(load_index(tmp_path / "out", "train"))
+    samples = {sample.record.key: sample for sample in map(reader.read, range(2))}
+    assert samples["large"].image.size == (100, 50) and samples["a"].image.size == (40, 30)
+    assert (photos / "a.jpg").read_bytes() in (tmp_path / "out" / "train-000000.tar").read_bytes()
+    with pytest.raises(DataError, match="max_side: 100 there, None now"):
+        run_build("jsonl", annotations, photos, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("mode", "upright"), [("auto", True), ("auto", False), ("apply", True), ("ignore", False)])
+def test_photos_are_turned_with_their_boxes_or_taken_as_stored(
+    photos: Path, tmp_path: Path, mode: str, upright: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photos / "a.jpg").save(photos / "turned.jpg", exif=exif)  # 40 x 30 as stored
+    box = (2, 3, 29, 39) if upright else (2, 3, 39, 29)
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("b.jpg"), dog("turned.jpg", box)])
+    found = run_build("jsonl", annotations, photos, tmp_path / "out", exif=mode)
+    assert not found["rejected"]
+    assert found["index"]["build"]["exif"] == {"mode": mode, "applied": upright}
+    sizes = {key: record["image_size_px"] for key, record in found["records"].items()}
+    assert sizes == {"b": [40, 30], "turned": [30, 40] if upright else [40, 30]}
+    reader = ShardReader(load_index(tmp_path / "out", "train"))
+    samples = {sample.record.key: sample for sample in map(reader.read, range(2))}
+    assert samples["turned"].image.size == ((30, 40) if upright else (40, 30))
+    assert samples["turned"].record.targets[0].boxes_xyxy == (box,)
+
+
+def test_annotations_that_are_wrong_leave_the_old_shards(photos: Path, tmp_path: Path) -> None:
+    annotations, out = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")]), tmp_path / "out"
+    build(BuildSettings("jsonl", photos, annotations, val_fraction=0.0), out, num_workers=1)
+    before = folder_bytes(out)
+    annotations.write_text("no JSON")
+    with pytest.raises(DataError, match="none of its 1 lines"):
+        build(BuildSettings("jsonl", photos, annotations), out, num_workers=1, overwrite=True)
+    assert folder_bytes(out) == before
 
 
 def test_foreign_shards_are_left_alone(photos: Path, tmp_path: Path) -> None:

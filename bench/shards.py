@@ -1,0 +1,177 @@
+"""Building and reading of shards, against `tar` and against a bare Pillow loop in the same run.
+
+    python bench/shards.py [--mib 2048] [--rounds 3] [--records 100000] [--photos FOLDER]
+
+Prints ratios. Both sides of a ratio take turns, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.reader import ShardReader
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL_PHOTOS = REPOSITORY.parent / "shared" / "data"
+SIDE_PX = 490
+NUM_WORKERS = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=REAL_PHOTOS, help="folder with .jpg and .png files")
+    parser.add_argument("--mib", type=int, default=2048, help="photos are repeated up to this size")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-read", type=int, default=400, help="photos that are decoded in each round")
+    parser.add_argument("--records", type=int, default=100_000, help="of the memory measurement; 0 leaves it out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = repeat_photos(args.photos, folder / "photos", args.mib << 20)
+        bench_build(folder, names, args.rounds)
+        bench_read(folder, names[: args.num_read], args.rounds)
+        bench_memory_of_reading(folder, args.num_read // 4)
+        if args.records:
+            bench_memory_of_building(folder, args.records)
+
+
+def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
+    """Copies of the real photos under new names, and x.jsonl beside them with one box for each."""
+    photos = sorted(path for path in source.rglob("*") if path.suffix in (".jpg", ".png"))
+    if not photos:
+        sys.exit(f"{source} holds no .jpg or .png: --photos FOLDER")
+    folder.mkdir()
+    names: list[str] = []
+    lines, size = [], 0
+    while size < num_bytes:
+        photo = photos[len(names) % len(photos)]
+        names.append(f"{len(names):06d}{photo.suffix}")
+        shutil.copyfile(photo, folder / names[-1])
+        size += photo.stat().st_size
+        targets = [{"phrase": "the thing in the corner", "boxes": [[0, 0, 20, 20]]}]
+        lines.append(json.dumps({"image": names[-1], "targets": targets}))
+    (folder.parent / "x.jsonl").write_text("\n".join(lines))
+    print(f"{len(names)} photos of {size / len(names) / 1024:.0f} KiB, {NUM_WORKERS} workers")
+    return names
+
+
+def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
+    """The whole command, from its start to its end."""
+    (folder / "names").write_text("\n".join(names))
+    tar = ["tar", "-cf", str(folder / "plain.tar"), "-C", str(folder / "photos"), "-T", str(folder / "names")]
+    build = [sys.executable, "-m", "shards.build", "--format", "jsonl", "--images", str(folder / "photos")]
+    build += ["--annotations", str(folder / "x.jsonl"), "--out", str(folder / "shards"), "--val-fraction", "0"]
+    build += ["--overwrite", "--samples-per-shard", "200"]
+
+    def run(command: list[str]) -> Callable[[], object]:
+        return lambda: subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+
+    seconds = take_turns({"tar": run(tar), "build": run(build)}, rounds)
+    print(f"shards/build.py              {ratio(seconds['build'], seconds['tar'])} of the time of tar (target 1.3)")
+
+
+def bench_read(folder: Path, names: Sequence[str], rounds: int) -> None:
+    """Decode and resize, by ShardReader and by a loop that opens the files."""
+    index = load_index(folder / "shards", "train")
+    by_key = {index.key(i): i for i in range(len(index))}
+    chosen = [by_key[name.rpartition(".")[0]] for name in names]
+    with multiprocessing.Pool(NUM_WORKERS, _start_worker, (folder,)) as pool:
+        sides = {
+            "bare": lambda: pool.map(_read_file, names, chunksize=10),
+            "reader": lambda: pool.map(_read_sample, chosen, chunksize=10),
+        }
+        seconds = take_turns(sides, rounds)
+    print(
+        f"ShardReader + resize         {ratio(seconds['bare'], seconds['reader'])} of the speed of Pillow (target 0.9)"
+    )
+
+
+def bench_memory_of_reading(folder: Path, num_samples: int) -> None:
+    """Ten epochs in one process."""
+    _start_worker(folder)
+    used = []
+    for _ in range(10):
+        for i in range(num_samples):
+            _read_sample(i)
+        used.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
+    print(f"memory of reading            {used[0]:.0f} MiB after one epoch, {used[-1]:.0f} MiB after ten")
+
+
+def bench_memory_of_building(folder: Path, num_records: int) -> None:
+    """Peak of the main process for a fifth of the records and for all; tiny images, so that records are what counts."""
+    code = (
+        "import resource, sys; from shards.build import main; failed = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(failed)"
+    )
+    photos = folder / "tiny"
+    photos.mkdir()
+    for number in range(10):
+        Image.new("RGB", (16, 12), (number, 0, 0)).save(photos / f"{number}.png")
+    for count in (num_records // 5, num_records):
+        annotations, out = folder / "records.jsonl", folder / f"records-{count}"
+        targets = [{"phrase": "the red cup", "boxes": [[1, 2, 10, 11]]}, {"phrase": "dog", "boxes": []}]
+        with annotations.open("w") as file:
+            for i in range(count):
+                file.write(json.dumps({"image": f"{i % 10}.png", "key": f"key-{i}", "targets": targets}) + "\n")
+        arguments = ["--format", "jsonl", "--images", photos, "--annotations", annotations, "--out", out]
+        start = time.perf_counter()
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        print(f"memory of building           {done.stdout.split()[-1]} MiB for {count} records, {seconds:.0f} s")
+        shutil.rmtree(out)
+
+
+def take_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, action in sides.items():
+            start = time.perf_counter()
+            action()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> str:
+    """Of the medians, and the medians."""
+    a, b = statistics.median(above), statistics.median(below)
+    return f"{a / b:.2f} ({a:.2f} s / {b:.2f} s)"
+
+
+def _start_worker(folder: Path) -> None:
+    global _reader, _photos
+    _photos = folder / "photos"
+    _reader = ShardReader(load_index(folder / "shards", "train"))
+
+
+def _read_file(name: str) -> None:
+    with Image.open(_photos / name) as image:
+        image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+
+
+def _read_sample(i: int) -> None:
+    _reader.read(i).image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+
+
+_reader: ShardReader
+_photos: Path
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Shards on a server: samples by HTTP range, or, where a server knows no ranges, whole shards in a local cache.
+
+Whole files come through webdataset's opener, which starts curl, gsutil, ... and gives them the address, without a
+shell; addresses that are commands ("pipe:") are refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import select
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from cogvlm_ft.errors import DataError
+
+if TYPE_CHECKING:
+    import requests
+
+SCHEMES = ("http", "https", "gs", "s3", "hf", "ais")
+
+_RETRY_DELAYS_S = (0.5, 2.0, 8.0)
+_TIMEOUT_S = (10, 60)  # to connect; without a single byte
+_DEADLINE_S = 600.0  # for one range
+_MAX_JSON_BYTES = 1 << 30  # of an index or offsets file
+_CHUNK = 1 << 20
+_WORTH_ANOTHER_TRY = (408, 425, 429, 500, 502, 503, 504)
+_CURL_HTTP_ERROR = 22  # curl tries again by itself where that can help
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where whole shards are kept, and how many bytes of them at most."""
+
+    folder: Path
+    max_bytes: int
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raises DataError unless that much more fits."""
+        used = sum(path.stat().st_size for path in self.folder.glob("*.tar"))
+        if used + num_bytes > self.max_bytes:
+            raise DataError(
+                f"data.cache_dir={self.folder} holds {used / 2**30:.2f} GiB and {num_bytes / 2**30:.2f} GiB more are "
+                f"needed, but data.cache_gib={self.max_bytes / 2**30:g}: raise it, or delete files there"
+            )
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """A tar on a server. cache: None if the server gives parts of it."""
+
+    url: str
+    size: int
+    sha256: str
+    cache: Cache | None
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        return self.url.rpartition("/")[2]
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Bytes of the tar. Raises DataError if the server does not give them."""
+        if self.cache is None:
+            return _retried(self.url, lambda: _read_range(self.url, offset, size, self.size)) if size else b""
+        path = self.cache.folder / f"{self.sha256}.tar"
+        if not path.exists():
+            self._download(path, self.cache)
+        with path.open("rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def _download(self, path: Path, cache: Cache) -> None:
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of all processes that want this shard, one loads it
+            if path.exists():
+                return
+            cache.check_room(self.size)
+            unfinished = path.with_suffix(".tmp")
+            digest = _retried(self.url, lambda: _save(self.url, unfinished, self.size))
+            if digest != self.sha256:
+                unfinished.unlink()
+                raise DataError(f"{self} is not the shard of its index.json: sha256 {digest}, wanted {self.sha256}")
+            unfinished.replace(path)
+
+
+def is_url(path: str) -> bool:
+    """True for what is no path on this machine."""
+    return "://" in path or path.startswith("pipe:")
+
+
+def check_url(url: str) -> None:
+    """Raises DataError unless this is the address of a folder that may be opened."""
+    scheme = urlsplit(url).scheme
+    if scheme not in SCHEMES:
+        wanted = ", ".join(f"{name}://" for name in SCHEMES)
+        raise DataError(f"{shown(url)}: {scheme or 'this kind of address'} is not opened, wanted a folder or {wanted}")
+    if re.search(r"[\s?#\[\]{}*\\]", url):
+        raise DataError(f"{shown(url)}: wanted the plain address of a folder, without blanks and ? # [ ] {{ }} * \\")
+
+
+def shown(url: str) -> str:
+    """The address without a password in it."""
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+def fetch_json(url: str) -> Any:
+    """The JSON of a small file. Raises DataError."""
+    data = _retried(url, lambda: b"".join(_stream(url, _MAX_JSON_BYTES)))
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{shown(url)} is no valid JSON: {error}") from None
+
+
+def gives_ranges(url: str, size: int) -> bool:
+    """Whether samples of this tar can be read one by one. Raises DataError if it cannot be read at all."""
+    if not url.startswith(("http://", "https://")):
+        return False
+    try:
+        return bool(_retried(url, lambda: _read_range(url, 0, 1, size)))
+    except _WholeFile:
+        return False
+
+
+class _WholeFile(DataError):
+    """The server answers a request for a part with the whole."""
+
+
+def _retried(url: str, action: Callable[[], T]) -> T:
+    for delay_s in (*_RETRY_DELAYS_S, None):
+        try:
+            return action()
+        except OSError as error:  # also every error of requests
+            if delay_s is None:
+                raise DataError(f"{shown(url)}: {shown(str(error))}; tried {len(_RETRY_DELAYS_S) + 1} times") from None
+            time.sleep(delay_s)
+    raise AssertionError
+
+
+def _read_range(url: str, offset: int, size: int, total: int) -> bytes:
+    """Raises OSError if another try may help, else DataError."""
+    last = offset + size - 1
+    headers = {"Range": f"bytes={offset}-{last}", "Accept-Encoding": "identity"}
+    end_s = time.monotonic() + _DEADLINE_S
+    with _session(os.getpid()).get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+        status = response.status_code
+        if status in _WORTH_ANOTHER_TRY:
+            raise OSError(f"HTTP {status}")
+        if status == 200:
+            raise _WholeFile(f"{shown(url)}: the server has stopped to give ranges")
+        found, wanted = response.headers.get("Content-Range", ""), f"bytes {offset}-{last}/{total}"
+        if status != 206 or found not in (wanted, f"bytes {offset}-{last}/*"):
+            raise DataError(f"{shown(url)}: HTTP {status} {found!r}, wanted 206 {wanted!r}; are these the same shards?")
+        data = b""
+        for chunk in response.iter_content(_CHUNK):
+            data += chunk
+            if len(data) > size or time.monotonic() > end_s:
+                break
+    if len(data) != size:
+        raise OSError(f"{len(data)} of {size} bytes")
+    return data
+
+
+@lru_cache(maxsize=1)
+def _session(pid: int) -> requests.Session:
+    """Connections that are used again and again; a forked process needs its own."""
+    import requests  # here, because those who read from a disk need not wait for it
+
+    return requests.Session()
+
+
+def _save(url: str, path: Path, size: int) -> str:
+    """The sha256 of the file, which must be `size` bytes long."""
+    sha256 = hashlib.sha256()
+    num_bytes = 0
+    with path.open("wb") as file:
+        for chunk in _stream(url, size):
+            file.write(chunk)
+            sha256.update(chunk)
+            num_bytes += len(chunk)
+    if num_bytes != size:
+        raise OSError(f"{num_bytes} of {size} bytes")
+    return sha256.hexdigest()
+
+
+def _stream(url: str, max_bytes: int) -> Iterator[bytes]:
+    """A whole file in pieces. Raises OSError if another try may help, else DataError."""
+    from webdataset.gopen import gopen, gopen_schemes  # here, because webdataset imports torch if there is one
+
+    scheme = urlsplit(url).scheme
+    if scheme not in gopen_schemes:  # s3
+        raise DataError(f"{shown(url)}: set USE_AIS_FOR={scheme} to read it by the program ais, or use https://")
+    try:
+        pipe = gopen(url)
+    except (FileNotFoundError, ImportError) as error:
+        raise DataError(f"{shown(url)}: {error}: the program that opens {scheme}:// is missing") from None
+    try:
+        num_bytes = 0
+        while chunk := _next_chunk(pipe.stream.fileno()):
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise DataError(f"{shown(url)} has more than the {max_bytes} bytes it should have")
+            yield chunk
+        status = pipe.proc.wait(_TIMEOUT_S[1])
+    finally:
+        pipe.proc.kill()
+        pipe.ignore_errors = True  # closing must not raise; what went wrong is known here
+        pipe.close()
+    if status == _CURL_HTTP_ERROR and scheme.startswith("http"):
+        raise DataError(f"{shown(url)}: the server refuses it (not there, or no permission)")
+    if status:
+        raise OSError(f"the program that reads {scheme}:// ended with status {status}")
+
+
+def _next_chunk(pipe: int) -> bytes:
+    if not select.select([pipe], [], [], _TIMEOUT_S[1])[0]:
+        raise OSError(f"nothing came for {_TIMEOUT_S[1]} s")
+    return os.read(pipe, _CHUNK)

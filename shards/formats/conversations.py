@@ -1,0 +1,60 @@
+"""Conversations about one picture, as several formats hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cogvlm_ft.grounding.targets import Turn
+from shards.candidates import Problem, Rejected, shown, want
+from shards.formats.box_text import check_box_text
+
+Message = tuple[Any, Any]
+"""Who speaks, and the text."""
+MAX_EARLIER = 50
+"""Pairs that a turn carries along as its history: more than any sequence holds."""
+_ASKS, _ANSWERS = ("user", "human"), ("assistant", "gpt", "bot")
+
+
+def questions_and_answers(messages: Iterable[Message], source: str, problems: list[Problem]) -> list[tuple[str, str]]:
+    """The pairs in their order; a message that belongs to no pair becomes a problem, the system's is left out."""
+    pairs: list[tuple[str, str]] = []
+    question: str | None = None
+    for i, (role, text) in enumerate(messages):
+        try:
+            want(isinstance(role, str), "turn", "the speaker", role, '"user" or "assistant"')
+            if role == "system":
+                continue
+            want(isinstance(text, str), "turn", f"what {role!r:.20} says", text, "a string")
+            if role in _ASKS:
+                if question is not None:
+                    problems.append(_unanswered(question, source))
+                question = text
+            else:
+                want(role in _ANSWERS, "turn", "the speaker", role, '"user" or "assistant"')
+                want(question is not None, "turn", "the answer", text, "a question before it")
+                pairs.append((str(question), text))
+                question = None
+        except Rejected as rejected:
+            problems.append(rejected.problem(f"{source} message {i}"))
+            question = None
+    if question is not None:
+        problems.append(_unanswered(question, source))
+    return pairs
+
+
+def verbatim_turn(prompt: str, answer: str, earlier: tuple[tuple[str, str], ...]) -> Turn:
+    """A pair that is used as it stands; raises Rejected if it is empty or has box text that the model never saw.
+
+    earlier: the pairs before it in the same conversation.
+    """
+    for name, text in (("the prompt", prompt), ("the answer", answer)):
+        want(bool(text.strip()), "turn", name, text, "a text that is not empty")
+        check_box_text(text, name, is_prompt=name == "the prompt")
+    if len(earlier) > MAX_EARLIER:
+        raise Rejected("turn", "long_conversation", f"more than {MAX_EARLIER} questions and answers before it")
+    return Turn(prompt, answer, history=earlier)
+
+
+def _unanswered(question: str, source: str) -> Problem:
+    return Problem("turn", "no_answer", f"nothing answers {shown(question)}", source)

@@ -1,0 +1,239 @@
+"""JSON objects of a file, one per line or in one array, and those about the same image brought together."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.grounding.targets import Target
+from shards.candidates import Candidate, Problem, Rejected, check_text, shown, want
+
+MAX_LINE_BYTES = 64 * 2**20
+_HEAD_BYTES = 2**20
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of a file and where it stands."""
+
+    source: str
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a row stands. position: byte of the line, or index in the array. content: bytes of a line, else a value."""
+
+    source: str
+    position: int
+    number: int
+    content: Any
+
+    def row(self) -> Row:
+        """Raises Rejected if it is no JSON object."""
+        if isinstance(self.content, bytes):
+            return Row(self.source, parse_object(self.content))
+        return Row(self.source, _checked(self.content))
+
+
+class _Rows:
+    """The rows of an open file; `values` if it is one array."""
+
+    def __init__(self, file: BinaryIO, name: str, values: list[Any] | None) -> None:
+        self._file = file
+        self._name = name
+        self._values = values
+
+    def __iter__(self) -> Iterator[_Place]:
+        if self._values is not None:
+            yield from (self.at(i, i) for i in range(len(self._values)))
+            return
+        position = number = 0
+        while line := self._file.readline(MAX_LINE_BYTES):
+            number += 1
+            if line.strip():
+                yield _Place(f"{self._name}:{number}", position, number, line)
+            position += len(line)
+            while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):  # too long: no JSON either, go to its end
+                line = self._file.readline(MAX_LINE_BYTES)
+                position += len(line)
+
+    def at(self, position: int, number: int) -> _Place:
+        """A row that was met before."""
+        if self._values is not None:
+            return _Place(f"{self._name}[{position}]", position, number, self._values[position])
+        self._file.seek(position)
+        return _Place(f"{self._name}:{number}", position, number, self._file.readline(MAX_LINE_BYTES))
+
+
+def rows_by_image(
+    path: Path, image_of: Callable[[dict[str, Any]], str | None], *, wanted: str, arrays: bool
+) -> Iterator[list[Row] | Problem]:
+    """Every object of the file, those of one image together, in the order in which the images first appear.
+
+    image_of: the image an object is about, None if it must not be joined with others; may raise Rejected.
+    arrays: also take a file that is one JSON array. Raises DataError if no object can be used.
+    Rows that may be joined are read twice, so that memory holds 24 bytes for each and no more.
+    """
+    hashes, positions, numbers = array("Q"), array("Q"), array("Q")
+    num_bad, num_alone, first = 0, 0, ""
+    with path.open("rb") as file:
+        rows = _Rows(file, path.name, _load_array(path) if arrays else None)
+        for place in rows:
+            try:
+                row = place.row()
+                image = image_of(row.value)
+            except Rejected as rejected:
+                num_bad += 1
+                first = first or f"; first: {rejected.detail}"
+                yield rejected.problem(place.source)
+                continue
+            if image is None:
+                num_alone += 1
+                yield [row]
+                continue
+            hashes.append(int.from_bytes(blake2b(image.encode(), digest_size=8).digest(), "little"))
+            positions.append(place.position)
+            numbers.append(place.number)
+        if not hashes and not num_alone:
+            raise DataError(f"{path}: none of its {num_bad} lines can be used, wanted {wanted}{first}")
+        for group in _equal(hashes):
+            by_image: dict[str | None, list[Row]] = defaultdict(list)  # two images may share a hash
+            for i in group:
+                try:
+                    row = rows.at(positions[i], numbers[i]).row()
+                    by_image[image_of(row.value)].append(row)
+                except Rejected as rejected:
+                    raise DataError(f"{path} was changed while it was read: {rejected.detail}") from None
+            yield from by_image.values()
+
+
+def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
+    """One candidate of all that is said about one image; boxes that contradict the first ones become problems."""
+    first = next((candidate for candidate in candidates if candidate.targets), candidates[0])
+    size = first.stated_size_px
+    targets: list[Target] = []
+    problems: list[Problem] = []
+    for candidate in candidates:
+        problems += candidate.problems
+        other_size = size and candidate.stated_size_px and size != candidate.stated_size_px
+        if candidate.targets and (other_size or candidate.units != first.units):
+            found = f"boxes in {candidate.units}, image size {candidate.stated_size_px}"
+            detail = f"{found}; {first.source} has {first.units} and {size} for the same image"
+            problems += (
+                Problem("target", "contradiction", f"{shown(target.phrase)}: {detail}", candidate.source)
+                for target in candidate.targets
+            )
+        else:
+            targets += candidate.targets
+        size = size or candidate.stated_size_px
+    return replace(
+        first,
+        source=candidates[0].source,
+        targets=tuple(targets),
+        turns=tuple(turn for candidate in candidates for turn in candidate.turns),
+        stated_size_px=size,
+        problems=tuple(problems),
+    )
+
+
+def load_json(path: Path, wanted: str) -> Any:
+    """A whole JSON file; raises DataError if it is none. Bytes that are no UTF-8 stay, for `check_text` to find."""
+    try:
+        return json.loads(path.read_bytes().removeprefix(_BOM).decode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; wanted {wanted}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}; wanted {wanted}") from None
+
+
+def load_lists(path: Path, wanted: str) -> dict[str, Any]:
+    """A JSON file with the lists "images" and "annotations"; raises DataError if it is none."""
+    content = load_json(path, wanted)
+    names = ("images", "annotations")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in names):
+        found = ", ".join(sorted(content)[:10]) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise DataError(f'{path} has no lists "images" and "annotations"; found {found or "nothing"}; wanted {wanted}')
+    return content
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """One JSON object; raises Rejected if it is something else, too long, or not UTF-8."""
+    if len(data) >= MAX_LINE_BYTES:
+        raise Rejected("sample", "too_long", f"{MAX_LINE_BYTES} bytes or more: {data[:80]!r}")
+    try:
+        value = json.loads(data.removeprefix(_BOM).decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise Rejected("sample", "bad_json", f"{error}: {data[:80]!r}") from None
+    return _checked(value)
+
+
+def first_objects(path: Path) -> list[dict[str, Any]]:
+    """Some of the first JSON objects of a file of lines or of one array, as far as its head tells."""
+    head = read_head(path, _HEAD_BYTES)
+    if head[:1] == b"[":
+        texts = [head[1:].decode("utf-8", "ignore").lstrip()]
+    else:
+        texts = [line.decode("utf-8", "ignore") for line in head.splitlines()[:20]]
+    values = (_first_value(text) for text in texts)
+    return [value for value in values if isinstance(value, dict)]
+
+
+def read_head(path: Path, num_bytes: int) -> bytes:
+    """The first bytes of a file without byte order mark and blanks; nothing for a folder."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(num_bytes).removeprefix(_BOM).lstrip()
+
+
+def stated_size(value: dict[str, Any]) -> tuple[int, int] | None:
+    """(width, height) if the annotation says them."""
+    size = value.get("width"), value.get("height")
+    return size if all(type(side) is int and side > 0 for side in size) else None  # type: ignore[return-value]
+
+
+def _load_array(path: Path) -> list[Any] | None:
+    """None if the file as a whole is no array; then it is taken line by line."""
+    if read_head(path, 4096)[:1] != b"[":
+        return None
+    try:
+        values = load_json(path, "a JSON array")
+    except DataError:
+        return None
+    return values if isinstance(values, list) else None
+
+
+def _equal(hashes: array[int]) -> Iterator[list[int]]:
+    """The indices of equal numbers, groups in the order of their first one."""
+    if not hashes:
+        return
+    order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
+    values = np.frombuffer(hashes, dtype=np.uint64)[order]
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    ends = np.r_[starts[1:], len(order)]
+    for group in np.argsort(order[starts], kind="stable"):
+        yield order[starts[group] : ends[group]].tolist()
+
+
+def _checked(value: Any) -> dict[str, Any]:
+    check_text(value, "sample")
+    want(isinstance(value, dict), "sample", "the JSON", value, "an object")
+    return value
+
+
+def _first_value(text: str) -> Any:
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return None

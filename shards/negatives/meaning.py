@@ -1,0 +1,214 @@
+"""What a phrase names: the things in it, their colours, sides and numbers, and whether every word was understood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cogvlm_ft.data.record import detect_language
+from shards.negatives.words import Words
+
+_LONGEST_CACHED = 100  # letters: phrases come again, long texts do not
+_MOST_WORDS = 4  # of a name
+_SAYS_HOW = ("ing", "ed", "est", "ly")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text.
+
+    kind: "name", "colour", "side", "number", "articles", "plain", "links", "amounts", "vague" or "unknown".
+    value: the thing, colour, side or number. text: as in the text, but small and singular.
+    """
+
+    kind: str
+    value: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a text says.
+
+    things: all that it names; unless it is complete also what may be meant: parts of names, misspelled names.
+    complete: every word was understood, and what the phrase is about is among the things.
+    content: the words that are more than grammar. head: the last of them that says what it is about, or "".
+    core: names and unknown words; whole: all words. In both an English word has blanks around it.
+    attributes: colours, sides and numbers. others: words besides articles, attributes and names.
+    """
+
+    language: str
+    things: frozenset[str]
+    num_names: int
+    complete: bool
+    content: frozenset[str]
+    head: str
+    core: str
+    whole: str
+    attributes: tuple[Piece, ...]
+    others: frozenset[str]
+    unknown: tuple[str, ...]
+    vague: bool
+
+
+def read_meaning(text: str, words: Words) -> Meaning:
+    """Of a phrase, or of a longer text, which is seldom complete."""
+    return _cached(text, words) if len(text) <= _LONGEST_CACHED else _read(text, words)
+
+
+@lru_cache(maxsize=8192)
+def _cached(text: str, words: Words) -> Meaning:
+    return _read(text, words)
+
+
+def _read(text: str, words: Words) -> Meaning:
+    tokens = words.grammar.tokens(text)
+    pieces = _pieces(tokens, words)
+    kinds = {piece.kind for piece in pieces}
+    content = [piece for piece in pieces if piece.kind in ("name", "unknown")]
+    head = _head(pieces)
+    is_question = "?" in text or "？" in text
+    complete = any(piece.kind == "name" for piece in head) and not is_question and not kinds & {"unknown", "vague"}
+    things = frozenset(piece.value for piece in pieces if piece.kind == "name")
+    about = [piece.text for piece in head if piece in content]
+    return Meaning(
+        language=detect_language(text),
+        things=things if complete else things | frozenset(_possible_things(tokens, words)),
+        num_names=sum(piece.kind == "name" for piece in pieces),
+        complete=complete,
+        content=frozenset(word for piece in content for word in piece.text.split(" ")),
+        head=about[-1].split(" ")[-1] if about else "",
+        core=_joined(piece.text for piece in content),
+        whole=_joined(tokens),
+        attributes=tuple(piece for piece in pieces if piece.kind in ("colour", "side", "number")),
+        others=frozenset(
+            piece.text for piece in pieces if piece.kind in ("plain", "links", "amounts", "vague", "unknown")
+        ),
+        unknown=tuple(piece.text for piece in pieces if piece.kind == "unknown"),
+        vague="vague" in kinds,
+    )
+
+
+def _joined(texts: Iterable[str]) -> str:
+    return "".join(f" {word} " if not is_chinese(word) else word for text in texts for word in text.split(" "))
+
+
+def is_chinese(word: str) -> bool:
+    """A run of Chinese among the words of a text."""
+    return detect_language(word) == "zh"
+
+
+def _head(pieces: Sequence[Piece]) -> list[Piece]:
+    """What the phrase is about: in English it comes before "on", "with" ..., in Chinese after the last 的."""
+    last = max((i for i, piece in enumerate(pieces) if piece.text == "的"), default=-1)
+    head: list[Piece] = []
+    for piece in pieces[last + 1 :]:
+        if piece.kind != "links":
+            head.append(piece)
+        elif piece.text == "of" and head and head[-1].kind == "amounts" and not any(p.kind == "name" for p in head):
+            head = []  # a slice of pizza
+        else:
+            break
+    return head
+
+
+def _pieces(tokens: Sequence[str], words: Words) -> list[Piece]:
+    pieces: list[Piece] = []
+    i = 0
+    while i < len(tokens):
+        if is_chinese(tokens[i]):
+            _add_chinese(pieces, tokens[i], words)
+            i += 1
+        else:
+            piece = _english_piece(tokens[i : i + _MOST_WORDS + 1], words)
+            pieces.append(piece)
+            i += piece.text.count(" ") + 1
+    return pieces
+
+
+def _english_piece(tokens: Sequence[str], words: Words) -> Piece:
+    """The longest one that starts here."""
+    token = tokens[0]
+    kind, value = words.grammar.kinds.get(token, ("", ""))
+    name = _name(tokens, words)
+    if name and not (kind == "colour" and name.text == token and _name(tokens[1:], words)):  # the orange cup
+        return name
+    if token in words.vague:
+        return Piece("vague", "", token)
+    if kind:
+        return Piece(kind, value, token)
+    is_plain = len(token) > 5 and token.endswith(_SAYS_HOW) and not words.misspelled(token)
+    return Piece("plain" if is_plain else "unknown", "", token)
+
+
+def _name(tokens: Sequence[str], words: Words) -> Piece | None:
+    for count in range(min(_MOST_WORDS, len(tokens)), 0, -1):
+        name = " ".join(tokens[:count])
+        joined = name.replace(" ", "")  # lap top, hotdog
+        thing = words.names.get(name) or words.joined.get(joined) or (words.names.get(joined) if count == 2 else None)
+        if thing:
+            return Piece("name", thing, name)
+    return None
+
+
+def _add_chinese(pieces: list[Piece], run: str, words: Words) -> None:
+    i = 0
+    while i < len(run):
+        found, length = _chinese_piece(run, i, pieces[-1] if pieces else None, words)
+        last = pieces[-1] if pieces else None
+        if found.kind == "unknown" and last and last.kind == "unknown" and is_chinese(last.text) and i:
+            pieces[-1] = Piece("unknown", "", last.text + found.text)
+        else:
+            pieces.append(found)
+        i += length
+
+
+def _chinese_piece(run: str, start: int, before: Piece | None, words: Words) -> tuple[Piece, int]:
+    """The longest one that starts here, and its length; a colour may take 色 with it."""
+    kinds, rest = words.grammar.kinds, len(run) - start
+    for length in range(min(words.longest_chinese, rest), 0, -1):
+        text, end = run[start : start + length], start + length
+        if length == 1 and end < len(run) and text in words.grammar.measures and _is_counted(before):  # 一头牛
+            return Piece("articles", "", text), length
+        if text in words.names:
+            return Piece("name", words.names[text], text), length
+        if text in words.vague:
+            return Piece("vague", "", text), length
+        kind, value = kinds.get(text, ("", ""))
+        if kind == "colour" and (run[end : end + 1] in ("色", "的") or _starts_with_name(run, end, words)):
+            return Piece(kind, value, text), length + run.startswith("色", end)
+        if kind == "number" and run[end : end + 1] in words.grammar.measures:
+            return Piece(kind, value, text), length
+        if kind and kind not in ("colour", "number"):
+            return Piece(kind, value, text), length
+    return Piece("unknown", "", run[start]), 1
+
+
+def _is_counted(before: Piece | None) -> bool:
+    return before is not None and (before.kind == "number" or (before.kind == "articles" and before.text != "的"))
+
+
+def _starts_with_name(run: str, start: int, words: Words) -> bool:
+    return any(
+        run[start:end] in words.names for end in range(start + 1, min(start + words.longest_chinese, len(run)) + 1)
+    )
+
+
+def _possible_things(tokens: Sequence[str], words: Words) -> Iterator[str]:
+    """Of every name that is a part of the text, and of those that a word may be a slip for."""
+    for i, token in enumerate(tokens):
+        if is_chinese(token):
+            for start in range(len(token)):
+                texts = (
+                    token[start:end] for end in range(start + 1, min(start + words.longest_chinese, len(token)) + 1)
+                )
+                yield from (words.names[text] for text in texts if text in words.names)
+            continue
+        for count in range(1, _MOST_WORDS + 1):
+            name = " ".join(tokens[i : i + count])
+            joined = name.replace(" ", "")
+            found = (words.names.get(name), words.joined.get(joined), words.names.get(joined))
+            yield from (thing for thing in found if thing)
+        if token not in words.names and token not in words.grammar.kinds and (thing := words.misspelled(token)):
+            yield thing

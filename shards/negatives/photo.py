@@ -1,0 +1,113 @@
+"""What is said about one photo, and which phrases it rules out as absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from cogvlm_ft.grounding.targets import Target
+from shards.candidates import Candidate
+from shards.negatives.meaning import Meaning, read_meaning
+from shards.negatives.words import Words
+
+_CROWD = "crowd"
+_LOSES_NOTHING = (_CROWD, "joined_part")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """names: what is there, each with its target if it has one. texts: whatever else mentions things.
+
+    exhaustive: every thing that the data set has a name for is annotated. understood: all names are.
+    spoken_of: the things of names and texts, with their relatives; if not exhaustive, their company too.
+    """
+
+    names: tuple[tuple[Meaning, Target | None], ...]
+    texts: tuple[Meaning, ...]
+    exhaustive: bool
+    understood: bool
+    spoken_of: frozenset[str]
+
+    def may_show(self, phrase: Meaning, words: Words) -> bool:
+        """Could the phrase name something of which this photo speaks? True when in doubt."""
+        if not self.spoken_of.isdisjoint(phrase.things):
+            return True
+        if phrase.complete and self.understood:
+            return False
+        found = any(could_be(phrase, name, words, trusted=self.exhaustive) for name, _ in self.names)
+        return found or self.mentions(phrase, words)
+
+    def mentions(self, phrase: Meaning, words: Words) -> bool:
+        """Does a text besides the names speak of it?"""
+        return any(_is_mentioned(phrase, text, words) for text in self.texts)
+
+
+def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bool, words: Words) -> Photo | str:
+    """What is said about the photo, or in a word why nothing can be called absent from it.
+
+    others: the other candidates of the same image.
+    """
+    everything = (candidate, *others)
+    if any(problem.reason not in _LOSES_NOTHING for part in everything for problem in part.problems):
+        return "photos_with_losses"  # what was lost is in the picture, and its name may be lost too
+    names: list[tuple[Meaning, Target | None]] = [pair for part in everything for pair in _names(part, words)]
+    crowds = [problem.detail for part in everything for problem in part.problems if problem.reason == _CROWD]
+    names += [(read_meaning(detail.rpartition(":")[0] or detail, words), None) for detail in crowds]
+    understood = all(name.complete for name, _ in names)
+    if not exhaustive and not understood:
+        return "photos_not_understood"
+    texts = tuple(read_meaning(text, words) for part in everything for text in _texts(part))
+    things = {thing for name, _ in names for thing in name.things}
+    named = words.relatives(things) if exhaustive else words.company(things)
+    mentioned = words.relatives(thing for text in texts for thing in text.things)
+    return Photo(tuple(names), texts, exhaustive, understood, named | mentioned)
+
+
+def could_be(phrase: Meaning, name: Meaning, words: Words, *, trusted: bool) -> bool:
+    """Could both name the same kind of thing? True when in doubt.
+
+    trusted: they are names of one data set that gives different things different names.
+    """
+    if name.vague or not words.relatives(phrase.things).isdisjoint(name.things):
+        return True
+    if phrase.complete and name.complete:
+        return False
+    return _overlap(phrase, name) or not trusted or phrase.language != name.language
+
+
+def _overlap(a: Meaning, b: Meaning) -> bool:
+    """Do they share the word that matters, or does one hold the words of the other?"""
+    if _holds(a, b) or _holds(b, a):
+        return True
+    if not a.head or not b.head:
+        return False
+    if a.language == "zh":
+        return a.head.endswith(b.head[-2:]) or b.head.endswith(a.head[-2:])
+    return a.head == b.head
+
+
+def _holds(text: Meaning, phrase: Meaning) -> bool:
+    return bool(phrase.core) and (phrase.core in text.whole or phrase.content <= text.content)
+
+
+def _is_mentioned(phrase: Meaning, text: Meaning, words: Words) -> bool:
+    return not words.relatives(phrase.things).isdisjoint(text.things) or _holds(text, phrase)
+
+
+def _names(candidate: Candidate, words: Words) -> Iterator[tuple[Meaning, Target]]:
+    """The phrases with boxes. What one phrase of a box says clearly, its others need not: "the right one"."""
+    present = [(read_meaning(target.phrase, words), target) for target in candidate.targets if target.boxes_xyxy]
+    clear = {target.boxes_xyxy for meaning, target in present if meaning.complete}
+    for meaning, target in present:
+        yield replace(meaning, complete=True, vague=False) if target.boxes_xyxy in clear else meaning, target
+
+
+def _texts(candidate: Candidate) -> Iterator[str]:
+    for target in candidate.targets:
+        if not target.boxes_xyxy:
+            yield target.phrase
+        if target.description:
+            yield target.description
+    for turn in candidate.turns:
+        yield from (turn.prompt, turn.answer)
+        yield from (text for earlier in turn.history for text in earlier)

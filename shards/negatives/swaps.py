@@ -1,0 +1,122 @@
+"""Phrases of a photo with another colour, side or number, to which nothing in the photo answers.
+
+An attribute is often written to tell a thing from others of its kind, so that these are what the new phrase may hit.
+Colour: every other phrase for that kind of thing must say a third colour; where not everything is annotated there must
+be no such phrase. Number: only upwards (where there are three dogs, there are also two), only if the boxes are as many
+as the phrase says and no other phrase is about that kind of thing. Side: "left" nearly always has a "right" beside it
+and may mean the thing's own left, so only where everything is annotated, nothing else of its kind is, and the one box
+lies wholly on the side that is named. Where not everything is annotated, commonplace things are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cogvlm_ft.grounding.targets import Target
+from shards.candidates import Candidate
+from shards.negatives.meaning import Meaning, Piece, is_chinese, read_meaning
+from shards.negatives.photo import Photo, could_be
+from shards.negatives.words import Words
+
+_GO_WITH_A_SIDE = {"on", "at", "in", "side"}
+_HIGHEST_NUMBER, _MOST_ADDED = 9, 3
+
+
+def swapped_phrases(candidate: Candidate, photo: Photo, words: Words) -> list[Target]:
+    """Every one that can be made of this photo, as an absent target."""
+    found: dict[str, Target] = {}
+    for i, (meaning, target) in enumerate(photo.names):
+        if target is None or target not in candidate.targets or not _is_simple(meaning, most_attributes=1):
+            continue
+        if photo.mentions(meaning, words) or not (photo.exhaustive or words.commonplace.isdisjoint(meaning.things)):
+            continue
+        others = [(name, of) for j, (name, of) in enumerate(photo.names) if j != i]
+        family = [(name, of) for name, of in others if could_be(meaning, name, words, trusted=photo.exhaustive)]
+        for attribute in meaning.attributes:
+            for new in _replacements(attribute, meaning, target, family, photo, candidate, words):
+                phrase = _replace_word(target.phrase, attribute.text, new)
+                if phrase and _differs_in(attribute, meaning, read_meaning(phrase, words)):
+                    found.setdefault(phrase, Target(phrase, target.language, ()))
+    return list(found.values())
+
+
+def _is_simple(meaning: Meaning, *, most_attributes: int) -> bool:
+    """One thing and what it looks like, nothing else."""
+    sides = any(piece.kind == "side" for piece in meaning.attributes)
+    plain = not meaning.others - (_GO_WITH_A_SIDE if sides else set())
+    return meaning.complete and meaning.num_names == 1 and len(meaning.attributes) <= most_attributes and plain
+
+
+def _replacements(
+    old: Piece,
+    meaning: Meaning,
+    target: Target,
+    family: list[tuple[Meaning, Target | None]],
+    photo: Photo,
+    candidate: Candidate,
+    words: Words,
+) -> Iterator[str]:
+    """Words to put in the place of the old one."""
+    if old.kind == "colour" and words.relatives([words.thing("person")]).isdisjoint(meaning.things):
+        yield from _other_colours(old, target, family, photo.exhaustive, words)
+    elif old.kind == "number" and not family and len(target.boxes_xyxy) == int(old.value):
+        (row,) = (row for row in words.grammar.numbers if old.text in row)
+        yield from row[int(old.value) : min(int(old.value) + _MOST_ADDED, _HIGHEST_NUMBER)]
+    elif old.kind == "side" and not family and photo.exhaustive and _lies_on(old.value, candidate, target):
+        yield _opposite_word(old, words)
+
+
+def _other_colours(
+    old: Piece, target: Target, family: list[tuple[Meaning, Target | None]], exhaustive: bool, words: Words
+) -> Iterator[str]:
+    colours = words.grammar.colours
+    taken = {old.value}
+    for name, of in family:
+        said = {piece.value for piece in name.attributes}
+        same_thing = of is not None and of.boxes_xyxy == target.boxes_xyxy and said <= {old.value}
+        other_thing = exhaustive and len(said) == 1 and said <= set(colours)
+        if not _is_simple(name, most_attributes=1) or not (same_thing or other_thing):
+            return
+        taken |= said
+    for name, colour in colours.items():
+        if colour.swap and all(
+            name != said and name not in colours[said].near and said not in colour.near for said in taken
+        ):
+            yield colour.words["zh" if is_chinese(old.text) else "en"][0]
+
+
+def _lies_on(side: str, candidate: Candidate, target: Target) -> bool:
+    """Is there one box, all of it in this half of the picture?"""
+    sizes = {"pixels": candidate.stated_size_px, "unit": (1, 1), "thousandths": (1000, 1000)}
+    size = sizes[candidate.units]
+    if size is None or len(target.boxes_xyxy) != 1:
+        return False
+    x0, y0, x1, y1 = target.boxes_xyxy[0]
+    half_x, half_y = size[0] / 2, size[1] / 2
+    return {"left": x1 <= half_x, "right": x0 >= half_x, "top": y1 <= half_y, "bottom": y0 >= half_y}[side]
+
+
+def _opposite_word(old: Piece, words: Words) -> str:
+    language = "zh" if is_chinese(old.text) else "en"
+    sides = words.grammar.side_words
+    return sides[words.grammar.opposites[old.value]][language][sides[old.value][language].index(old.text)]
+
+
+def _replace_word(phrase: str, old: str, new: str) -> str | None:
+    """None unless the old word is there exactly once."""
+    if is_chinese(old):
+        return phrase.replace(old, new) if phrase.count(old) == 1 else None
+    found = list(re.finditer(rf"(?<![A-Za-z0-9]){re.escape(old)}(?![A-Za-z0-9])", phrase, re.IGNORECASE))
+    if len(found) != 1:
+        return None
+    start, end = found[0].span()
+    before = re.sub(r"\b([Aa])n(\W+)$", r"\1\2", phrase[:start])  # an orange cup -> a blue cup
+    return before + (new.capitalize() if found[0][0][0].isupper() else new) + phrase[end:]
+
+
+def _differs_in(attribute: Piece, old: Meaning, new: Meaning) -> bool:
+    """Does the new phrase read as the old one with another attribute of the same kind, and nothing else?"""
+    same = (new.complete, new.things, new.core, new.others) == (old.complete, old.things, old.core, old.others)
+    values = [(piece.kind, piece.value) for piece in new.attributes]
+    return same and len(values) == 1 and values[0][0] == attribute.kind and values[0][1] != attribute.value

@@ -1,0 +1,141 @@
+"""What a data set talks about, gathered in one pass in flat memory: the source of absent targets."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any
+
+from cogvlm_ft.grounding.targets import Target
+from shards.candidates import Candidate
+from shards.negatives.meaning import Meaning, read_meaning
+from shards.negatives.photo import read_photo
+from shards.negatives.words import Words
+
+MAX_PHRASES = 50_000
+MAX_PHRASE_LETTERS = 60
+_MAX_UNKNOWN_WORDS = 10_000
+_SHOWN_UNKNOWN_WORDS = 20
+
+
+class BoundedCounts:
+    """Counts texts; of very many it keeps those with the lowest hashes, with exact counts, whatever their order."""
+
+    def __init__(self, limit: int, counts: Iterable[tuple[str, int]] = ()) -> None:
+        self._limit = limit
+        self._counts: dict[str, int] = {}
+        self._heap: list[tuple[int, str]] = []
+        for text, count in counts:
+            self.add(text, count)
+
+    def add(self, text: str, count: int = 1) -> None:
+        """One that was dropped never comes back: what is kept has lower hashes than it."""
+        if text in self._counts:
+            self._counts[text] += count
+            return
+        item = -_hash(text), text
+        if len(self._heap) < self._limit:
+            heapq.heappush(self._heap, item)
+        else:
+            _, dropped = heapq.heappushpop(self._heap, item)
+            if dropped == text:
+                return
+            del self._counts[dropped]
+        self._counts[text] = count
+
+    def items(self) -> list[tuple[str, int]]:
+        """In the order of the texts."""
+        return sorted(self._counts.items())
+
+
+class Vocabulary:
+    """Phrases by language with their counts, and how many targets there are. `words` must be the same in both passes.
+
+    exhaustive: every thing in a photo that the data set has a name for is annotated, as in detection data.
+    """
+
+    def __init__(self, words: Words, *, exhaustive: bool) -> None:
+        self.words = words
+        self.exhaustive = exhaustive
+        self.totals: Counter[str] = Counter()
+        self._phrases: dict[str, BoundedCounts] = {}
+        self._unknown = BoundedCounts(_MAX_UNKNOWN_WORDS)
+        self._drawn_from: dict[str, tuple[list[str], list[int]]] = {}
+
+    def add(self, candidate: Candidate, others: Sequence[Candidate] = ()) -> None:
+        """Pass 1: every candidate once, in any order. others: see `choose_absent`."""
+        self._drawn_from.clear()
+        present = [target for target in candidate.targets if target.boxes_xyxy]
+        self.totals["present"] += len(present)
+        self.totals["absent"] += len(candidate.targets) - len(present)
+        photo = read_photo(candidate, others, self.exhaustive, self.words) if present else None
+        if isinstance(photo, str):
+            self.totals[photo] += 1
+        elif photo:
+            self.totals["present_where_absent_can_be_added"] += len(present)
+        for target in present:
+            self._add_phrase(target)
+
+    def _add_phrase(self, target: Target) -> None:
+        meaning = read_meaning(target.phrase, self.words)
+        reason = why_never_absent(target.phrase, meaning, self.exhaustive, self.words)
+        if reason:
+            self.totals[reason] += 1
+        else:
+            self._phrases.setdefault(target.language, BoundedCounts(MAX_PHRASES)).add(target.phrase)
+        if reason == "phrases_not_understood":
+            for word in meaning.unknown:
+                self._unknown.add(word[:MAX_PHRASE_LETTERS])
+
+    def draw(self, language: str, share: float) -> str | None:
+        """The phrase at this share (0..1) of all that was counted in the language: frequent ones are met more often."""
+        if language not in self._drawn_from:
+            counts = self._phrases[language].items() if language in self._phrases else []
+            self._drawn_from[language] = [text for text, _ in counts], list(accumulate(count for _, count in counts))
+        phrases, sums = self._drawn_from[language]
+        return phrases[bisect_right(sums, int(share * sums[-1]))] if phrases else None
+
+    def unknown_words(self) -> list[tuple[str, int]]:
+        """The most frequent words that kept phrases from being used: for the user's list of synonyms."""
+        return sorted(self._unknown.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN_UNKNOWN_WORDS]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; the same candidates in another order give the same."""
+        return {
+            "exhaustive": self.exhaustive,
+            "totals": dict(sorted(self.totals.items())),
+            "phrases": {language: self._phrases[language].items() for language in sorted(self._phrases)},
+            "unknown_words": self._unknown.items(),
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], words: Words) -> Vocabulary:
+        """What `to_json` gave."""
+        vocabulary = cls(words, exhaustive=content["exhaustive"])
+        vocabulary.totals.update(content["totals"])
+        vocabulary._phrases = {name: BoundedCounts(MAX_PHRASES, items) for name, items in content["phrases"].items()}
+        vocabulary._unknown = BoundedCounts(_MAX_UNKNOWN_WORDS, content["unknown_words"])
+        return vocabulary
+
+
+def why_never_absent(phrase: str, meaning: Meaning, exhaustive: bool, words: Words) -> str | None:
+    """In a word why this phrase is never called absent from any photo."""
+    negations = words.grammar.negations
+    chinese = any(word in phrase for word in negations["zh"])
+    if chinese or not negations["en"].isdisjoint(words.grammar.tokens(phrase)):
+        return "phrases_with_a_negation"
+    if len(phrase) > MAX_PHRASE_LETTERS:
+        return "phrases_too_long"
+    if exhaustive:
+        return "phrases_without_a_thing" if meaning.vague or not meaning.content else None
+    if not meaning.complete:
+        return "phrases_not_understood"
+    return "phrases_about_commonplace_things" if not words.commonplace.isdisjoint(meaning.things) else None
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")

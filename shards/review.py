@@ -1,0 +1,109 @@
+"""What is in these annotations or shards, and what is wrong with them: one page to look at, and the same as JSON.
+
+    python shards/review.py --format coco --images photos/ --annotations instances.json --out review/
+    python shards/review.py --shards shards_out/ --out review/
+
+Decisions made on the page are applied by shards/build.py --decisions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cogvlm_ft.errors import DataError
+from shards.candidates import Problem
+from shards.formats import FORMATS, recognise_format
+from shards.pack import to_json_bytes, write_atomically
+from shards.reviewing.page import render_page
+from shards.reviewing.sources import Item, annotated_items, shard_items
+from shards.reviewing.statistics import PATCH_PX
+from shards.reviewing.survey import Survey, survey
+from shards.reviewing.words import title_of
+
+Parts = Iterator[Item | Problem]
+
+
+def review(
+    parts: Parts, source: str, out: Path, *, image_size: int = 490, max_pictures: int = 200, num_workers: int = 1
+) -> Survey:
+    """Write review.html, review.json and suspects.jsonl to `out`. Raises DataError."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file, wanted a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    found = survey(parts, out, image_size=image_size, max_pictures=max_pictures, num_workers=num_workers)
+    write_atomically(out / "review.html", render_page(found, source).encode())
+    write_atomically(out / "review.json", to_json_bytes({"source": source, **found.report}))
+    return found
+
+
+def summarize(found: Survey, out: Path) -> str:
+    """For the terminal."""
+    counts, best = found.report["counts"], found.report["recommended"]
+    lines = [f"{counts['photos']} photos, {counts['targets']} targets, {counts['boxes']} boxes"]
+    if best["image_size"]:
+        share = f"{best['share']:.0%} of the boxes have at least one patch"
+        lines.append(f"recommended image size: {best['image_size']} px ({share})")
+    lines.append(f"suspects: {sum(found.report['suspects'].values()) or 'none'}")
+    lines += [f"  {count:>7} {title_of(kind, 'en')}" for kind, count in found.report["suspects"].items()]
+    lines.append(f"{out}: review.html, review.json, suspects.jsonl")
+    return "\n".join(lines)
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check annotations or shards.", allow_abbrev=False)
+    parser.add_argument("--shards", type=Path, help="a folder that shards/build.py wrote; or give the next three")
+    parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
+    parser.add_argument("--images", type=Path, help="folder that the image paths are relative to")
+    parser.add_argument("--annotations", type=Path, help="file or folder, as the format has it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--image-size", type=int, default=490, help="of training, for boxes under one patch")
+    parser.add_argument("--max-pictures", type=int, default=200, help="on the page; all suspects are in suspects.jsonl")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="does not change the result")
+    args = parser.parse_args(argv)
+    if (args.shards is None) == (args.annotations is None or args.images is None):
+        parser.error("give --shards, or --images and --annotations")
+    if args.image_size < PATCH_PX or args.max_pictures < 0:
+        parser.error(f"wanted --image-size of {PATCH_PX} or more and --max-pictures of 0 or more")
+    return args
+
+
+def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
+    """What is reviewed, and its name: what the user gave. Raises DataError."""
+    if args.shards:
+        return shard_items(args.shards), str(args.shards)
+    for option, path in (("--annotations", args.annotations), ("--images", args.images)):
+        if not path.exists():
+            raise DataError(f"{option} {path}: no such file or folder")
+    name = args.format
+    if name == "auto":
+        name, seen = recognise_format(args.annotations)
+        print(f"--format {name}: {seen}")
+    return annotated_items(name, args.annotations, args.images), f"{args.annotations} ({name})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; exit code 1 with one line on stderr for a mistake of the user."""
+    args = _parse_args(argv)
+    try:
+        parts, source = _parts(args)
+        found = review(
+            parts,
+            source,
+            args.out,
+            image_size=args.image_size,
+            max_pictures=args.max_pictures,
+            num_workers=args.workers,
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(summarize(found, args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""All photos and phrases of a review, on disk: what can only be judged when everything was seen."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cogvlm_ft.grounding.metrics import match_iou
+from cogvlm_ft.grounding.targets import Box
+from shards.reviewing.photo_rules import boxes_text, plain_phrase
+from shards.reviewing.sources import Place
+from shards.reviewing.suspects import Suspect, View
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE photos (
+    number INTEGER PRIMARY KEY, sha256 BLOB NOT NULL, split TEXT NOT NULL, image BLOB NOT NULL, content TEXT NOT NULL
+);
+CREATE TABLE phrases (phrase TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_COPIES = """
+SELECT sha256, count(*), count(DISTINCT split), count(DISTINCT image) FROM photos
+GROUP BY sha256 HAVING count(*) > 1 ORDER BY min(number)
+"""
+_ONE_OF_EACH_SPLIT_FIRST = """
+SELECT content FROM photos WHERE sha256 = ? ORDER BY row_number() OVER (PARTITION BY split ORDER BY number), number
+LIMIT ?
+"""
+_MAX_VIEWS = 4
+_MAX_COPIES = 50
+"""Of one photo that are looked at."""
+_MAX_COMPARED = 100
+"""Boxes of a photo that are compared with those of its copy."""
+
+
+class PhotoRow(NamedTuple):
+    """A photo with what is asked about it. targets: (phrase, boxes in pixels)."""
+
+    sha256: bytes
+    image: str
+    source: str
+    split: str | None
+    part: str
+    place: Place
+    upright: bool
+    targets: tuple[tuple[str, tuple[Box, ...]], ...]
+
+    def view(self) -> View:
+        boxes = tuple(box for _, boxes in self.targets for box in boxes)
+        return View(self.image, self.source, self.place, self.part, marked=boxes, upright=self.upright)
+
+
+class Ledger:
+    """Written by one process."""
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self.path = path
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.executescript(_TABLES)
+        self._database.execute("BEGIN")
+
+    def add(self, photos: list[PhotoRow], phrases: Counter[str]) -> None:
+        """Of one stretch of the source."""
+        rows = [
+            (
+                photo.sha256,
+                photo.split or "",
+                photo.image.encode("utf-8", "surrogatepass"),
+                json.dumps([*photo[1:5], *photo.place.row(), *photo[6:]]),
+            )
+            for photo in photos
+        ]
+        self._database.executemany("INSERT INTO photos (sha256, split, image, content) VALUES (?, ?, ?, ?)", rows)
+        add = "INSERT INTO phrases VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
+        safe = [(phrase.encode("utf-8", "backslashreplace").decode(), count) for phrase, count in phrases.items()]
+        self._database.executemany(add, safe)
+
+    def phrases(self, num_most: int) -> dict[str, Any]:
+        """How many different ones, and the most frequent."""
+        execute = self._database.execute
+        (num_different, num_once) = execute(
+            "SELECT count(*), count(*) FILTER (WHERE count = 1) FROM phrases"
+        ).fetchone()
+        rows = execute("SELECT phrase, count FROM phrases ORDER BY count DESC, phrase LIMIT ?", (num_most,))
+        return {"different": num_different, "only_once": num_once, "most_frequent": [list(row) for row in rows]}
+
+    def suspects(self) -> Iterator[Suspect]:
+        """Identical photos, by their bytes."""
+        execute = self._database.execute
+        execute("CREATE INDEX by_sha256 ON photos (sha256)")
+        groups = execute(_COPIES)
+        for digest, count, num_splits, num_images in groups:
+            rows = execute(_ONE_OF_EACH_SPLIT_FIRST, (digest, _MAX_COPIES))
+            copies = [_photo_row(digest, content) for (content,) in rows]
+            if num_splits > 1:
+                yield _suspect_of_copies("train_and_val", copies, count)
+            elif num_images > 1:
+                yield _suspect_of_copies("same_photo", copies, count)
+            else:
+                yield from _contradictions(copies)
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._database.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _photo_row(digest: bytes, content: str) -> PhotoRow:
+    image, source, split, part, *place, upright, targets = json.loads(content)
+    boxes = tuple((phrase, tuple(map(tuple, found))) for phrase, found in targets)
+    return PhotoRow(digest, image, source, split, part, Place(*place), upright, boxes)
+
+
+def _suspect_of_copies(kind: str, rows: list[PhotoRow], count: int) -> Suspect:
+    names = [row.image if kind == "same_photo" else f"{row.image} ({row.split})" for row in rows[:10]]
+    agreement = _agreement(rows[0], rows[1])
+    values = {
+        "count": count,
+        "names": ", ".join(names) + (" …" if count > len(names) else ""),
+        "agreement": agreement[0],
+        "agreement_zh": agreement[1],
+    }
+    return _suspect(kind, rows, values)
+
+
+def _contradictions(rows: list[PhotoRow]) -> Iterator[Suspect]:
+    """One file in several records: their phrases must not have different boxes."""
+    for row in rows[1:]:
+        first, other = ({plain_phrase(phrase): boxes for phrase, boxes in each.targets} for each in (rows[0], row))
+        phrase = next(
+            (phrase for phrase in first if phrase in other and set(first[phrase]) != set(other[phrase])), None
+        )
+        if phrase is not None:
+            values = {"phrase": phrase, "first": boxes_text(first[phrase]), "second": boxes_text(other[phrase])}
+            yield _suspect("same_phrase", [row, rows[0]], values)
+
+
+def _suspect(kind: str, rows: list[PhotoRow], values: dict[str, Any]) -> Suspect:
+    views = tuple(row.view() for row in rows[:_MAX_VIEWS])
+    return Suspect(f"{rows[0].part}.{kind}", kind, "sample", rows[0].source, values, views)
+
+
+def _agreement(first: PhotoRow, second: PhotoRow) -> tuple[str, str]:
+    """How well the boxes of two copies agree, in English and Chinese."""
+    a, b = ([box for _, boxes in row.targets for box in boxes] for row in (first, second))
+    if not a or not b or max(len(a), len(b)) > _MAX_COMPARED:
+        return "", ""
+    if not np.isfinite(a + b).all():
+        return "", ""
+    if a == b:
+        return " Their boxes are the same.", "框也相同。"
+    iou = match_iou(a, b)
+    return f" Their boxes differ (IoU {iou:.2f}).", f"框不同（IoU {iou:.2f}）。"

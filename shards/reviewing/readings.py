@@ -1,0 +1,179 @@
+"""Would the boxes make more sense if their numbers meant something else? Judged by all boxes of a source together.
+
+Corners or width and height, x or y first, pixels or shares of the image: a wrong guess of these shows in many boxes at
+once: they are inverted, leave their photos, or are smaller than a pixel. If another reading makes nearly all boxes fit,
+it is reported. A reading that is already good is never doubted for the sake of another that would do as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogvlm_ft.data.record import BOX_TOLERANCE_PX
+from shards.candidates import Candidate
+
+Boxes = NDArray[np.float64]
+Tally = Counter[tuple[Any, ...]]
+
+MIN_BAD_BOXES, MIN_BAD_SHARE = 3, 0.1
+MIN_FIT_SHARE = 0.95
+"""A reading is reported if so many boxes do not fit as read, and so many do in the other reading."""
+
+_SAME_SHARE = 0.02  # readings that differ by less are equally good: real errors and chance make that much
+_FAR_PX = 1200
+_MIN_FAR_BOXES = 30
+
+
+class Reading(NamedTuple):
+    """scale: "pixels", "unit" or "thousandths"; layout: a key of LAYOUTS."""
+
+    scale: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{_LAYOUT_WORDS[self.layout]}, {_SCALE_WORDS[self.scale]}"
+
+
+LAYOUTS: dict[str, Callable[[Boxes], Boxes]] = {
+    "xyxy": lambda boxes: boxes,
+    "xywh": lambda boxes: np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]),
+    "yxyx": lambda boxes: boxes[:, [1, 0, 3, 2]],
+    "corners": lambda boxes: np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]),
+}
+"""What four numbers may be. "corners": x0, y0, x1, y1 that a reader took for x, y, w, h."""
+
+_SCALES = ("pixels", "unit", "thousandths")
+_LAYOUT_WORDS = {
+    "xyxy": "x0,y0,x1,y1",
+    "xywh": "x,y,w,h",
+    "yxyx": "y0,x0,y1,x1",
+    "corners": "x0,y0,x1,y1 (not x,y,w,h)",
+}
+_SCALE_WORDS = {"pixels": "px", "unit": "0..1", "thousandths": "0..1000"}
+_SCALE_KINDS = {"pixels": "looks_like_pixels", "unit": "looks_normalised", "thousandths": "looks_like_thousandths"}
+_LAYOUT_KINDS = {"xywh": "looks_like_xywh", "yxyx": "axes_swapped", "corners": "looks_like_xyxy"}
+
+
+def all_readings(units: str) -> list[Reading]:
+    """As read first, then the simplest changes: of the layout, of the scale, of both."""
+    scales = [units, *(scale for scale in _SCALES if scale != units)]
+    return [Reading(scale, layout) for scale in scales for layout in LAYOUTS]
+
+
+def boxes_of(candidate: Candidate) -> Boxes:
+    """float64[K, 4], as the annotation has them."""
+    boxes = [box for target in candidate.targets for box in target.boxes_xyxy]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def _scale_px(units: str, image_size_px: tuple[int, int]) -> Boxes:
+    """float64[4]: how many pixels one of these units is."""
+    if units == "pixels":
+        return np.ones(4)
+    width, height = image_size_px
+    return np.array([width, height, width, height], dtype=np.float64) / (1 if units == "unit" else 1000)
+
+
+def read_as(boxes: Boxes, reading: Reading, image_size_px: tuple[int, int]) -> Boxes:
+    """In pixels; infinite beyond what a float can hold."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return LAYOUTS[reading.layout](boxes) * _scale_px(reading.scale, image_size_px)
+
+
+def in_pixels(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> Boxes:
+    """As the annotation was read."""
+    return read_as(boxes, Reading(units, "xyxy"), image_size_px)
+
+
+def fits_as(boxes: Boxes, reading: Reading, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
+    """bool[K]"""
+    return fit(read_as(boxes, reading, image_size_px), image_size_px)
+
+
+def fit(boxes_px: Boxes, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
+    """bool[K]: lies in the photo, and is at least a pixel wide and high."""
+    limit = np.array(image_size_px, dtype=np.float64) + BOX_TOLERANCE_PX
+    with np.errstate(over="ignore", invalid="ignore"):
+        sides = boxes_px[:, 2:] - boxes_px[:, :2]
+    inside = (boxes_px[:, :2] >= -BOX_TOLERANCE_PX).all(axis=1) & (boxes_px[:, 2:] <= limit).all(axis=1)
+    return np.asarray(inside & (sides >= 1).all(axis=1))
+
+
+def count_readings(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> tuple[Tally, list[Reading]]:
+    """What this photo says about every reading, and the readings that put right all that is wrong here."""
+    tally: Tally = Counter()
+    readings = all_readings(units)
+    fits = {reading: fits_as(boxes, reading, image_size_px) for reading in readings}
+    bad = ~fits[readings[0]]
+    tally["boxes", units] = len(boxes)
+    tally["bad", units] = int(bad.sum())
+    for reading, good in fits.items():
+        tally[("fit", units, *reading)] = int(good.sum())
+        tally[("heal", units, *reading)] = int((good & bad).sum())
+    width, height = image_size_px
+    if units == "pixels":
+        for axis, side, ends in (("x", width, boxes[:, 2]), ("y", height, boxes[:, 3])):
+            tally["far", axis] = len(boxes) * (side >= _FAR_PX)
+            tally["near 1000", axis] = int(((ends > 900) & (ends <= 1000)).sum())
+            tally["beyond 1000", axis] = int((ends > 1000).sum())
+    explains = [reading for reading in readings[1:] if bad.any() and bool(fits[reading][bad].all())]
+    if not bad.any() and units == "pixels" and min(width, height) >= 1000:
+        explains = [Reading("thousandths", "xyxy")]
+    return tally, explains
+
+
+def judge_readings(tally: Tally) -> list[tuple[str, str, Reading, dict[str, Any]]]:
+    """(kind, units, reading, values) of what the source as a whole seems to be; nothing if its boxes fit as read."""
+    found = []
+    for units in _SCALES:
+        best, also = _best_reading(tally, units)
+        if best is None:
+            continue
+        boxes, bad = tally["boxes", units], tally["bad", units]
+        values = {
+            "boxes": boxes,
+            "bad": bad,
+            "bad_share": f"{bad / boxes:.0%}",
+            "as_read": str(Reading(units, "xyxy")),
+            "reading": str(best),
+            "fits_share": f"{tally[('fit', units, *best)] / boxes:.0%}",
+            "also": also["en"],
+            "also_zh": also["zh"],
+        }
+        if best.scale != units:
+            found.append((_SCALE_KINDS[best.scale], units, best, values))
+        if best.layout != "xyxy":
+            found.append((_LAYOUT_KINDS[best.layout], units, best, values))
+    return found
+
+
+def _best_reading(tally: Tally, units: str) -> tuple[Reading | None, dict[str, str]]:
+    """The simplest of those that fit best, and what else there is to say; None if the boxes are good as they are."""
+    boxes, bad = tally["boxes", units], tally["bad", units]
+    if bad >= MIN_BAD_BOXES and bad >= MIN_BAD_SHARE * boxes:
+        shares = {
+            reading: tally[("fit", units, *reading)] / boxes
+            for reading in all_readings(units)[1:]
+            if tally[("heal", units, *reading)] >= MIN_FIT_SHARE * bad
+        }
+        highest = max([MIN_FIT_SHARE + _SAME_SHARE, *shares.values()])
+        better = [reading for reading, share in shares.items() if share >= highest - _SAME_SHARE]
+        others = " / ".join(map(str, better[1:4]))
+        if better:
+            also = {"en": f" Just as good: {others}.", "zh": f"同样符合:{others}。"} if others else {"en": "", "zh": ""}
+            return better[0], also
+    elif units == "pixels" and _never_beyond_1000(tally):
+        words = " But no coordinate is above 1000, although the photos are larger and many come close."
+        return Reading("thousandths", "xyxy"), {"en": words, "zh": "但图片更大,却没有坐标超过 1000,且许多接近 1000。"}
+    return None, {}
+
+
+def _never_beyond_1000(tally: Tally) -> bool:
+    """Boxes in large photos that go up to 1000 in both directions and never farther."""
+    many = any(tally["far", axis] >= _MIN_FAR_BOXES for axis in "xy")
+    return many and all(tally["near 1000", axis] and not tally["beyond 1000", axis] for axis in "xy")

@@ -1,0 +1,110 @@
+"""What is reviewed: the candidates of annotations, or the samples of shards, and the way to their photos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.data.index import ShardIndex, load_index, read_json_file
+from cogvlm_ft.data.record import BadSampleError, record_from_json
+from cogvlm_ft.data.tars import MAX_MEMBER_BYTES
+from cogvlm_ft.errors import DataError
+from shards.candidates import Candidate, Problem, Rejected
+from shards.checks import read_image
+from shards.formats import FORMATS
+from shards.layout import SPLITS
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of a photo are: a file below a folder, or a stretch of a tar.
+
+    embedded_in: an annotation that carries the photo, used when there is no file.
+    """
+
+    folder: str
+    name: str
+    offset: int = 0
+    size: int | None = None
+    embedded_in: str | None = None
+
+    def row(self) -> list[Any]:
+        """For JSON: Place(*row) is the same place."""
+        return [self.folder, self.name, self.offset, self.size, self.embedded_in]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A candidate and where its photo is; in shards also its split, and whether its boxes are of the upright photo."""
+
+    candidate: Candidate
+    place: Place
+    split: str | None = None
+    upright: bool | None = None
+
+
+def annotated_items(name: str, annotations: Path, images: Path) -> Iterator[Item | Problem]:
+    """What a format finds, one by one. Raises DataError like the format."""
+    for part in FORMATS[name].read(annotations, images):
+        if isinstance(part, Problem):
+            yield part
+        else:
+            embedded_in = str(part.embedded_in) if part.embedded_in else None
+            yield Item(part, Place(str(images), part.image, embedded_in=embedded_in))
+
+
+def shard_items(folder: Path) -> Iterator[Item | Problem]:
+    """The samples of both splits, as they are stored: nothing is clipped or left out. Raises DataError."""
+    splits = [split for split in SPLITS if _has_samples(folder, split)]
+    if not splits:
+        raise DataError(f"{folder} has no sample in {' or '.join(SPLITS)}; wanted a folder that shards/build.py wrote")
+    for split in splits:
+        index = load_index(str(folder), split)
+        for loss in index.losses:
+            yield Problem("sample", loss.reason, f"sample {loss.key!r} of {loss.shard} cannot be read", loss.shard)
+        for i in range(len(index)):
+            yield _stored_item(index, i)
+
+
+def read_photo(place: Place) -> bytes:
+    """Raises Rejected, also if the path leads out of its folder or to something that is no file."""
+    if place.size is None:
+        embedded_in = Path(place.embedded_in) if place.embedded_in else None
+        return read_image(Candidate(place.name, None, "", embedded_in=embedded_in), Path(place.folder))[1]
+    if place.size > MAX_MEMBER_BYTES:
+        detail = f"{place.name} has a member of {place.size} bytes, the limit is {MAX_MEMBER_BYTES}"
+        raise Rejected("sample", "too_large", detail)
+    try:
+        with Path(place.folder, place.name).open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.size)
+    except OSError as error:
+        raise Rejected("sample", "unreadable_shard", f"{place.name}: {error}") from None
+
+
+def _has_samples(folder: Path, split: str) -> bool:
+    if not (folder / "index.json").is_file():
+        return any(folder.glob(f"{split}-*.tar"))
+    try:
+        return bool(read_json_file(folder / "index.json")["splits"][split]["num_samples"])
+    except (KeyError, TypeError):
+        return any(folder.glob(f"{split}-*.tar"))
+
+
+def _stored_item(index: ShardIndex, i: int) -> Item | Problem:
+    key = index.key(i)
+    tar = Path(str(index.shard_paths[int(index.shard_number[i])]))
+    place = Place(str(tar.parent), tar.name, int(index.image_offset[i]), int(index.image_size[i]))
+    record_place = Place(str(tar.parent), tar.name, int(index.json_offset[i]), int(index.json_size[i]))
+    source = f"{tar.name} {key}"
+    try:
+        record = record_from_json(read_photo(record_place), key)
+    except BadSampleError as error:
+        return Problem("sample", error.reason, error.detail, source)
+    except Rejected as rejected:
+        return rejected.problem(source)
+    image = f"{key}.{bytes(index.exts[i]).decode()}"
+    candidate = Candidate(image, key, source, record.targets, record.turns, record.image_size_px)
+    return Item(candidate, place, index.split, record.upright)

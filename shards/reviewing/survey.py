@@ -1,0 +1,209 @@
+"""Goes through a source once, on several processes; its memory does not grow with the source."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from cogvlm_ft.errors import DataError
+from shards.candidates import Problem
+from shards.decisions import part_ids
+from shards.pack import to_json_bytes
+from shards.reviewing.ledger import Ledger, PhotoRow
+from shards.reviewing.photo_rules import as_boxes, find_suspects, view_of
+from shards.reviewing.photos import Photo, open_photo
+from shards.reviewing.readings import Reading, Tally, boxes_of, count_readings, in_pixels, judge_readings, read_as
+from shards.reviewing.sources import Item
+from shards.reviewing.statistics import count_candidate, report_of
+from shards.reviewing.suspects import Suspect, View, draw_fairly, smallest, suspect_of_problem
+from shards.reviewing.words import KINDS
+from shards.workers import _die_with_parent
+
+_CHUNK = 32
+_EXAMPLES = 3
+_MOST_FREQUENT = 30
+_MOST_OF_A_KIND = 0.2
+"""Share of the pictures that one kind of suspects may take."""
+
+Example = tuple[bytes, View]
+"""(rank, view)"""
+
+
+@dataclass
+class Findings:
+    """What a stretch of the source has. examples: photos whose boxes another reading puts right, a few of each."""
+
+    tally: Tally = field(default_factory=Counter)
+    phrases: Counter[str] = field(default_factory=Counter)
+    suspects: list[Suspect] = field(default_factory=list)
+    photos: list[PhotoRow] = field(default_factory=list)
+    examples: dict[tuple[str, Reading], list[Example]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a review found. report: review.json; shown: by kind, in the order of the page."""
+
+    report: dict[str, Any]
+    shown: dict[str, list[Suspect]]
+
+
+def survey(
+    parts: Iterable[Item | Problem], out: Path, *, image_size: int, max_pictures: int, num_workers: int
+) -> Survey:
+    """Look at everything, write suspects.jsonl to `out`, and choose what the page shows."""
+    with closing(Ledger(out / ".review.sqlite")) as ledger, (out / "suspects.jsonl").open("wb") as file:
+        gathered = _Gathered(ledger, file, max_pictures)
+        with tqdm(unit="", desc="review") as bar:
+            for findings, num_parts in _all_findings(parts, image_size, num_workers):
+                gathered.add(findings)
+                bar.update(num_parts)
+        gathered.add_suspects(_source_suspects(gathered.tally, gathered.examples))
+        for suspect in ledger.suspects():
+            gathered.add_suspects([suspect])
+        shown = draw_fairly(gathered.by_kind(), max_pictures)
+        counts = {kind: gathered.counts[kind] for kind in gathered.kinds()}
+        report = {
+            **report_of(gathered.tally),
+            "phrases": ledger.phrases(_MOST_FREQUENT),
+            "suspects": counts,
+            "suspects_shown": {kind: len(found) for kind, found in shown.items()},
+        }
+        return Survey(report, shown)
+
+
+class _Gathered:
+    """The findings so far."""
+
+    def __init__(self, ledger: Ledger, file: BinaryIO, max_pictures: int) -> None:
+        self.tally: Tally = Counter()
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[tuple[str, Reading], list[Example]] = defaultdict(list)
+        self._chosen: dict[str, list[Suspect]] = defaultdict(list)
+        self._ledger = ledger
+        self._file = file
+        self._most = max(1, round(_MOST_OF_A_KIND * max_pictures))
+
+    def add(self, findings: Findings) -> None:
+        self.tally.update(findings.tally)
+        self._ledger.add(findings.photos, findings.phrases)
+        for key, examples in findings.examples.items():
+            self.examples[key] = _few(self.examples[key] + examples)
+        self.add_suspects(findings.suspects)
+
+    def add_suspects(self, suspects: list[Suspect]) -> None:
+        for suspect in suspects:
+            self._file.write(to_json_bytes(suspect.row()) + b"\n")
+            self.counts[suspect.kind] += 1
+            self._chosen[suspect.kind].append(suspect)
+            if len(self._chosen[suspect.kind]) >= 2 * self._most:
+                self._chosen[suspect.kind] = smallest(self._chosen[suspect.kind], self._most)
+
+    def kinds(self) -> list[str]:
+        """Those that were found, in the order of the page."""
+        order = {kind: number for number, kind in enumerate(KINDS)}
+        return sorted(self.counts, key=lambda kind: (order.get(kind, len(order)), kind))
+
+    def by_kind(self) -> dict[str, list[Suspect]]:
+        return {kind: smallest(self._chosen[kind], self._most) for kind in self.kinds()}
+
+
+def examine(parts: list[Item | Problem], image_size: int) -> Findings:
+    """One stretch of the source."""
+    findings = Findings()
+    for part in parts:
+        if isinstance(part, Problem):
+            findings.suspects.append(suspect_of_problem(part))
+            continue
+        opened = open_photo(part)
+        photo = opened if isinstance(opened, Photo) else None
+        findings.tally.update(count_candidate(part.candidate, photo, part.split))
+        findings.phrases.update(target.phrase for target in part.candidate.targets)
+        findings.suspects.extend(find_suspects(part, opened, image_size))
+        if photo:
+            findings.photos.append(_photo_row(part, photo))
+            _weigh_readings(part, photo, findings)
+    return findings
+
+
+def _all_findings(parts: Iterable[Item | Problem], image_size: int, num_workers: int) -> Iterator[tuple[Findings, int]]:
+    """In the order of the source, whatever the number of processes."""
+    stream = iter(parts)
+    chunks = iter(lambda: list(islice(stream, _CHUNK)), [])
+    if num_workers <= 1:
+        yield from ((examine(chunk, image_size), len(chunk)) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("forkserver")  # as in shards/workers.py
+    context.set_forkserver_preload(["shards.reviewing.survey"])
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
+        waiting: deque[tuple[Future[Findings], int]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append((pool.submit(examine, chunk, image_size), len(chunk)))
+                if len(waiting) > 4 * num_workers:
+                    future, size = waiting.popleft()
+                    yield future.result(), size
+            for future, size in waiting:
+                yield future.result(), size
+        except BrokenProcessPool:
+            detail = "a worker process was ended from outside, perhaps for want of memory; try fewer --workers"
+            raise DataError(detail) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _photo_row(item: Item, photo: Photo) -> PhotoRow:
+    candidate = item.candidate
+    drawn = iter(as_boxes(in_pixels(boxes_of(candidate), candidate.units, photo.size_px)))
+    return PhotoRow(
+        sha256=photo.sha256,
+        image=candidate.image,
+        source=candidate.source,
+        split=item.split,
+        part=part_ids(candidate).sample,
+        place=item.place,
+        upright=photo.upright,
+        targets=tuple((target.phrase, tuple(islice(drawn, len(target.boxes_xyxy)))) for target in candidate.targets),
+    )
+
+
+def _weigh_readings(item: Item, photo: Photo, findings: Findings) -> None:
+    candidate = item.candidate
+    boxes = boxes_of(candidate)
+    if not len(boxes):
+        return
+    tally, explaining = count_readings(boxes, candidate.units, photo.size_px)
+    findings.tally.update(tally)
+    for reading in explaining:
+        view = replace(
+            view_of(item, photo),
+            part=None,
+            marked=as_boxes(in_pixels(boxes, candidate.units, photo.size_px)),
+            instead=as_boxes(read_as(boxes, reading, photo.size_px)),
+            others=(),
+        )
+        key = candidate.units, reading
+        findings.examples[key] = _few([*findings.examples[key], (photo.sha256, view)])
+
+
+def _source_suspects(tally: Tally, examples: dict[tuple[str, Reading], list[Example]]) -> list[Suspect]:
+    found = []
+    for kind, units, reading, values in judge_readings(tally):
+        views = tuple(view for _, view in examples.get((units, reading), []))
+        found.append(Suspect(f"source.{kind}.{units}", kind, "source", "", values, views))
+    return found
+
+
+def _few(examples: list[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: example[0])[:_EXAMPLES]

@@ -1,0 +1,104 @@
+"""A suspect: something in the annotations that is wrong or may be, and the photos that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from heapq import nsmallest
+from typing import Any
+
+from cogvlm_ft.grounding.targets import Box
+from shards.candidates import Problem
+from shards.reviewing.sources import Place
+from shards.reviewing.words import KINDS, UNKNOWN_KIND
+
+
+@dataclass(frozen=True)
+class View:
+    """One photo of a suspect.
+
+    part: what a decision about this view decides (see `shards.decisions.part_ids`), None if nothing can be.
+    phrase, language, as_read: of that part, its boxes as the annotation has them, in `units`.
+    marked, others, instead: boxes in pixels: the suspicious ones, the rest, and where they would be if read otherwise.
+    upright: show it turned as its EXIF orientation says; its boxes are drawn on that.
+    """
+
+    image: str
+    source: str
+    place: Place
+    part: str | None = None
+    phrase: str | None = None
+    language: str | None = None
+    units: str = "pixels"
+    as_read: tuple[Box, ...] = ()
+    marked: tuple[Box, ...] = ()
+    others: tuple[Box, ...] = ()
+    instead: tuple[Box, ...] = ()
+    upright: bool = False
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """level: "source", "sample", "target", "box" or "turn". values: fill the sentences of its kind."""
+
+    id: str
+    kind: str
+    level: str
+    source: str
+    values: dict[str, Any] = field(default_factory=dict)
+    views: tuple[View, ...] = ()
+
+    def detail(self, language: str) -> str:
+        """What was found here, in words."""
+        if "detail" in self.values:  # a reader's own words
+            return str(self.values["detail"])
+        return KINDS.get(self.kind, UNKNOWN_KIND).detail[language].format_map(self.values)
+
+    @property
+    def rank(self) -> bytes:
+        """Which suspects get a picture: those with the smallest rank, a fair draw that depends on nothing else."""
+        return blake2b(self.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+    def row(self) -> dict[str, Any]:
+        """A line of suspects.jsonl."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "level": self.level,
+            "source": self.source,
+            "detail": self.detail("en"),
+            "photos": [
+                {"image": view.image, "part": view.part, "phrase": view.phrase, "boxes": view.as_read}
+                for view in self.views
+            ],
+        }
+
+
+def suspect_of_problem(problem: Problem, views: tuple[View, ...] = ()) -> Suspect:
+    """What a reader left out: there is no part any more that a decision could be about."""
+    text = f"{problem.source}\0{problem.reason}\0{problem.detail}"
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    name = f"left-out-{digest}.{problem.reason}"
+    return Suspect(name, problem.reason, problem.level, problem.source, {"detail": problem.detail}, views)
+
+
+def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int) -> dict[str, list[Suspect]]:
+    """Some of each kind, so that all their views together are `num_views` at most: in turn one of every kind."""
+    waiting = {kind: sorted(found, key=lambda suspect: suspect.rank) for kind, found in suspects.items()}
+    chosen: dict[str, list[Suspect]] = {kind: [] for kind in suspects}
+    while any(waiting.values()):
+        for kind, found in waiting.items():
+            if found:
+                suspect = found.pop(0)
+                if len(suspect.views) <= num_views:
+                    num_views -= len(suspect.views)
+                    chosen[kind].append(suspect)
+                elif suspect.views:
+                    waiting[kind] = []
+    return {kind: found for kind, found in chosen.items() if found}
+
+
+def smallest(suspects: Iterable[Suspect], count: int) -> list[Suspect]:
+    """Those that a fair draw takes first."""
+    return nsmallest(count, suspects, key=lambda suspect: suspect.rank)

@@ -1,0 +1,60 @@
+"""Is this a whole image, and how large is it? A look at its structure, fast as copying, or a full decoding.
+
+The structure shows what goes wrong with files: cut off, empty, another kind of file, a tail of zeros, for PNG any
+changed byte. Changed bytes inside the picture data of a JPEG show in neither way reliably: its decoder paints over
+them.
+"""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from cogvlm_ft.data.reader import decode_image
+from cogvlm_ft.data.record import BadSampleError
+
+VERIFY = ("structure", "decode")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
+
+
+def verified_size(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]) -> tuple[int, int]:
+    """(width, height) of a whole image. Raises BadSampleError with reason too_many_pixels or broken_image.
+
+    Other kinds than JPEG and PNG are always decoded.
+    """
+    if verify == "decode" or not data.startswith((_JPEG, _PNG)):
+        return decode_image(data, key, max_pixels).size
+    Image.MAX_IMAGE_PIXELS = None  # ours replaces Pillow's limit, which only warns up to twice its value
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                if data.startswith(_PNG):
+                    image.verify()  # the checksum of every chunk, up to the last
+                elif data.rfind(_END_OF_IMAGE, _first_scan(data)) < 0:
+                    raise ValueError("the file ends before the image does")
+                return width, height
+    except Exception as error:  # on broken bytes Pillow raises nearly anything: KeyError, struct.error
+        raise BadSampleError(key, "broken_image", f"{type(error).__name__}: {error}") from None
+    raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels, the limit is {max_pixels}")
+
+
+def _first_scan(data: bytes) -> int:
+    """Where the picture data of a JPEG begin; before that, a thumbnail may have an end of image of its own.
+
+    Behind it, the two bytes of an end of image mean nothing else. Raises ValueError or IndexError if there are none.
+    """
+    position = 2
+    while True:
+        if data[position] != 0xFF:
+            raise ValueError(f"no marker at byte {position}")
+        while data[position] == 0xFF:  # any number of fill bytes
+            position += 1
+        marker = data[position]
+        if marker == _START_OF_SCAN:
+            return position
+        position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")

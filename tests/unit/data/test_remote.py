@@ -1,0 +1,198 @@
+"""Shards on an HTTP server: sample by sample, or whole into a cache."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from servers import Server, serve
+
+from cogvlm_ft.data import remote
+from cogvlm_ft.data.index import ShardIndex, load_index
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import DataError
+from shards.build import BuildSettings, build
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four samples of train in two tars, one of val."""
+    folder = tmp_path_factory.mktemp("built")
+    lines = []
+    for name in "abcde":
+        pixels = np.random.default_rng(ord(name)).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        lines.append({"image": f"{name}.png", "targets": [{"phrase": "dog", "boxes": [[0, 0, 4, 4]]}]})
+    (folder / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = BuildSettings("jsonl", folder, folder / "x.jsonl", val_fraction=0.2, samples_per_shard=2)
+    build(settings, folder / "out", num_workers=1)
+    return folder / "out"
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.0, 0.0))
+
+
+def same_samples(found: ShardIndex, wanted: ShardIndex) -> bool:
+    readers = ShardReader(found), ShardReader(wanted)
+    assert len(found) == len(wanted) > 0
+    samples = [[reader.read(i) for reader in readers] for i in range(len(found))]
+    return all(a.record == b.record and a.image.tobytes() == b.image.tobytes() for a, b in samples)
+
+
+def test_with_ranges_only_the_samples_are_fetched(built: Path) -> None:
+    with serve(Server(built)) as server:
+        index = load_index(server.url, "train")
+        assert index.data_sha256 == load_index(built, "train").data_sha256
+        assert same_samples(index, load_index(built, "train"))
+        tars = [asked for asked in server.asked if ".tar" in asked]
+        assert tars and all("bytes=" in asked for asked in tars)
+
+
+def test_without_ranges_a_shard_is_fetched_once_and_kept(built: Path, tmp_path: Path) -> None:
+    with serve(Server(built, ranges=False)) as server:
+        for _ in range(2):
+            index = load_index(f"{server.url}/", "train", cache_dir=tmp_path)
+            assert same_samples(index, load_index(built, "train"))
+        fetched = [asked for asked in server.asked if asked.endswith(".tar")]
+        assert sorted(fetched) == ["/train-000000.tar", "/train-000001.tar"]
+    assert sorted(path.stat().st_size for path in tmp_path.glob("*.tar")) == sorted(
+        path.stat().st_size for path in built.glob("train-*.tar")
+    )
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_pickled_reader_goes_on(built: Path) -> None:
+    with serve(Server(built)) as server:
+        reader = pickle.loads(pickle.dumps(ShardReader(load_index(server.url, "train"))))
+        assert reader.read(0).image.size == (80, 60)
+
+
+def test_without_ranges_and_without_a_cache(built: Path) -> None:
+    with serve(Server(built, ranges=False)) as server, pytest.raises(DataError, match=r"http.*set data\.cache_dir"):
+        load_index(server.url, "train")
+
+
+def test_a_cache_too_small_is_said_at_once(built: Path, tmp_path: Path) -> None:
+    with serve(Server(built, ranges=False)) as server:
+        with pytest.raises(DataError, match=r"data\.cache_gib=9\.\S*e-07: raise it"):
+            load_index(server.url, "train", cache_dir=tmp_path, cache_gib=1e-6)
+        assert not [asked for asked in server.asked if asked.endswith(".tar")]
+
+
+def test_a_shard_that_was_changed_is_not_used(built: Path, tmp_path: Path, no_waiting: None) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in built.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    data = bytearray((copy / "train-000000.tar").read_bytes())
+    data[600] ^= 1
+    (copy / "train-000000.tar").write_bytes(data)
+    with serve(Server(copy, ranges=False)) as server:
+        reader = ShardReader(load_index(server.url, "train", cache_dir=tmp_path))
+        with pytest.raises(DataError, match=r"http.*train-000000\.tar is not the shard of its index\.json: sha256"):
+            reader.read(0)
+    assert not list(tmp_path.glob("*.tar"))
+    (copy / "train-000000.tar").write_bytes(data + bytes(512))
+    with serve(Server(copy)) as server, pytest.raises(DataError, match="are these the same shards"):
+        load_index(server.url, "train")
+
+
+def test_a_server_that_fails_for_a_moment(built: Path, no_waiting: None) -> None:
+    with serve(Server(built)) as server:
+        reader = ShardReader(load_index(server.url, "train"))
+        server.failures = 2
+        assert reader.read(0).image.size == (80, 60)
+        server.failures = 3
+        with pytest.raises(DataError, match=r"http.*train-00000.\.tar: HTTP 503; tried 3 times"):
+            reader.read(0)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_connection_that_is_cut(built: Path, tmp_path: Path, no_waiting: None, ranges: bool) -> None:
+    with serve(Server(built, ranges=ranges)) as server:
+        reader = ShardReader(load_index(server.url, "train", cache_dir=tmp_path))
+        server.cut = True
+        with pytest.raises(DataError, match=r"http.*\.tar: .*tried 3 times"):
+            reader.read(0)
+
+
+def test_a_server_that_is_gone(built: Path, no_waiting: None) -> None:
+    with serve(Server(built)) as server:
+        reader = ShardReader(load_index(server.url, "train"))
+    remote._session.cache_clear()  # its connection would still be served
+    with pytest.raises(DataError, match=r"http.*tried 3 times"):
+        reader.read(0)
+    with pytest.raises(DataError, match=r"http.*index\.json.*tried 3 times"):
+        load_index(server.url, "train")
+
+
+@pytest.mark.parametrize("name", ["index.json", "train-000001.json", "train-000000.tar"])
+def test_what_is_not_there_is_named(built: Path, tmp_path: Path, name: str) -> None:
+    for path in built.iterdir():
+        if path.name != name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with serve(Server(tmp_path)) as server, pytest.raises(DataError, match=rf"http://127.*/{name}"):
+        load_index(server.url, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("index.json", b"<html>"),
+        ("index.json", b"[]"),
+        ("index.json", b'{"version": 1, "splits": {"train": {"shards": [{"path": "../x.tar"}]}}}'),
+        (
+            "index.json",
+            b'{"version": 1, "splits": {"train": {"shards": [{"path": "../x.tar", "size": 1, "sha256": "%s"}]}}}'
+            % (b"0" * 64),
+        ),
+        ("train-000000.json", b'{"size": 1}'),
+        ("train-000000.json", b"{"),
+    ],
+)
+def test_damaged_files_are_named(built: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    for path in built.iterdir():
+        (tmp_path / path.name).write_bytes(content if path.name == name else path.read_bytes())
+    with serve(Server(tmp_path)) as server, pytest.raises(DataError, match=rf"http.*/{name}"):
+        load_index(server.url, "train")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["pipe:touch {}", "pipe://touch {}", "file:///tmp", "ftp://x/y", "scp://x/y", "http://x/{{a,b}}", "http://x/y?z=1"],
+)
+def test_addresses_that_are_not_opened(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DataError, match="wanted"):
+        load_index(url.format(tmp_path / "made"), "train")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_password_is_shown() -> None:
+    with pytest.raises(DataError) as caught:
+        load_index("ftp://me:secret@host/x", "train")
+    assert "secret" not in str(caught.value) and "ftp://host/x" in str(caught.value)
+
+
+def test_an_object_store_is_read_by_its_own_program(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "gsutil"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\n[ "$1" = cat ] && exec cat "{built}/$(basename "$2")"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    index = load_index("gs://bucket/folder", "train", cache_dir=tmp_path / "cache")
+    assert same_samples(index, load_index(built, "train"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"gs://bucket/folder/index\.json.*program .* missing"):
+        load_index("gs://bucket/folder", "train", cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="set USE_AIS_FOR=s3"):
+        load_index("s3://bucket/folder", "train")

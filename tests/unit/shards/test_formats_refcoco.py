@@ -1,0 +1,379 @@
+"""RefCOCO as published, and the reader of its pickle: plain values or a refusal."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import copyreg
+import datetime
+import io
+import os
+import pickle
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from format_files import Reading, read_all, write_json
+
+from cogvlm_ft.errors import DataError
+from shards.formats.plain_pickle import load_plain_pickle
+from shards.formats.refcoco import read_refcoco, recognise_refcoco
+
+REFS: list[dict[str, Any]] = [
+    {
+        "sent_ids": [0, 1],
+        "file_name": "COCO_train2014_000000581857_16.jpg",
+        "ann_id": 1719310,
+        "ref_id": 0,
+        "image_id": 581857,
+        "split": "train",
+        "sentences": [
+            {"tokens": ["navy", "blue", "shirt"], "raw": "navy blue shirt", "sent_id": 0, "sent": "navy blue shirt"},
+            {"tokens": ["woman"], "raw": "Woman!", "sent_id": 1, "sent": "woman"},
+        ],
+        "category_id": 1,
+    },
+    {
+        "sent_ids": [2],
+        "file_name": "COCO_train2014_000000000009_3.jpg",
+        "ann_id": 7,
+        "ref_id": 1,
+        "image_id": 9,
+        "split": "testA",
+        "sentences": [{"tokens": ["caf\xe9"], "raw": "caf\xe9", "sent_id": 2, "sent": "caf\xe9 crème"}],
+        "category_id": 47,
+    },
+    {
+        "sent_ids": [3],
+        "file_name": "COCO_train2014_000000581857_17.jpg",
+        "ann_id": 12,
+        "ref_id": 2,
+        "image_id": 581857,
+        "split": "val",
+        "sentences": [{"tokens": ["man"], "raw": "man", "sent_id": 3, "sent": "man"}],
+        "category_id": 1,
+    },
+]
+INSTANCES: dict[str, Any] = {
+    "info": {"description": "This is dev 1.0 version of the 2014 MS COCO dataset."},
+    "images": [
+        {"file_name": "COCO_train2014_000000581857.jpg", "height": 427, "width": 640, "id": 581857, "license": 1},
+        {"file_name": "COCO_train2014_000000000009.jpg", "height": 480, "width": 640, "id": 9, "license": 3},
+    ],
+    "annotations": [
+        {"id": 1719310, "image_id": 581857, "category_id": 1, "bbox": [103.93, 299.99, 134.22, 177.42], "iscrowd": 0},
+        {"id": 12, "image_id": 581857, "category_id": 1, "bbox": [0, 1, 100, 200], "iscrowd": 0},
+        {"id": 7, "image_id": 9, "category_id": 47, "bbox": [5, 6, 7, 8], "iscrowd": 0},
+    ],
+    "categories": [{"id": 1, "name": "person", "supercategory": "person"}],
+}
+
+
+def write(tmp_path: Path, refs: bytes, name: str = "refs(unc).p", instances: Any = INSTANCES) -> Path:
+    folder = tmp_path / "refcoco"
+    write_json(folder / "instances.json", instances)
+    (folder / name).write_bytes(refs)
+    return folder
+
+
+def read(tmp_path: Path, refs: Any, instances: Any = INSTANCES) -> Reading:
+    return read_all(read_refcoco, write(tmp_path, pickle.dumps(refs, 2), instances=instances))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ["refs(unc).p", "refs(google).p", "refs(umd).p"])
+def test_every_sentence_becomes_a_target(tmp_path: Path, protocol: int, name: str) -> None:
+    folder = write(tmp_path, pickle.dumps(REFS, protocol), name)
+    for path in (folder, folder / name):
+        found = read_all(read_refcoco, path)
+        assert not found.problems
+        assert found.boxes == {
+            "COCO_train2014_000000581857.jpg": {
+                "navy blue shirt": ((103.93, 299.99, 103.93 + 134.22, 299.99 + 177.42),),
+                "woman": ((103.93, 299.99, 103.93 + 134.22, 299.99 + 177.42),),
+                "man": ((0, 1, 100, 201),),
+            },
+            "COCO_train2014_000000000009.jpg": {"caf\xe9 crème": ((5, 6, 12, 14),)},
+        }
+        assert [candidate.stated_size_px for candidate in found.candidates] == [(640, 427), (640, 480)]
+        assert found.candidates[0].source == f"{name}[0]"
+        assert recognise_refcoco(path) == f"RefCOCO's {name}"
+
+
+def test_strings_and_numbers_of_python_2(tmp_path: Path) -> None:
+    """Written by hand as Python 2 writes str, unicode, long and bool; bytes that are no UTF-8 are Latin-1."""
+    text = b"(lp0\nS'caf\\xc3\\xa9'\np1\naS'caf\\xe9'\np2\naVcaf\\u00e9\np3\nag1\na"
+    text += b"I01\naL581857L\naF0.5\na(dp4\nS'a\\'b'\nNsa."
+    binary = b"\x80\x02]q\x00(U\x05caf\xc3\xa9q\x01U\x04caf\xe9q\x02X\x05\x00\x00\x00caf\xc3\xa9h\x01"
+    binary += b"\x88\x8a\x03\xe1\xe0\x08G" + struct.pack(">d", 0.5) + b"}q\x03T\x03\x00\x00\x00a'bNse."
+    path = tmp_path / "x.p"
+    for data in (text, binary):
+        path.write_bytes(data)
+        assert load_plain_pickle(path) == ["café", "café", "café", "café", True, 581857, 0.5, {"a'b": None}]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reads_what_python_writes(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+
+    def value(depth: int) -> Any:
+        kinds = [
+            lambda: draw.choice(
+                [None, True, False, -(2**60), 2**31, 300, -1, 7, 0.1, "", "狗", "x" * 300, "\ud800", "a\nb\\u"]
+            ),
+            lambda: [value(depth + 1) for _ in range(draw.randrange(5))],
+            lambda: tuple(value(depth + 1) for _ in range(draw.randrange(5))),
+            lambda: {f"k{i}": value(depth + 1) for i in range(draw.randrange(5))},
+        ]
+        return draw.choice(kinds if depth < 6 else kinds[:1])()
+
+    written = [value(0) for _ in range(5)]
+    written.append(written[0])
+    for protocol in range(6):
+        path = tmp_path / "x.p"
+        path.write_bytes(pickle.dumps(written, protocol))
+        assert load_plain_pickle(path) == written
+
+
+class Evil:
+    def __init__(self, *call: Any) -> None:
+        self._call = call
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+class Instance:
+    pass
+
+
+class Persistent(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return "secret" if isinstance(obj, Instance) else None
+
+
+def persistent(protocol: int) -> bytes:
+    buffer = io.BytesIO()
+    Persistent(buffer, protocol).dump([Instance()])
+    return buffer.getvalue()
+
+
+EVIL_OBJECTS = [
+    Evil(os.system, ("touch evil",)),
+    Evil(builtins.eval, ("open('evil', 'w')",)),
+    Evil(builtins.exec, ("open('evil', 'w')",)),
+    Evil(getattr, ("x", "upper")),
+    Evil(builtins.open, ("evil", "w")),
+    Evil(bytearray, (b"x" * 10,)),
+    Instance(),
+    os.system,
+    collections.OrderedDict(a=1),
+    datetime.date(2020, 1, 1),
+    np.float64(1.5),
+    np.zeros(3),
+    {1, 2},
+    frozenset({1}),
+    b"raw",
+    bytearray(b"raw"),
+    1 + 2j,
+    slice(1),
+    Ellipsis,
+]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("evil", EVIL_OBJECTS, ids=lambda evil: type(evil).__name__)
+def test_objects_are_refused_and_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evil: Any, protocol: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path, pickle.dumps([*REFS, {"sentences": evil}], protocol))
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p is refused: .*wanted a pickle of plain lists"):
+        read_all(read_refcoco, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["refcoco"]
+
+
+def test_the_extension_registry_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own reader takes a registered function from its cache without asking find_class."""
+    monkeypatch.chdir(tmp_path)
+    copyreg.add_extension("posix", "system", 250)
+    try:
+        data = pickle.dumps(Evil(os.system, ("touch evil",)), 2)
+        assert b"\x82\xfa" in data
+        pickle.loads(data)
+        assert (tmp_path / "evil").exists()
+        (tmp_path / "evil").unlink()
+        for code in (b"\x82\xfa", b"\x83\xfa\0", b"\x84\xfa\0\0\0"):
+            with pytest.raises(DataError, match="extension registry"):
+                read_all(read_refcoco, write(tmp_path, b"\x80\x02" + code + b"U\x0atouch evil\x85R."))
+        assert not (tmp_path / "evil").exists()
+    finally:
+        copyreg.remove_extension("posix", "system", 250)
+
+
+def bomb(levels: int) -> Any:
+    value: Any = ["x"]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+def endless() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (persistent(0), "outside the file"),
+        (persistent(2), "outside the file"),
+        (b"cos\nsystem\n(S'touch evil'\ntR.", "import"),
+        (b"(S'touch evil'\nios\nsystem\n.", "import"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0atouch evil\x85R.", "import"),
+        (b"\x80\x02(cos\nsystem\nU\x01xo.", "import"),
+        (b"(U\x01xU\x01yo.", "calls or rebuilds"),
+        (b"U\x01x(tR.", "calls or rebuilds"),
+        (b"]}b.", "calls or rebuilds"),
+        (b"\x80\x05\x97.", "raw bytes"),
+        (b"\xff.", "no instruction for plain values"),
+        (pickle.dumps(bomb(18)), "over and over"),
+        (pickle.dumps(bomb(5), 0), "over and over"),
+        (pickle.dumps(endless()), "nested more than"),
+        (pickle.dumps({"a": endless()}, 0), "nested more than"),
+        (b"]" + b"q\x00h\x00h\x00\x86" * 50 + b".", "over and over|nested|wants"),
+        (b"(" * 100_000 + b"l" * 100_000 + b".", "nested more than"),
+        (b"(" * 100_000, "ends after"),
+        (b")" + b"\x85" * 100_000 + b".", "nested more than"),
+        (b"\x80\x02}K\x01K\x01s.", "dict key"),
+        (b"}](sN.", "wants a value|key"),
+        (b"X\xff\xff\xff\xffabc.", "ends after"),
+        (b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7fabc.", "ends after"),
+        (b"Nr\xff\xff\xff\xff0j\xff\xff\xff\x7f.", "never stored"),
+        (b"I" + b"9" * 100_000 + b"\n.", "100000 characters"),
+        (b"\x8b\x00\x00\x00\x10" + b"\x01" * 100 + b".", "bytes"),
+        (b"Np" + b"9" * 30 + b"\n.", "at most 10 digits"),
+        (b"S'abc\n.", "no quotes"),
+        (b"S'\\x1'\n.", "is refused"),
+        (b"Iabc\n.", "is refused"),
+        (b"X\x01\x00\x00\x00\xff.", "is refused"),
+        (b".", "wants a value"),
+        (b"0.", "wants a value"),
+        (b"NNNt.", "not opened"),
+        (b"N(Na.", "wants a value|adds to"),
+        (b"", "ends after 0 bytes"),
+        (b'{"refs": []}', "no instruction"),
+        (b"\x00" * 1000, "no instruction"),
+    ],
+)
+def test_pickles_that_are_evil_endless_or_broken(tmp_path: Path, monkeypatch: Any, data: bytes, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=words):
+        read_all(read_refcoco, write(tmp_path, data))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, b"")
+    with (folder / "refs(unc).p").open("wb") as file:
+        file.truncate(2**29 + 1)
+    with pytest.raises(DataError, match="536870913 bytes, at most 536870912"):
+        read_all(read_refcoco, folder)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_damaged_pickles_are_read_or_refused(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    data = bytearray(pickle.dumps(REFS, seed % 6))
+    for _ in range(draw.randrange(1, 4)):
+        at = draw.randrange(len(data))
+        kind = draw.randrange(3)
+        if kind == 0:
+            data[at] = draw.randrange(256)
+        elif kind == 1:
+            del data[at : at + draw.randrange(1, 50)]
+        else:
+            data[at:at] = draw.randbytes(draw.randrange(1, 10))
+    folder = write(tmp_path, bytes(data))
+    try:
+        found = read_all(read_refcoco, folder)
+    except DataError as error:
+        assert "refs(unc).p" in str(error)
+    else:
+        assert found.candidates or found.problems
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        ({"ann_id": 5}, [("target", "unknown_ann_id")] * 2),
+        ({"ann_id": [7]}, [("target", "unknown_ann_id")] * 2),
+        ({"image_id": 5}, [("target", "unknown_image_id")] * 2),
+        ({"image_id": None}, [("target", "unknown_image_id")] * 2),
+        ({"file_name": "COCO_train2014_000000000009_16.jpg"}, [("target", "other_image")] * 2),
+        ({"sentences": []}, [("target", "bad_field")]),
+        ({"sentences": "woman"}, [("target", "bad_field")]),
+        ({"sentences": ["woman", {"sent": "woman"}]}, [("target", "bad_field")]),
+        ({"sentences": [{"sent": " "}, {"sent": 3}, {}]}, [("target", "empty_phrase")] + [("target", "bad_field")] * 2),
+        ({"sentences": [{"sent": "\ud800"}]}, [("target", "not_utf8")]),
+    ],
+)
+def test_a_bad_ref_is_lost_alone(tmp_path: Path, change: dict[str, Any], problems: Any) -> None:
+    found = read(tmp_path, [{**REFS[0], **change}, *REFS[1:], "no ref"])
+    assert sorted(found.reasons) == sorted([*problems, ("target", "unknown_image_id")])
+    assert found.boxes["COCO_train2014_000000581857.jpg"]["man"] and len(found.candidates) == 2
+    assert all("refs(unc).p[" in problem.source for problem in found.problems)
+
+
+def test_raw_words_stand_in_for_missing_ones(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, [{**REFS[1], "sentences": [{"raw": "The Cup"}], "file_name": "COCO_train2014_000000000009.jpg"}]
+    )
+    assert list(found.boxes["COCO_train2014_000000000009.jpg"]) == ["The Cup"] and not found.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("annotations", {"id": 7, "bbox": [1, 2, 3]}, "wrong_number_of_coordinates"),
+        ("annotations", {"id": 7}, "bad_field"),
+        ("images", {"id": 9, "file_name": None}, "bad_field"),
+        ("images", {"id": 9, "file_name": "\ud800.jpg"}, "not_utf8"),
+    ],
+)
+def test_bad_instances_cost_only_their_refs(tmp_path: Path, name: str, value: Any, reason: str) -> None:
+    found = read(tmp_path, REFS, {**INSTANCES, name: [*INSTANCES[name], value, "nothing", {"id": []}]})
+    assert found.reasons == [("target", reason)]
+    assert len(found.boxes["COCO_train2014_000000581857.jpg"]) == 3
+
+
+def test_wrong_folders_say_what_is_missing(tmp_path: Path) -> None:
+    folder = write(tmp_path, pickle.dumps({"refs": []}))
+    with pytest.raises(DataError, match="holds a dict, wanted a list of refs"):
+        read_all(read_refcoco, folder)
+    (folder / "refs(google).p").write_bytes(pickle.dumps(REFS))
+    with pytest.raises(DataError, match=r"has refs\(google\)\.p, refs\(unc\)\.p, wanted one"):
+        read_all(read_refcoco, folder)
+    (folder / "instances.json").unlink()
+    with pytest.raises(DataError, match=r"instances\.json cannot be read: No such file"):
+        read_all(read_refcoco, folder / "refs(google).p")
+    with pytest.raises(DataError, match="has none, wanted one"):
+        read_all(read_refcoco, tmp_path)
+    assert recognise_refcoco(tmp_path) is None and recognise_refcoco(tmp_path / "x.json") is None
+
+
+def test_json_that_is_deeply_nested_is_no_crash(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(400):
+        deep = {"a": deep}
+    found = read(tmp_path, REFS, {**INSTANCES, "annotations": [{"id": 7, "bbox": deep}]})
+    assert ("target", "bad_field") in found.reasons
+
+
+def test_a_copy_of_the_refs_with_shared_lists_is_read(tmp_path: Path) -> None:
+    shared = {**REFS[1], "sent_ids": REFS[1]["sentences"][0]["tokens"]}
+    assert len(read(tmp_path, [shared, {**shared, "ref_id": 5}]).only.targets) == 2
