@@ -12,7 +12,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*", "launch", "shards", "shards.*"]),
-    package_data={"cogvlm_ft.grounding": ["wordings/*.yaml"]},
+    package_data={
+        "cogvlm_ft.grounding": ["wordings/*.yaml"],
+        "shards.negatives": ["*.yaml"],
+        "shards.reviewing": ["page.html", "page.css", "page.js"],
+    },
     install_requires=[
         "torch>=2.8",
         "deepspeed>=0.19.8,<0.20",
@@ -26,6 +30,7 @@ setup(
         "pillow>=10.1",
         "safetensors>=0.5",
         "PyYAML>=6",
+        "requests>=2.28",
         "tqdm>=4.66",
     ],
     extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff", "mypy", "pre-commit"]},
@@ -36,6 +41,7 @@ setup(
             "cogvlm-predict = launch.predict:main",
             "cogvlm-export = launch.export:main",
             "cogvlm-build-shards = shards.build:main",
+            "cogvlm-review = shards.review:main",
         ]
     },
 )

@@ -45,7 +45,9 @@ def run(config: Config, args: argparse.Namespace) -> None:
     from cogvlm_ft.train.build import build_model_engine
 
     init_distributed()
-    reader = ShardReader(load_index(config.data.shards, args.split or config.data.val_split))
+    data = config.data
+    split = args.split or data.val_split
+    reader = ShardReader(load_index(data.shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib))
     wording = load_wording(config.data.wording)
     engine, tokenizer = build_model_engine(config)
     if args.checkpoint is not None:

@@ -267,7 +267,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, required=True, help="file or folder, as the format has it")
     parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--decisions", type=Path, help="what to drop and to edit, as cogvlm-review-shards writes it")
+    parser.add_argument("--decisions", type=Path, help="what to drop and to edit, as cogvlm-review writes it")
     parser.add_argument("--val-fraction", type=float, default=BuildSettings.val_fraction, help="share of the images")
     parser.add_argument("--seed", type=int, default=BuildSettings.seed)
     parser.add_argument("--samples-per-shard", type=int, default=BuildSettings.samples_per_shard)

@@ -54,7 +54,8 @@ def check_candidate(
             raise _nothing_left(candidate, problems)
     except Rejected as rejected:
         return None, [*problems, rejected.problem(candidate.source)]
-    record = Record(key, image_size_px, candidate.source, kept, candidate.turns, upright=orientation != 1)
+    source = candidate.source.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no UTF-8
+    record = Record(key, image_size_px, source, kept, candidate.turns, upright=orientation != 1)
     return CheckedSample(record, ext, data), problems
 
 

@@ -21,18 +21,23 @@ NUM_TARGETS = 4
 MIN_IMAGE_SIZE_PX = 24
 
 COLOURS = {
-    "red": ("红色", (214, 38, 40)),
-    "green": ("绿色", (40, 160, 60)),
-    "blue": ("蓝色", (30, 80, 220)),
-    "yellow": ("黄色", (240, 200, 20)),
+    "red": ("红色", (230, 20, 30)),
+    "green": ("绿色", (20, 190, 40)),
+    "blue": ("蓝色", (20, 50, 230)),
+    "yellow": ("黄色", (245, 220, 10)),
+    "cyan": ("青色", (10, 220, 230)),
+    "purple": ("紫色", (200, 20, 210)),
+    "black": ("黑色", (10, 10, 10)),
+    "white": ("白色", (250, 250, 250)),
 }
 KINDS = {"circle": "圆形", "square": "正方形", "triangle": "三角形"}
 
 # With these shares a scene has about 2.4 different things, so that about 1.6 of its 4 questions are about absent ones.
 SHAPE_COUNTS, SHAPE_COUNT_SHARES = (2, 3), (0.4, 0.6)
 TWIN_SHARE = 0.25
-HARD_NEGATIVE_SHARE = 0.75
-SIDE_SHARES = (0.28, 0.45)
+HARD_NEGATIVE_SHARE = 0.25
+NUM_CELLS = 8  # a shape's square lies on a lattice of 8 x 8 cells: few coordinates, soon learned
+SIDES_IN_CELLS = (3, 4)
 TRIES_PER_SHAPE = 100
 
 PixelBox = tuple[int, int, int, int]
@@ -84,7 +89,7 @@ def _choose_things(rng: random.Random) -> list[Thing]:
 
 
 def _choose_absent(rng: random.Random, present: list[Thing], count: int) -> list[Thing]:
-    """Things that are not there; most of them hard: their colour and their kind are seen, but on different shapes."""
+    """Things that are not there; in some scenes hard ones: colour and kind are seen, but on different shapes."""
     colours, kinds = {thing.colour for thing in present}, {thing.kind for thing in present}
     absent = [Thing(colour, kind) for colour in COLOURS for kind in KINDS if (colour, kind) not in present]
     rng.shuffle(absent)
@@ -94,7 +99,7 @@ def _choose_absent(rng: random.Random, present: list[Thing], count: int) -> list
 
 
 def _choose_places(rng: random.Random, count: int, image_size_px: int) -> list[PixelBox]:
-    """Squares of varied size with a free pixel around each."""
+    """Squares of two sizes with something free between them."""
     while True:
         places: list[PixelBox] = []
         for _ in range(count * TRIES_PER_SHAPE):
@@ -106,9 +111,10 @@ def _choose_places(rng: random.Random, count: int, image_size_px: int) -> list[P
 
 
 def _random_square(rng: random.Random, image_size_px: int) -> PixelBox:
-    side = round(rng.uniform(*SIDE_SHARES) * image_size_px)
-    x0, y0 = rng.randint(0, image_size_px - side), rng.randint(0, image_size_px - side)
-    return x0, y0, x0 + side, y0 + side
+    side = rng.choice(SIDES_IN_CELLS)
+    column, row = rng.randint(0, NUM_CELLS - side), rng.randint(0, NUM_CELLS - side)
+    x0, y0, x1, y1 = (round(edge * image_size_px / NUM_CELLS) for edge in (column, row, column + side, row + side))
+    return x0, y0, x1, y1
 
 
 def _are_apart(a: PixelBox, b: PixelBox) -> bool:
@@ -116,8 +122,9 @@ def _are_apart(a: PixelBox, b: PixelBox) -> bool:
 
 
 def _noisy_background(rng: random.Random, image_size_px: int) -> Image.Image:
+    """Middle grey: about 0 once CogVLM has normalised the colours, so that an untrained model sees the shapes."""
     noise = np.frombuffer(rng.randbytes(image_size_px**2), dtype=np.uint8).reshape(image_size_px, image_size_px, 1) % 12
-    tint = np.array([rng.randint(222, 243) for _ in range(3)], dtype=np.uint8)
+    tint = np.array([rng.randint(110, 125) for _ in range(3)], dtype=np.uint8)
     return Image.fromarray(tint + noise)
 
 

@@ -11,7 +11,7 @@ import io
 
 from PIL import Image
 
-from cogvlm_ft.data.reader import decode_image
+from cogvlm_ft.data.reader import broken_image, decode_image
 from cogvlm_ft.data.record import BadSampleError
 
 VERIFY = ("structure", "decode")
@@ -38,8 +38,8 @@ def verified_size(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0
                 elif data.rfind(_END_OF_IMAGE, _first_scan(data)) < 0:
                     raise ValueError("the file ends before the image does")
                 return width, height
-    except Exception as error:  # on broken bytes Pillow raises nearly anything: KeyError, struct.error
-        raise BadSampleError(key, "broken_image", f"{type(error).__name__}: {error}") from None
+    except Exception as error:
+        raise broken_image(key, error) from None
     raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels, the limit is {max_pixels}")
 
 

@@ -34,7 +34,7 @@ def write_shards(slices: list[Slice], settings: PackSettings, num_workers: int) 
             yield write_shard(part, settings)
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=die_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(write_shard, part, settings) for part in slices]):
                 yield done.result()
@@ -45,7 +45,7 @@ def write_shards(slices: list[Slice], settings: PackSettings, num_workers: int) 
             raise
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this worker when the main process ends.
 
     After a kill -9 of that, it would wait for work for ever, or write into the next build.

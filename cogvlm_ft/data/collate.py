@@ -25,7 +25,10 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Example:
-    """One image float[3, S, S] with all its turns. weight 0: fills a batch up, and has no labels."""
+    """One image float[3, S, S] with all its turns. weight 0: fills a batch up, and has no labels.
+
+    num_cut_boxes: boxes that its answers leave out, because the list would be too long.
+    """
 
     key: str
     pixel_values: Tensor
@@ -33,6 +36,7 @@ class Example:
     weight: float
     num_turns: int
     bad: BadSample | None = None
+    num_cut_boxes: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Batch:
     keys: list[str]
     num_turns: int
     bad: list[BadSample]
+    num_cut_boxes: int = 0
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -79,6 +84,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         keys=[example.key for example in examples],
         num_turns=sum(example.num_turns for example in examples if example.weight > 0),
         bad=[example.bad for example in examples if example.bad is not None],
+        num_cut_boxes=sum(example.num_cut_boxes for example in examples if example.weight > 0),
     )
 
 

@@ -88,7 +88,8 @@ class GroundingDataset(Dataset):
             )
         seen = colours.apply(frame.apply_image(sample.image, self.config.image_size))
         pixels = preprocess_image(seen, self.config.image_size)
-        return Example(key, pixels, sequences, weight, len(turns), bad)
+        num_cut_boxes = sum(turn.num_cut_boxes for turn in turns)
+        return Example(key, pixels, sequences, weight, len(turns), bad, num_cut_boxes)
 
     def _look(self, record: Record, epoch: int) -> tuple[Frame, Colours]:
         """Which part of the photo the model sees, and in which colours."""

@@ -16,7 +16,7 @@ _SIDES_EN = re.compile(
         r"|(?:north|south)?[- ]?(?:east|west)(?:ern|erly|wards?|bound|ernmost)?"
         r"|(?:counter|anti)?[- ]?clockwise|o['’]? ?clock|mirror(?:ed|s)?|port ?side|starboard"
         r"|(?:driver|passenger)['’]?s?[- ]side"
-        r"|the (?:first|last)|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|\d+(?:st|nd|rd|th)"
+        r"|the (?:first|last)|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|\d(?:st|nd|rd|th)"
     ),
     re.IGNORECASE,
 )

@@ -49,7 +49,8 @@ def parse_boxes(text: str) -> list[Bins] | None:
 
     As strict as the official parser: digits and commas only, blanks are refused. Inverted boxes come back as they are.
     """
-    items = [item for group in _GROUP.findall(text) for item in group.split(";")]
+    closed = text[: text.rfind("]]") + 2]  # behind it, each of very many "[[" would be sought an end for
+    items = [item for group in _GROUP.findall(closed) for item in group.split(";")]
     if not items or not all(_ITEM.fullmatch(item) for item in items):
         return None
     return [_parse_item(item) for item in items]

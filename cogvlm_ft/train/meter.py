@@ -40,6 +40,7 @@ class Meter:
             "data_wait_fraction": wait_s / (busy_s + wait_s),
             "memory_gib": peak_memory_gib(),
             "num_bad": float(sum(step.num_bad for step in stats)),
+            "num_cut_boxes": float(sum(step.num_cut_boxes for step in stats)),
         }
         self._steps = []
         return values

@@ -26,6 +26,7 @@ class StepStats:
     num_turns: int
     num_tokens: int
     num_bad: int
+    num_cut_boxes: int
     grad_norm: float
     step_s: float
 
@@ -45,6 +46,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
             sum(batch.num_turns for batch in batches),
             sum(batch.num_tokens for batch in batches),
             sum(len(batch.bad) for batch in batches),
+            sum(batch.num_cut_boxes for batch in batches),
         ]
     )
     num_target_tokens = max(1.0, counts[0])
@@ -72,6 +74,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
         num_turns=int(counts[2]),
         num_tokens=int(counts[3]),
         num_bad=int(counts[4]),
+        num_cut_boxes=int(counts[5]),
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         step_s=time.perf_counter() - start,
     )

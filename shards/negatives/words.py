@@ -98,6 +98,7 @@ class Words:
         self.joined = {name.replace(" ", ""): thing for name, thing in self.names.items() if " " in name}
         long_names = [name for name in self.names if name.isascii() and name.isalpha() and len(name) > 4]
         self._misspelled = {form: self.names[name] for name in reversed(long_names) for form in _shortened(name)}
+        self._longest_slip = max(map(len, long_names)) + 1
         own = [self.name(name) for table in tables[1:] for group in table.get("synonyms", []) for name in group]
         self._parents: dict[str, set[str]] = defaultdict(set)
         self._children: dict[str, set[str]] = defaultdict(set)
@@ -140,7 +141,7 @@ class Words:
 
     def misspelled(self, word: str) -> str | None:
         """The thing whose name this is with one letter missing, added, changed or two exchanged."""
-        if len(word) < 4:
+        if not 4 <= len(word) <= self._longest_slip:
             return None
         return next((self._misspelled[form] for form in _shortened(word) if form in self._misspelled), None)
 

@@ -27,7 +27,7 @@ from shards.reviewing.sources import Item
 from shards.reviewing.statistics import count_candidate, report_of
 from shards.reviewing.suspects import Suspect, View, draw_fairly, smallest, suspect_of_problem
 from shards.reviewing.words import KINDS
-from shards.workers import _die_with_parent
+from shards.workers import die_with_parent
 
 _CHUNK = 32
 _EXAMPLES = 3
@@ -145,7 +145,7 @@ def _all_findings(parts: Iterable[Item | Problem], image_size: int, num_workers:
         return
     context = multiprocessing.get_context("forkserver")  # as in shards/workers.py
     context.set_forkserver_preload(["shards.reviewing.survey"])
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=die_with_parent) as pool:
         waiting: deque[tuple[Future[Findings], int]] = deque()
         try:
             for chunk in chunks:

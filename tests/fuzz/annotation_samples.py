@@ -121,12 +121,13 @@ def _mutated_lines(rng: random.Random, rows: list[Any]) -> bytes:
 
 def _boxes_and_problems(*one_each: str, ignored: str = "\0") -> Found:
     """Boxes and lost boxes. one_each: reasons of targets that stand for one box. ignored: start of sources."""
+    none_each = ("no_boxes_left", "no_boxes")  # each box that they had has a problem of its own
 
     def found(parts: Parts) -> int | None:
         num_boxes = sum(len(target.boxes_xyxy) for part in candidates_of(parts) for target in part.targets)
         for problem in problems_of(parts):
-            if problem.source.startswith(ignored) or problem.reason == "no_boxes_left":
-                continue  # each of its boxes has a problem of its own
+            if problem.source.startswith(ignored) or problem.reason in none_each:
+                continue
             if problem.level != "box" and problem.reason not in one_each:
                 return None
             num_boxes += 1

@@ -1,8 +1,10 @@
-"""What the documents name exists: files, links, make targets, settings, options. The two READMEs say the same."""
+"""What the documents name exists: files, links, make targets, settings, options. Both languages say the same."""
 
 from __future__ import annotations
 
 import ast
+import json
+import pickle
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,9 +15,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.grounding.wording import load_wording
+from shards.candidates import Candidate
+from shards.decisions import load_decisions
+from shards.formats import FORMATS, recognise_format
+from shards.negatives import load_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 READMES = [REPOSITORY / "README.md", REPOSITORY / "README_zh.md"]
+DATA = [REPOSITORY / "docs/data.md", REPOSITORY / "docs/data_zh.md"]
 DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/*.md", "slurm/*.md", "bench/*.md") for path in REPOSITORY.glob(pattern)
 )
@@ -99,14 +107,108 @@ def test_commands_fit_their_programs(document: Path) -> None:
             load_config(REPOSITORY / config, YOURS + [word for word in given if "=" in word])
 
 
-def test_the_readmes_have_the_same_parts() -> None:
-    english, chinese = (path.read_text(encoding="utf-8") for path in READMES)
+@pytest.mark.parametrize("pair", [READMES, DATA], ids=lambda pair: pair[0].stem)
+def test_both_languages_have_the_same_parts(pair: list[Path]) -> None:
+    english, chinese = (path.read_text(encoding="utf-8") for path in pair)
     headings = [re.findall(r"^(#+) ", CODE_BLOCK.sub("", text), re.MULTILINE) for text in (english, chinese)]
     assert headings[0] == headings[1]
     assert len(CODE_BLOCK.findall(english)) == len(CODE_BLOCK.findall(chinese))
-    assert list(commands(READMES[0])) == list(commands(READMES[1]))
+    assert list(commands(pair[0])) == list(commands(pair[1]))
     rows = [re.findall(r"^\|.*\|$", text, re.MULTILINE) for text in (english, chinese)]
     assert len(rows[0]) == len(rows[1])
+
+
+def test_the_code_blocks_about_data_are_the_same_in_both_languages() -> None:
+    english, chinese = (CODE_BLOCK.findall(path.read_text(encoding="utf-8")) for path in DATA)
+    assert english == chinese
+
+
+@pytest.mark.parametrize("document", DATA, ids=lambda path: path.name)
+def test_links_within_the_page_lead_to_a_heading(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", CODE_BLOCK.sub("", text), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = set(re.findall(r"\]\(#([^)]+)\)", text))
+    assert links and links <= anchors, links - anchors
+
+
+def data_example(name: str) -> str:
+    """The first code block below this heading."""
+    text = DATA[0].read_text(encoding="utf-8")
+    found = re.search(rf"^#+ {re.escape(name)}\n.*?(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
+    assert found, f"no part called {name}"
+    return CODE_BLOCK.findall(found[0])[0]
+
+
+def write_example(name: str, folder: Path) -> Path:
+    """The example of a format as files; what --annotations would be."""
+    text = data_example(name)
+    if name == "refcoco":
+        refs = json.loads(text)
+        box = {"id": refs[0]["ann_id"], "image_id": refs[0]["image_id"], "bbox": [1, 2, 3, 4]}
+        image = {"id": refs[0]["image_id"], "file_name": "COCO_train2014_000000000005.jpg"}
+        (folder / "instances.json").write_text(json.dumps({"images": [image], "annotations": [box]}))
+        (folder / "refs(unc).p").write_bytes(pickle.dumps(refs))
+        return folder
+    if name == "cogvlm-sft":
+        for line in text.splitlines():
+            path, _, content = line.partition(" ")
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(content.strip(), encoding="utf-8")
+        return folder
+    if name == "yolo":
+        (folder / "classes.txt").write_text("dog\ncat\nbus\n")
+    endings = {"voc": "xml", "yolo": "txt", "labelme": "json", "csv": "csv"}
+    path = folder / f"example.{endings.get(name, 'json')}"
+    path.write_text(text, encoding="utf-8")
+    return folder if name == "yolo" else path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_example_of_a_format_is_one(name: str, tmp_path: Path) -> None:
+    annotations = write_example(name, tmp_path)
+    assert recognise_format(annotations)[0] == name
+    parts = list(FORMATS[name].read(annotations, tmp_path))
+    assert parts and all(isinstance(part, Candidate) and not part.problems for part in parts), parts
+    assert all(part.targets or part.turns for part in parts)
+    assert len(data_example(name).splitlines()) == 3
+
+
+def test_the_other_examples_about_data_can_be_used(tmp_path: Path) -> None:
+    blocks = CODE_BLOCK.findall(DATA[0].read_text(encoding="utf-8"))
+    (tmp_path / "own").mkdir()
+    (steps,) = (block for block in blocks if block.startswith("# my.yaml"))
+    (mix,) = (block for block in blocks if block.startswith("# a mix"))
+    (tmp_path / "own" / "report.yaml").write_text(steps.replace("\nen:", "\nzh: &texts") + "en: *texts\n")
+    for name, text in (("my.yaml", steps), ("mix.yaml", mix)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_wording(tmp_path / name).max_boxes in (20, 30)
+    (synonyms,) = (block for block in blocks if block.startswith("synonyms:"))
+    (tmp_path / "mine.yaml").write_text(synonyms, encoding="utf-8")
+    words = load_words(tmp_path / "mine.yaml")
+    assert words.thing("叉车") == words.thing("forklift") and words.thing("forklift") in words.relatives(["vehicle"])
+    decisions = [block for block in blocks if block.startswith('{"decisions"')]
+    for block in decisions:
+        (tmp_path / "decisions.json").write_text(block, encoding="utf-8")
+        assert len(load_decisions(tmp_path / "decisions.json")) == 3
+    assert len(decisions) == 2
+
+
+def test_every_reason_of_a_rejection_is_explained() -> None:
+    """What the code calls a reason stands in the tables of both languages."""
+    reasons = set()
+    for path in [*REPOSITORY.glob("shards/*.py"), *REPOSITORY.glob("shards/formats/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("Rejected", "Problem")
+            ):
+                reasons |= {str(word.value) for word in node.args[1:2] if isinstance(word, ast.Constant)}
+    assert len(reasons) > 30
+    for document in DATA:
+        explained = set(CODE_SPAN.findall(document.read_text(encoding="utf-8")))
+        assert reasons <= explained, f"{document.name}: {sorted(reasons - explained)}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
