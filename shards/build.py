@@ -165,6 +165,10 @@ def _check_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> dict
     marker = out / "build.json"
     if marker.is_file():
         found: dict[str, Any] = read_json_file(marker)
+        if not isinstance(found, dict):
+            raise DataError(
+                f"{marker} is not the one of a build: {found!r:.80}; take another --out, or add --overwrite"
+            )
         _refuse_other_settings(out, found, signature)
         return found
     if any(_own_files(out)):

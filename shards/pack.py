@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -85,12 +86,27 @@ def shard_paths(name: str, out: Path) -> tuple[Path, Path]:
 
 
 def is_written(part: Slice, out: Path) -> bool:
-    """True if an earlier run has finished this shard."""
+    """True if an earlier run has finished this shard, and its offsets file says all that it should."""
     tar_path, offsets_path = shard_paths(part.name, out)
     try:
-        return bool(json.loads(offsets_path.read_bytes())["size"] == tar_path.stat().st_size)
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(offsets_path.read_bytes())
+        return bool(content["size"] == tar_path.stat().st_size) and _is_whole(content, len(part))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _is_whole(content: dict[str, Any], num_candidates: int) -> bool:
+    """Raises nearly anything if it is not even of this form."""
+    rows = content["rejected"]
+    names = rejection(Problem("", "", "", "")).keys()
+    numbers = [*(content[name] for name in _counts([])), *content.get("negatives", {}).values()]
+    return (
+        len(content["samples"]) == content["num_samples"]
+        and content["num_samples"] + sum(row["level"] == "sample" for row in rows) == num_candidates
+        and all(type(number) is int for number in numbers)
+        and all(row.keys() == names and all(isinstance(text, str) for text in row.values()) for row in rows)
+        and re.fullmatch("[0-9a-f]{64}", content["sha256"]) is not None
+    )
 
 
 def rejection(problem: Problem, image: str | None = None, key: str | None = None) -> dict[str, Any]:

@@ -57,15 +57,17 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check annotations or shards.", allow_abbrev=False)
     parser.add_argument("--shards", type=Path, help="a folder that shards/build.py wrote; or give the next three")
     parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
-    parser.add_argument("--images", type=Path, help="folder that the image paths are relative to")
+    parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")
     parser.add_argument("--annotations", type=Path, help="file or folder, as the format has it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--image-size", type=int, default=490, help="of training, for boxes under one patch")
     parser.add_argument("--max-pictures", type=int, default=200, help="on the page; all suspects are in suspects.jsonl")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="does not change the result")
     args = parser.parse_args(argv)
-    if (args.shards is None) == (args.annotations is None or args.images is None):
-        parser.error("give --shards, or --images and --annotations")
+    if (args.shards is None) == (args.annotations is None):
+        parser.error("give --shards, or --annotations (and --images)")
+    if args.annotations and not args.images:
+        args.images = args.annotations if args.annotations.is_dir() else args.annotations.parent
     if args.image_size < PATCH_PX or args.max_pictures < 0:
         parser.error(f"wanted --image-size of {PATCH_PX} or more and --max-pictures of 0 or more")
     return args
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             max_pictures=args.max_pictures,
             num_workers=args.workers,
         )
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(summarize(found, args.out))

@@ -21,21 +21,19 @@ NUM_TARGETS = 4
 MIN_IMAGE_SIZE_PX = 24
 
 COLOURS = {
-    "red": ("红色", (230, 20, 30)),
-    "green": ("绿色", (20, 190, 40)),
-    "blue": ("蓝色", (20, 50, 230)),
-    "yellow": ("黄色", (245, 220, 10)),
-    "cyan": ("青色", (10, 220, 230)),
-    "purple": ("紫色", (200, 20, 210)),
-    "black": ("黑色", (10, 10, 10)),
+    "red": ("红色", (214, 38, 40)),
+    "green": ("绿色", (40, 160, 60)),
+    "blue": ("蓝色", (30, 80, 220)),
+    "yellow": ("黄色", (240, 200, 20)),
+    "black": ("黑色", (15, 15, 15)),
     "white": ("白色", (250, 250, 250)),
 }
-KINDS = {"circle": "圆形", "square": "正方形", "triangle": "三角形"}
+KINDS = {"square": "正方形", "ring": "圆环", "cross": "十字"}
 
 # With these shares a scene has about 2.4 different things, so that about 1.6 of its 4 questions are about absent ones.
 SHAPE_COUNTS, SHAPE_COUNT_SHARES = (2, 3), (0.4, 0.6)
 TWIN_SHARE = 0.25
-HARD_NEGATIVE_SHARE = 0.25
+HARD_NEGATIVE_SHARE = 0.75
 NUM_CELLS = 8  # a shape's square lies on a lattice of 8 x 8 cells: few coordinates, soon learned
 SIDES_IN_CELLS = (3, 4)
 TRIES_PER_SHAPE = 100
@@ -89,7 +87,7 @@ def _choose_things(rng: random.Random) -> list[Thing]:
 
 
 def _choose_absent(rng: random.Random, present: list[Thing], count: int) -> list[Thing]:
-    """Things that are not there; in some scenes hard ones: colour and kind are seen, but on different shapes."""
+    """Things that are not there; in most scenes hard ones: colour and kind are seen, but on different shapes."""
     colours, kinds = {thing.colour for thing in present}, {thing.kind for thing in present}
     absent = [Thing(colour, kind) for colour in COLOURS for kind in KINDS if (colour, kind) not in present]
     rng.shuffle(absent)
@@ -133,12 +131,17 @@ def _draw_shape(image: Image.Image, thing: Thing, place: PixelBox) -> PixelBox:
     x0, y0, x1, y1 = place[0], place[1], place[2] - 1, place[3] - 1
     mask = Image.new("1", image.size)
     pen = ImageDraw.Draw(mask)
-    if thing.kind == "circle":
-        pen.ellipse((x0, y0, x1, y1), fill=1)
-    elif thing.kind == "square":
+    side = x1 - x0 + 1
+    if thing.kind == "square":
         pen.rectangle((x0, y0, x1, y1), fill=1)
+    elif thing.kind == "ring":
+        rim = max(2, round(0.25 * side))
+        pen.ellipse((x0, y0, x1, y1), fill=1)
+        pen.ellipse((x0 + rim, y0 + rim, x1 - rim, y1 - rim), fill=0)
     else:
-        pen.polygon([((x0 + x1) / 2, y0), (x0, y1), (x1, y1)], fill=1)
+        arm = round(0.36 * side)
+        pen.rectangle((x0 + arm, y0, x1 - arm, y1), fill=1)
+        pen.rectangle((x0, y0 + arm, x1, y1 - arm), fill=1)
     image.paste(COLOURS[thing.colour][1], mask=mask)
     extents = mask.getbbox()
     assert extents is not None, "a shape covers at least one pixel"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.data.remote import Cache, RemoteShard, check_url, fetch_json, gives_ranges, is_url, shown
-from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, Entry, Loss, scan_tar
+from cogvlm_ft.data.tars import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Entry, Loss, scan_tar
 from cogvlm_ft.errors import ConfigError, DataError
 
 INDEX_VERSION = 1
@@ -68,6 +68,15 @@ class _Shard(NamedTuple):
     places: NDArray[np.int64]
     losses: list[Loss]
     identity: str
+
+
+class _Row(NamedTuple):
+    """What index.json says about one shard."""
+
+    name: str
+    size: int
+    sha256: str
+    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -132,38 +141,46 @@ def _load_source(path: str, split: str, cache: Cache | None) -> list[_Shard]:
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; wanted one with WebDataset shards, as shards/build.py writes them")
-    paths = _paths_by_index(folder, split)
-    if paths is None:
-        paths = _paths_by_name(folder, split)
-    return [_load_shard(path) for path in paths]
+    rows = _rows_by_index(folder, split)
+    if rows is None:
+        return [_load_shard(path) for path in _paths_by_name(folder, split)]
+    return [_with_missing(_load_shard(folder / row.name), row.num_samples) for row in rows]
+
+
+def _with_missing(shard: _Shard, num_samples: int) -> _Shard:
+    """Samples of which nothing at all is left in the tar are a loss, too: only index.json knows of them."""
+    if len(shard.keys) + len(shard.losses) >= num_samples:
+        return shard
+    return shard._replace(losses=[*shard.losses, Loss(shard.path.name, "", "missing_samples")])
 
 
 def _load_remote(folder: str, split: str, cache: Cache | None) -> list[_Shard]:
     """Of the shards that index.json there names; the offsets files beside them are needed too."""
     check_url(folder)
     rows = _shards_of(fetch_json(f"{folder}index.json"), f"{shown(folder)}index.json", split)
-    if not rows or gives_ranges(folder + rows[0][0], rows[0][1]):
+    if not rows or gives_ranges(folder + rows[0].name, rows[0].size):
         cache = None
     elif cache is None:
         raise DataError(f"{shown(folder)}: this server gives no parts of a file: set data.cache_dir to a local folder")
     else:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        cache.check_room(sum(size for _, size, sha256 in rows if not (cache.folder / f"{sha256}.tar").exists()))
+        cache.check_room(sum(row.size for row in rows if not (cache.folder / f"{row.sha256}.tar").exists()))
 
-    def load(row: tuple[str, int, str]) -> _Shard:
-        name, size, sha256 = row
-        url = f"{folder}{Path(name).with_suffix('.json')}"
-        shard = RemoteShard(folder + name, size, sha256, cache)
+    def load(row: _Row) -> _Shard:
+        url = f"{folder}{Path(row.name).with_suffix('.json')}"
+        shard = RemoteShard(folder + row.name, row.size, row.sha256, cache)
         try:
-            return _shard_of_offsets(fetch_json(url), shard, size)
+            return _shard_of_offsets(fetch_json(url), shard, row.size)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{shown(url)} does not fit {name} ({error}); put the whole build there again") from None
+            raise DataError(
+                f"{shown(url)} does not fit {row.name} ({error}); put the whole build there again"
+            ) from None
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(load, rows))
 
 
-def _paths_by_index(folder: Path, split: str) -> list[Path] | None:
+def _rows_by_index(folder: Path, split: str) -> list[_Row] | None:
     """The shards that index.json names, or None if these shards come from elsewhere and have none of ours."""
     path = folder / "index.json"
     if not path.is_file():
@@ -174,30 +191,36 @@ def _paths_by_index(folder: Path, split: str) -> list[Path] | None:
     if not isinstance(content, dict) or "splits" not in content:
         _log.info("%s was not written by shards/build.py; scanning the tars instead", path)
         return None
-    paths = [folder / name for name, _, _ in _shards_of(content, str(path), split)]
-    missing = [path.name for path in paths if not path.is_file()]
+    rows = _shards_of(content, str(path), split)
+    missing = [row.name for row in rows if not (folder / row.name).is_file()]
     if missing:
         raise DataError(f"{folder}: index.json names {len(missing)} shards that are not there, such as {missing[0]}")
-    return paths
+    return rows
 
 
-def _shards_of(content: Any, source: str, split: str) -> list[tuple[str, int, str]]:
-    """(file name, size, sha256) of each shard of a split; DataError if this is no index.json of ours."""
+def _shards_of(content: Any, source: str, split: str) -> list[_Row]:
+    """The shards of a split; DataError if this is no index.json of ours."""
     try:
         if content["version"] != INDEX_VERSION:
             found = f"version {content['version']!r:.80}, wanted {INDEX_VERSION}"
             raise DataError(f"{source}: {found}; build the shards again")
         if split not in content["splits"]:
             raise DataError(f"{source}: no split {split!r}, found {sorted(content['splits'])}")
-        rows = [(row["path"], row["size"], row["sha256"]) for row in content["splits"][split]["shards"]]
+        shards = content["splits"][split]["shards"]
+        rows = [_Row(row["path"], row["size"], row["sha256"], row["num_samples"]) for row in shards]
         good = all(
-            re.fullmatch(r"[\w-]+\.tar", name) and type(size) is int and re.fullmatch("[0-9a-f]{64}", sha256)
-            for name, size, sha256 in rows
+            re.fullmatch(r"[\w-]+\.tar", row.name)
+            and re.fullmatch("[0-9a-f]{64}", row.sha256)
+            and all(type(number) is int for number in (row.size, row.num_samples))
+            for row in rows
         )
+        good = good and len({row.name for row in rows}) == len(rows)
+        good = good and sum(row.num_samples for row in rows) == content["splits"][split]["num_samples"]
     except (KeyError, TypeError):
         good = False
     if not good:
-        raise DataError(f"{source} is damaged: wanted the path, size and sha256 of every shard; build the shards again")
+        wanted = "wanted path, size, sha256 and num_samples of every shard, and the sum of these"
+        raise DataError(f"{source} is damaged: {wanted}; build the shards again")
     return rows
 
 
@@ -226,14 +249,19 @@ def _load_shard(path: Path) -> _Shard:
 
 
 def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Shard:
-    """Raises ValueError, KeyError or TypeError if this does not describe a tar of that size."""
+    """Raises ValueError, KeyError or TypeError if this does not describe a tar of that size, sample by sample."""
     if content["size"] != size:
         raise ValueError(f"made for {content['size']} bytes, the tar has {size}")
     sha256 = str(content["sha256"])
     if isinstance(path, RemoteShard) and sha256 != path.sha256:
         raise ValueError(f"made for sha256 {sha256:.64}, index.json says {path.sha256}")
     entries = [Entry(row["key"], row["ext"], *row["image"], *row["json"]) for row in content["samples"]]
-    for entry in entries:
+    if len(entries) != content["num_samples"]:
+        raise ValueError(f"made for {content['num_samples']} samples, it has {len(entries)}")
+    for i, entry in enumerate(entries):
+        good = isinstance(entry.key, str) and entry.ext in IMAGE_EXTENSIONS
+        if not good or any(type(number) is not int for number in entry[2:]):
+            raise ValueError(f"samples[{i}] is not described by a key, an extension and four whole numbers")
         if min(entry[2:]) < 0 or max(entry.image_offset + entry.image_size, entry.json_offset + entry.json_size) > size:
             raise ValueError(f"sample {entry.key!r} lies outside the tar")
         if max(entry.image_size, entry.json_size) > MAX_MEMBER_BYTES:

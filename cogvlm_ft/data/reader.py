@@ -84,6 +84,13 @@ class ShardReader:
             raise BadSampleError(key, "short_read", f"{path}, byte {offset}: {len(data)} of {size} bytes")
         return data
 
+    def close(self) -> None:
+        """Close the files that this process has opened; reading opens them again."""
+        if self._pid == os.getpid():
+            for file in self._files.values():
+                os.close(file)
+        self._files.clear()
+
     def _file(self, shard: int, path: Path) -> int:
         if self._pid != os.getpid():  # forked or unpickled: the numbers belong to another process
             self._pid = os.getpid()

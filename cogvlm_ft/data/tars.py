@@ -16,7 +16,8 @@ MAX_MEMBER_BYTES = 1 << 30
 """Largest image or record that is read: the whole of it goes into memory."""
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header
+_MAX_HEADER_BYTES = 1 << 14  # of a long name or a pax header; a path has at most 4096
+_LONG_NUMBER = re.compile(rb"[0-9]{256}")  # no part of a path is longer
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -88,20 +89,23 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
             tar = tarfile.TarFile(fileobj=_Headers(file), ignore_zeros=True, errors="surrogateescape")  # type: ignore[arg-type]
             while (member := tar.next()) is not None:
                 start = member.offset_data
-                if member.size < 0:  # would send tarfile backwards, for ever
-                    raise tarfile.ReadError("negative size")
-                yield member
-                if member.offset_data + member.size > size:  # cut off, or its size is wrong: whole samples may follow
-                    raise tarfile.ReadError("longer than the file")
-            return
-        except (tarfile.TarError, ValueError, OverflowError):
+                if member.size >= 0:
+                    yield member
+                if not 0 <= member.size <= size - member.offset_data:
+                    break  # cut off, or its size is wrong: whole samples may follow. A negative one sends tarfile back
+            else:
+                return
+        except RecursionError:  # headers of headers of headers
+            start = max(start + _BLOCK, file.tell())
+        except (tarfile.TarError, ArithmeticError, LookupError, TypeError, ValueError):
             # A damaged long-name or pax header, or the end of the file in the middle of a member. tarfile gives up
-            # here; whole samples may follow.
+            # here, with nearly any error; whole samples may follow.
             start = max(start, tar.offset if tar and tar.offset <= size else 0) + _BLOCK
 
 
 class _Headers:
-    """A file for tarfile, which reads only headers here: one that says it is gigabytes long is damaged."""
+    """A file for tarfile, which reads only headers here. One that is far longer than any path is damaged, and tarfile
+    would need time and memory that grow with its square."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.name, self.mode = "", "rb"
@@ -109,9 +113,12 @@ class _Headers:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if size > _MAX_NAME_BYTES:
+        if size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
+        data = self._file.read(size)
+        if size > _BLOCK and _LONG_NUMBER.search(data):
+            raise tarfile.ReadError("a header with a number that is too long")
+        return data
 
 
 def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, tar_size: int) -> str | None:

@@ -85,8 +85,8 @@ def rows_by_image(
     arrays: also take a file that is one JSON array. Raises DataError if no object can be used.
     Rows that may be joined are read twice, so that memory holds 24 bytes for each and no more.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is no file; wanted a file: {wanted}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; wanted a file: {wanted}")
     hashes, positions, numbers = array("Q"), array("Q"), array("Q")
     num_bad, num_alone, first = 0, 0, ""
     with path.open("rb") as file:

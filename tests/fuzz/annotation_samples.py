@@ -295,7 +295,10 @@ def _rows(format_name: str, rows: list[Any], given: Given = lambda data: None, f
 
 
 def _odvg() -> Sample:
-    regions = [{"bbox": [1, 2, 30, 40], "phrase": "a red car"}, {"bbox": [[5, 5, 9, 9], [50, 5, 90, 9]], "phrase": "狗"}]
+    regions = [
+        {"bbox": [1, 2, 30, 40], "phrase": "a red car"},
+        {"bbox": [[5, 5, 9, 9], [50, 5, 90, 9]], "phrase": "狗"},
+    ]
     instances = [{"bbox": [1, 2, 90, 90], "label": 1, "category": "dog"}, {"bbox": [3, 3, 5, 5], "label": 2}]
     rows = [
         {"filename": "a.jpg", "width": 400, "height": 300, "grounding": {"caption": "a red car", "regions": regions}},

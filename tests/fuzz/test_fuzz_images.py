@@ -109,7 +109,9 @@ def _with_changed_chunk(rng: random.Random, data: bytes) -> bytes:
         for _ in range(rng.choice((1, 3))):
             changed[rng.randrange(len(changed))] = rng.randrange(256)
         content = bytes(changed)
-    chunks[i : i + 1] = rng.choice(([], [(kind, content)], [(kind, content)] * 2, [(b"tEXt", content), (kind, content)]))
+    chunks[i : i + 1] = rng.choice(
+        ([], [(kind, content)], [(kind, content)] * 2, [(b"tEXt", content), (kind, content)])
+    )
     return data[:8] + b"".join(_chunk(*chunk) for chunk in chunks)
 
 
@@ -181,6 +183,7 @@ def read_all(reader: ShardReader) -> tuple[set[str], set[str]]:
         except BadSampleError as error:
             assert str(error) and error.reason
             unread.add(error.key)
+    reader.close()
     return read, unread
 
 
