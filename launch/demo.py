@@ -21,7 +21,7 @@ from cogvlm_ft.config import Config, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs/demo.yaml")
-NUM_SCENES = 11000
+NUM_SCENES = 13000
 IMAGE_SIZE = 32
 VAL_FRACTION = 0.02
 VOCAB_SIZE = 420  # so small that a colour and a kind stay pieces of their own, in Chinese too

@@ -36,6 +36,7 @@ class Sample:
     annotations: what the reader is given. images: width and height by path.
     given, found: how many boxes, rows or sentences there are in the changed file, and how many of them came out or were
         reported; None where that cannot be told.
+    num_images: how many images it is about.
     """
 
     format: str
@@ -46,6 +47,7 @@ class Sample:
     given: Given = lambda data: None
     found: Found = lambda parts: None
     has_witness: bool = True
+    num_images: Given = lambda data: None
 
     def mutated(self, rng: random.Random) -> dict[str, bytes]:
         """The files, one of them changed."""
@@ -161,7 +163,8 @@ def _coco() -> Sample:
     images = {image["file_name"]: (image["width"], image["height"]) for image in content["images"]}
     found = _boxes_and_problems(ignored="categories[")
     given = _in_json(lambda value: len(value["annotations"]))
-    return Sample("coco", {"a.json": content}, "a.json", "a.json", images, given, found, has_witness=False)
+    num_images = _in_json(lambda value: len(value["images"]))
+    return Sample("coco", {"a.json": content}, "a.json", "a.json", images, given, found, False, num_images)
 
 
 def _voc() -> Sample:
@@ -179,7 +182,8 @@ def _voc() -> Sample:
 
     files = {"raccoon-63.xml": xml, "witness.xml": witness}
     images = {"raccoon-63.jpg": (600, 400), "witness.jpg": SIZE}
-    return Sample("voc", files, "raccoon-63.xml", "", images, given, _boxes_and_problems("empty_phrase"))
+    found = _boxes_and_problems("empty_phrase")
+    return Sample("voc", files, "raccoon-63.xml", "", images, given, found, num_images=lambda data: 2)
 
 
 def _yolo() -> Sample:
@@ -191,7 +195,7 @@ def _yolo() -> Sample:
         return 1 + sum(bool(line.strip()) for line in data.decode("utf-8-sig", "surrogateescape").split("\n"))
 
     images = {"9.jpg": (640, 480), "witness.jpg": SIZE}
-    return Sample("yolo", files, "9.txt", "", images, given, _boxes_and_problems())
+    return Sample("yolo", files, "9.txt", "", images, given, _boxes_and_problems(), num_images=lambda data: 2)
 
 
 def _labelme_like(path: Path) -> Sample:
@@ -200,7 +204,8 @@ def _labelme_like(path: Path) -> Sample:
     images = {content["imagePath"]: (content["imageWidth"], content["imageHeight"]), "witness.jpg": SIZE}
     given = _in_json(lambda value: 1 + len(value["shapes"]))
     found = _boxes_and_problems("empty_phrase")
-    return Sample("labelme", {"a.json": content, "witness.json": witness}, "a.json", "", images, given, found)
+    files = {"a.json": content, "witness.json": witness}
+    return Sample("labelme", files, "a.json", "", images, given, found, num_images=lambda data: 2)
 
 
 def _labelme() -> Sample:
@@ -330,7 +335,7 @@ def _cogvlm_sft() -> Sample:
         "data/labels_zh/witness.json": spoken("?", "是。"),
     }
     images = {"a.jpg": SIZE, "witness.jpg": SIZE}
-    return Sample("cogvlm-sft", files, "data/labels_zh/a.json", "data", images)
+    return Sample("cogvlm-sft", files, "data/labels_zh/a.json", "data", images, num_images=lambda data: 2)
 
 
 def _swift() -> Sample:

@@ -6,9 +6,11 @@ import copy
 import json
 import random
 import re
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 PATHS = (
@@ -38,18 +40,21 @@ TEXTS = (
     " \n\t",
     "nan",
     "x" * 100_000,
+    "1" * 100_000,
+    " " * 100_000,
+    "狗" * 5_000,
+    "dog " * 5_000,
     "[[000,000,999,999]]",
     "[[*]]",
     "<box>(1,2)" + " " * 100_000 + "</box>",
     "(1,2)" + " " * 100_000,
-    "<img>" * 20_000,
+    "<img>" * 5_000,
     "[[" * 50_000,
     "<ref>",
     "<ref-object><bbox>",
     "\ud800",
     '{"ref": ["\\ud800"], "bbox": []}',
     "\N{RIGHT-TO-LEFT OVERRIDE}dog\x07\x00",
-    "狗" * 40,
     "e\u0301",
 )
 NUMBERS = (0, -0.0, -1, 1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 5e-324, 0.5, float("nan"), float("inf"))
@@ -118,12 +123,35 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
+@contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """So much more than now; beyond it Python raises MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def mutate_json(rng: random.Random, value: Any) -> bytes:
     """Parts of the value deleted, doubled, moved, renamed or replaced; sometimes the bytes are changed, too."""
-    value = mutated_value(rng, value)
-    data = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    data = re.sub(rb'"@(raw|deep\[|deep{)([0-9]+)@"', _as_raw, data)
+    data = _to_json(mutated_value(rng, value), ascii_only=rng.random() < 0.5)
     return mutate_bytes(rng, data) if rng.random() < 0.15 else data
+
+
+def deepened(rng: random.Random, value: Any, depth: int) -> bytes:
+    """As JSON, with lists or objects inside each other at one place."""
+    root = [copy.deepcopy(value)]
+    container, key = rng.choice(list(_places(root)))
+    container[key] = f"@deep{rng.choice('[{')}{depth}@"
+    return _to_json(root[0], ascii_only=True)
+
+
+def _to_json(value: Any, *, ascii_only: bool) -> bytes:
+    data = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    return re.sub(rb'"@(raw|deep\[|deep{)([0-9]+)@"', _as_raw, data)
 
 
 def _as_raw(match: re.Match[bytes]) -> bytes:

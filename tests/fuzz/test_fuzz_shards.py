@@ -8,13 +8,12 @@ import json
 import random
 import shutil
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from annotation_samples import DATA, real
-from mutate import cpu_limit, mutate_bytes, mutate_json
+from mutate import cpu_limit, memory_limit, mutate_bytes, mutate_json
 from PIL import Image
 
 from cogvlm_ft.data.index import load_index
@@ -24,7 +23,7 @@ from cogvlm_ft.errors import DataError
 from shards.build import BuildSettings, build
 from shards.review import review, shard_items
 
-NUM_TARS, NUM_INDEXES, NUM_CONTINUED = 400, 240, 60
+NUM_TARS, NUM_INDEXES, NUM_CONTINUED = 320, 200, 60
 SECONDS = 10.0  # of computing, for a set that takes milliseconds
 NUM_PHOTOS, PER_SHARD = 9, 3
 
@@ -173,6 +172,33 @@ def test_damaged_index_files(built: Path, tmp_path: Path) -> None:
     assert num_loaded > NUM_INDEXES / 2
 
 
+def test_index_files_that_leave_something_out(built: Path, tmp_path: Path) -> None:
+    whole = read_set(built)
+    folder = copy_of(built, tmp_path)
+    offsets = folder / "train-000000.json"
+    content = json.loads(offsets.read_bytes())
+    content["samples"].pop()
+    offsets.write_text(json.dumps(content))
+    assert read_set(folder) == whole
+    index = json.loads((folder / "index.json").read_bytes())
+    index["splits"]["train"]["shards"].pop()
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index\.json is damaged"):
+        load_index(folder, "train")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"7", b'"build"', b"{"])
+def test_a_build_does_not_go_on_where_build_json_is_none(
+    settings: BuildSettings, built: Path, tmp_path: Path, content: bytes
+) -> None:
+    folder = copy_of(built, tmp_path)
+    (folder / "build.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"build\.json .*--overwrite"):
+        build(settings, folder, num_workers=1)
+    build(settings, folder, num_workers=1, overwrite=True)
+    assert read_set(folder) == read_set(built)
+
+
 def test_builds_go_on_in_damaged_folders(settings: BuildSettings, built: Path, tmp_path: Path) -> None:
     num_built = 0
     for number in range(NUM_CONTINUED):
@@ -186,7 +212,7 @@ def test_builds_go_on_in_damaged_folders(settings: BuildSettings, built: Path, t
             try:
                 build(settings, folder, num_workers=1)
             except DataError as error:
-                assert path.name == "build.json" and "build.json" in str(error) or "--overwrite" in str(error)
+                assert (path.name == "build.json" and "build.json" in str(error)) or "--overwrite" in str(error)
                 continue
             assert read_set(folder).read
         num_built += 1
@@ -275,6 +301,8 @@ HOSTILE: dict[str, bytes] = {
         record("hdrcharset", "BINARY"), record("path", "b\udcff.png".encode("latin-1", "replace").decode())
     ),
     "pax of digits": pax(b"1" * 1_000_000) + member("b.png", photo()),
+    "many paxes of digits": pax(b"1" * 16_000) * 300 + member("b.png", photo()),
+    "pax of long keys": pax(b"5 aa\n" * 20_000 + b"5 a=\n") + member("b.png", photo()),
     "pax without end": pax(b"30 path=b.png") + member("b.png", photo()),
     "pax length of zero": pax(b"0 a=b\n") + member("b.png", photo()),
     "global pax of digits": pax(b"7" * 900_000, kind=b"g") + member("b.png", photo()),
@@ -298,7 +326,7 @@ def test_hostile_members(name: str, tmp_path: Path) -> None:
     middle = HOSTILE[name]
     for data in (middle + pair("c"), middle * 2 + pair("c"), padded(middle[:-200]) + pair("c"), pair("c") + middle):
         (tmp_path / "train-0.tar").write_bytes(pair("a") + data)
-        with cpu_limit(SECONDS):
+        with cpu_limit(SECONDS), memory_limit(2**28):
             index = load_index(tmp_path, "train")
             found = read_set(tmp_path)
         assert {"a", "c"} <= found.read.keys() or name.startswith(("global", "pax", "sparse", "long"))

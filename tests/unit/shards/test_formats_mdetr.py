@@ -101,6 +101,12 @@ def test_a_caption_that_lost_all_its_boxes_is_not_called_absent(tmp_path: Path) 
     assert found.boxes["f.jpg"] == {}
 
 
+def test_a_caption_without_any_box_is_reported(tmp_path: Path) -> None:
+    found = read(tmp_path, images=[{"id": 9, "file_name": PHOTO, "caption": "the sky"}])
+    assert found.reasons == [("target", "no_boxes")] and "the sky" in found.problems[0].detail
+    assert list(found.boxes[PHOTO]) == ["the lady with the blue shirt", "man"]
+
+
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
