@@ -84,9 +84,9 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
     start = 0
     while start < size:
         file.seek(start)
-        tar = None
+        headers, tar = _Headers(file), None
         try:
-            tar = tarfile.TarFile(fileobj=_Headers(file), ignore_zeros=True, errors="surrogateescape")  # type: ignore[arg-type]
+            tar = tarfile.TarFile(fileobj=headers, ignore_zeros=True, errors="surrogateescape")  # type: ignore[arg-type]
             while (member := tar.next()) is not None:
                 start = member.offset_data
                 if member.size >= 0:
@@ -95,24 +95,25 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
                     break  # cut off, or its size is wrong: whole samples may follow. A negative one sends tarfile back
             else:
                 return
-        except RecursionError:  # headers of headers of headers
-            start = max(start + _BLOCK, file.tell())
-        except (tarfile.TarError, ArithmeticError, LookupError, TypeError, ValueError):
-            # A damaged long-name or pax header, or the end of the file in the middle of a member. tarfile gives up
-            # here, with nearly any error; whole samples may follow.
-            start = max(start, tar.offset if tar and tar.offset <= size else 0) + _BLOCK
+        except (tarfile.TarError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
+            # A damaged long-name or pax header, too many of them in a row, or the end of the file in the middle of a
+            # member. tarfile gives up here, with nearly any error; whole samples may follow.
+            start = max(start + _BLOCK, headers.last_read, min(tar.offset, size) if tar else 0)
 
 
 class _Headers:
     """A file for tarfile, which reads only headers here. One that is far longer than any path is damaged, and tarfile
-    would need time and memory that grow with its square."""
+    would need time and memory that grow with its square. last_read: where the last header, or its content, begins."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.name, self.mode = "", "rb"
         self._file = file
         self.seek, self.tell = file.seek, file.tell
+        self.last_read = 0
 
     def read(self, size: int) -> bytes:
+        if size >= _BLOCK:
+            self.last_read = self.tell()
         if size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         data = self._file.read(size)

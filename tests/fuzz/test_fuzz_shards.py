@@ -320,6 +320,10 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+REACH_ON = ("long names of long names", "pax charset", "global pax path", "sparse without end")
+"""They are about the next header, or about all that follow."""
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_members(name: str, tmp_path: Path) -> None:
     """The samples before and after them are read; nothing of them is."""
@@ -329,7 +333,7 @@ def test_hostile_members(name: str, tmp_path: Path) -> None:
         with cpu_limit(SECONDS), memory_limit(2**28):
             index = load_index(tmp_path, "train")
             found = read_set(tmp_path)
-        assert {"a", "c"} <= found.read.keys() or name.startswith(("global", "pax", "sparse", "long"))
+        assert "c" in found.read or name in REACH_ON
         assert "a" in found.read
         assert set(found.read) <= {"a", "b", "c"} and not any(".." in key for key in found.read)
         assert "b" not in found.read or name == "twice"
