@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from cogvlm_ft.data.reader import read_orientation, upright_size
+from cogvlm_ft.data.reader import upright_size
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES
 from cogvlm_ft.grounding.targets import Box, Target
 from shards.candidates import Candidate, Problem, Rejected, Units, box_in_pixels, make_target
 from shards.files import read_embedded, read_inside
-from shards.verify import VERIFY, verified_size
+from shards.verify import VERIFY, WholeImage, verify_image
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def check_candidate(
         if not candidate.targets and not candidate.turns:
             raise _nothing_left(candidate, problems)
         ext, data = read_image(candidate, images)
-        stored_px = _size(data, key, max_pixels, verify)
-        orientation = read_orientation(data) if apply_exif else 1
-        image_size_px = upright_size(stored_px, orientation)
-        _check_stated_size(candidate, image_size_px, stored_px)
+        stored = _verified(data, key, max_pixels, verify)
+        is_upright = not apply_exif or stored.orientation == 1
+        image_size_px = stored.size_px if is_upright else upright_size(*stored)
+        _check_stated_size(candidate, image_size_px, stored.size_px)
         targets = [
             _fit_target(target, candidate.units, candidate.source, image_size_px, problems)
             for target in candidate.targets
@@ -55,7 +55,7 @@ def check_candidate(
     except Rejected as rejected:
         return None, [*problems, rejected.problem(candidate.source)]
     source = candidate.source.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no UTF-8
-    record = Record(key, image_size_px, source, kept, candidate.turns, upright=orientation != 1)
+    record = Record(key, image_size_px, source, kept, candidate.turns, upright=not is_upright)
     return CheckedSample(record, ext, data), problems
 
 
@@ -83,9 +83,9 @@ def _extension(image: str) -> str:
     return ext
 
 
-def _size(data: bytes, key: str, max_pixels: int, verify: str) -> tuple[int, int]:
+def _verified(data: bytes, key: str, max_pixels: int, verify: str) -> WholeImage:
     try:
-        return verified_size(data, key, max_pixels, verify)
+        return verify_image(data, key, max_pixels, verify)
     except BadSampleError as error:
         raise Rejected("sample", error.reason, error.detail) from None
 

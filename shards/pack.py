@@ -7,20 +7,24 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
 from shards.absence import Absence, with_absent
 from shards.candidates import Problem
 from shards.checks import CheckedSample, check_candidate
+from shards.files import expect
 from shards.layout import Slice
 from shards.shrink import shrink_sample
 from shards.spool import Spooled, read_slice
 from shards.verify import VERIFY
 
+_NUM_AHEAD = 64
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 
@@ -45,9 +49,10 @@ def write_shard(part: Slice, settings: PackSettings) -> int:
     records: list[Record] = []
     rejected: list[dict[str, Any]] = []
     num_added: Counter[str] = Counter()
-    with unfinished.open("wb") as file:
+    with unfinished.open("wb", buffering=0) as file:
         tar = _Tar(file)
-        for spooled in read_slice(settings.spool, part, with_others=settings.absence is not None):
+        spooled_parts = read_slice(settings.spool, part, with_others=settings.absence is not None)
+        for spooled in _asked_for_ahead(spooled_parts, settings.images):
             sample, problems = prepare_sample(spooled, settings, num_added)
             rejected.extend(rejection(problem, spooled.candidate.image, spooled.key) for problem in problems)
             if sample:
@@ -60,6 +65,17 @@ def write_shard(part: Slice, settings: PackSettings) -> int:
         content["negatives"] = dict(sorted(num_added.items()))
     write_atomically(offsets_path, to_json_bytes(content))
     return len(part)
+
+
+def _asked_for_ahead(parts: Iterable[Spooled], images: Path) -> Iterator[Spooled]:
+    """The same parts; the disk reads the photos of the next ones meanwhile."""
+    ahead: deque[Spooled] = deque()
+    for spooled in parts:
+        expect(images, spooled.candidate.image)
+        ahead.append(spooled)
+        if len(ahead) > _NUM_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def prepare_sample(
@@ -146,17 +162,25 @@ class _Tar:
     Written here and not by webdataset's TarWriter, because that needs torch (seconds) and does not tell the offsets.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: RawIOBase) -> None:
         self._file = file
         self._size = 0
         self._sha256 = hashlib.sha256()
         self.samples: list[dict[str, Any]] = []
 
     def add_sample(self, sample: CheckedSample) -> None:
-        """Members in alphabetical order, as WebDataset writes them."""
+        """Members in alphabetical order, as WebDataset writes them; all of a sample in one write."""
         key = sample.record.key
         data = {sample.ext: sample.image, "json": record_to_json(sample.record)}
-        places = {ext: self._add_member(f"{key}.{ext}", data[ext]) for ext in sorted(data)}
+        parts: list[bytes] = []
+        places: dict[str, list[int]] = {}
+        end = self._size
+        for ext in sorted(data):
+            header, content = _header(f"{key}.{ext}", len(data[ext])), data[ext]
+            places[ext] = [end + len(header), len(content)]
+            parts += header, content, bytes(-len(content) % _BLOCK)
+            end += sum(map(len, parts[-3:]))
+        self._write(b"".join(parts))
         self.samples.append({"key": key, "ext": sample.ext, "image": places[sample.ext], "json": places["json"]})
 
     def finish(self) -> None:
@@ -168,16 +192,10 @@ class _Tar:
         """Of the finished file."""
         return {"sha256": self._sha256.hexdigest(), "size": self._size}
 
-    def _add_member(self, name: str, data: bytes) -> list[int]:
-        """[offset, size] of the data."""
-        self._write(_header(name, len(data)))
-        offset = self._size
-        self._write(data)
-        self._write(bytes(-len(data) % _BLOCK))
-        return [offset, len(data)]
-
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        left = memoryview(data)
+        while left:  # a file without a buffer may take less than all
+            left = left[self._file.write(left) :]
         self._sha256.update(data)
         self._size += len(data)
 

@@ -8,10 +8,11 @@ them.
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 from PIL import Image
 
-from cogvlm_ft.data.reader import broken_image, decode_image
+from cogvlm_ft.data.reader import broken_image, decode_image, orientation_of, read_orientation
 from cogvlm_ft.data.record import BadSampleError
 
 VERIFY = ("structure", "decode")
@@ -21,23 +22,31 @@ _JPEG = b"\xff\xd8\xff"
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
 
 
-def verified_size(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]) -> tuple[int, int]:
-    """(width, height) of a whole image. Raises BadSampleError with reason too_many_pixels or broken_image.
+class WholeImage(NamedTuple):
+    """size_px: (width, height) as stored. orientation: of its EXIF data, 1 to 8; 1 is upright."""
+
+    size_px: tuple[int, int]
+    orientation: int
+
+
+def verify_image(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]) -> WholeImage:
+    """Raises BadSampleError with reason too_many_pixels or broken_image.
 
     Other kinds than JPEG and PNG are always decoded.
     """
     if verify == "decode" or not data.startswith((_JPEG, _PNG)):
-        return decode_image(data, key, max_pixels).size
+        return WholeImage(decode_image(data, key, max_pixels).size, read_orientation(data))
     Image.MAX_IMAGE_PIXELS = None  # ours replaces Pillow's limit, which only warns up to twice its value
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             width, height = image.size
             if width * height <= max_pixels:
+                orientation = orientation_of(image)
                 if data.startswith(_PNG):
                     image.verify()  # the checksum of every chunk, up to the last
                 elif data.rfind(_END_OF_IMAGE, _first_scan(data)) < 0:
                     raise ValueError("the file ends before the image does")
-                return width, height
+                return WholeImage((width, height), orientation)
     except Exception as error:
         raise broken_image(key, error) from None
     raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels, the limit is {max_pixels}")

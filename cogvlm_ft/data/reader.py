@@ -124,15 +124,18 @@ def read_orientation(data: bytes) -> int:
 
     A TIFF is turned by Pillow, so it is upright too.
     """
-    if data.startswith(b"\xff\xd8") and b"Exif\0\0" not in data:
-        return 1  # most photos of data sets: opening each twice would cost a tenth of the reading
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            if image.format == "PNG" and "exif" not in image.info:
-                return 1  # getexif would decode it to look behind the pixels
-            return _orientation(image)
+            return orientation_of(image)
     except Exception:  # not an image at all: whoever decodes it says so
         return 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The same of an opened JPEG, PNG or WEBP."""
+    if image.format != "WEBP" and "exif" not in image.info:
+        return 1  # getexif would decode a PNG to look behind the pixels
+    return _orientation(image)
 
 
 def upright_size(size_px: tuple[int, int], orientation: int) -> tuple[int, int]:

@@ -43,7 +43,8 @@ class _Place:
         """Raises Rejected if it is no JSON object."""
         if isinstance(self.content, bytes):
             return Row(self.source, parse_object(self.content))
-        return Row(self.source, _checked(self.content))
+        check_text(self.content, "sample")
+        return Row(self.source, _object(self.content))
 
 
 class _Rows:
@@ -122,6 +123,8 @@ def rows_by_image(
 
 def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
     """One candidate of all that is said about one image; boxes that contradict the first ones become problems."""
+    if len(candidates) == 1:
+        return candidates[0]
     first = next((candidate for candidate in candidates if candidate.targets), candidates[0])
     size = first.stated_size_px
     targets: list[Target] = []
@@ -174,10 +177,13 @@ def parse_object(data: bytes) -> dict[str, Any]:
     if len(data) >= MAX_LINE_BYTES:
         raise Rejected("sample", "too_long", f"{MAX_LINE_BYTES} bytes or more: {data[:80]!r}")
     try:
-        value = json.loads(data.removeprefix(_BOM).decode("utf-8", "surrogateescape"))
+        text = data.removeprefix(_BOM).decode("utf-8", "surrogateescape")
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Rejected("sample", "bad_json", f"{error}: {data[:80]!r}") from None
-    return _checked(value)
+    if not text.isascii() or "\\u" in text:  # else it holds no byte that is no UTF-8, and no half of a pair
+        check_text(value, "sample")
+    return _object(value)
 
 
 def first_objects(path: Path) -> list[dict[str, Any]]:
@@ -228,8 +234,7 @@ def _equal(hashes: array[int]) -> Iterator[list[int]]:
         yield order[starts[group] : ends[group]].tolist()
 
 
-def _checked(value: Any) -> dict[str, Any]:
-    check_text(value, "sample")
+def _object(value: Any) -> dict[str, Any]:
     want(isinstance(value, dict), "sample", "the JSON", value, "an object")
     return value
 

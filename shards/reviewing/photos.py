@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from cogvlm_ft.data.reader import MAX_PIXELS, read_orientation, upright_size
+from cogvlm_ft.data.reader import MAX_PIXELS, upright_size
 from cogvlm_ft.data.record import BadSampleError
 from shards.candidates import Candidate, Problem, Rejected
 from shards.reviewing.readings import boxes_of, fit
 from shards.reviewing.sources import Item, read_photo
 from shards.reviewing.words import Words
-from shards.verify import verified_size
+from shards.verify import verify_image
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def open_photo(item: Item) -> Photo | Problem:
     source = item.candidate.source
     try:
         data = read_photo(item.place)
-        stored_px = verified_size(data, item.candidate.image, MAX_PIXELS)
+        stored = verify_image(data, item.candidate.image, MAX_PIXELS)
     except Rejected as rejected:
         return rejected.problem(source)
     except BadSampleError as error:
         return Problem("sample", error.reason, error.detail, source)
-    photo = Photo(stored_px, sha256(data).digest(), read_orientation(data), bool(item.upright))
+    photo = Photo(stored.size_px, sha256(data).digest(), stored.orientation, bool(item.upright))
     evidence = None if photo.upright else _boxes_for_upright(item.candidate, photo)
     return replace(photo, upright=True, evidence=evidence) if evidence else photo
 

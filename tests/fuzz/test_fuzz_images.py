@@ -23,7 +23,7 @@ from cogvlm_ft.data.reader import MAX_PIXELS, ShardReader
 from cogvlm_ft.data.record import BadSampleError
 from shards.build import BuildSettings, build
 from shards.review import annotated_items, review, shard_items
-from shards.verify import VERIFY, verified_size
+from shards.verify import VERIFY, verify_image
 
 NUM_FOLDERS, NUM_DAMAGED = 16, 24
 SECONDS = 20.0  # of computing, for a folder of images that takes well under one
@@ -209,7 +209,7 @@ def bombs() -> dict[str, bytes]:
 def test_decompression_bombs_are_refused_before_they_are_decoded(verify: str) -> None:
     for name, data in bombs().items():
         with memory_limit(2**29), cpu_limit(5), pytest.raises(BadSampleError) as error:
-            verified_size(data, name, MAX_PIXELS, verify)
+            verify_image(data, name, MAX_PIXELS, verify)
         assert error.value.reason == "too_many_pixels", name
 
 
@@ -218,7 +218,7 @@ def test_a_bomb_in_the_text_of_a_png_is_refused(verify: str) -> None:
     png = real(OCR / "demo_ocr.png")
     text = _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(500 * 10**6)))
     with memory_limit(2**28), cpu_limit(5), pytest.raises(BadSampleError, match="broken_image"):
-        verified_size(png[:33] + text * 3 + png[33:], "a", MAX_PIXELS, verify)
+        verify_image(png[:33] + text * 3 + png[33:], "a", MAX_PIXELS, verify)
 
 
 def test_a_photo_over_the_limit_is_counted_and_others_stay(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cogvlm_ft.data.reader import decode_image
 from cogvlm_ft.data.record import BadSampleError
-from shards.verify import VERIFY, verified_size
+from shards.verify import VERIFY, verify_image
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
@@ -20,7 +20,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
 
 def is_good(data: bytes, verify: str, max_pixels: int = 10_000) -> bool:
     try:
-        return bool(verified_size(data, "k", max_pixels, verify))
+        return bool(verify_image(data, "k", max_pixels, verify))
     except BadSampleError as error:
         assert error.reason == "broken_image"
         return False
@@ -29,14 +29,14 @@ def is_good(data: bytes, verify: str, max_pixels: int = 10_000) -> bool:
 @pytest.mark.parametrize("verify", VERIFY)
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_good_image_has_its_size(image_format: str, verify: str) -> None:
-    assert verified_size(image_bytes(40, 30, image_format=image_format), "k", 1200, verify) == (40, 30)
+    assert verify_image(image_bytes(40, 30, image_format=image_format), "k", 1200, verify).size_px == (40, 30)
 
 
 @pytest.mark.parametrize("verify", VERIFY)
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_too_many_pixels(image_format: str, verify: str) -> None:
     with pytest.raises(BadSampleError, match="too_many_pixels: 40 x 30 pixels, the limit is 1199"):
-        verified_size(image_bytes(40, 30, image_format=image_format), "k", 1199, verify)
+        verify_image(image_bytes(40, 30, image_format=image_format), "k", 1199, verify)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True, "restart_marker_blocks": 1}])
@@ -107,4 +107,4 @@ def test_every_real_photo_is_whole_either_way() -> None:
     assert len(paths) > 30
     for path in paths:
         data = path.read_bytes()
-        assert verified_size(data, "k", 10**8) == decode_image(data, "k", 10**8).size
+        assert verify_image(data, "k", 10**8).size_px == decode_image(data, "k", 10**8).size
