@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cogvlm_ft.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16")
+CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 RESIZES = ("squash", "letterbox")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -31,7 +32,8 @@ class ModelConfig:
     image_size: Optional[int] = (
         None  # px, a multiple of the patch size; null: the checkpoint's own. Raise for small targets
     )
-    gradient_checkpointing: bool = True  # recompute every layer in the backward pass: 30 % more time, far less memory
+    gradient_checkpointing: str = "all"  # layers recomputed in the backward pass, for 30 % more time and far less
+    # memory: none | vision | language | all | a number n: every n-th layer
     freeze: list[str] = field(
         default_factory=list
     )  # parameter name patterns that stay as they are, e.g. "model.vision.*"
@@ -190,6 +192,10 @@ def _check(config: Config) -> None:
     ):
         if value not in allowed:
             raise ConfigError(f"{key}={value!r}: wanted one of {', '.join(map(str, allowed))}")
+    layers = config.model.gradient_checkpointing
+    if layers not in CHECKPOINTED_LAYERS and not (layers.isdecimal() and int(layers) > 0):
+        wanted = ", ".join(CHECKPOINTED_LAYERS)
+        raise ConfigError(f"model.gradient_checkpointing={layers}: wanted {wanted}, or n for every n-th layer")
     for key, number, minimum in (
         ("train.epochs", train.epochs, 1),
         ("train.global_batch_size", train.global_batch_size, 1),

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from cogvlm_ft.model import layout
+from cogvlm_ft.model.attention import Attend, AttendInTurns, AttendMasked, attend_causally
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.decoder import (
     AttentionInputs,
@@ -90,8 +91,12 @@ class CogVLMModel(CogVLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        routing = self._routing(token_type_ids, pixel_values, past_length)
-        inputs = self._attention_inputs(hidden, position_ids, attention_mask, block_ids, past_length, routing)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        inputs = AttentionInputs(
+            *rope_tables(position_ids, head_dim, hidden.dtype),
+            attend=self._attend(hidden, attention_mask, block_ids, pixel_values, past_length),
+            routing=self._routing(token_type_ids, pixel_values, past_length),
+        )
         all_hidden = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, inputs, past_key_values=past_key_values)
@@ -161,28 +166,27 @@ class CogVLMModel(CogVLMPreTrainedModel):
         assert token_type_ids is not None
         return ExpertRouting(mask=layout.vision_expert_mask(token_type_ids))
 
-    def _attention_inputs(
+    def _attend(
         self,
         hidden: Tensor,
-        position_ids: Tensor,
         attention_mask: Tensor | None,
         block_ids: Tensor | None,
+        pixel_values: Tensor | None,
         past_length: int,
-        routing: ExpertRouting,
-    ) -> AttentionInputs:
+    ) -> Attend:
         length = hidden.shape[1]
-        mask = None
         if block_ids is not None:
-            mask = layout.block_mask(block_ids)
-        elif attention_mask is not None:
+            if pixel_values is None:
+                return AttendMasked(layout.block_mask(block_ids))
+            _, prefix_length = layout.image_span(self.config.num_patches)
+            return AttendInTurns(prefix_length, layout.turn_mask(block_ids, prefix_length))
+        if attention_mask is not None:
             # Under ZeRO-3 `generate()` goes on calling a finished rank without lengthening its mask: new keys count.
             num_missing = past_length + length - attention_mask.shape[1]
-            mask = layout.padding_mask(F.pad(attention_mask, (0, num_missing), value=1), length)
-        elif past_length and length > 1:
-            mask = layout.causal_mask(length, past_length + length, hidden.device)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rope_tables(position_ids, head_dim, hidden.dtype)
-        return AttentionInputs(cos, sin, mask, is_causal=mask is None and length > 1, routing=routing)
+            return AttendMasked(layout.padding_mask(F.pad(attention_mask, (0, num_missing), value=1), length))
+        if past_length and length > 1:
+            return AttendMasked(layout.causal_mask(length, past_length + length, hidden.device))
+        return attend_causally
 
 
 class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
@@ -301,11 +305,22 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         return model_kwargs
 
 
-def enable_gradient_checkpointing(model: CogVLMForCausalLM) -> None:
-    """Recompute every vision and language layer in the backward pass, non-reentrant: right under ZeRO-3 too."""
+def enable_gradient_checkpointing(model: CogVLMForCausalLM, which: str = "all") -> None:
+    """Recompute layers in the backward pass, non-reentrant: right under ZeRO-3 too.
+
+    which: "none", "vision", "language", "all", or a number n: every n-th layer of each tower, "1" being all.
+    """
+    if which == "none":
+        return
+    towers = {"vision": model.model.vision.transformer.layers, "language": model.model.layers}
     # transformers renamed it in 5.21; Python 3.10 has no later one than 5.20.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    every = int(which) if which.isdecimal() else 1
+    for name, layers in towers.items():
+        for number, layer in enumerate(layers):
+            is_chosen = which == name or which not in towers
+            layer.gradient_checkpointing = is_chosen and number % every == 0
 
 
 AutoConfig.register(CogVLMConfig.model_type, CogVLMConfig, exist_ok=True)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cogvlm_ft.model.attention import Attend
 from cogvlm_ft.model.configuration import CogVLMConfig
 
 ROPE_BASE = 10000.0  # not a config key of CogVLM v1: the published rotary class's default
@@ -89,12 +89,11 @@ class RotaryEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all layers share in one pass: rotary tables, mask (bool[B, 1, Q, K] or None), causality, routing."""
+    """What all layers share in one pass: rotary tables, who sees whom, routing."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
-    is_causal: bool
+    attend: Attend
     routing: ExpertRouting
 
 
@@ -119,8 +118,7 @@ class VisionExpertAttention(nn.Module):
         query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=inputs.mask, is_causal=inputs.is_causal)
-        out = out.transpose(1, 2).reshape(batch, length, size)
+        out = inputs.attend(query, key, value).transpose(1, 2).reshape(batch, length, size)
         return inputs.routing.apply(out, self.language_expert_dense, self.vision_expert_dense)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LANGUAGE, VISION = 0, 1
@@ -69,10 +70,10 @@ def build_position_ids(token_type_ids: Tensor, attention_mask: Tensor | None = N
     at a masked token, and starts at 0.
     """
     is_vision = token_type_ids == VISION
-    before = torch.nn.functional.pad(is_vision[:, :-1], (1, 0))
-    after = torch.nn.functional.pad(is_vision[:, 1:], (0, 1))
+    before = F.pad(is_vision[:, :-1], (1, 0))
+    after = F.pad(is_vision[:, 1:], (0, 1))
     is_patch = is_vision & before & after
-    first_patch = is_patch & ~torch.nn.functional.pad(is_patch[:, :-1], (1, 0))
+    first_patch = is_patch & ~F.pad(is_patch[:, :-1], (1, 0))
     grows = ~is_patch | first_patch
     grows[:, 0] = False
     if attention_mask is not None:
@@ -92,6 +93,13 @@ def block_mask(block_ids: Tensor) -> Tensor:
     prefix = (block_ids == PREFIX_BLOCK)[:, None, :]
     length = block_ids.shape[1]
     return ((same | prefix) & causal_mask(length, length, block_ids.device))[:, None]
+
+
+def turn_mask(block_ids: Tensor, prefix_length: int) -> Tensor:
+    """bool[B, 1, L - prefix_length, L]: the rows of `block_mask` behind the prefix."""
+    text = block_ids[:, prefix_length:]
+    among_text = (text[:, :, None] == text[:, None, :]).tril()
+    return F.pad(among_text, (prefix_length, 0), value=True)[:, None]
 
 
 def padding_mask(attention_mask: Tensor, num_queries: int) -> Tensor:

@@ -100,6 +100,5 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
         model = CogVLMForCausalLM(model_config)
     parameters = list(model.named_parameters())
     load_weights(config.model.path, parameter_shapes(parameters), partition_assign(parameters))
-    if config.model.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     return build_engine(model, config, settings), tokenizer

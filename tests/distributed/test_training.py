@@ -135,7 +135,7 @@ def test_export_gives_the_same_logits_in_the_published_form(reference_run: Path,
         torch.testing.assert_close(loaded(**batch).logits, ours(**batch).logits)
 
 
-@pytest.mark.parametrize("setting", ["model.gradient_checkpointing=false", "data.num_workers=2"])
+@pytest.mark.parametrize("setting", ["model.gradient_checkpointing=none", "data.num_workers=2"])
 def test_settings_that_must_not_change_a_number(
     reference_run: Path, shards: Path, start_model: Path, tmp_path: Path, setting: str
 ) -> None:
