@@ -19,6 +19,9 @@ from cogvlm_ft.errors import ConfigError
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 RESIZES = ("squash", "letterbox")
+GATHERS = ("auto", "once", "layerwise")
+DECODINGS = ("free", "grammar")
+PROTOCOLS = ("ours", "cogvlm_authors", "qwen_vl", "internvl", "shikra", "grec_official")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -34,6 +37,7 @@ class ModelConfig:
     )
     gradient_checkpointing: str = "all"  # layers recomputed in the backward pass, for 30 % more time and far less
     # memory: none | vision | language | all | a number n: every n-th layer
+    compile: bool = False  # one kernel for each chain of elementwise operations; no gain on CPU, so only with CUDA
     freeze: list[str] = field(
         default_factory=list
     )  # parameter name patterns that stay as they are, e.g. "model.vision.*"
@@ -94,7 +98,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     precision: str = "fp32"  # fp32, or bf16 with fp32 master weights
     tf32: bool = False  # let CUDA matmuls round fp32 inputs to 10 mantissa bits: several times faster, less exact
-    monitor: str = "mean_iou"  # validation metric that chooses the best checkpoint; higher is better
+    monitor: Any = "mean_iou"  # validation metric that chooses the best checkpoint, or several with weights:
+    # {mean_iou: 1.0, not_found_acc: 0.5}. Which direction is better is known (docs/metrics.md)
+    min_gain: float = 0.0  # a new best is better than the last one by more than this, in the unit of the monitor
     patience: Optional[int] = 3  # stop after this many evaluations without a new best; null: never
     log_every: int = 1  # steps
 
@@ -108,7 +114,13 @@ class EvaluateConfig:
     max_samples: Optional[int] = 500  # images per evaluation; null: the whole split
     batch_size: int = 8  # images per rank that generate together
     max_new_tokens: int = 128
+    gather: str = "auto"  # parameters of all GPUs: once for the whole evaluation, which then needs no other rank |
+    # layerwise, at every token | auto: once if the model fits into 60 % of the free memory of every GPU
+    decoding: str = "free"  # free | grammar: answers about boxes are held to well-formed boxes or "not found"
+    min_boxes: int = 0  # with grammar: at least so many boxes in every such answer; 0 admits "not found"
     num_pictures: int = 8  # photos drawn every time, always the same
+    protocol: str = "ours"  # how answers are read and scored: ours, or as others did it: cogvlm_authors, qwen_vl,
+    # internvl, shikra, grec_official (docs/metrics.md)
 
 
 @dataclass
@@ -189,6 +201,9 @@ def _check(config: Config) -> None:
         ("train.precision", train.precision, PRECISIONS),
         ("tracking.mode", config.tracking.mode, WANDB_MODES),
         ("data.resize", data.resize, (*RESIZES, None)),
+        ("evaluate.gather", evaluate.gather, GATHERS),
+        ("evaluate.decoding", evaluate.decoding, DECODINGS),
+        ("evaluate.protocol", evaluate.protocol, PROTOCOLS),
     ):
         if value not in allowed:
             raise ConfigError(f"{key}={value!r}: wanted one of {', '.join(map(str, allowed))}")
@@ -196,6 +211,9 @@ def _check(config: Config) -> None:
     if layers not in CHECKPOINTED_LAYERS and not (layers.isdecimal() and int(layers) > 0):
         wanted = ", ".join(CHECKPOINTED_LAYERS)
         raise ConfigError(f"model.gradient_checkpointing={layers}: wanted {wanted}, or n for every n-th layer")
+    _check_monitor(train.monitor)
+    if evaluate.min_boxes and evaluate.decoding == "free":
+        raise ConfigError(f"evaluate.min_boxes={evaluate.min_boxes} needs evaluate.decoding=grammar")
     for key, number, minimum in (
         ("train.epochs", train.epochs, 1),
         ("train.global_batch_size", train.global_batch_size, 1),
@@ -203,6 +221,7 @@ def _check(config: Config) -> None:
         ("train.max_steps", train.max_steps, 1),
         ("train.log_every", train.log_every, 1),
         ("train.patience", train.patience, 1),
+        ("train.min_gain", train.min_gain, 0),
         ("train.lr", train.lr, 0),
         ("train.max_grad_norm", train.max_grad_norm, 0),
         ("train.warmup_fraction", train.warmup_fraction, 0),
@@ -216,11 +235,26 @@ def _check(config: Config) -> None:
         ("evaluate.batch_size", evaluate.batch_size, 1),
         ("evaluate.max_samples", evaluate.max_samples, 1),
         ("evaluate.max_new_tokens", evaluate.max_new_tokens, 1),
+        ("evaluate.min_boxes", evaluate.min_boxes, 0),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
     ):
         if number is not None and not number >= minimum:  # not(>=) catches NaN too
             raise ConfigError(f"{key}={number}: wanted at least {minimum}")
+
+
+def _check_monitor(monitor: Any) -> None:
+    good = isinstance(monitor, str) and bool(monitor)
+    if isinstance(monitor, dict) and monitor:
+        good = all(
+            isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < float("inf")
+            for weight in monitor.values()
+        )
+    if not good:
+        raise ConfigError(
+            f"train.monitor={monitor!r}: wanted the name of a metric, or names with weights above 0, such as "
+            "{mean_iou: 1.0, not_found_acc: 0.5}"
+        )
 
 
 def _check_shares(augment: AugmentConfig) -> None:

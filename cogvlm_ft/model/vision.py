@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cogvlm_ft.model import elementwise
 from cogvlm_ft.model.configuration import CogVLMConfig
 
 
@@ -98,7 +99,7 @@ class Adaptor(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = F.gelu(self.norm1(self.linear_proj(hidden)))
-        return self.dense_4h_to_h(F.silu(self.gate_proj(hidden)) * self.dense_h_to_4h(hidden))
+        return self.dense_4h_to_h(elementwise.gated(F.silu, self.gate_proj(hidden), self.dense_h_to_4h(hidden)))
 
 
 class VisionModel(nn.Module):

@@ -17,6 +17,7 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
+from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
 from cogvlm_ft.runtime.distributed import barrier, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
@@ -101,4 +102,6 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     parameters = list(model.named_parameters())
     load_weights(config.model.path, parameter_shapes(parameters), partition_assign(parameters))
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
+    if config.model.compile:
+        compile_elementwise()
     return build_engine(model, config, settings), tokenizer
