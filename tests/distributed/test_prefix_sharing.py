@@ -1,0 +1,59 @@
+"""Under ZeRO-3, all turns of a photo behind one prefix train as each turn in a sequence of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import read_metrics, run
+
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import load_model
+from cogvlm_ft.runtime.checkpoint import list_checkpoints
+from cogvlm_ft.train.export import export_checkpoint
+
+pytestmark = pytest.mark.slow
+NUM_STEPS = 3
+
+
+def train(shards: Path, start_model: Path, folder: Path, num_sequences: int, *settings: str) -> list[dict]:
+    """Every step sees the whole split, filled up to two ranks; so both ways see the same in each."""
+    arguments = [
+        f"output_dir={folder / 'run'}",
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        f"train.epochs={NUM_STEPS}",
+        f"train.global_batch_size={num_sequences + num_sequences % 2}",
+        "train.lr=1e-3",
+        "train.eps=1e-6",  # see test_training.py
+        "train.patience=null",
+        "evaluate.before_training=false",
+        f"evaluate.every_epochs={NUM_STEPS}",
+        "evaluate.max_samples=2",
+        "evaluate.max_new_tokens=2",
+        "tracking.mode=disabled",
+        *settings,
+    ]
+    run(["launch/train.py", *arguments], 2, folder / "logs")
+    export_checkpoint(list_checkpoints(folder / "run" / "checkpoints")[-1], folder / "exported", torch.float32)
+    return read_metrics(folder / "run", "train")
+
+
+def test_together_as_apart(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    reader = ShardReader(load_index(shards, "train"))
+    wording = load_wording("box")
+    turns = [len(turns_of(reader.read(i).record, wording, seed=0, epoch=0)) for i in range(len(reader))]
+    assert max(turns) > 3
+    together = train(shards, start_model, tmp_path / "together", len(turns))
+    apart = train(shards, start_model, tmp_path / "apart", sum(turns), "data.max_turns_per_image=1")
+    assert len(together) == len(apart) == NUM_STEPS
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in together] == pytest.approx([row[name] for row in apart], rel=1e-5)
+    wanted = dict(load_model(tmp_path / "apart" / "exported").named_parameters())
+    for name, parameter in load_model(tmp_path / "together" / "exported").named_parameters():
+        torch.testing.assert_close(parameter.data, wanted[name].data, atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
