@@ -181,7 +181,8 @@ class _Tar:
             parts += header, content, bytes(-len(content) % _BLOCK)
             end += sum(map(len, parts[-3:]))
         self._write(b"".join(parts))
-        self.samples.append({"key": key, "ext": sample.ext, "image": places[sample.ext], "json": places["json"]})
+        row = {"key": key, "ext": sample.ext, "image": places[sample.ext], "json": places["json"]}
+        self.samples.append(row | {"num_questions": [len(sample.record.targets), len(sample.record.turns)]})
 
     def finish(self) -> None:
         """Two empty blocks, then zeros up to a whole record."""

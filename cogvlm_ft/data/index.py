@@ -21,6 +21,8 @@ from cogvlm_ft.errors import ConfigError, DataError
 
 INDEX_VERSION = 1
 
+_UNKNOWN = (-1, -1)
+
 _log = logging.getLogger(__name__)
 
 
@@ -31,6 +33,7 @@ class ShardIndex:
     keys, exts: bytes; `key(i)` gives text. With several sources a key starts with the name of its source.
     shard_number: which of `shard_paths`.
     image_offset, image_size, json_offset, json_size: of the data bytes in that tar.
+    num_targets, num_turns: of the record; -1 where only the record itself tells, as in shards of others.
     source_sizes, source_weights: how many samples come from each source, one after another, and how often they are
         drawn per epoch.
     losses: what a scan of the tars could not use; empty if the offsets files were used.
@@ -46,6 +49,8 @@ class ShardIndex:
     image_size: NDArray[np.int64]
     json_offset: NDArray[np.int64]
     json_size: NDArray[np.int64]
+    num_targets: NDArray[np.int32]
+    num_turns: NDArray[np.int32]
     source_sizes: tuple[int, ...]
     source_weights: tuple[float, ...]
     losses: tuple[Loss, ...]
@@ -60,12 +65,13 @@ class ShardIndex:
 
 
 class _Shard(NamedTuple):
-    """places: int64[samples, 4], the numbers of an Entry."""
+    """places: int64[samples, 4], the numbers of an Entry. questions: int32[samples, 2], num_targets and num_turns."""
 
     path: Path | RemoteShard
     keys: NDArray[np.bytes_]
     exts: NDArray[np.bytes_]
     places: NDArray[np.int64]
+    questions: NDArray[np.int32]
     losses: list[Loss]
     identity: str
 
@@ -245,7 +251,7 @@ def _load_shard(path: Path) -> _Shard:
             _log.warning("%s does not fit %s (%s); scanning the tar instead", offsets_path.name, path, error)
     entries, losses = scan_tar(path)
     layout = hashlib.sha256(repr(entries).encode("utf-8", "backslashreplace")).hexdigest()
-    return _shard_of_entries(path, entries, losses, f"{size}:{layout}")
+    return _shard_of_entries(path, entries, [_UNKNOWN] * len(entries), losses, f"{size}:{layout}")
 
 
 def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Shard:
@@ -266,16 +272,30 @@ def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Sha
             raise ValueError(f"sample {entry.key!r} lies outside the tar")
         if max(entry.image_size, entry.json_size) > MAX_MEMBER_BYTES:
             raise ValueError(f"sample {entry.key!r} is larger than {MAX_MEMBER_BYTES} bytes")
-    return _shard_of_entries(path, entries, [], sha256)
+    questions = [_num_questions(row, i) for i, row in enumerate(content["samples"])]
+    return _shard_of_entries(path, entries, questions, [], sha256)
 
 
-def _shard_of_entries(path: Path | RemoteShard, entries: list[Entry], losses: list[Loss], identity: str) -> _Shard:
+def _num_questions(row: dict[str, Any], i: int) -> tuple[int, int]:
+    """(num_targets, num_turns) of a sample; older offsets files do not say."""
+    if "num_questions" not in row:
+        return _UNKNOWN
+    num_targets, num_turns = row["num_questions"]
+    if not all(type(number) is int and 0 <= number <= MAX_MEMBER_BYTES for number in (num_targets, num_turns)):
+        raise ValueError(f"samples[{i}] has num_questions {row['num_questions']!r:.80}, wanted two whole numbers")
+    return num_targets, num_turns
+
+
+def _shard_of_entries(
+    path: Path | RemoteShard, entries: list[Entry], questions: list[tuple[int, int]], losses: list[Loss], identity: str
+) -> _Shard:
     """As arrays, which take a tenth of the memory of a million entries."""
     return _Shard(
         path,
         keys=np.array([entry.key.encode("utf-8", "backslashreplace") for entry in entries], dtype=np.bytes_),
         exts=np.array([entry.ext.encode() for entry in entries], dtype=np.bytes_),
         places=np.array([entry[2:] for entry in entries], dtype=np.int64).reshape(-1, 4),
+        questions=np.array(questions, dtype=np.int32).reshape(-1, 2),
         losses=losses,
         identity=identity,
     )
@@ -290,6 +310,7 @@ def _join(split: str, names: list[str], weights: list[float], sources: list[list
         for shard in source
     ]
     places = np.concatenate([shard.places for shard in shards]) if shards else np.zeros((0, 4), np.int64)
+    questions = np.concatenate([np.zeros((0, 2), np.int32), *(shard.questions for shard in shards)])
     filled = [number for number, size in enumerate(sizes) if size]
     return ShardIndex(
         split=split,
@@ -301,6 +322,8 @@ def _join(split: str, names: list[str], weights: list[float], sources: list[list
         image_size=places[:, 1].copy(),
         json_offset=places[:, 2].copy(),
         json_size=places[:, 3].copy(),
+        num_targets=questions[:, 0].copy(),
+        num_turns=questions[:, 1].copy(),
         source_sizes=tuple(sizes[number] for number in filled),
         source_weights=tuple(weights[number] for number in filled),
         losses=tuple(loss for shard in shards for loss in shard.losses),

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from cogvlm_ft.config import AugmentConfig
 from cogvlm_ft.data.augment import Colours, augments, choose_look
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
-from cogvlm_ft.data.plan import SamplePlan, rank_part
+from cogvlm_ft.data.plan import PhotoParts, SamplePlan, TurnsPart, rank_part
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.data.transforms import Frame, move_record, resize_of, whole_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
-from cogvlm_ft.grounding.turns import build_turns
+from cogvlm_ft.grounding.turns import build_turns, most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import preprocess_image
@@ -33,11 +36,30 @@ def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list
     return [*record.turns, *worded]
 
 
+def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
+    """The most turns that each photo can have, int64[photos]; 0 where the record cannot be used.
+
+    Records are read where the index does not know what they ask.
+    """
+    num_targets, num_turns = reader.index.num_targets.copy(), reader.index.num_turns.copy()
+    unknown = np.flatnonzero(num_targets < 0).tolist()
+    for i in tqdm(unknown, desc="counting questions", unit="record", disable=not unknown):
+        try:
+            record = reader.read_record(i)
+            num_targets[i], num_turns[i] = len(record.targets), len(record.turns)
+        except BadSampleError:  # reported when it is its turn
+            num_targets[i], num_turns[i] = 0, 0
+    counts, places = np.unique(num_targets, return_inverse=True)
+    worded = np.array([most_turns(int(count), wording) for count in counts], dtype=np.int64)
+    return worded[places] + num_turns
+
+
 @dataclass(frozen=True)
 class Item:
-    """What a loader process is asked for: a sample, and whether it counts.
+    """What a loader process is asked for: a sequence, and whether it counts.
 
-    epoch: how often the samples of its source were all seen before, so that a sample never looks the same twice.
+    epoch: how often the sequences of its source were all seen before, so that a photo never looks the same twice.
+    index: of the photo; with `GroundingDataset.parts` of a part of its turns.
     """
 
     epoch: int
@@ -47,7 +69,10 @@ class Item:
 
 @dataclass
 class GroundingDataset(Dataset):
-    """Item -> Example. A pure function, so that a resumed run sees the very same examples."""
+    """Item -> Example. A pure function, so that a resumed run sees the very same examples.
+
+    parts: which photos go to several sequences; None: none.
+    """
 
     reader: ShardReader
     wording: Wording
@@ -56,26 +81,34 @@ class GroundingDataset(Dataset):
     seed: int
     max_sequence_length: int
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    parts: PhotoParts | None = None
 
     def __getitem__(self, item: Item) -> Example:
         """An unusable sample is reported in `bad`, and its place filled by a neighbour of weight 0."""
         bad = None
+        first, part = self.parts.find(item.index) if self.parts is not None else (item.index, TurnsPart(0, 1))
         for step in range(MAX_REPLACEMENTS):
-            index = (item.index + step) % len(self.reader)
+            index = (first + step) % len(self.reader)
             weight = item.weight if step == 0 else 0.0
+            if step > 0 and self.parts is not None:
+                part = self.parts.part(index, 0)
             try:
-                return self._encode(index, item.epoch, weight, bad)
+                return self._encode(index, part, item.epoch, weight, bad)
             except BadSampleError as error:
                 if step == 0 and item.weight > 0:  # neighbours and fillers are reported in their own place
                     bad = BadSample(error.key, error.reason)
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the first being {bad}")
 
-    def _encode(self, index: int, epoch: int, weight: float, bad: BadSample | None) -> Example:
+    def _encode(self, index: int, part: TurnsPart, epoch: int, weight: float, bad: BadSample | None) -> Example:
         sample = self.reader.read(index)
         key = sample.record.key
         try:
             frame, colours = self._look(sample.record, epoch)
             turns = turns_of(move_record(sample.record, frame), self.wording, seed=self.seed, epoch=epoch)
+            if part.number >= max(1, len(turns)):  # fewer turns than there may be: nothing is left for this part
+                turns, weight = turns[:1], 0.0
+            else:
+                turns = turns[part.cut]
             sequences = encode_turns(turns, self.tokenizer, self.config)
         except BadSampleError:
             raise

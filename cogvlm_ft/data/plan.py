@@ -1,7 +1,11 @@
-"""Which samples each step and each rank sees: a pure function of (seed, epoch, position)."""
+"""Which samples each step and each rank sees: a pure function of (seed, epoch, position).
+
+A sample of the plan is a sequence: a photo, or with `data.max_turns_per_image` a part of its turns.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +29,58 @@ class Part(NamedTuple):
     indices: NDArray[np.int64]
     passes: NDArray[np.int64]
     weights: NDArray[np.float32]
+
+
+class TurnsPart(NamedTuple):
+    """Every num_parts-th turn of a photo, from turn `number` on: each turn is in one of its parts."""
+
+    number: int
+    num_parts: int
+
+    @property
+    def cut(self) -> slice:
+        """What it takes of the list of turns."""
+        return slice(self.number, None, self.num_parts)
+
+
+@dataclass(frozen=True, eq=False)
+class PhotoParts:
+    """How many sequences each photo has. They are numbered: those of photo 0, then those of photo 1, ...
+
+    starts: int64[photos + 1], the first sequence of every photo, and how many there are.
+    """
+
+    starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def find(self, sequence: int) -> tuple[int, TurnsPart]:
+        """(photo, part) of a sequence."""
+        photo = int(np.searchsorted(self.starts, sequence, side="right")) - 1
+        return photo, self.part(photo, sequence - int(self.starts[photo]))
+
+    def part(self, photo: int, number: int) -> TurnsPart:
+        """A part of this photo's turns."""
+        return TurnsPart(number, int(self.starts[photo + 1] - self.starts[photo]))
+
+    def source_sizes(self, num_photos: Sequence[int]) -> tuple[int, ...]:
+        """Sequences of each source, whose photos stand one after another."""
+        return tuple(np.diff(self.starts[np.cumsum([0, *num_photos])]).tolist())
+
+    @property
+    def sha256(self) -> str:
+        """Identifies which sequences there are."""
+        return hashlib.sha256(self.starts.astype("<i8").tobytes()).hexdigest()
+
+
+def split_photos(most_turns: NDArray[np.int64], max_turns: int) -> PhotoParts:
+    """As few sequences as hold up to `most_turns` of each photo, with at most `max_turns` in one.
+
+    How many turns a photo has may differ from epoch to epoch, so a part may stay empty.
+    """
+    counts = np.maximum(1, -(-most_turns // max_turns))
+    return PhotoParts(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,16 @@ class ShardReader:
         index = self.index
         key = index.key(i)
         shard = int(index.shard_number[i])
-        json_bytes = self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_size[i]))
-        record = record_from_json(json_bytes, key)
+        record = self.read_record(i)
         image_bytes = self._read_bytes(key, shard, int(index.image_offset[i]), int(index.image_size[i]))
         image, shrink = _decode(image_bytes, key, self.max_pixels, record.upright, self.draft_side)
         return Sample(_fit_record(record, (image.width * shrink, image.height * shrink)), image)
+
+    def read_record(self, i: int) -> Record:
+        """What is asked about sample i, not checked against the picture. Raises BadSampleError."""
+        index = self.index
+        key, shard = index.key(i), int(index.shard_number[i])
+        return record_from_json(self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_size[i])), key)
 
     def _read_bytes(self, key: str, shard: int, offset: int, size: int) -> bytes:
         path = self.index.shard_paths[shard]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.data.record import box_defect, clip_box
-from cogvlm_ft.grounding.boxes import bins_from_box, boxes_from_bins
+from cogvlm_ft.grounding.ceiling import best_iou
 from cogvlm_ft.grounding.targets import Box
 from shards.candidates import Candidate
 from shards.reviewing.photo_rules import PATCH_PX
@@ -74,15 +74,6 @@ def _count_box(tally: Tally, box: Box, image_size_px: tuple[int, int]) -> None:
     iou = best_iou(box, image_size_px)
     group = _bin(root, GROUP_EDGES)
     tally["iou", group, round(iou * _IOU_STEPS)] += 1
-
-
-def best_iou(box: Box, image_size_px: tuple[int, int]) -> float:
-    """IoU of a box with its own box text, read back."""
-    ax0, ay0, ax1, ay1 = box
-    bx0, by0, bx1, by1 = boxes_from_bins([bins_from_box(box, image_size_px)], image_size_px)[0].tolist()
-    overlap = max(min(ax1, bx1) - max(ax0, bx0), 0.0) * max(min(ay1, by1) - max(ay0, by0), 0.0)
-    union = (ax1 - ax0) * (ay1 - ay0) + max(bx1 - bx0, 0.0) * max(by1 - by0, 0.0) - overlap
-    return overlap / union if union > 0 else 0.0
 
 
 def report_of(tally: Tally) -> dict[str, Any]:

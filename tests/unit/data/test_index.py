@@ -93,7 +93,20 @@ def test_the_data_has_an_identity(built: Path) -> None:
     assert load_index(built, "train").data_sha256 != first
 
 
-@pytest.mark.parametrize("damage", ["other size", "no json", "outside", "negative", "missing field"])
+def test_how_much_each_sample_asks_is_known_where_the_offsets_files_say_it(built: Path) -> None:
+    index = load_index(built, "train")
+    assert index.num_targets.tolist() == [1] * 5 and index.num_turns.tolist() == [0] * 5
+    path = built / "train-000001.json"
+    content = json.loads(path.read_bytes())
+    for row in content["samples"]:
+        del row["num_questions"]  # as older versions wrote it
+    path.write_text(json.dumps(content))
+    older = load_index(built, "train")
+    assert same_samples(older, index) and older.data_sha256 == index.data_sha256
+    assert older.num_targets.tolist() == [1, 1, -1, -1, 1] and older.num_turns.tolist() == [0, 0, -1, -1, 0]
+
+
+@pytest.mark.parametrize("damage", ["other size", "no json", "outside", "negative", "missing field", "no numbers"])
 def test_an_offsets_file_that_does_not_fit_is_not_used(
     built: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -108,6 +121,8 @@ def test_an_offsets_file_that_does_not_fit_is_not_used(
         content["samples"][1]["image"][0] = -1
     elif damage == "missing field":
         del content["samples"][0]["key"]
+    elif damage == "no numbers":
+        content["samples"][0]["num_questions"] = [1, "2"]
     path.write_text("{" if damage == "no json" else json.dumps(content))
     with caplog.at_level(logging.WARNING):
         assert same_samples(load_index(built, "train"), before)

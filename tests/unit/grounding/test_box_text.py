@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import boxes_in
 
-from cogvlm_ft.grounding.boxes import bins_from_box, boxes_from_bins, format_boxes, parse_boxes
+from cogvlm_ft.grounding.boxes import Bins, bins_from_box, boxes_from_bins, format_boxes, parse_boxes
+from cogvlm_ft.grounding.targets import Box
 
 
 def test_the_example_of_the_published_model() -> None:
@@ -62,12 +68,50 @@ def test_decoding_gives_bin_centres_in_pixels() -> None:
     assert boxes_from_bins([], (10, 10)).shape == (0, 4)
 
 
-def test_a_box_comes_back_within_half_a_bin() -> None:
-    rng = np.random.default_rng(0)
-    width, height = 1733, 977
-    corners = np.sort(rng.uniform(0, 1, (200, 2, 2)), axis=1) * [width - 1, height - 1]
-    for box in corners.reshape(-1, 4):
-        bins = parse_boxes(format_boxes([tuple(box)], (width, height)))
-        assert bins is not None
-        error = np.abs(boxes_from_bins(bins, (width, height))[0] - box)
-        assert (error <= np.array([width, height, width, height]) / 2000 + 1e-9).all()
+SIZES = st.tuples(st.integers(1, 20000), st.integers(1, 20000))
+ITEM = st.tuples(*[st.integers(0, 999)] * 4)
+
+
+@given(st.data(), SIZES)
+def test_a_box_comes_back_within_half_a_bin(data: st.DataObject, size: tuple[int, int]) -> None:
+    """Up to the last pixel, where it is clamped."""
+    boxes = data.draw(st.lists(boxes_in(size), min_size=1, max_size=5))
+    bins = parse_boxes(format_boxes(boxes, size))
+    assert bins == [bins_from_box(box, size) for box in boxes]
+    sides = np.array(size * 2)
+    error = np.abs(boxes_from_bins(bins, size) - np.minimum(boxes, sides - 1))
+    assert (error <= sides / 2000 + 1e-6).all()
+
+
+@given(st.tuples(*[st.floats(-1e9, 1e9)] * 4), SIZES)
+def test_whatever_the_box_its_text_is_readable(box: Box, size: tuple[int, int]) -> None:
+    """Also outside the picture and inverted; a larger coordinate never gets a smaller bin."""
+    text = format_boxes([box], size)
+    assert re.fullmatch(r"\[\[\d{3}(,\d{3}){3}\]\]", text)
+    [(x0, y0, x1, y1)] = parse_boxes(text) or []
+    assert (x0 <= x1) >= (box[0] <= box[2]) and (y0 <= y1) >= (box[1] <= box[3])
+
+
+@given(st.lists(st.lists(ITEM, min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_boxes_are_found_in_any_text_around_them(groups: list[list[Bins]], data: st.DataObject) -> None:
+    around = st.text(st.characters(exclude_characters="[]"))
+    form = data.draw(st.sampled_from(["03d", "d"]))
+    text = data.draw(around)
+    for group in groups:
+        items = ";".join(",".join(format(number, form) for number in item) for item in group)
+        text += f"[[{items}]]{data.draw(around)}"
+    assert parse_boxes(text) == [item for group in groups for item in group]
+
+
+@given(st.text() | st.text("[],;0123456789 ") | st.lists(st.sampled_from(["[[", "]]", "1,2,3,4", ";"])).map("".join))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    found = parse_boxes(text)
+    assert found is None or (found and all(len(item) == 4 and 0 <= min(item) <= max(item) <= 999 for item in found))
+
+
+@given(ITEM, st.tuples(st.integers(1000, 20000), st.integers(1000, 20000)))
+def test_an_answer_written_again_is_the_same_text(item: Bins, size: tuple[int, int]) -> None:
+    """With a pixel or more per bin; in a smaller picture the last pixel is more than the last bin."""
+    text = format_boxes([tuple(box) for box in boxes_from_bins([item], size).tolist()], size)
+    last = [(side - 1) * 1000 // side for side in size * 2]
+    assert parse_boxes(text) == [tuple(map(min, zip(item, last, strict=True)))]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import boxes_in
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.boxes import bins_from_box, parse_boxes
-from cogvlm_ft.grounding.targets import Box, Target, Turn
+from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.grounding.turns import build_turns
 from cogvlm_ft.grounding.wording import Wording, load_wording
 
 BUILT_IN = ("box", "description", "referring", "detection", "region", "steps", "conversation", "mixed")
+WORDINGS = {name: load_wording(name) for name in BUILT_IN}
 NOT_FOUND = {"zh": "未找到指定目标", "en": "The specified target was not found."}
 PIECES = (
     *("dog", "一只狗", "猫", " ", "\n", "\r\n", "[", "]", "[[", "]]", "{", "}", "{{", "{boxes}", "{phrase}", "{lines}"),
@@ -20,27 +22,24 @@ PIECES = (
 )
 
 
-def random_text(rng: random.Random) -> str:
-    return "".join(rng.choices(PIECES, k=rng.randint(1, 4)))
+SIZES = st.sampled_from([(1, 1), (640, 480), (1000, 1000)]) | st.tuples(st.integers(1, 5000), st.integers(1, 5000))
+PLAIN = st.tuples(st.sampled_from(["dog", "狗", "a [red] cat"]), st.integers(0, 12)).map(
+    lambda parts: "{} {}".format(*parts)
+)
+WILD = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join)
 
 
-def random_box(rng: random.Random, size: tuple[int, int]) -> Box:
-    """Anywhere in the picture, its borders and fractions of a pixel included."""
-    xs, ys = (
-        sorted(rng.choice((0.0, side, side - 1, rng.uniform(0, side), rng.randint(0, side))) for _ in "ab")
-        for side in size
-    )
-    return xs[0], ys[0], xs[1], ys[1]
-
-
-def random_target(rng: random.Random, size: tuple[int, int], text: str) -> Target:
-    num_boxes = rng.choice((0, 1, 1, 2, 5, 60))
-    boxes = tuple(random_box(rng, size) for _ in range(num_boxes))
-    return Target(text, rng.choice(("zh", "en")), boxes, rng.choice((None, text + "!")))
-
-
-def random_size(rng: random.Random) -> tuple[int, int]:
-    return rng.choice(((1, 1), (640, 480), (1000, 1000), (rng.randint(1, 5000), rng.randint(1, 5000))))
+@st.composite
+def photos(draw: st.DrawFn, phrases: st.SearchStrategy[str]) -> tuple[tuple[int, int], list[Target]]:
+    """A size and up to seven targets, some of them absent and some with more boxes than an answer lists."""
+    size = draw(SIZES)
+    targets = []
+    for _ in range(draw(st.integers(0, 7))):
+        phrase, num_boxes = draw(phrases), draw(st.sampled_from((0, 1, 1, 2, 5)))
+        boxes = tuple(draw(boxes_in(size)) for _ in range(num_boxes)) * draw(st.sampled_from((1, 1, 1, 12)))
+        description = draw(st.sampled_from((None, phrase + "!")))
+        targets.append(Target(phrase, draw(st.sampled_from(("zh", "en"))), boxes, description))
+    return size, targets
 
 
 def check(turn: Turn, size: tuple[int, int], wording: Wording) -> None:
@@ -62,35 +61,42 @@ def check(turn: Turn, size: tuple[int, int], wording: Wording) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_plain_phrases_read_back(name: str) -> None:
-    rng, wording = random.Random(name), load_wording(name)
-    for i in range(60):
-        size = random_size(rng)
-        targets = [random_target(rng, size, f"{rng.choice(('dog', '狗', 'a [red] cat'))} {j}") for j in range(i % 12)]
-        turns = build_turns(targets, size, wording, seed=i, epoch=0, key="k")
-        assert bool(turns) == any(target.boxes_xyxy or name != "region" for target in targets)
-        for turn in turns:
-            check(turn, size, wording)
+@settings(max_examples=40)
+@given(photo=photos(PLAIN), seed=st.integers(0, 99))
+def test_plain_phrases_read_back(name: str, photo: tuple[tuple[int, int], list[Target]], seed: int) -> None:
+    (size, targets), wording = photo, WORDINGS[name]
+    turns = build_turns(targets, size, wording, seed=seed, epoch=0, key="k")
+    assert bool(turns) == any(target.boxes_xyxy or name != "region" for target in targets)
+    for turn in turns:
+        check(turn, size, wording)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_wild_phrases_read_back_or_are_refused(name: str) -> None:
-    rng, wording = random.Random(name), load_wording(name)
-    num_refused = 0
-    for i in range(300):
-        size = random_size(rng)
-        targets = [random_target(rng, size, random_text(rng)) for _ in range(rng.randint(1, 3))]
+@settings(max_examples=60)
+@given(photo=photos(WILD), seed=st.integers(0, 99))
+def test_wild_phrases_read_back_or_are_refused(
+    name: str, photo: tuple[tuple[int, int], list[Target]], seed: int
+) -> None:
+    (size, targets), wording = photo, WORDINGS[name]
+    try:
+        turns = build_turns(targets, size, wording, seed=seed, epoch=0, key="k")
+    except DataError as error:
+        assert "sample k: the text" in str(error)
+        assert any("[" in target.phrase or "]" in target.phrase for target in targets)
+        assert name not in ("box", "referring", "detection"), "their texts hold nothing of the phrase"
+    else:
+        for turn in turns:
+            if turn.scored:
+                check(turn, size, wording)
+
+
+@pytest.mark.parametrize("name", ["description", "steps"])
+def test_brackets_are_refused_only_where_they_would_be_read(name: str) -> None:
+    box = ((1.0, 2.0, 30.0, 40.0),)
+    for phrase, refused in (("[[1,2", True), ("[[001,002,003,004]]", True), ("a [red] cat", False), ("]]", False)):
         try:
-            turns = build_turns(targets, size, wording, seed=i, epoch=0, key="k")
-        except DataError as error:
-            num_refused += 1
-            assert "sample k: the text" in str(error)
-            assert any("[" in target.phrase or "]" in target.phrase for target in targets)
-        else:
-            for turn in turns:
-                if turn.scored:
-                    check(turn, size, wording)
-    if name in ("box", "referring", "detection"):  # their texts hold nothing of the phrase
-        assert num_refused == 0
-    elif name in ("description", "steps"):
-        assert 0 < num_refused < 250
+            build_turns([Target(phrase, "en", box)], (640, 480), WORDINGS[name], seed=0, epoch=0, key="k")
+            found = False
+        except DataError:
+            found = True
+        assert found == refused, phrase

@@ -80,6 +80,7 @@ def test_the_tar_has_the_bytes_that_webdataset_writes(settings: PackSettings) ->
     assert content["size"] == len(buffer.getvalue())
     counts = {name: value for name, value in content.items() if name.startswith("num_")}
     assert counts == {"num_samples": 4, "num_targets": 8, "num_boxes": 4, "num_absent": 4, "num_turns": 0}
+    assert [row["num_questions"] for row in content["samples"]] == [[2, 0]] * 4
     assert [row["reason"] for row in content["rejected"]] == ["missing_image"]
 
 

@@ -27,7 +27,7 @@ FULL = Candidate(
     ),
     turns=(
         Turn("p\n", "q"),
-        Turn("p", "q", Target("a", "en", ((1.0, 2.0, 3.0, 4.0),)), (("p1", "a1"), ("p2", "a2")), False, 3),
+        Turn("p", "q", Target("a", "en", ((1.0, 2.0, 3.0, 4.0),)), (("p1", "a1"), ("p2", "a2")), False, 3, "steps"),
     ),
     stated_size_px=(640, 480),
     units="unit",
