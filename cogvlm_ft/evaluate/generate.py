@@ -1,24 +1,74 @@
-"""Greedy answers for many turns at once: one pass over each image, its turns decode together behind it.
+"""Greedy answers for many turns at once: an image and all its questions in one pass, then all answers token by token.
 
-Every rank makes the same calls: one image pass, one prompt pass, then one call per new token until the last rank is
-done. Under ZeRO-3 each call gathers parameters from all ranks, so a rank that left early would stop the others.
+Every rank makes the same calls: one pass over images and prompts, then one for each new token until the last rank is
+done. Under ZeRO-3 each call gathers parameters from all ranks, so a rank that left early would stop the others. Where
+the parameters are gathered once (runtime/gather.py) the ranks do not wait for each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from cogvlm_ft.data.encode import encode_prompt
+from cogvlm_ft.grounding.grammar import BoxGrammar, GrammarState
+from cogvlm_ft.model.cache import TurnCache
 from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.layout import PAD_BLOCK, build_layout
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import every_rank
+from cogvlm_ft.runtime.gather import forget_order, needs_all_ranks
 
 FIRST_TEXT_POSITION = 4  # bos 0, boi 1, patches 2, eoi 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All probabilities are the model's own, before a grammar rules anything out.
+
+    token_ids: up to and with eos, if it came. token_probs: of each of them.
+    digit_probs: for every digit of the text, in order, the probabilities of 0 to 9 in its place (other tokens have the
+        rest). grounding.boxes.read_boxes makes confidences and expected coordinates of them.
+    not_found_prob: of the not-found sentence, up to the token in which the answer departs from it; the likeliest of
+        several sentences. None without one.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_probs: tuple[float, ...]
+    digit_probs: tuple[tuple[float, ...], ...]
+    not_found_prob: float | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Images and their prompts as one batch; T is the largest number of turns, and turns that an image lacks are empty.
+
+    input_ids, position_ids: i64[B, L]. block_ids: i32[B, L]. last: i64[B, T], where each turn's prompt ends.
+    lengths: i64[B, T], its tokens, 0 if there is no such turn.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    block_ids: Tensor
+    last: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One new token of every turn. ids: i64[B, T]. The rest float[B, T, ...]: the probability of the chosen token, of
+    the ten digits, and of the token that each not-found sentence has in this place."""
+
+    ids: Tensor
+    prob: Tensor
+    digits: Tensor
+    not_found: Tensor
 
 
 def generate_answers(
@@ -28,62 +78,170 @@ def generate_answers(
     prompts: Sequence[Sequence[str]],
     max_new_tokens: int,
     histories: Sequence[Sequence[Sequence[tuple[str, str]]]] | None = None,
-) -> list[list[str]]:
-    """Collective. Answers to `prompts[b]` (at least one each) about image b of float[B, 3, S, S].
+    *,
+    not_found: Sequence[str] = (),
+    grammars: Sequence[Sequence[BoxGrammar | None]] | None = None,
+) -> list[list[Answer]]:
+    """Collective, unless the parameters are gathered once. Answers to `prompts[b]` about image b of float[B, 3, S, S].
 
-    Equal, id by id, to asking every question alone. histories: for each prompt the (prompt, answer) pairs before it.
+    Every image has at least one prompt. Equal, id by id, to asking every question alone. histories: for each prompt
+    the (prompt, answer) pairs before it. not_found: sentences whose probability is wanted. grammars: for each prompt
+    what its answer may be; None admits anything.
     """
     config: CogVLMConfig = model.config
-    cache = DynamicCache(config=config)
-    _read_images(model, tokenizer, pixel_values, cache)
-    owners = [b for b, questions in enumerate(prompts) for _ in questions]
-    cache.batch_select_indices(torch.tensor(owners, device=pixel_values.device))
-    pasts = [past for of_image in histories for past in of_image] if histories else [()] * len(owners)
-    asked = zip((question for questions in prompts for question in questions), pasts, strict=True)
-    rows = [encode_prompt(question, tokenizer, config.template_version, past) for question, past in asked]
-    answers = iter(_decode(model, tokenizer, rows, cache, pixel_values.device, max_new_tokens))
-    return [[tokenizer.decode(next(answers)) for _ in questions] for questions in prompts]
+    pasts = histories or [[()] * len(questions) for questions in prompts]
+    rows = [
+        [encode_prompt(question, tokenizer, config.template_version, past) for question, past in zip(*row, strict=True)]
+        for row in zip(prompts, pasts, strict=True)
+    ]
+    asked = _lay_out(rows, tokenizer.bos_token_id, config, pixel_values.device)
+    rules = [grammar for row in grammars for grammar in row] if grammars else [None] * sum(map(len, prompts))
+    sentences = [tokenizer.encode(sentence) for sentence in not_found]
+    steps = _decode(model, tokenizer, pixel_values, asked, max_new_tokens, rules, sentences)
+    answers = iter(_read_answers(steps, asked.lengths > 0, tokenizer, sentences))
+    return [[next(answers) for _ in questions] for questions in prompts]
 
 
-def _read_images(model: Any, tokenizer: CogVLMTokenizer, pixel_values: Tensor, cache: DynamicCache) -> None:
-    """Fill the cache with `bos boi patches eoi`."""
-    prefix = torch.zeros(len(pixel_values), model.config.num_patches + 3, dtype=torch.long, device=pixel_values.device)
-    prefix[:, 0] = tokenizer.bos_token_id
-    model(input_ids=prefix, pixel_values=pixel_values, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def _lay_out(
+    rows: Sequence[Sequence[list[int]]], bos_token_id: int, config: CogVLMConfig, device: torch.device
+) -> _Asked:
+    """`bos | image | prompt 1 | ... | prompt T`, as in training, right-padded."""
+    start, num_turns = config.num_patches + 3, max(len(row) for row in rows)
+    width = start + max(sum(map(len, row)) for row in rows)
+    input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
+    block_ids = torch.full((len(rows), width), PAD_BLOCK, dtype=torch.int32)
+    lengths = torch.zeros(len(rows), num_turns, dtype=torch.long)
+    for b, row in enumerate(rows):
+        layout = build_layout(config.num_patches, [len(ids) for ids in row])
+        length = len(layout.block_ids)
+        input_ids[b, 0] = bos_token_id
+        input_ids[b, start:length] = torch.tensor([token for ids in row for token in ids])
+        position_ids[b, :length], block_ids[b, :length] = layout.position_ids, layout.block_ids
+        lengths[b, : len(row)] = torch.tensor([len(ids) for ids in row])
+    last = start + lengths.cumsum(1) - 1
+    return _Asked(*(tensor.to(device) for tensor in (input_ids, position_ids, block_ids, last, lengths)))
 
 
 def _decode(
     model: Any,
     tokenizer: CogVLMTokenizer,
-    rows: Sequence[list[int]],
-    cache: DynamicCache,
-    device: torch.device,
+    pixel_values: Tensor,
+    asked: _Asked,
     max_new_tokens: int,
-) -> list[list[int]]:
-    """New ids per row, up to and with eos. Prompts are left-padded between the shared prefix and their own text."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    num_pads = torch.tensor([width - len(row) for row in rows], device=device)
-    columns = torch.arange(width, device=device)
-    position_ids = FIRST_TEXT_POSITION + (columns - num_pads[:, None]).clamp(min=0)
-    prefix_mask = torch.ones(len(rows), cache.get_seq_length(), dtype=torch.long, device=device)
-    attention_mask = torch.cat([prefix_mask, (columns >= num_pads[:, None]).long()], dim=1)
-
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    new_ids: list[Tensor] = []
+    rules: Sequence[BoxGrammar | None],
+    sentences: Sequence[list[int]],
+) -> list[_Step]:
+    """The new tokens of all turns, until every turn has its eos. `rules`: one for every turn that there is."""
+    num_turns = asked.lengths.shape[1]
+    cache = TurnCache(asked.block_ids, num_turns, max_new_tokens, model.config.num_hidden_layers)
+    forget_order(model)
+    out = model(
+        input_ids=asked.input_ids,
+        pixel_values=pixel_values,
+        position_ids=asked.position_ids,
+        block_ids=asked.block_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=asked.last,
+    )
+    forget_order(model)  # from here on neither the vision tower nor the vision experts are called
+    digits = torch.tensor(list(tokenizer.digits.items()), device=pixel_values.device).T
+    expected = torch.tensor(list(zip_longest(*sentences, fillvalue=0)), device=pixel_values.device, dtype=torch.long)
+    finished, constraint = asked.lengths == 0, _Constraint(rules, asked.lengths > 0, max_new_tokens)
+    position_ids = FIRST_TEXT_POSITION + asked.lengths
+    steps: list[_Step] = []
     while True:
+        ids = constraint.choose(out.logits, finished)  # of finished turns too; nobody reads those
+        steps.append(_probabilities(out.logits, ids, digits, expected[len(steps) : len(steps) + 1]))
+        finished = finished | (ids == tokenizer.eos_token_id)
+        if len(steps) == max_new_tokens or _is_done(model, bool(finished.all())):
+            return steps
         out = model(
             input_ids=ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
+            attention_mask=cache.step_mask(),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        ids = out.logits[:, -1].argmax(dim=-1, keepdim=True).masked_fill(finished[:, None], tokenizer.eos_token_id)
-        new_ids.append(ids)
-        finished |= ids[:, 0] == tokenizer.eos_token_id
-        if len(new_ids) == max_new_tokens or every_rank(bool(finished.all())):
-            return torch.cat(new_ids, dim=1).tolist()
-        position_ids = position_ids[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+        position_ids = position_ids + 1
+
+
+def _is_done(model: Any, done_here: bool) -> bool:
+    """Collective where a pass is."""
+    return every_rank(done_here) if needs_all_ranks(model) else done_here
+
+
+def _probabilities(logits: Tensor, ids: Tensor, digits: Tensor, expected: Tensor) -> _Step:
+    """digits: i64[2, n], ids and the digits that they write. expected: i64[1, sentences], the tokens of the not-found
+    sentences in this place; i64[0, ...] behind them all."""
+    probs = logits.softmax(dim=-1)
+    chosen = probs.gather(-1, ids[..., None])[..., 0]
+    of_digits = probs.new_zeros(*ids.shape, 10).index_add(-1, digits[1], probs[..., digits[0]])
+    return _Step(ids, chosen, of_digits, probs[..., expected.flatten()])
+
+
+class _Constraint:
+    """Keeps every turn's place in its grammar and chooses the likeliest token that is allowed there."""
+
+    def __init__(self, rules: Sequence[BoxGrammar | None], exists: Tensor, max_new_tokens: int) -> None:
+        """exists: bool[B, T], as many True as there are rules, in the same order."""
+        turns = [(b, t) for b, t in exists.nonzero().tolist()]
+        self._turns = [(turn, rule) for turn, rule in zip(turns, rules, strict=True) if rule is not None]
+        self._states: list[GrammarState] = [rule.start(max_new_tokens) for _, rule in self._turns]
+        self._remaining = max_new_tokens
+
+    def choose(self, logits: Tensor, finished: Tensor) -> Tensor:
+        """i64[B, T] for float[B, T, V]; in a turn that is finished, anything."""
+        if not self._turns:
+            return logits.argmax(dim=-1)
+        done, barred = finished.tolist(), torch.zeros(logits.shape, dtype=torch.bool)
+        active = [(n, b, t, rule) for n, ((b, t), rule) in enumerate(self._turns) if not done[b][t]]
+        for n, b, t, rule in active:
+            admitted = rule.admitted(self._states[n], self._remaining)
+            barred[b, t] = admitted.only
+            barred[b, t, torch.tensor(admitted.tokens, dtype=torch.long)] = not admitted.only
+        ids = logits.masked_fill(barred.to(logits.device), float("-inf")).argmax(dim=-1)
+        chosen = ids.tolist()
+        for n, b, t, rule in active:
+            self._states[n] = rule.advance(self._states[n], chosen[b][t])
+        self._remaining -= 1
+        return ids
+
+
+def _read_answers(
+    steps: Sequence[_Step], exists: Tensor, tokenizer: CogVLMTokenizer, sentences: Sequence[list[int]]
+) -> list[Answer]:
+    """One for every True of bool[B, T], row by row."""
+    ids = torch.stack([step.ids[exists] for step in steps], dim=1).tolist()
+    probs = torch.stack([step.prob[exists] for step in steps], dim=1).tolist()
+    digits = torch.stack([step.digits[exists] for step in steps], dim=1).tolist()
+    expected = [step.not_found[exists].tolist() for step in steps]
+    answers = []
+    for n, tokens in enumerate(ids):
+        if tokenizer.eos_token_id in tokens:
+            tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
+        departures = [
+            _prob_up_to_departure(tokens, sentence, [step[n][k] for step in expected[: len(sentence)]])
+            for k, sentence in enumerate(sentences)
+        ]
+        answers.append(
+            Answer(
+                text=tokenizer.decode(tokens),
+                token_ids=tuple(tokens),
+                token_probs=tuple(probs[n][: len(tokens)]),
+                digit_probs=tuple(tuple(digits[n][i]) for i, token in enumerate(tokens) if token in tokenizer.digits),
+                not_found_prob=max(departures, default=None),
+            )
+        )
+    return answers
+
+
+def _prob_up_to_departure(tokens: Sequence[int], sentence: Sequence[int], probs: Sequence[float]) -> float:
+    """probs[i]: the probability of sentence[i] behind tokens[:i]. Answers often begin with the same token as the
+    sentence, a blank in Chinese: not the first token tells them apart, but the first that differs."""
+    total = 1.0
+    for token, wanted, prob in zip(tokens, sentence, probs, strict=False):
+        total *= prob
+        if token != wanted:
+            break
+    return total

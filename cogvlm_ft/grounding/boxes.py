@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,12 @@ from cogvlm_ft.grounding.targets import Box
 NUM_BINS = 1000
 Bins = tuple[int, int, int, int]
 
+READINGS = ("centre", "official")
+
 _GROUP = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 _ITEM = re.compile(r"[0-9]{1,3}(?:,[0-9]{1,3}){3}")
+_NUMBER = re.compile(r"[0-9]+")
+_REACH = 20  # bins
 
 
 def format_boxes(boxes_xyxy: Sequence[Box], image_size_px: tuple[int, int]) -> str:
@@ -61,11 +66,74 @@ def _parse_item(item: str) -> Bins:
     return x0, y0, x1, y1
 
 
-def boxes_from_bins(bins: Sequence[Bins], image_size_px: tuple[int, int]) -> NDArray[np.float64]:
-    """Boxes in pixels, float64[K, 4], each coordinate at the centre of its bin.
+def boxes_from_bins(
+    bins: Sequence[tuple[float, float, float, float]], image_size_px: tuple[int, int], reading: str = "centre"
+) -> NDArray[np.float64]:
+    """Boxes in pixels, float64[K, 4].
 
-    Bins were rounded down, so the centre halves the error of the lower edge: it matters for small boxes.
+    reading: "centre" takes each coordinate at the centre of its bin: bins were rounded down, so this halves the error
+    of the lower edge, without which 41 % of perfect answers about targets 3 bins wide miss IoU 0.5. "official" takes
+    it at the lower edge, as the reference does.
     """
+    assert reading in READINGS, reading
     width, height = image_size_px
-    centres = (np.asarray(bins, dtype=np.float64).reshape(-1, 4) + 0.5) / NUM_BINS
-    return centres * np.array([width, height, width, height], dtype=np.float64)
+    offset = 0.5 if reading == "centre" else 0.0
+    units = (np.asarray(bins, dtype=np.float64).reshape(-1, 4) + offset) / NUM_BINS
+    return units * np.array([width, height, width, height], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class ReadBox:
+    """One box of an answer. confidence: mean probability of its digits.
+
+    expected: like `bins`, but between them: where the model's doubt about each digit has its mean.
+    """
+
+    bins: Bins
+    confidence: float
+    expected: tuple[float, float, float, float]
+
+
+def read_boxes(text: str, digit_probs: Sequence[Sequence[float]]) -> list[ReadBox] | None:
+    """The boxes that `parse_boxes` finds, with what the model thought of their digits.
+
+    digit_probs: for every digit of the text, in order, the probabilities of 0 to 9. None if they do not belong to this
+    text, as with a tokenizer that writes several digits as one token, or if it is unreadable.
+    """
+    places = [place for place, character in enumerate(text) if character in "0123456789"]
+    if parse_boxes(text) is None or len(places) != len(digit_probs):
+        return None
+    probs_at = dict(zip(places, digit_probs, strict=True))
+    groups = [group.span(1) for group in _GROUP.finditer(text[: text.rfind("]]") + 2])]
+    return [_read_box(item, probs_at) for start, stop in groups for item in _ITEM.finditer(text, start, stop)]
+
+
+def _read_box(item: re.Match[str], probs_at: dict[int, Sequence[float]]) -> ReadBox:
+    text, numbers = item.string, [range(*number.span()) for number in _NUMBER.finditer(item.string, *item.span())]
+    chosen = [probs_at[place][int(text[place])] for number in numbers for place in number]
+    x0, y0, x1, y1 = (
+        expected_coordinate(text[number.start : number.stop], [probs_at[place] for place in number])
+        for number in numbers
+    )
+    return ReadBox(_parse_item(item[0]), sum(chosen) / len(chosen), (x0, y0, x1, y1))
+
+
+def expected_coordinate(digits: str, digit_probs: Sequence[Sequence[float]]) -> float:
+    """The mean of a number that was written digit by digit, over what the model thought of each digit.
+
+    What would have followed another digit is not known, so the number next to the written one is taken: for 299 with
+    doubt about the 2, that is 300. Without it the mean of two neighbours could be 349. Numbers more than _REACH away
+    are left out: they are another object, not a doubt about this edge.
+    """
+    value, shift, weight, prob_of_prefix = int(digits), 0.0, 0.0, 1.0
+    for i, (digit, row) in enumerate(zip(digits, digit_probs, strict=True)):
+        total = sum(row) or 1.0
+        for other, prob in enumerate(row):
+            if other != int(digit):
+                rest = ("0" if other > int(digit) else "9") * (len(digits) - i - 1)
+                distance = int(f"{digits[:i]}{other}{rest}") - value
+                if abs(distance) <= _REACH:
+                    shift += prob_of_prefix * prob / total * distance
+                    weight += prob_of_prefix * prob / total
+        prob_of_prefix *= row[int(digit)] / total
+    return value + shift / ((weight + prob_of_prefix) or 1.0)

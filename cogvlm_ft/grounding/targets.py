@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Box = tuple[float, float, float, float]
 
@@ -32,6 +32,7 @@ class Turn:
     history: earlier (prompt, answer) pairs of the same conversation, first one first.
     scored: False if the answer is free text made from a target, such as a description: no box of it can be measured.
     num_cut_boxes: boxes of the target that the answer leaves out, because the list would be too long.
+    style: of the wording it was made with; "own" for the user's pairs.
     """
 
     prompt: str
@@ -40,3 +41,4 @@ class Turn:
     history: tuple[tuple[str, str], ...] = ()
     scored: bool = True
     num_cut_boxes: int = 0
+    style: str = field(default="own", compare=False)

@@ -24,7 +24,24 @@ def build_turns(
     ConfigError when the wording lacks a target's language, DataError when a phrase or description breaks the box text.
     """
     rng = random.Random(f"{seed}:{epoch}:{key}")
-    return _Picture(key, image_size_px, _choose_part(wording, targets, rng), rng).turns(targets)
+    part = _choose_part(wording, targets, rng)
+    return [replace(turn, style=part.style) for turn in _Picture(key, image_size_px, part, rng).turns(targets)]
+
+
+def most_turns(num_targets: int, wording: Wording) -> int:
+    """The most turns that `build_turns` makes of so many targets, whatever they are."""
+    if wording.mix:
+        return max(most_turns(num_targets, part) for part in wording.mix)
+    if wording.style not in ("steps", "conversation"):
+        return num_targets
+    num_languages = min(len(wording.languages), num_targets)  # each has groups of its own
+    num_groups = num_languages + (num_targets - num_languages) // group_size(wording)
+    return num_groups if wording.style == "steps" else num_groups + num_targets
+
+
+def group_size(wording: Wording) -> int:
+    """How many targets a step-wise answer or a conversation is about: each must be left with a box."""
+    return min(wording.max_targets, wording.max_boxes)
 
 
 def merge_targets(targets: Sequence[Target]) -> list[Target]:
@@ -101,7 +118,7 @@ class _Picture:
         if "phrases" in placeholders(template):
             return [self._step_wise(template, group, group) for group in self._groups(self._shuffled(targets))]
         present = [target for target in targets if target.boxes_xyxy]
-        return [self._step_wise(template, present or targets, present[: self._group_size])]
+        return [self._step_wise(template, present or targets, present[: group_size(self.wording)])]
 
     def _step_wise(self, template: str, asked: Sequence[Target], lined: Sequence[Target]) -> Turn:
         """asked: what the question is about. lined: those of them that get a line."""
@@ -167,13 +184,9 @@ class _Picture:
         self.rng.shuffle(shuffled)
         return shuffled
 
-    @property
-    def _group_size(self) -> int:
-        """Every target of a group must be left with a box."""
-        return min(self.wording.max_targets, self.wording.max_boxes)
-
     def _groups(self, targets: Sequence[Target]) -> list[Sequence[Target]]:
-        return [targets[i : i + self._group_size] for i in range(0, len(targets), self._group_size)]
+        size = group_size(self.wording)
+        return [targets[i : i + size] for i in range(0, len(targets), size)]
 
     def _shown(self, target: Target, limit: int | None = None) -> list[Box]:
         """The first boxes of a target in the order of the wording."""

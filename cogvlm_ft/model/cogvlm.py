@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from cogvlm_ft.model import layout
 from cogvlm_ft.model.attention import Attend, AttendInTurns, AttendMasked, attend_causally
+from cogvlm_ft.model.cache import TurnCache
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.decoder import (
     AttentionInputs,
@@ -68,7 +70,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | TurnCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -105,7 +107,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         all_hidden[-1] = hidden
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values,  # type: ignore[arg-type]
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
         )
 
@@ -180,6 +182,8 @@ class CogVLMModel(CogVLMPreTrainedModel):
                 return AttendMasked(layout.block_mask(block_ids))
             _, prefix_length = layout.image_span(self.config.num_patches)
             return AttendInTurns(prefix_length, layout.turn_mask(block_ids, prefix_length))
+        if attention_mask is not None and attention_mask.dim() == 4:  # bool[B, 1, L, keys], from model/cache.py
+            return AttendMasked(attention_mask)
         if attention_mask is not None:
             # Under ZeRO-3 `generate()` goes on calling a finished rank without lengthening its mask: new keys count.
             num_missing = past_length + length - attention_mask.shape[1]
@@ -187,6 +191,13 @@ class CogVLMModel(CogVLMPreTrainedModel):
         if past_length and length > 1:
             return AttendMasked(layout.causal_mask(length, past_length + length, hidden.device))
         return attend_causally
+
+
+@dataclass
+class OutputWithRowLosses(CausalLMOutputWithPast):
+    """row_losses: float32[B], the sum over the labelled tokens of each row, without a gradient; None with logits."""
+
+    row_losses: Tensor | None = None
 
 
 class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
@@ -203,7 +214,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | TurnCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -213,7 +224,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         *,
         pixel_values: Tensor | None = None,
         block_ids: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool = True,
         **kwargs: Any,
@@ -224,9 +235,9 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             float[3, S, S]; ignored once `past_key_values` holds something.
         pixel_values: float[B, 3, S, S], the training form: one image in every row, right after bos. Static shapes.
         block_ids: i32[B, L] (layout.py), several turns behind one image.
-        logits_to_keep: logits of the last n positions only (0 = all).
+        logits_to_keep: logits of the last n positions only (0 = all), or of the positions i64[B, n] of every row.
         num_items_in_batch: the loss is the sum over labelled tokens divided by this; default their number here (mean).
-        return_logits: False with labels computes lm_head on labelled positions only and returns no logits.
+        return_logits: False with labels computes lm_head on labelled positions only: no logits, but row_losses.
 
         The loss shifts labels by one and ignores -100. Logits are float32[B, L, V].
         """
@@ -247,25 +258,29 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             block_ids=block_ids,
         )
-        hidden, logits, loss = out.last_hidden_state, None, None
+        hidden, logits, loss, row_losses = out.last_hidden_state, None, None, None
         if return_logits:
-            logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
+            logits = self.lm_head(_keep(hidden, logits_to_keep)).float()
         if labels is not None:
-            loss = self._loss(hidden, logits, labels, num_items_in_batch)
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+            loss, row_losses = self._loss(hidden, logits, labels, num_items_in_batch)
+            row_losses = None if return_logits else row_losses
+        result = OutputWithRowLosses(loss, logits, out.past_key_values, out.hidden_states, row_losses=row_losses)
         return result.to_tuple() if return_dict is False else result
 
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, num_items_in_batch: float | Tensor | None
-    ) -> Tensor:
-        """float32[]: cross entropy of each token from the position before it; without logits, lm_head runs on those."""
+    ) -> tuple[Tensor, Tensor]:
+        """float32[] and float32[B]: cross entropy of each token from the position before it; without logits, lm_head
+        runs on those. The second has the sums of the rows."""
         targets = labels[:, 1:]
         is_labelled = targets != IGNORE_INDEX
         scores = self.lm_head(hidden[:, :-1][is_labelled]).float() if logits is None else logits[:, :-1][is_labelled]
-        loss_sum = F.cross_entropy(scores, targets[is_labelled], reduction="sum")
-        return loss_sum / (is_labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        log_probs, wanted = F.log_softmax(scores, dim=-1), targets[is_labelled]
+        loss_sum = F.nll_loss(log_probs, wanted, reduction="sum")
+        token_losses = torch.zeros_like(targets, dtype=log_probs.dtype)
+        token_losses[is_labelled] = -log_probs.detach().gather(1, wanted[:, None])[:, 0]
+        loss = loss_sum / (is_labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return loss, token_losses.sum(dim=1)
 
     def build_conversation_input_ids(
         self,
@@ -303,6 +318,13 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         if token_type_ids is not None:  # the library repeats the last type; new tokens are language, always
             model_kwargs["token_type_ids"][:, token_type_ids.shape[1] :] = layout.LANGUAGE
         return model_kwargs
+
+
+def _keep(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    """float[B, n, H]: the last n positions of float[B, L, H] (0 = all), or those that i64[B, n] names."""
+    if isinstance(positions, int):
+        return hidden[:, -positions:]
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
 def enable_gradient_checkpointing(model: CogVLMForCausalLM, which: str = "all") -> None:

@@ -11,7 +11,9 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cogvlm_ft.model import elementwise
 from cogvlm_ft.model.attention import Attend
+from cogvlm_ft.model.cache import TurnCache
 from cogvlm_ft.model.configuration import CogVLMConfig
 
 ROPE_BASE = 10000.0  # not a config key of CogVLM v1: the published rotary class's default
@@ -44,7 +46,7 @@ class ExpertRouting:
 
 
 class RMSNorm(nn.Module):
-    """In float32, the product with the weight included; then back to the input's dtype."""
+    """Over the last dimension, in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -52,9 +54,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x = hidden.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * x).to(hidden.dtype)
+        return elementwise.rms_norm(hidden, self.weight, self.eps)
 
 
 def inverse_frequencies(head_dim: int, device: torch.device | None = None) -> Tensor:
@@ -68,12 +68,6 @@ def rope_tables(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tupl
     angles = position_ids[:, :, None].float() * inverse_frequencies(head_dim, position_ids.device)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half rotation: dimension j pairs with j + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class RotaryEmbedding(nn.Module):
@@ -110,12 +104,12 @@ class VisionExpertAttention(nn.Module):
         self.language_expert_query_key_value = nn.Linear(size, 3 * size, bias=False)
         self.language_expert_dense = nn.Linear(size, size, bias=False)
 
-    def forward(self, hidden: Tensor, inputs: AttentionInputs, cache: Cache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, inputs: AttentionInputs, cache: Cache | TurnCache | None = None) -> Tensor:
         batch, length, size = hidden.shape
         experts = self.language_expert_query_key_value, self.vision_expert_query_key_value
         qkv = inputs.routing.apply(hidden, *experts).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
+        query, key = (elementwise.rotate(x, inputs.cos, inputs.sin) for x in (query, key))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         out = inputs.attend(query, key, value).transpose(1, 2).reshape(batch, length, size)
@@ -131,7 +125,7 @@ class MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(elementwise.gated(self.act_fn, self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class VisionExpertMLP(nn.Module):
@@ -154,6 +148,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, inputs: AttentionInputs, past_key_values: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, inputs: AttentionInputs, past_key_values: Cache | TurnCache | None = None
+    ) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), inputs, past_key_values)
         return hidden + self.mlp(self.post_attention_layernorm(hidden), inputs.routing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import initialization
@@ -82,23 +83,36 @@ def load_weights(
 def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Key -> safetensors slice (a view into the mapped file)."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = _indexed_files(folder / INDEX_FILE)
     elif (folder / SINGLE_FILE).is_file():
         names = [SINGLE_FILE]
     else:
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
         raise CheckpointError(
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE} (found: {found}). Pickled .bin files are not opened; "
-            "convert them with `safetensors.torch.save_file` on a machine you can afford to lose"
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE} (found: {found}). Pickled .bin files are not opened. "
+            "Convert them once: put the tensors of every `torch.load(file, weights_only=True)` into one dict, then "
+            f'`safetensors.torch.save_file(tensors, "{SINGLE_FILE}", {{"format": "pt"}})`'
         )
     slices = {}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{folder / INDEX_FILE} names {name!r}, which is no file of that folder")
-        file = stack.enter_context(safe_open(folder / name, framework="pt"))
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}, {path.stat().st_size} bytes, is no whole safetensors file ({error}): download it again"
+            ) from error
         slices.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
     return slices
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} has no readable weight_map ({error!r}): download it again") from error
 
 
 def check_keys(source: str | Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -106,10 +120,15 @@ def check_keys(source: str | Path, wanted: dict[str, tuple[int, ...]], found: di
     problems = [f"missing {key} {list(wanted[key])}" for key in wanted.keys() - found.keys()]
     problems += [f"unexpected {key} {list(found[key])}" for key in found.keys() - wanted.keys()]
     for key in wanted.keys() & found.keys():
-        if wanted[key] != found[key] and not (key == POSITION_TABLE and wanted[key][1:] == found[key][1:]):
+        if wanted[key] != found[key] and not (key == POSITION_TABLE and _can_interpolate(found[key], wanted[key])):
             problems.append(f"{key} has shape {list(found[key])}, wanted {list(wanted[key])}")
     if problems:
         raise CheckpointError(f"{source} does not fit its config.json:\n  " + "\n  ".join(sorted(problems)))
+
+
+def _can_interpolate(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """A cls row and a square grid, and rows of the wanted width."""
+    return found[1:] == wanted[1:] and found[0] > 1 and math.isqrt(found[0] - 1) ** 2 == found[0] - 1
 
 
 def interpolate_position_embedding(table: Tensor, num_positions: int) -> Tensor:

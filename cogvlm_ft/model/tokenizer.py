@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -69,6 +70,22 @@ class CogVLMTokenizer:
                 kept.append(int(token))
         return self._pieces.decode(kept)
 
+    @cached_property
+    def piece_bytes(self) -> list[bytes]:
+        """What every id adds to the text, in UTF-8; nothing for bos, eos, unk and unused ids."""
+        sp = self._pieces
+        ids = range(sp.vocab_size())
+        texts = [sp.id_to_piece(i).replace("▁", " ").encode() for i in ids]
+        return [
+            bytes([int(text[3:-1], 16)]) if sp.is_byte(i) else b"" if _is_special(sp, i) else text
+            for i, text in zip(ids, texts, strict=True)
+        ]
+
+    @cached_property
+    def digits(self) -> dict[int, int]:
+        """The ids that write one digit, and which: Vicuna's tokenizer writes numbers digit by digit."""
+        return {i: int(piece) for i, piece in enumerate(self.piece_bytes) if len(piece) == 1 and piece.isdigit()}
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.model and the files that let others load it as a LlamaTokenizer."""
         folder = Path(folder)
@@ -79,6 +96,10 @@ class CogVLMTokenizer:
         config = folder / "tokenizer_config.json"
         if not config.exists():
             config.write_text(json.dumps(LLAMA_TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_special(pieces: sentencepiece.SentencePieceProcessor, token: int) -> bool:
+    return pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token)
 
 
 def train_tokenizer(texts: Iterable[str], model_file: str | Path, vocab_size: int) -> None:

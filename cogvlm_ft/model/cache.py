@@ -1,0 +1,46 @@
+"""Keys and values of a whole generation, in buffers that never move: an image's prefix once, whatever it is asked.
+
+The slots of an image: `bos boi patches eoi | prompt 1 | ... | prompt T | pads | token 1 of turns 1..T | token 2 ...`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TurnCache:
+    """What `past_key_values` is while T turns of each of B images are answered together."""
+
+    def __init__(self, block_ids: Tensor, num_turns: int, max_new_tokens: int, num_layers: int) -> None:
+        """block_ids: i32[B, L] of prefix and prompts (layout.py). num_turns: T, the same for all images: one that has
+        fewer turns gets slots that nobody asks for."""
+        self.num_turns = num_turns
+        turns = torch.arange(1, num_turns + 1, device=block_ids.device)
+        new = turns.repeat(max_new_tokens - 1).expand(len(block_ids), -1)  # the last token is never read
+        owners = torch.cat([block_ids, new], dim=1)[:, None, None]
+        self._visible = (owners == 0) | (owners == turns[:, None])  # bool[B, 1, T, slots], of all steps
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._filled = [0] * num_layers
+
+    def get_seq_length(self) -> int:
+        """Slots that are filled in all layers."""
+        return self._filled[-1]
+
+    def step_mask(self) -> Tensor:
+        """bool[B, 1, T, filled + T]: what the next token of each turn sees: the prefix, its prompt, and its answer."""
+        return self._visible[..., : self.get_seq_length() + self.num_turns]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Store float[B, heads, L, D] in the next L slots; returns views of all that are filled."""
+        if layer_idx == len(self._keys):
+            batch, heads, _, head_dim = key.shape
+            shape = (batch, heads, self._visible.shape[-1], head_dim)
+            self._keys.append(key.new_empty(shape))
+            self._values.append(value.new_empty(shape))
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        start, stop = self._filled[layer_idx], self._filled[layer_idx] + key.shape[2]
+        keys[:, :, start:stop], values[:, :, start:stop] = key, value
+        self._filled[layer_idx] = stop
+        return keys[:, :, :stop], values[:, :, :stop]

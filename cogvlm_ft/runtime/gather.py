@@ -1,0 +1,113 @@
+"""Where a pass without training gets its parameters from under ZeRO-3: gathered once for all passes, or layer by layer.
+
+Gathered once, passes need no other rank and cost what they cost without ZeRO; the whole model must fit beside what each
+rank holds. Layer by layer, a rank holds a layer at a time, and all ranks must make the same passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+from torch import nn
+
+from cogvlm_ft.runtime.distributed import device, every_rank, is_main, world_size
+
+logger = logging.getLogger(__name__)
+
+# What the gathered model may take of the free memory; the rest is for the cache of keys and values and activations.
+FREE_SHARE = 0.6
+
+
+@contextlib.contextmanager
+def parameters_gathered(model: nn.Module, mode: str) -> Iterator[None]:
+    """Collective. Inside, the model is called without gradients; a model without ZeRO-3 is left as it is.
+
+    mode: "once", "layerwise", or "auto": once if it fits on every rank. Afterwards training goes on as before.
+    """
+    offload = _offload(model)
+    if offload is None:
+        yield
+    elif mode == "once" or (mode == "auto" and fits_everywhere(whole_bytes(model), free_bytes())):
+        with _gathered_once(model, offload):
+            yield
+    else:
+        forget_order(model)
+        try:
+            yield
+        finally:
+            forget_order(model)
+
+
+def attach_offload(model: nn.Module, engine: Any) -> None:
+    """Let `model` know the part of its engine that gathers its parameters; called once, when the engine is made."""
+    model.__dict__["zero_offload"] = engine.optimizer.parameter_offload
+
+
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Whether a pass through the model is collective now."""
+    offload = _offload(model)
+    return offload is not None and bool(offload.forward_hooks) and world_size() > 1
+
+
+def forget_order(model: nn.Module) -> None:
+    """To be called before a pass that calls other modules than the pass before, by every rank.
+
+    DeepSpeed gathers ahead, in the order of the last pass that it recorded: decoding would begin by gathering the
+    vision tower and the vision experts, which it never calls.
+    """
+    offload = _offload(model)
+    if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
+        offload.get_param_coordinator()._invalidate_trace()
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """Of all parameters together, as each rank would hold them."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+
+
+def free_bytes() -> int:
+    """Memory that this rank can still take: of its GPU, or its share of the machine's."""
+    if device().type == "cuda":
+        unused_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused_by_torch
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return psutil.virtual_memory().available // ranks_here
+
+
+def fits_everywhere(num_bytes: int, num_free: int) -> bool:
+    """Collective. Whether `num_bytes` fit into `num_free` on every rank: one answer for all, as each sees its own."""
+    fits = every_rank(num_bytes <= FREE_SHARE * num_free)
+    if is_main():
+        how = "once" if fits else "layer by layer"
+        logger.info(
+            "parameters are gathered %s: %.1f GiB, %.1f GiB free on rank 0", how, num_bytes / 2**30, num_free / 2**30
+        )
+    return fits
+
+
+def _offload(model: nn.Module) -> Any:
+    return model.__dict__.get("zero_offload")
+
+
+@contextlib.contextmanager
+def _gathered_once(model: nn.Module, offload: Any) -> Iterator[None]:
+    """Collective. All hooks go, since each pass would partition what it has used, and its first one talks to all ranks
+    while the order of modules is unknown."""
+    forget_order(model)
+    for parameter in model.parameters():
+        parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        offload._remove_module_hooks()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()
+            deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.pop()  # the model stands there already
