@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.runtime.distributed import device, world_size
+from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
+from cogvlm_ft.runtime.gather import attach_offload
 
 
 def num_accum_steps(config: Config) -> int:
@@ -34,7 +37,10 @@ def num_accum_steps(config: Config) -> int:
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
-    """The DeepSpeed JSON with our numbers filled in. Batch, clipping and precision have one owner: our config."""
+    """Collective. The DeepSpeed JSON with our numbers filled in: batch, clipping and precision are our config's alone.
+
+    Its key "//" is for readers: JSON has no comments.
+    """
     path = Path(config.deepspeed)
     if not path.is_file():
         raise ConfigError(f"deepspeed={path}: no such file")
@@ -42,6 +48,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"deepspeed={path} is no valid JSON: {error}") from error
+    settings.pop("//", None)
     ours: dict[str, tuple[str, Any]] = {
         "train_batch_size": ("train.global_batch_size", config.train.global_batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
@@ -53,7 +60,8 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     for key, (our_key, value) in ours.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(
-                f"{path}: {key}={settings[key]!r} clashes with {our_key}; set it there and leave it out here"
+                f"{path}: {key}={settings[key]!r} clashes with {our_key}, which makes it {value!r}: change {our_key}, "
+                f"or leave {key} out of the file"
             )
         settings[key] = value
     for key, our_key in (
@@ -63,17 +71,41 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     ):
         if key in settings:
             raise ConfigError(f"{path}: {key} is set by {our_key}; leave it out here")
-    if settings.get("zero_optimization", {}).get("stage") != 3:
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") != 3:
         raise ConfigError(
             f"{path}: zero_optimization.stage must be 3: model folders are read into partitioned parameters"
         )
+    if zero.get("zero_hpz_partition_size") == "auto":
+        zero["zero_hpz_partition_size"] = ranks_per_node()
     settings["zero_allow_untested_optimizer"] = True
+    settings["zero_force_ds_cpu_optimizer"] = device().type == "cuda"  # build_engine says why
     return settings
 
 
+def ranks_per_node() -> int:
+    """Collective. Ranks on every node; ConfigError if the nodes have different numbers of them."""
+    nodes = Counter(from_main(gather_to_main(socket.gethostname())))
+    if len(set(nodes.values())) > 1:
+        raise ConfigError(f"zero_hpz_partition_size=auto needs as many ranks on every node; found {dict(nodes)}")
+    return world_size() // len(nodes)
+
+
+class _UnfilledInit(deepspeed.zero.Init):
+    """Sends nothing: DeepSpeed would send every new parameter from rank 0 to all, and ours come from files later.
+
+    A parameter that is received is whole in memory for a moment, and leaves holes there: measured, half a partition.
+    Should DeepSpeed rename the method, that would be so again.
+    """
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
 def partitioned(settings: dict[str, Any]) -> AbstractContextManager:
-    """Inside, parameters are partitioned over the ranks as soon as they are made."""
-    return deepspeed.zero.Init(config_dict_or_path=settings)
+    """Inside, parameters are partitioned over the ranks as soon as they are made; their values are anything."""
+    return _UnfilledInit(config_dict_or_path=settings)
 
 
 def partition_assign(
@@ -89,6 +121,7 @@ def partition_assign(
         start = min(torch.distributed.get_rank() * part.numel(), parameter.ds_numel)
         stop = min(start + part.numel(), parameter.ds_numel)
         part.data.zero_()  # the last rank's padding
+        parameter.ds_secondary_tensor = None  # hpZ's copy of the weights before; the next pass makes a new one
         if start < stop:
             first_row = start // row_size
             rows = fetch(first_row, -(-stop // row_size)).reshape(-1)
@@ -129,12 +162,27 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     groups = parameter_groups(model, train.weight_decay)
     kwargs: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
     optimizer: torch.optim.Optimizer
-    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and device().type == "cuda":
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
-    else:
+    else:  # without a GPU too where it is "offloaded": torch's needs no compiler
         optimizer = torch.optim.AdamW(groups, fused=device().type == "cuda", **kwargs)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if offload == "none":
+        share_fp32_weights(engine.optimizer)
+    attach_offload(model, engine)
     return engine
+
+
+def share_fp32_weights(optimizer: Any) -> None:
+    """Let the optimizer work on the weights themselves where these are fp32 already: 4 of 20 bytes per parameter.
+
+    DeepSpeed means to (stage3.py, _create_fp32_partitions), but compares a device with its name, and so copies them.
+    """
+    partitions = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+    for weights, master in partitions:
+        if weights is not None and (weights.dtype, weights.device) == (master.dtype, master.device):
+            master.data = weights.data
 
 
 @contextlib.contextmanager

@@ -1,0 +1,80 @@
+"""Every engine preset says when to take it, starts on real ranks, and trains the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from preset_steps import NUM_STEPS
+from ranks import REPOSITORY, run
+
+from cogvlm_ft.config import load_config
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime.engine import deepspeed_settings
+
+PROGRAM = Path(__file__).with_name("preset_steps.py")
+FOLDER = REPOSITORY / "configs" / "deepspeed"
+PRESETS = sorted(FOLDER.glob("*.json"))
+# hpZ keeps groups of ranks for the life of a process, so it comes last.
+RUNS = ["zero3", "zero3_tiny", "zero3=bf16", "zero3_bf16=bf16", "zero3_offload_optimizer", "zero3_offload_all"]
+RUNS += ["zero3_offload_all=bf16", "zero3_multinode"]
+
+
+def settings_for(preset: Path, *settings: str) -> dict:
+    config = load_config(None, ["output_dir=o", "model.path=m", "data.shards=s", f"deepspeed={preset}", *settings])
+    return deepspeed_settings(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_when_to_take_it(preset: Path) -> None:
+    written = json.loads(preset.read_text(encoding="utf-8"))
+    assert next(iter(written)) == "//" and len(" ".join(written["//"])) > 100
+    precision = "bf16" if "bf16" in written else "fp32"
+    settings = settings_for(preset, f"train.precision={precision}")
+    assert "//" not in settings and settings["bf16"]["enabled"] == (precision == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"bf16": {"enabled": True}}, r"bf16=.*True.* clashes with train\.precision, .*False"),
+        ({"train_batch_size": 5}, r"train_batch_size=5 clashes with train\.global_batch_size, which makes it 16"),
+        ({"gradient_clipping": 0.5}, r"clashes with train\.max_grad_norm"),
+        ({"fp16": {"enabled": True}}, r"fp16 is set by train\.precision"),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer is set by train\.lr"),
+        ({"zero_optimization": {"stage": 2}}, r"stage must be 3"),
+    ],
+)
+def test_one_owner_per_number(written: dict, message: str, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.json"
+    preset.write_text(json.dumps({**json.loads((FOLDER / "zero3.json").read_text()), **written}))
+    with pytest.raises(ConfigError, match=message):
+        settings_for(preset)
+
+
+def test_the_bf16_preset_wants_bf16() -> None:
+    with pytest.raises(ConfigError, match=r"zero3_bf16\.json: bf16=.* clashes with train\.precision"):
+        settings_for(FOLDER / "zero3_bf16.json", "train.precision=fp32")
+
+
+def steps_of(output: str) -> dict[str, list[float]]:
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"preset"')]
+    return {row["preset"]: row["losses"] for row in rows}
+
+
+@pytest.mark.slow
+def test_every_preset_trains_the_same_model(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    assert {name.partition("=")[0] for name in RUNS} == {preset.stem for preset in PRESETS}
+    found = steps_of(run([PROGRAM, start_model, shards, tmp_path / "run", *RUNS], 2, tmp_path / "logs"))
+    assert list(found) == RUNS
+    reference = found["zero3"]
+    assert len(reference) == NUM_STEPS and reference[-1] < reference[0]
+    for name, losses in found.items():
+        assert losses == pytest.approx(reference, rel=0.02 if name.endswith("=bf16") else 1e-5), name
+
+    # Four ranks that think they are two nodes of two: hpZ's second copies really are gathered within a node.
+    preset = tmp_path / "two_nodes.json"
+    preset.write_text((FOLDER / "zero3_multinode.json").read_text().replace('"auto"', "2"))
+    found = steps_of(run([PROGRAM, start_model, shards, tmp_path / "run", preset], 4, tmp_path / "logs"))
+    assert found[str(preset)] == pytest.approx(reference, rel=1e-5)
