@@ -1,0 +1,122 @@
+"""Will a run fit, how long will it take, what is the most that fits? Before the job is queued, without GPU or weights.
+
+    python launch/plan.py --config configs/grounding_490.yaml --nodes 2 --gpus-per-node 8 [key=value ...]
+
+Takes the settings of launch/train.py. The sizes of the model come from model.path, else from --model-config, else they
+are those of the 17B model. Speeds are guesses until you give what you measured: --tflops, --mfu, --network-gb-s, ...
+--json prints the same for programs, --table the tables of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+
+NOT_NEEDED = ("model.path", "data.shards", "output_dir")  # of the settings that a training must have
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("--model-config", type=Path, help="a config.json, where model.path is not there yet")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu-memory-gib", type=float, default=79.0, help="default: what torch sees of an 80 GB GPU")
+    parser.add_argument("--host-memory-gib", type=float, help="of a node; not judged if it is not given")
+    parser.add_argument("--turns", type=int, default=4, help="questions per photo")
+    parser.add_argument("--turn-tokens", type=int, default=60, help="of one question with its answer")
+    parser.add_argument("--answer-tokens", type=int, default=30, help="of them, the answer's")
+    parser.add_argument(
+        "--images", type=int, help="photos of an epoch; default: counted in data.shards, if it is there"
+    )
+    parser.add_argument(
+        "--tflops", type=float, help="peak of a GPU; default: an H100 SXM in the number format of the run"
+    )
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
+    parser.add_argument("--link-gb-s", type=float, default=300.0, help="of a GPU to the others in its node")
+    parser.add_argument("--network-gb-s", type=float, default=50.0, help="of a node to the others")
+    parser.add_argument("--disk-gb-s", type=float, default=2.0, help="for all nodes together")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--table", action="store_true", help="the 17B model on 4 to 32 GPUs, as Markdown")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        print(plan(args))
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan(args: argparse.Namespace) -> str:
+    """What is to be printed."""
+    _check_numbers(args)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # none is needed here, and DeepSpeed warns where it finds none
+    config = load_config(args.config, [*_stand_ins(args), *args.settings])
+    from cogvlm_ft.train.forecast import Cluster
+    from cogvlm_ft.train.forecast_tables import write_tables
+    from cogvlm_ft.train.preflight import as_json, as_text, count_images, inspect_run
+    from cogvlm_ft.train.probe import PassSize
+    from cogvlm_ft.train.step_time import H100_TFLOPS, Speeds, number_format
+
+    turns = min(args.turns, config.data.max_turns_per_image or args.turns)
+    sequences = PassSize(config.train.micro_batch_size, turns, args.turn_tokens, args.answer_tokens)
+    speeds = Speeds(
+        tflops=args.tflops or H100_TFLOPS[number_format(config)],
+        mfu=args.mfu,
+        link_gb_s=args.link_gb_s,
+        network_gb_s=args.network_gb_s,
+        disk_gb_s=args.disk_gb_s,
+    )
+    if args.table:
+        return write_tables(config, sequences, speeds, args.gpu_memory_gib)
+    cluster = Cluster(args.nodes, args.gpus_per_node, args.gpu_memory_gib, args.host_memory_gib)
+    model_config, source = _model_config(config, args.model_config)
+    num_images = args.images or (count_images(config) if config.data.shards != "unset" else None)
+    found = inspect_run(config, model_config, cluster, sequences, speeds, num_images)
+    return json.dumps(as_json(found), indent=2) if args.json else f"sizes: {source}\n{as_text(found)}"
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
+    if args.answer_tokens > args.turn_tokens:
+        raise ConfigError(f"--answer-tokens {args.answer_tokens} are more than --turn-tokens {args.turn_tokens}")
+
+
+def _stand_ins(args: argparse.Namespace) -> list[str]:
+    """For settings that a forecast can do without."""
+    written = OmegaConf.load(args.config) if args.config and Path(args.config).is_file() else OmegaConf.create()
+    return [f"{key}=unset" for key in NOT_NEEDED if OmegaConf.select(written, key, throw_on_missing=False) is None]
+
+
+def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
+    """(sizes of the model, where they are from)."""
+    from cogvlm_ft.model import CogVLMConfig
+    from cogvlm_ft.model import load_config as load_model_config
+
+    image_size = config.model.image_size
+    if file is None and Path(config.model.path, "config.json").is_file():
+        return load_model_config(config.model.path, image_size), config.model.path
+    if file is not None and not file.is_file():
+        raise ConfigError(f"--model-config {file}: no such file")
+    sizes = CogVLMConfig.from_json_file(file) if file else CogVLMConfig()
+    source = str(file) if file else "the 17B model's, since neither model.path nor --model-config has a config.json"
+    try:
+        return (sizes.at_image_size(image_size) if image_size else sizes), source
+    except ValueError as error:
+        raise ConfigError(f"model.image_size: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

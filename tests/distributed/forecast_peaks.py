@@ -1,0 +1,153 @@
+"""Runs on every rank: what a real engine holds after real steps, in bytes, as one line of JSON.
+
+Usage: forecast_peaks.py SIZE IMAGES PRECISION CHECKPOINTING DEEPSPEED; SIZE is tiny or middle.
+
+Start it with MALLOC_MMAP_THRESHOLD_=65536: then freed tensors leave the process at once, and resident memory is what is
+alive.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import initialization
+
+from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
+from cogvlm_ft.model.layout import build_layout
+from cogvlm_ft.runtime.distributed import init_distributed, rank, shut_down, world_size
+from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partitioned
+from cogvlm_ft.train.probe import PassSize
+
+SIZES = {
+    "tiny": CogVLMConfig(
+        vocab_size=401,
+        hidden_size=60,
+        intermediate_size=99,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        vision_config=dict(
+            hidden_size=45, num_heads=3, intermediate_size=63, num_hidden_layers=2, image_size=56, num_positions=17
+        ),
+    ),
+    "middle": CogVLMConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        vision_config={"hidden_size": 448, "intermediate_size": 3840, "num_hidden_layers": 6, "num_heads": 7},
+    ),
+}
+NUM_WARM_STEPS = 3  # optimizer states are made in the first; from the third on DeepSpeed fetches ahead
+
+
+def settings(num_images: int, precision: str, checkpointing: str, deepspeed: str, num_ranks: int) -> Config:
+    given = [f"train.micro_batch_size={num_images}", f"train.global_batch_size={num_images * num_ranks}"]
+    given += [f"train.precision={precision}", f"model.gradient_checkpointing={checkpointing}"]
+    return load_config(None, ["model.path=m", "data.shards=s", "output_dir=o", f"deepspeed={deepspeed}", *given])
+
+
+def main() -> None:
+    size, num_images, precision, checkpointing, deepspeed = sys.argv[1:]
+    init_distributed()
+    config = settings(int(num_images), precision, checkpointing, deepspeed, world_size())
+    engine = engine_of(SIZES[size], config)
+    batch = batch_of(engine.module.config, PassSize(num_images=int(num_images)))
+    counter = GatheredNow(engine)
+    for _ in range(NUM_WARM_STEPS):
+        step(engine, batch)
+    measured = {**lasting_bytes(engine.optimizer), "gathered": counter.peak, **passing_bytes(engine, batch)}
+    if rank() == 0:
+        print(json.dumps({"measured": measured}), flush=True)
+    shut_down()
+
+
+def engine_of(model_config: CogVLMConfig, config: Config) -> Any:
+    torch.manual_seed(0)
+    ready = deepspeed_settings(config)
+    with initialization.no_init_weights(), partitioned(ready):
+        model = CogVLMForCausalLM(model_config)
+    parts: list[Any] = list(model.parameters())
+    for parameter in parts:
+        parameter.ds_tensor.data.normal_(std=0.02)
+    enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
+    return build_engine(model, config, ready)
+
+
+def batch_of(config: CogVLMConfig, sequences: PassSize) -> dict[str, Any]:
+    """Random tokens and pictures, every turn with its labels at the end."""
+    layout = build_layout(config.num_patches, [sequences.turn_tokens] * sequences.turns)
+    shape = (sequences.num_images, len(layout.block_ids))
+    ids = torch.randint(3, config.vocab_size, shape)
+    labels = torch.full(shape, -100)
+    for turn in range(sequences.turns):
+        stop = config.num_patches + 3 + (turn + 1) * sequences.turn_tokens
+        labels[:, stop - sequences.labelled_tokens : stop] = ids[:, stop - sequences.labelled_tokens : stop]
+    pixels = torch.randn(sequences.num_images, 3, config.image_size, config.image_size)
+    positions, blocks = (part.expand(shape).contiguous() for part in (layout.position_ids, layout.block_ids))
+    return dict(input_ids=ids, pixel_values=pixels, position_ids=positions, block_ids=blocks, labels=labels)
+
+
+def step(engine: Any, batch: dict[str, Any]) -> None:
+    engine.backward(engine(**batch, return_logits=False).loss)
+    engine.step()
+
+
+class GatheredNow:
+    """The most elements that were gathered at once since the warm-up, persistent parameters aside."""
+
+    def __init__(self, engine: Any) -> None:
+        self.peak, self._parameters = 0, list(engine.module.parameters())
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        fetch = coordinator.fetch_sub_module
+
+        def fetch_and_count(module: Any, forward: bool) -> None:
+            fetch(module, forward)
+            there = (p for p in self._parameters if p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist)
+            self.peak = max(self.peak, sum(p.ds_numel for p in there)) if coordinator.is_complete_trace() else 0
+
+        coordinator.fetch_sub_module = fetch_and_count
+
+
+def lasting_bytes(optimizer: Any) -> dict[str, int]:
+    """The tensors themselves; two names of one memory count once."""
+    weights = [p.ds_tensor for group in optimizer.fp16_groups for p in group]
+    masters = [part for part in optimizer.fp32_partitioned_groups_flat if not shares_memory(part, weights)]
+    moments = [s[name] for s in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return {
+        "weights": sum(part.nbytes for part in weights),
+        "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
+        "master weights": sum(part.nbytes for part in masters),
+        "Adam": sum(part.nbytes for part in moments),
+    }
+
+
+def shares_memory(part: Tensor, others: list[Tensor]) -> bool:
+    return part.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
+
+
+def passing_bytes(engine: Any, batch: dict[str, Any]) -> dict[str, int]:
+    """Resident memory above that before the step: behind the forward pass, and at most until the backward pass ends."""
+    gc.collect()
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    loss = engine(**batch, return_logits=False).loss
+    kept = resident_bytes("VmRSS") - before
+    engine.backward(loss)
+    return {"kept": kept, "peak": resident_bytes("VmHWM") - before}
+
+
+def resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+if __name__ == "__main__":
+    main()
