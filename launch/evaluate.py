@@ -1,7 +1,7 @@
 """Score a model folder or a training checkpoint on a split: metrics.json, predictions.jsonl, drawn pictures.
 
     deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores [--split val] \\
-        [--checkpoint runs/grounding/checkpoints/step-00000100] [key=value ...]
+        [--checkpoint runs/grounding/checkpoints/step-00000100] [--protocol ours] [key=value ...]
 
 Without --checkpoint it scores the folder model.path. A checkpoint needs as many ranks as wrote it; to score it on
 another number, export it first and give model.path=EXPORTED. evaluate.max_samples=null takes the whole split.
@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import PROTOCOLS, Config, load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 
 
@@ -23,12 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file of settings, such as the config.yaml of a run")
     parser.add_argument("--checkpoint", type=Path, help="a step-* folder of a run")
     parser.add_argument("--split", help="default: data.val_split")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="how to read and score (default: evaluate.protocol)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not needed")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     args = parser.parse_intermixed_args(argv)
     try:
-        run(load_config(args.config, args.settings), args)
+        protocol = [f"evaluate.protocol={args.protocol}"] if args.protocol else []
+        run(load_config(args.config, [*args.settings, *protocol]), args)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -39,10 +41,13 @@ def run(config: Config, args: argparse.Namespace) -> None:
     from cogvlm_ft.data.index import load_index
     from cogvlm_ft.data.reader import ShardReader
     from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
+    from cogvlm_ft.evaluate.fingerprint import fingerprint
+    from cogvlm_ft.evaluate.report import try_report
     from cogvlm_ft.grounding.wording import load_wording
     from cogvlm_ft.runtime.checkpoint import load_checkpoint
     from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
     from cogvlm_ft.train.build import build_model_engine
+    from cogvlm_ft.train.probing import run_probe
 
     init_distributed()
     data = config.data
@@ -52,11 +57,16 @@ def run(config: Config, args: argparse.Namespace) -> None:
     engine, tokenizer = build_model_engine(config)
     if args.checkpoint is not None:
         load_checkpoint(engine, args.checkpoint)
-    result = evaluate(engine.module, tokenizer, reader, wording, config.evaluate, seed=config.seed)
+    weights = args.checkpoint or Path(config.model.path)
+    about = {"checkpoint": str(weights), "checkpoint_sha256": fingerprint(weights)} if is_main() else None
+    result = evaluate(engine.module, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)
+    result.metrics.update(run_probe(config, engine.module, tokenizer, args.out))
     if is_main():
         save_evaluation(result, args.out)
-        print(json.dumps(result.metrics, indent=2))
-        print(f"in {args.out}/: metrics.json, predictions.jsonl, pictures/")
+        try_report(args.out, reader)
+        print(json.dumps({key: value for key, value in result.metrics.items() if "/" not in key}, indent=2))
+        files = "report.html, metrics.json (by size, language, ... too), curves.json, predictions.jsonl, pictures/"
+        print(f"in {args.out}/: {files}")
     shut_down()
 
 

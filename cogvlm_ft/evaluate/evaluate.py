@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +17,42 @@ from tqdm import tqdm
 from cogvlm_ft.config import EvaluateConfig
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.record import Record, detect_language
 from cogvlm_ft.data.transforms import Frame, move_record, resize_of, whole_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.draw import draw_boxes
-from cogvlm_ft.evaluate.generate import generate_answers
-from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
-from cogvlm_ft.grounding.metrics import AnswerScore, score_answer, summarize
+from cogvlm_ft.evaluate.generate import Answer, generate_answers
+from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
+from cogvlm_ft.grounding.breakdown import summarize_predictions
+from cogvlm_ft.grounding.descriptions import text_without_boxes
+from cogvlm_ft.grounding.grammar import BoxGrammar
+from cogvlm_ft.grounding.metrics import score_answer
+from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.protocols import PROTOCOLS, Protocol
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording
+from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
+from cogvlm_ft.runtime.gather import parameters_gathered
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, PREDICTIONS_FILE, PICTURES_FOLDER = "metrics.json", "predictions.jsonl", "pictures"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answered turn. Boxes in pixels of the stored photo; boxes_xyxy None = unreadable or not found;
-    truth_boxes_xyxy empty = absent, None = a turn without boxes; score None = free text, which is not scored.
-
-    history: the true (prompt, answer) pairs before it. num_cut_boxes: true boxes that need not be named.
-    """
-
-    key: str
-    turn: int
-    prompt: str
-    answer: str
-    truth: str
-    boxes_xyxy: list[Box] | None
-    truth_boxes_xyxy: list[Box] | None
-    image_size_px: tuple[int, int]
-    score: AnswerScore | None
-    history: tuple[tuple[str, str], ...] = ()
-    num_cut_boxes: int = 0
+CURVES_FILE = "curves.json"
+ABOUT = "about"
+"""The key of metrics.json that holds no number."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One photo and all its turns, whose boxes are in pixels of the frame."""
+    """One photo and all its turns, whose boxes are in pixels of the frame. source: where the photo came from."""
 
     index: int
     key: str
+    source: str
     image: Image.Image
     frame: Frame
     turns: list[Turn]
@@ -77,11 +69,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: on every rank. predictions and shown: rank 0 only, in the order of the data."""
+    """metrics: on every rank. The rest: rank 0 only; predictions and shown in the order of the data.
+
+    curves: grounding.breakdown.Summary. about: what was asked of what, and how it was scored.
+    """
 
     metrics: dict[str, float]
     predictions: list[Prediction]
     shown: list[Shown]
+    curves: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -92,34 +89,67 @@ def evaluate(
     settings: EvaluateConfig,
     *,
     seed: int,
+    about: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Collective. Score `model` (the module inside the engine) on the reader's first `max_samples` photos.
 
     Every rank takes every world_size-th photo and runs the same number of batches; no photo is scored twice.
+    about: what the caller knows of the weights; goes with the results.
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
     mine = range(rank(), num_samples, world_size())
     num_batches = -(-num_samples // (world_size() * settings.batch_size))
     num_bad = 0
     answered: list[tuple[int, list[Prediction]]] = []
-    with inference(model):
+    grammar = build_grammar(tokenizer, wording, settings.decoding, settings.min_boxes, settings.max_new_tokens)
+    with inference(model), parameters_gathered(model, settings.gather):
         for batch in tqdm(
             range(num_batches), desc="evaluate", unit="batch", disable=None if is_main() else True, leave=False
         ):
             indices = mine[batch * settings.batch_size : (batch + 1) * settings.batch_size]
             questions = list(_read_questions(reader, indices, wording, seed, resize_of(model.config)))
             num_bad += len(indices) - len(questions)
-            answered += _answer(model, tokenizer, questions, wording, settings.max_new_tokens)
+            answered += _answer(model, tokenizer, questions, wording, settings, grammar)
     gathered = gather_to_main((answered, num_bad))
     if gathered is None:
         return Evaluation(from_main(None), [], [])
     by_index = sorted((pair for part, _ in gathered for pair in part), key=lambda pair: pair[0])
     predictions = [prediction for _, part in by_index for prediction in part]
-    metrics = summarize([prediction.score for prediction in predictions if prediction.score])
-    metrics |= {"num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
+    summary = summarize_predictions(predictions, model.config.num_patches, PROTOCOLS[settings.protocol])
+    metrics = {**summary.metrics, "num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
     metrics |= _count_left_out(predictions)
+    facts = {**_about(model.config, reader, wording, settings, seed, predictions), **(about or {})}
     shown = [Shown(part[0].key, reader.read(index).image, part) for index, part in by_index[: settings.num_pictures]]
-    return Evaluation(from_main(metrics), predictions, shown)
+    return Evaluation(from_main(metrics), predictions, shown, summary.curves, facts)
+
+
+def _about(
+    config: CogVLMConfig,
+    reader: ShardReader,
+    wording: Wording,
+    settings: EvaluateConfig,
+    seed: int,
+    predictions: Sequence[Prediction],
+) -> dict[str, Any]:
+    """Two results can be compared if these are the same, the weights aside."""
+    asked = "\n".join(f"{each.key}\t{each.turn}\t{each.prompt}" for each in predictions)
+    return {
+        "protocol": settings.protocol,
+        "wording": wording.name,
+        "not_found": list(wording.not_found_sentences),
+        "template_version": config.template_version,
+        "questions_sha256": hashlib.sha256(asked.encode("utf-8", "backslashreplace")).hexdigest(),
+        "split": reader.index.split,
+        "data_sha256": reader.index.data_sha256,
+        "seed": seed,
+        "max_samples": settings.max_samples,
+        "image_size": config.image_size,
+        "num_patches": config.num_patches,
+        "resize": resize_of(config),
+        "decoding": settings.decoding,
+        "min_boxes": settings.min_boxes,
+        "max_new_tokens": settings.max_new_tokens,
+    }
 
 
 def _count_left_out(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -144,45 +174,103 @@ def _read_questions(
             logger.warning("validation photo cannot be used: %s", error)  # and counted by the caller
             continue
         if turns:
-            yield Question(index, sample.record.key, sample.image, frame, turns)
+            yield Question(index, sample.record.key, _source_of(reader, sample.record), sample.image, frame, turns)
+
+
+def _source_of(reader: ShardReader, record: Record) -> str:
+    """The shard set, whose name its keys begin with, where there are several; else the annotation."""
+    return record.key.partition("/")[0] if len(reader.index.source_sizes) > 1 else record.source
+
+
+def build_grammar(
+    tokenizer: CogVLMTokenizer, wording: Wording, decoding: str, min_boxes: int, max_new_tokens: int
+) -> BoxGrammar | None:
+    """What answers about boxes may be; None for anything. ConfigError if no answer fits into max_new_tokens."""
+    if decoding == "free":
+        return None
+    grammar = BoxGrammar(tokenizer.piece_bytes, tokenizer.eos_token_id, wording.not_found_sentences, min_boxes)
+    grammar.start(max_new_tokens)  # here, since every rank comes here; asking such a question, perhaps only one does
+    return grammar
 
 
 def _answer(
-    model: Any, tokenizer: CogVLMTokenizer, questions: Sequence[Question], wording: Wording, max_new_tokens: int
+    model: Any,
+    tokenizer: CogVLMTokenizer,
+    questions: Sequence[Question],
+    wording: Wording,
+    settings: EvaluateConfig,
+    grammar: BoxGrammar | None,
 ) -> list[tuple[int, list[Prediction]]]:
     """Collective. A rank without questions asks one about a blank picture, so that all ranks make the same calls."""
-    size = model.config.image_size
+    size, not_found = model.config.image_size, wording.not_found_sentences
+    protocol = PROTOCOLS[settings.protocol]
     seen = [question.frame.apply_image(question.image, size) for question in questions]
     pixels = [preprocess_image(image, size) for image in seen] or [torch.zeros(3, size, size)]
-    prompts = [[turn.prompt for turn in question.turns] for question in questions] or [["?"]]
-    histories = [[turn.history for turn in question.turns] for question in questions] or [[()]]
-    answers = generate_answers(model, tokenizer, torch.stack(pixels).to(device()), prompts, max_new_tokens, histories)
+    answers = generate_answers(
+        model,
+        tokenizer,
+        torch.stack(pixels).to(device()),
+        [[turn.prompt for turn in question.turns] for question in questions] or [["?"]],
+        settings.max_new_tokens,
+        [[turn.history for turn in question.turns] for question in questions] or [[()]],
+        not_found=not_found,
+        grammars=[
+            [grammar if asks_for_boxes(turn, question.frame.size_px, not_found) else None for turn in question.turns]
+            for question in questions
+        ]
+        or [[None]],
+    )
     return [
-        (question.index, [_predict(question, i, answer, wording) for i, answer in enumerate(texts)])
-        for question, texts in zip(questions, answers, strict=False)
+        (question.index, [_predict(question, i, answer, wording, protocol) for i, answer in enumerate(row)])
+        for question, row in zip(questions, answers, strict=False)
     ]
 
 
-def _predict(question: Question, number: int, answer: str, wording: Wording) -> Prediction:
+def asks_for_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[str]) -> bool:
+    """Whether a good answer holds boxes or is a not-found sentence."""
+    return turn.scored and truth_boxes(turn, image_size_px, not_found) is not None
+
+
+def _predict(question: Question, number: int, answer: Answer, wording: Wording, protocol: Protocol) -> Prediction:
     """Scored in the frame, where a pixel is as large as in the photo."""
     turn, frame, size = question.turns[number], question.frame, question.frame.size_px
     not_found = wording.not_found_sentences
     truth = truth_boxes(turn, size, not_found)
-    bins = parse_boxes(answer)
-    score = score_answer(answer, truth, size, not_found, truth_text=turn.answer, num_cut_boxes=turn.num_cut_boxes)
+    read = read_boxes(answer.text, answer.digit_probs)
+    boxes = protocol.read(answer.text.strip(), size)
+    score = score_answer(answer.text, truth, size, not_found, turn.answer, turn.num_cut_boxes, protocol)
     return Prediction(
         key=question.key,
         turn=number,
         prompt=turn.prompt,
-        answer=answer,
+        answer=answer.text,
         truth=turn.answer,
-        boxes_xyxy=None if bins is None else list(frame.invert_boxes(_boxes(bins, size))),
+        boxes_xyxy=None if boxes is None else list(frame.invert_boxes(boxes)),
         truth_boxes_xyxy=None if truth is None else list(frame.invert_boxes(truth)),
         image_size_px=frame.photo_px,
-        score=score if turn.scored else None,
+        score=score if turn.scored and protocol.takes(truth) else None,
         history=turn.history,
         num_cut_boxes=turn.num_cut_boxes,
+        confidences=None if read is None else [round(box.confidence, 4) for box in read],
+        expected_boxes_xyxy=None
+        if read is None
+        else list(frame.invert_boxes(_boxes([box.expected for box in read], size))),
+        not_found_prob=None if answer.not_found_prob is None else round(answer.not_found_prob, 4),
+        described=_is_described(turn, truth),
+        language=turn.target.language if turn.target else detect_language(turn.prompt + turn.answer),
+        source=question.source,
+        style=turn.style,
+        frame_px=size,
     )
+
+
+def _is_described(turn: Turn, truth: Sequence[Box] | None) -> bool:
+    """Whether the words of the answer say something about the thing itself, and are no frame around its boxes."""
+    if not turn.scored or truth is None:
+        return True
+    if turn.target is None:
+        return bool(truth and text_without_boxes(turn.answer))
+    return bool(turn.target.description and turn.target.description in turn.answer)
 
 
 def truth_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[str]) -> list[Box] | None:
@@ -195,14 +283,16 @@ def truth_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[
     return None if bins is None else _boxes(bins, image_size_px)
 
 
-def _boxes(bins: Sequence[tuple[int, int, int, int]], image_size_px: tuple[int, int]) -> list[Box]:
+def _boxes(bins: Sequence[Box], image_size_px: tuple[int, int]) -> list[Box]:
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes_from_bins(bins, image_size_px).tolist()]
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Rank 0. metrics.json, predictions.jsonl and the drawn pictures."""
+    """Rank 0. metrics.json, curves.json, predictions.jsonl and the drawn pictures."""
     (folder / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
-    (folder / METRICS_FILE).write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+    results = {**evaluation.metrics, ABOUT: evaluation.about}
+    (folder / METRICS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / CURVES_FILE).write_text(json.dumps(evaluation.curves) + "\n", encoding="utf-8")
     with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
         for prediction in evaluation.predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")

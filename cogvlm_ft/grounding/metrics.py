@@ -1,4 +1,4 @@
-"""How good an answer is: IoU of its boxes, and whether "not found" was said when it should be."""
+"""How good an answer is: how its boxes meet the true ones, and whether "not found" was said when it should be."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
+from numpy.typing import ArrayLike
 
-from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
+from cogvlm_ft.grounding.overlap import (
+    centre_inside,
+    count_matched,
+    count_matched_greedily,
+    match_best,
+    pairwise_ciou,
+    pairwise_diou,
+    pairwise_giou,
+    pairwise_iou,
+)
+from cogvlm_ft.grounding.protocols import OURS, Protocol
 from cogvlm_ft.grounding.targets import Box
 
 PRESENT, ABSENT, TEXT = "present", "absent", "text"
+HIT, THRESHOLDS = 0.5, (0.5, 0.75, 0.9)
+LOWER_IS_BETTER = frozenset({"false_not_found", "unreadable", "empty_answers", "num_bad"})
+"""Of all others more is better, or they are no measure of quality."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,12 @@ class AnswerScore:
     readable: the answer has readable boxes or is a not-found sentence; always true for "text".
     said_not_found: the answer is exactly a not-found sentence.
     exact: the answer is the true text, word for word; meaningful for "text" only.
+    giou, diou, ciou, centre: of the boxes that `match_iou` pairs, every box without a partner counting as -1 (centre:
+        as 0), over the size of the larger set. centre is the share of boxes whose centre is in its true box.
+    num_answered, num_true, num_cut: boxes; of the true ones, num_cut need not be named.
+    num_hits: the most true boxes that have an answered box of their own with IoU 0.5 or more.
+    all_found: no box is missing and none too much, with partners of IoU 0.5 or more, chosen as well as possible.
+    all_found_greedy_iou, all_found_greedy_giou: the same, but the best pair that is left is taken, by IoU or GIoU.
     """
 
     kind: str
@@ -31,22 +49,17 @@ class AnswerScore:
     readable: bool = True
     said_not_found: bool = False
     exact: bool = False
-
-
-def pairwise_iou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> NDArray[np.float64]:
-    """IoU of every box of a with every box of b: [P, 4], [G, 4] -> [P, G]. Inverted or empty boxes have IoU 0."""
-    a = np.asarray(a_xyxy, dtype=np.float64).reshape(-1, 1, 4)
-    b = np.asarray(b_xyxy, dtype=np.float64).reshape(1, -1, 4)
-    top_left = np.maximum(a[..., :2], b[..., :2])
-    bottom_right = np.minimum(a[..., 2:], b[..., 2:])
-    overlap = _area(top_left, bottom_right)
-    union = _area(a[..., :2], a[..., 2:]) + _area(b[..., :2], b[..., 2:]) - overlap
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
-
-
-def _area(top_left: NDArray[np.float64], bottom_right: NDArray[np.float64]) -> NDArray[np.float64]:
-    sides: NDArray[np.float64] = np.clip(bottom_right - top_left, 0, None)
-    return sides[..., 0] * sides[..., 1]
+    giou: float = -1.0
+    diou: float = -1.0
+    ciou: float = -1.0
+    centre: float = 0.0
+    num_answered: int = 0
+    num_true: int = 0
+    num_cut: int = 0
+    num_hits: int = 0
+    all_found: bool = False
+    all_found_greedy_iou: bool = False
+    all_found_greedy_giou: bool = False
 
 
 def match_iou(predicted_xyxy: ArrayLike, truth_xyxy: ArrayLike, num_optional: int = 0) -> float:
@@ -56,9 +69,8 @@ def match_iou(predicted_xyxy: ArrayLike, truth_xyxy: ArrayLike, num_optional: in
     `num_optional`, any of them, may be missing.
     """
     iou = pairwise_iou(predicted_xyxy, truth_xyxy)
-    rows, columns = linear_sum_assignment(iou, maximize=True)
     num_predicted, num_true = iou.shape
-    return float(iou[rows, columns].sum() / max(num_predicted, num_true - num_optional))
+    return float(iou[match_best(iou)].sum() / max(num_predicted, num_true - num_optional))
 
 
 def score_answer(
@@ -68,6 +80,7 @@ def score_answer(
     not_found: Collection[str],
     truth_text: str | None = None,
     num_cut_boxes: int = 0,
+    protocol: Protocol = OURS,
 ) -> AnswerScore:
     """Score the answer to one turn.
 
@@ -80,36 +93,116 @@ def score_answer(
         if truth_text is None:
             raise ValueError("a turn without boxes is scored by its text: give truth_text")
         return AnswerScore(TEXT, exact=answer == truth_text.strip())
-    kind = PRESENT if len(truth_boxes_xyxy) else ABSENT
-    if answer in {sentence.strip() for sentence in not_found}:
-        return AnswerScore(kind, said_not_found=True)
-    bins = parse_boxes(answer)
-    if bins is None:
-        return AnswerScore(kind, readable=False)
-    if kind == ABSENT:
-        return AnswerScore(kind)
-    boxes = boxes_from_bins(bins, image_size_px)
-    return AnswerScore(kind, iou=match_iou(boxes, truth_boxes_xyxy, num_cut_boxes))
+    said_not_found = answer in {sentence.strip() for sentence in not_found}
+    boxes = None if said_not_found else protocol.read(answer, image_size_px)
+    readable = said_not_found or boxes is not None
+    truth = protocol.truth(truth_boxes_xyxy, image_size_px)
+    if truth:
+        return _score_boxes(boxes or [], truth, num_cut_boxes, readable, said_not_found, protocol.strict)
+    nothing = not boxes
+    return AnswerScore(
+        ABSENT,
+        readable=readable,
+        said_not_found=said_not_found,
+        num_answered=len(boxes or ()),
+        all_found=nothing,
+        all_found_greedy_iou=nothing,
+        all_found_greedy_giou=nothing,
+    )
 
 
-def summarize(scores: Sequence[AnswerScore]) -> dict[str, float]:
-    """Means over many answers; a key that would divide by zero is left out.
+def _score_boxes(
+    boxes: Sequence[Box], truth: Sequence[Box], num_cut: int, readable: bool, said_not_found: bool, strict: bool
+) -> AnswerScore:
+    """There is at least one true box."""
+    num_cut = min(num_cut, len(truth) - 1)
+    iou, giou = pairwise_iou(boxes, truth), pairwise_giou(boxes, truth)
+    pairs = match_best(iou)
+    size = max(len(boxes), len(truth) - num_cut)
+    num_alone = size - len(pairs[0])
 
-    Over present turns: mean_iou, acc@0.5, acc@0.75 (IoU >= threshold), all with an unreadable answer as IoU 0, and
-    false_not_found. Over absent turns: not_found_acc, answered with a not-found sentence. Over both: unreadable.
-    Over text turns: text_exact, answered word for word.
-    """
+    def mean(overlap: ArrayLike, alone: float) -> float:
+        return float((np.asarray(overlap)[pairs].sum() + alone * num_alone) / size)
+
+    def is_all(num_matched: int) -> bool:
+        return num_matched == len(boxes) >= len(truth) - num_cut
+
+    num_hits = count_matched(iou, HIT, strict=strict)
+    return AnswerScore(
+        PRESENT,
+        iou=mean(iou, 0.0),
+        readable=readable,
+        said_not_found=said_not_found,
+        giou=mean(giou, -1.0),
+        diou=mean(pairwise_diou(boxes, truth), -1.0),
+        ciou=mean(pairwise_ciou(boxes, truth), -1.0),
+        centre=mean(centre_inside(boxes, truth), 0.0),
+        num_answered=len(boxes),
+        num_true=len(truth),
+        num_cut=num_cut,
+        num_hits=num_hits,
+        all_found=is_all(num_hits),
+        all_found_greedy_iou=is_all(count_matched_greedily(iou, HIT)),
+        all_found_greedy_giou=is_all(count_matched_greedily(giou, HIT)),
+    )
+
+
+def summarize(scores: Sequence[AnswerScore], protocol: Protocol = OURS) -> dict[str, float]:
+    """Means over many answers; a key that would divide by zero is left out. docs/metrics.md explains each."""
     present = [score for score in scores if score.kind == PRESENT]
     absent = [score for score in scores if score.kind == ABSENT]
     text = [score for score in scores if score.kind == TEXT]
+    both = present + absent
     shares: dict[str, list[float]] = {
         "mean_iou": [score.iou for score in present],
-        "acc@0.5": [score.iou >= 0.5 for score in present],
-        "acc@0.75": [score.iou >= 0.75 for score in present],
+        **{f"acc@{t:g}": [_reaches(score.iou, t, protocol.strict) for score in present] for t in THRESHOLDS},
+        "mean_giou": [score.giou for score in present],
+        "mean_diou": [score.diou for score in present],
+        "mean_ciou": [score.ciou for score in present],
+        "centre_acc": [score.centre for score in present],
         "false_not_found": [score.said_not_found for score in present],
         "not_found_acc": [score.said_not_found for score in absent],
-        "unreadable": [not score.readable for score in present + absent],
+        "t_acc": [score.num_answered > 0 for score in present],
+        "n_acc": [score.num_answered == 0 for score in absent],
+        "unreadable": [not score.readable for score in both],
         "text_exact": [score.exact for score in text],
     }
+    if protocol.every_box:
+        shares |= {
+            "count_acc": [_counts_right(score) for score in both],
+            "grec_f1_iou": [score.all_found_greedy_iou for score in both],
+            "grec_f1_giou_official": [score.all_found_greedy_giou for score in both],
+            "grec_f1_optimal": [score.all_found for score in both],
+        }
     counts = {"num_present": float(len(present)), "num_absent": float(len(absent)), "num_text": float(len(text))}
-    return {key: float(np.mean(values)) for key, values in shares.items() if values} | counts
+    sets = _set_scores(both) if protocol.every_box else {}
+    return {key: float(np.mean(values)) for key, values in shares.items() if values} | sets | counts
+
+
+def _reaches(iou: float, threshold: float, strict: bool) -> bool:
+    return iou > threshold if strict else iou >= threshold
+
+
+def _counts_right(score: AnswerScore) -> bool:
+    """As many boxes as there are things; a list that was to be cut may be shorter. No boxes only by saying so."""
+    if score.num_answered == 0:
+        return score.kind == ABSENT and score.said_not_found
+    return score.num_true - score.num_cut <= score.num_answered <= score.num_true
+
+
+def _set_scores(scores: Sequence[AnswerScore]) -> dict[str, float]:
+    """Precision, recall and F1 of all boxes together; those that were cut are missed by nobody."""
+    num_hits = sum(score.num_hits for score in scores)
+    num_answered = sum(score.num_answered for score in scores)
+    num_wanted = sum(max(score.num_hits, score.num_true - score.num_cut) for score in scores)
+    parts = {
+        "precision@0.5": (num_hits, num_answered),
+        "recall@0.5": (num_hits, num_wanted),
+        "f1@0.5": (2 * num_hits, num_answered + num_wanted),
+    }
+    return {key: above / below for key, (above, below) in parts.items() if below}
+
+
+def is_lower_better(name: str) -> bool:
+    """The direction of a metric, with or without its `/group=value`."""
+    return name.partition("/")[0] in LOWER_IS_BETTER

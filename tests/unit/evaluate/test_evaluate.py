@@ -82,11 +82,16 @@ def test_every_turn_of_every_photo_once_in_the_order_of_the_data(
 def test_metrics_of_all_photos(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path) -> None:
     found = run(model, tokenizer, shards)
     truths = [each.truth_boxes_xyxy for each in found.predictions]
-    assert found.metrics.keys() == {
+    assert found.metrics.keys() >= {
         *("mean_iou", "acc@0.5", "acc@0.75", "false_not_found", "not_found_acc", "unreadable", "text_exact"),
         *("num_present", "num_absent", "num_text", "num_images", "num_bad"),
         *("num_unscored", "num_cut_boxes"),
+        *("ap", "grec_f1_iou", "not_found_threshold", "chrf", "mean_iou/language=zh", "acc@0.5/template=refer"),
     }
+    for name in ("num_present", "num_absent", "num_text"):  # every turn has one language and one template
+        for group in ("language", "template"):
+            parts = [value for key, value in found.metrics.items() if key.startswith(f"{name}/{group}=")]
+            assert sum(parts) == found.metrics[name]
     assert found.metrics["num_images"] == NUM_PHOTOS
     assert found.metrics["num_bad"] == 0
     assert found.metrics["num_present"] == sum(bool(truth) for truth in truths) > 0
@@ -105,7 +110,7 @@ def test_answers_are_the_model_s(model: CogVLMForCausalLM, tokenizer: CogVLMToke
         mine = [each for each in found.predictions if each.key == reader.index.key(i)]
         with torch.no_grad():
             wanted = generate_answers(model, tokenizer, pixels, [[each.prompt for each in mine]], 4)[0]
-        assert [each.answer for each in mine] == wanted
+        assert [each.answer for each in mine] == [answer.text for answer in wanted]
 
 
 @pytest.mark.parametrize("batch_size", [1, NUM_PHOTOS, 50])
@@ -183,7 +188,10 @@ def test_saved_files(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shard
     for _ in range(2):  # a resumed run writes them again
         save_evaluation(found, tmp_path / "step-1")
     folder = tmp_path / "step-1"
-    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == found.metrics
+    written = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert written == {**found.metrics, "about": found.about}
+    assert json.loads((folder / "curves.json").read_text(encoding="utf-8")) == found.curves
+    assert found.curves["not_found"] and all(len(point) == 3 for point in found.curves["not_found"])
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     for line, wanted in zip(lines, found.predictions, strict=True):
         assert line["image_size_px"] == [56, 56]
@@ -197,6 +205,29 @@ def test_saved_files(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shard
     for picture in pictures:
         with Image.open(picture) as image:
             assert min(image.size) >= 56
+
+
+def test_results_say_what_was_asked_and_how(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path) -> None:
+    reader, about = reader_of(shards), {"checkpoint_sha256": "0" * 64}
+    first = evaluate(model, tokenizer, reader, load_wording("box"), SETTINGS, seed=SEED, about=about).about
+    assert first["data_sha256"] == reader.index.data_sha256 and first["split"] == "val"
+    assert (first["wording"], first["protocol"], first["image_size"], first["num_patches"]) == ("box", "ours", 56, 16)
+    assert first["checkpoint_sha256"] == "0" * 64
+    other = evaluate(model, tokenizer, reader, load_wording("box"), SETTINGS, seed=SEED + 1, about=about).about
+    assert {name for name in first if first[name] != other[name]} == {"seed", "questions_sha256"}
+
+
+def test_protocols_read_and_score_the_same_answers_in_their_own_way(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    shards = write_tar(tmp_path, {"a": {"targets": [DOG, CATS, BIRD]}})
+    ours = run(model, tokenizer, shards)
+    theirs = run(model, tokenizer, shards, protocol="qwen_vl")
+    assert [each.answer for each in theirs.predictions] == [each.answer for each in ours.predictions]
+    assert theirs.about["protocol"] == "qwen_vl"
+    assert (ours.metrics["num_present"], ours.metrics["num_unscored"]) == (2, 0)
+    assert (theirs.metrics["num_present"], theirs.metrics["num_unscored"]) == (1, 1)  # two cats: not asked there
+    assert "ap" in ours.metrics and "ap" not in theirs.metrics and "grec_f1_iou" not in theirs.metrics
 
 
 DOG = {"phrase": "dog", "boxes_xyxy": [[1, 2, 30, 15]], "description": "a brown dog"}
@@ -242,8 +273,8 @@ def test_later_turns_of_a_conversation_are_asked_after_the_true_earlier_ones(
     pixels = preprocess_image(reader_of(shards).read(0).image, 56)[None].to(device())
     model.eval()
     with torch.no_grad():
-        alone = generate_answers(model, tokenizer, pixels, [[turns[3].prompt]], 4, [[turns[3].history]])
-    assert alone == [[turns[3].answer]]
+        [[alone]] = generate_answers(model, tokenizer, pixels, [[turns[3].prompt]], 4, [[turns[3].history]])
+    assert alone.text == turns[3].answer
 
 
 def test_boxes_that_are_cut_are_counted(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import targets_in
 
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.boxes import bins_from_box, parse_boxes
 from cogvlm_ft.grounding.metrics import score_answer
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from cogvlm_ft.grounding.turns import build_turns, merge_targets
+from cogvlm_ft.grounding.turns import build_turns, merge_targets, most_turns
 from cogvlm_ft.grounding.wording import Wording, load_wording
 
 SIZE = (1000, 1000)
@@ -257,6 +260,34 @@ def test_the_longest_list_of_many_is_cut_first(style: str) -> None:
     assert sum(turn.num_cut_boxes for turn in turns) == 33
     listed = "(43 in all, 10 of them listed)" if style == "steps" else "(40 in all, 7 of them listed)"
     assert listed in text
+
+
+WORDINGS = [load_wording(name) for name in ("box", "detection", "region", "steps", "conversation", "mixed")]
+
+
+@given(
+    st.lists(targets_in(SIZE), max_size=9),
+    st.sampled_from(WORDINGS),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 99),
+)
+def test_never_more_turns_than_stated(
+    targets: list[Target], wording: Wording, max_targets: int, max_boxes: int, epoch: int
+) -> None:
+    limits = {"max_targets": max_targets, "max_boxes": max_boxes}
+    wording = replace(wording, **limits, mix=tuple(replace(part, **limits) for part in wording.mix))
+    assert len(turns_of(targets, wording, epoch=epoch)) <= most_turns(len(targets), wording)
+
+
+@pytest.mark.parametrize("wording", WORDINGS, ids=lambda wording: wording.name)
+@pytest.mark.parametrize("num_targets", range(13))
+def test_there_may_be_as_many_turns_as_stated(num_targets: int, wording: Wording) -> None:
+    """For different things, all of them there, and one of them in the other language."""
+    names = ["狗", *(f"dog {i}" for i in range(num_targets - 1))][:num_targets]
+    targets = [Target(name, "zh" if name == "狗" else "en", DOG.boxes_xyxy) for name in names]
+    found = [len(turns_of(targets, wording, epoch=epoch)) for epoch in range(20 if wording.mix else 1)]
+    assert max(found) == most_turns(num_targets, wording)
 
 
 def test_a_language_that_is_missing_is_named_in_every_style(tmp_path: Path) -> None:

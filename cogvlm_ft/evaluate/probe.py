@@ -1,0 +1,122 @@
+"""What a model forgets: the same general questions before and during training, the answers held against each other.
+
+    probe.jsonl of the user     {"image": "a.jpg", "prompt": "What is in the picture?", "answer": "A dog on a beach."}
+
+Without an "answer", what the untouched model said is the right one. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cogvlm_ft.config import EvaluateConfig
+from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
+from cogvlm_ft.data.transforms import photo_frame, resize_of
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.evaluate.generate import generate_answers
+from cogvlm_ft.grounding.descriptions import corpus_chrf
+from cogvlm_ft.model.preprocess import preprocess_image
+from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, rank, world_size
+from cogvlm_ft.runtime.engine import inference
+from cogvlm_ft.runtime.gather import parameters_gathered
+
+
+@dataclass(frozen=True)
+class ProbeQuestion:
+    """answer: the right one; None = what the untouched model says."""
+
+    image: Path
+    prompt: str
+    answer: str | None = None
+
+
+def load_probe(path: Path) -> list[ProbeQuestion]:
+    """All questions; DataError names the line, also if an image cannot be read, before any rank asks."""
+    if not path.is_file():
+        raise DataError(f"evaluate.probe={path}: no such file")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            questions.append(_question(line, path, f"evaluate.probe={path}, line {number}"))
+    if not questions:
+        raise DataError(f"evaluate.probe={path}: no questions in it; wanted lines with image and prompt")
+    return questions
+
+
+def _question(line: str, path: Path, place: str) -> ProbeQuestion:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: no JSON: {error}") from None
+    answer = fields.get("answer") if isinstance(fields, dict) else None
+    texts = [fields.get("image"), fields.get("prompt")] if isinstance(fields, dict) else [None]
+    good = all(isinstance(text, str) and text.strip() for text in (*texts, "-" if answer is None else answer))
+    if not good:
+        raise DataError(
+            f'{place}: found {line:.200}, wanted {{"image": path, "prompt": text}} and perhaps "answer": text'
+        )
+    question = ProbeQuestion(path.parent / fields["image"], fields["prompt"], answer)
+    if not question.image.is_file():
+        raise DataError(f"{place}: there is no image {question.image}")
+    _read_image(question)
+    return question
+
+
+def _read_image(question: ProbeQuestion) -> Image.Image:
+    return decode_image(question.image.read_bytes(), str(question.image), MAX_PIXELS, upright=True)
+
+
+def ask_probe(
+    model: Any, tokenizer: CogVLMTokenizer, questions: Sequence[ProbeQuestion], settings: EvaluateConfig
+) -> list[str]:
+    """Collective. The answers, on every rank. A rank without questions asks about a blank picture."""
+    mine = range(rank(), len(questions), world_size())
+    answers: list[tuple[int, str]] = []
+    with inference(model), parameters_gathered(model, settings.gather):
+        for start in range(0, -(-len(questions) // world_size()), settings.batch_size):
+            numbers = mine[start : start + settings.batch_size]
+            pixels = [_pixels(model, questions[i]) for i in numbers] or [torch.zeros(3, *2 * [model.config.image_size])]
+            prompts = [[questions[i].prompt] for i in numbers] or [["?"]]
+            found = generate_answers(
+                model, tokenizer, torch.stack(pixels).to(device()), prompts, settings.max_new_tokens
+            )
+            answers += [(i, answer.text) for i, [answer] in zip(numbers, found, strict=False)]
+    gathered = gather_to_main(answers)
+    ordered = sorted(pair for part in gathered for pair in part) if gathered is not None else []
+    return from_main([text for _, text in ordered])
+
+
+def _pixels(model: Any, question: ProbeQuestion) -> torch.Tensor:
+    image, size = _read_image(question), model.config.image_size
+    return preprocess_image(photo_frame(image.size, resize_of(model.config)).apply_image(image, size), size)
+
+
+def probe_metrics(
+    questions: Sequence[ProbeQuestion], answers: Sequence[str], untouched: Sequence[str] | None
+) -> dict[str, float]:
+    """probe_chrf (0 to 100) and probe_same, the share of equal answers. untouched: what the model said at first.
+
+    Without it, only questions with an answer of their own are scored; empty if there are none.
+    """
+    first: Sequence[str | None] = untouched if untouched is not None else [None] * len(questions)
+    pairs = [
+        (said.strip(), right.strip())
+        for question, said, before in zip(questions, answers, first, strict=True)
+        if (right := question.answer if question.answer is not None else before) is not None
+    ]
+    if not pairs:
+        return {}
+    said_texts, right_texts = zip(*pairs, strict=True)
+    return {
+        "probe_chrf": corpus_chrf(said_texts, right_texts),
+        "probe_same": sum(said == right for said, right in pairs) / len(pairs),
+        "num_probe": float(len(pairs)),
+    }

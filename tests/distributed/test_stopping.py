@@ -1,0 +1,49 @@
+"""A training on two ranks that stops early by a weighted composite, with the forgetting probe in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ranks import read_metrics, run
+
+from cogvlm_ft.runtime.checkpoint import list_checkpoints, read_state
+
+pytestmark = pytest.mark.slow
+
+
+def test_no_gain_in_the_composite_ends_the_training(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """One question for two ranks: one of them has nothing to ask."""
+    Image.new("RGB", (50, 40), (200, 60, 30)).save(tmp_path / "a.png")
+    (tmp_path / "probe.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "what is it?"}) + "\n")
+    folder = tmp_path / "run"
+    settings = [
+        f"output_dir={folder}",
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        "train.epochs=4",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "train.monitor={mean_iou: 1.0, unreadable: 0.5, probe_same: 0.25}",
+        "train.min_gain=10",  # which no composite of shares can bring
+        "train.patience=1",
+        f"evaluate.probe={tmp_path / 'probe.jsonl'}",
+        "evaluate.max_new_tokens=6",
+        "evaluate.max_samples=3",
+        "tracking.mode=disabled",
+    ]
+    run(["launch/train.py", *settings], 2, tmp_path / "logs")
+    before, after = read_metrics(folder, "val")
+    assert (before["epoch"], after["epoch"]) == (0, 1)
+    for row in (before, after):
+        assert row["monitor"] == pytest.approx(row["mean_iou"] - 0.5 * row["unreadable"] + 0.25 * row["probe_same"])
+        assert row["best_monitor"] == before["monitor"]
+    assert (before["probe_same"], before["num_probe"]) == (1, 1)
+    state = read_state(list_checkpoints(folder / "checkpoints")[-1])
+    assert (state.step, state.best.step, state.best.num_since) == (after["step"], 0, 1)
+    written = json.loads((folder / "evaluations" / f"step-{after['step']:08d}" / "metrics.json").read_text())
+    assert written["probe_chrf"] == after["probe_chrf"]
+    assert (written["about"]["step"], written["about"]["config_sha256"]) == (after["step"], state.config_sha256)
