@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ from transformers import initialization
 
 from cogvlm_ft.config import Config, save_config
 from cogvlm_ft.data.augment import draft_side
-from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import GroundingDataset
-from cogvlm_ft.data.plan import SamplePlan, plan_samples
+from cogvlm_ft.data.index import ShardIndex, load_index
+from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
+from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_photos
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
-from cogvlm_ft.runtime.distributed import barrier, is_main
+from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
 
 
@@ -61,8 +61,11 @@ def build_run(config: Config) -> Run:
     train_index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
     val_index = load_index(data.shards, data.val_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
     wording = load_wording(config.data.wording)
+    parts = split_index(train_index, wording, data.max_turns_per_image)
+    if parts is not None:  # a position in these sequences means nothing in others
+        train_index = replace(train_index, data_sha256=f"{train_index.data_sha256}-{parts.sha256}")
     plan = plan_samples(
-        train_index.source_sizes,
+        train_index.source_sizes if parts is None else parts.source_sizes(train_index.source_sizes),
         train_index.source_weights,
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
@@ -81,8 +84,18 @@ def build_run(config: Config) -> Run:
         seed=config.seed,
         max_sequence_length=config.data.max_sequence_length,
         augment=config.data.augment,
+        parts=parts,
     )
     return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
+
+
+def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> PhotoParts | None:
+    """Collective. Which photos go to several sequences; None if all turns of each go to one."""
+    if max_turns is None:
+        return None
+    most_turns = from_main(most_turns_of(ShardReader(index), wording) if is_main() else None)
+    parts = split_photos(most_turns, max_turns)
+    return parts if len(parts) > len(index) else None
 
 
 def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:

@@ -14,7 +14,9 @@ from cogvlm_ft.config import config_sha256
 from cogvlm_ft.data.collate import BadSample, Batch
 from cogvlm_ft.data.loader import read_steps
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
-from cogvlm_ft.evaluate.evaluate import Evaluation, Shown, evaluate, save_evaluation
+from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
+from cogvlm_ft.evaluate.report import try_report
+from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.runtime.checkpoint import (
     Best,
     TrainState,
@@ -26,15 +28,21 @@ from cogvlm_ft.runtime.checkpoint import (
 )
 from cogvlm_ft.runtime.distributed import any_rank, barrier, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.preemption import StopRequest
-from cogvlm_ft.runtime.tracking import Picture, Tracker
+from cogvlm_ft.runtime.provenance import provenance
+from cogvlm_ft.runtime.sample_losses import SampleLosses
+from cogvlm_ft.runtime.tracking import Tracker
 from cogvlm_ft.train.build import Run
+from cogvlm_ft.train.dashboard import evaluation_folder, save_pictures, show_evaluation
 from cogvlm_ft.train.meter import Meter
+from cogvlm_ft.train.probing import run_probe
 from cogvlm_ft.train.schedule import lr_at
-from cogvlm_ft.train.step import train_step
+from cogvlm_ft.train.step import losses_by_row, train_step
+from cogvlm_ft.train.stopping import monitor_name, monitor_value, updated_best
+from cogvlm_ft.train.utilization import step_flops
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, EVALUATIONS = "checkpoints", "evaluations"
+CHECKPOINTS = "checkpoints"
 
 
 def train(run: Run, stop_request: StopRequest) -> TrainState:
@@ -42,7 +50,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     state = start_or_resume(run)
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
-    meter, bad_samples = Meter(), BadSamples(run)
+    meter, bad_samples = Meter(step_flops(run.config, run.model.config)), BadSamples(run)
+    sample_losses = SampleLosses(run.output_dir, rank(), state.step)
     steps: Iterator[list[Batch]] = iter(())
     bar = tqdm(total=run.num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True)
     with bar:
@@ -64,6 +73,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
             data_wait_s = time.perf_counter() - waiting_since
             lr = lr_at(state.step, run.num_steps, run.config.train)
             stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
+            sample_losses.add(state.step + 1, state.epoch, *losses_by_row(batches, stats))
             state = advance(run, state)
             meter.add(stats, data_wait_s)
             bad_samples.add(batches, stats.num_bad)
@@ -75,7 +85,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
                     tqdm.write(log_line(run, state, values))
     if tracker:
         if state.best:
-            tracker.summary({f"best_{run.config.train.monitor}": state.best.value, "best_step": state.best.step})
+            name = monitor_name(run.config.train.monitor)
+            tracker.summary({f"best_{name}": state.best.value, "best_step": state.best.step})
         tracker.finish()
     return state
 
@@ -97,8 +108,9 @@ def start_or_resume(run: Run) -> TrainState:
     state = load_checkpoint(run.engine, checkpoints[-1])
     if state.data_sha256 != fresh.data_sha256:
         raise CheckpointError(
-            f"{checkpoints[-1]} was trained on other shards than data.shards={run.config.data.shards} holds now; "
-            "its position in them means nothing here. Take another output_dir"
+            f"{checkpoints[-1]} was trained on other shards than data.shards={run.config.data.shards} holds now, or "
+            "with another data.max_turns_per_image or wording for it; its position in them means nothing here. "
+            "Take another output_dir"
         )
     logger.info("resuming from %s (step %d)", checkpoints[-1], state.step)
     return dataclasses.replace(state, config_sha256=fresh.config_sha256)
@@ -109,7 +121,13 @@ def start_tracking(run: Run, state: TrainState) -> Tracker | None:
     if not is_main():
         return None
     tracking = run.config.tracking
-    config = {**dataclasses.asdict(run.config), "world_size": world_size(), "num_samples": run.plan.num_samples}
+    facts = {
+        "world_size": world_size(),
+        "num_samples": run.plan.num_samples,
+        "data_sha256": run.dataset.reader.index.data_sha256,
+        "val_data_sha256": run.val_reader.index.data_sha256,
+        "config_sha256": state.config_sha256,
+    }
     tracker = Tracker(
         output_dir=run.output_dir,
         mode=tracking.mode,
@@ -117,7 +135,8 @@ def start_tracking(run: Run, state: TrainState) -> Tracker | None:
         entity=tracking.entity,
         name=tracking.name,
         run_id=state.wandb_run_id,
-        config=config,
+        config={**dataclasses.asdict(run.config), **facts, **provenance()},
+        lower_is_better=LOWER_IS_BETTER,
     )
     tracker.truncate_after(state.step)
     return tracker
@@ -148,47 +167,54 @@ def is_patience_over(run: Run, state: TrainState) -> bool:
     patience = run.config.train.patience
     over = patience is not None and state.best is not None and state.best.num_since >= patience
     if over and is_main() and state.best:
-        logger.info("stopping: no better %s since step %d", run.config.train.monitor, state.best.step)
+        logger.info("stopping: no better %s since step %d", monitor_name(run.config.train.monitor), state.best.step)
     return over
 
 
 def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None) -> TrainState:
     """Collective. Evaluate, write the results down, and keep score of the best."""
+    folder = evaluation_folder(run.output_dir, state.step)
+    probed = run_probe(run.config, run.model, run.tokenizer, folder, is_untouched=state.step == 0)
     result = evaluate(
-        run.model, run.tokenizer, run.val_reader, run.dataset.wording, run.config.evaluate, seed=run.config.seed
+        run.model,
+        run.tokenizer,
+        run.val_reader,
+        run.dataset.wording,
+        run.config.evaluate,
+        seed=run.config.seed,
+        about=about_weights(run, state),
     )
-    monitor = run.config.train.monitor
-    if monitor not in result.metrics:
-        raise ConfigError(
-            f"train.monitor={monitor!r} is no validation metric; there are {', '.join(sorted(result.metrics))}"
-        )
-    value, best = result.metrics[monitor], state.best
-    is_best = best is None or value > best.value
-    best = (
-        Best(value, state.step) if is_best or best is None else dataclasses.replace(best, num_since=best.num_since + 1)
-    )
+    result = dataclasses.replace(result, metrics=result.metrics | probed)
+    train = run.config.train
+    best = updated_best(state.best, monitor_value(result.metrics, train.monitor), state.step, train)
     if tracker:
         report_evaluation(run, state, result, best, tracker)
     return dataclasses.replace(state, evaluated_step=state.step, best=best)
 
 
+def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:
+    """Which weights an evaluation was of."""
+    return {
+        "model": run.config.model.path,
+        "step": state.step,
+        "config_sha256": state.config_sha256,
+        "train_data_sha256": state.data_sha256,
+    }
+
+
 def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Best, tracker: Tracker) -> None:
     """Rank 0. Files, W&B and one line to read."""
     epoch = epoch_of(run, state)
-    folder = run.output_dir / EVALUATIONS / f"step-{state.step:08d}"
+    folder = evaluation_folder(run.output_dir, state.step)
     save_evaluation(result, folder)
-    tracker.log_val(epoch, state.step, {**result.metrics, f"best_{run.config.train.monitor}": best.value})
-    tracker.log_pictures(epoch, [tracking_picture(shown) for shown in result.shown])
-    shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+    monitor = run.config.train.monitor
+    name, value = monitor_name(monitor), monitor_value(result.metrics, monitor)
+    tracker.log_val(epoch, state.step, {**result.metrics, name: value, f"best_{name}": best.value})
+    save_pictures(folder, run.val_reader, run.config.evaluate.num_pictures)
+    show_evaluation(tracker.wandb, folder, epoch)
+    try_report(folder, run.val_reader, run_folder=run.output_dir, train_reader=run.dataset.reader)
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items() if "/" not in key)
     tqdm.write(f"epoch {epoch:.3g} (step {state.step})  {shown}")
-
-
-def tracking_picture(shown: Shown) -> Picture:
-    """One photo for the dashboard, every box labelled with its question."""
-    truth = [(box, p.prompt) for p in shown.predictions for box in p.truth_boxes_xyxy or ()]
-    answered = [(box, p.prompt) for p in shown.predictions for box in p.boxes_xyxy or ()]
-    caption = " | ".join(f"{p.prompt} -> {p.answer}" for p in shown.predictions)
-    return Picture(shown.key, shown.image, truth, answered, caption)
 
 
 def save(run: Run, state: TrainState) -> None:

@@ -8,12 +8,14 @@ import torch
 
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, world_size
 from cogvlm_ft.train.step import StepStats
+from cogvlm_ft.train.utilization import StepFlops
 
 
 class Meter:
     """Collects steps, and reports them as one dict of numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, flops: StepFlops) -> None:
+        self._flops = flops
         self._steps: list[tuple[StepStats, float]] = []
 
     def add(self, stats: StepStats, data_wait_s: float) -> None:
@@ -30,6 +32,9 @@ class Meter:
             ]
         )
         seconds = (busy_s + wait_s) / world_size()
+        flops = sum(
+            self._flops.of(step.num_images, step.num_turns, step.num_tokens, step.num_target_tokens) for step in stats
+        )
         values = {
             "loss": loss_sum / max(1, sum(step.num_target_tokens for step in stats)),
             "grad_norm": stats[-1].grad_norm,
@@ -38,6 +43,7 @@ class Meter:
             "tokens_per_s": sum(step.num_tokens for step in stats) / seconds,
             "step_s": seconds / len(stats),
             "data_wait_fraction": wait_s / (busy_s + wait_s),
+            **self._flops.rates(flops, seconds),
             "memory_gib": peak_memory_gib(),
             "num_bad": float(sum(step.num_bad for step in stats)),
             "num_cut_boxes": float(sum(step.num_cut_boxes for step in stats)),

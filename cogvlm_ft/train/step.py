@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.data.collate import Batch
+from cogvlm_ft.model.cogvlm import IGNORE_INDEX
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
 
 MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
@@ -18,9 +19,11 @@ MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
 
 @dataclass(frozen=True)
 class StepStats:
-    """loss_sum is this rank's, float[]; the counts are those of all ranks."""
+    """loss_sum float[] and row_losses float[rows], of the rows of all micro-batches, are this rank's; the counts are
+    those of all ranks."""
 
     loss_sum: Tensor
+    row_losses: Tensor
     num_target_tokens: int
     num_images: int
     num_turns: int
@@ -53,9 +56,9 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
     scale = world_size() * len(batches) / num_target_tokens
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = torch.zeros((), device=device())
+    loss_sum, row_losses = torch.zeros((), device=device()), []
     for batch in (batch.to(device()) for batch in batches):
-        loss = engine(
+        out = engine(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
             position_ids=batch.position_ids,
@@ -63,12 +66,14 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
             labels=batch.labels,
             num_items_in_batch=1 / scale,
             return_logits=False,
-        ).loss
-        engine.backward(loss)
+        )
+        engine.backward(out.loss)
         engine.step()
-        loss_sum += loss.detach() / scale
+        loss_sum += out.loss.detach() / scale
+        row_losses.append(out.row_losses)
     return StepStats(
         loss_sum=loss_sum,
+        row_losses=torch.cat(row_losses),
         num_target_tokens=int(counts[0]),
         num_images=int(counts[1]),
         num_turns=int(counts[2]),
@@ -78,3 +83,10 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         step_s=time.perf_counter() - start,
     )
+
+
+def losses_by_row(batches: Sequence[Batch], stats: StepStats) -> tuple[list[str], list[float], list[int]]:
+    """Of this rank's rows: key, sum of the losses of its labelled tokens, and their number, 0 for a filler."""
+    keys = [key for batch in batches for key in batch.keys]
+    tokens = [num for batch in batches for num in (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()]
+    return keys, stats.row_losses.tolist(), tokens

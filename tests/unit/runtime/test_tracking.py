@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,65 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from wandb_files import config_of, history_of, read_wandb_records, records_of, summary_of
 
-from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.runtime.tracking import Picture, Tracker
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.runtime.metrics_file import read_rows
+from cogvlm_ft.runtime.tracking import Tracker, read_run_file
+from cogvlm_ft.runtime.wandb_run import Picture, val_key
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRET = "5ecre7" * 7
 
 
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No key and no setting of the person who runs the tests."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-config"))
-
-
 def read_lines(tracker: Tracker) -> list[dict[str, Any]]:
     return [json.loads(line) for line in tracker.metrics_path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_wandb_records(run_dir: Path) -> list[Any]:
-    """Records of a finished run's .wandb file, whose end wandb's own process may write after `finish` returned."""
-    (path,) = run_dir.glob("*.wandb")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        records = parse_wandb_records(path.read_bytes())
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            return records
-        time.sleep(0.05)
-    raise AssertionError(f"{path}: wandb has not written its last record")
-
-
-def parse_wandb_records(content: bytes) -> list[Any]:
-    """Whole records of a .wandb file: 32 KiB blocks of chunks (crc u32, length u16, type u8: 1 whole, 2-4 parts)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    records, pending, position = [], b"", 7
-    while position + 7 <= len(content):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        pending += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4) and position <= len(content):
-            records.append(Record.FromString(pending))
-            pending = b""
-    return records
-
-
-def history_of(records: list[Any]) -> list[dict[str, Any]]:
-    """Logged rows without wandb's own columns."""
-    rows = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            pairs = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            rows.append({key: value for key, value in pairs.items() if not key.startswith("_")})
-    return rows
 
 
 # metrics.jsonl
@@ -113,7 +65,7 @@ def test_a_resumed_run_drops_what_it_will_record_again(tracker: Tracker) -> None
     tracker.truncate_after(2)
     tracker.log_train(3, {"loss": 0.5})
     assert [(line["kind"], line["step"]) for line in read_lines(tracker)] == [("train", 1), ("train", 2), ("train", 3)]
-    assert [path.name for path in tracker.metrics_path.parent.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tracker.metrics_path.parent.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 def test_a_torn_last_line_is_dropped(tracker: Tracker) -> None:
@@ -135,11 +87,11 @@ def test_a_file_that_holds_nothing_but_a_torn_line(tmp_path: Path) -> None:
 
 def test_without_wandb_there_is_no_run_but_an_id(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, mode="disabled")
-    tracker.log_pictures(1, [])
+    tracker.wandb.log_pictures(1, {})
     tracker.finish()
     assert tracker.run_dir is None
     assert len(tracker.run_id) == 8
-    assert Tracker(tmp_path, mode="disabled", run_id="abc").run_id == "abc"
+    assert Tracker(tmp_path / "b", mode="disabled", run_id="abc").run_id == "abc"
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
@@ -147,27 +99,90 @@ def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
         Tracker(tmp_path, mode="on")
 
 
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_id(tmp_path: Path) -> None:
+    first = Tracker(tmp_path, mode="disabled", project="p", config={"seed": 1})
+    again = Tracker(tmp_path, mode="disabled", project="p", config={"seed": 2})
+    assert again.run_id == first.run_id
+    assert read_run_file(tmp_path) == {
+        "run_id": first.run_id, "project": "p", "entity": None, "name": None, "config": {"seed": 2}
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(DataError, match=r"run\.json cannot be read \(KeyError"):
+        Tracker(tmp_path, mode="disabled")
+
+
+def test_rows_of_several_attempts_are_those_of_one_training(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "val", "epoch": 0.0, "step": 0, "mean_iou": 0.0},
+        *({"kind": "train", "step": step, "attempt": 1} for step in (1, 2, 3)),
+        {"kind": "val", "epoch": 1.0, "step": 3, "mean_iou": 0.1},
+        {"kind": "summary", "best_step": 3},
+        *({"kind": "train", "step": step, "attempt": 2} for step in (2, 3, 4)),
+        {"kind": "val", "epoch": 1.0, "step": 3, "mean_iou": 0.2},
+        {"kind": "summary", "best_step": 4},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
+    found = [(row["kind"], row.get("step"), row.get("attempt")) for row in read_rows(path)]
+    assert found == [
+        ("val", 0, None), ("train", 1, 1), ("train", 2, 2), ("train", 3, 2), ("val", 3, None), ("train", 4, 2),
+        ("summary", None, None),
+    ]  # fmt: skip
+    assert read_rows(path)[-1]["best_step"] == 4
+    assert read_rows(path)[4]["mean_iou"] == 0.2
+    path.write_text("[1]\n")
+    with pytest.raises(DataError, match=r"line 1: found '\[1\]'"):
+        read_rows(path)
+    with pytest.raises(DataError, match=r"wanted the metrics\.jsonl of a run"):
+        read_rows(tmp_path / "none.jsonl")
+
+
 # W&B
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mean_iou", "val/mean_iou"),
+        ("acc@0.5", "val/acc_at_0_5"),
+        ("acc@0.5/size=small", "val_by_size/acc_at_0_5/small"),
+        ("mean_iou/source=街景 2", "val_by_source/mean_iou/街景_2"),
+        ("mean_iou/share=<1%", "val_by_share/mean_iou/lt_1pct"),
+        ("mean_iou/share=>10%", "val_by_share/mean_iou/gt_10pct"),
+        ("mean_iou/targets=2+", "val_by_targets/mean_iou/2_plus"),
+        ("acc@0.5/size=small/language=zh", "val_by_size_language/acc_at_0_5/small/zh"),
+        ("probe/score", "val_probe/score"),
+    ],
+)
+def test_a_metric_has_a_section_and_a_name_that_wandb_can_sort_by(name: str, key: str) -> None:
+    assert val_key(name) == key
 
 
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Any]]]:
     """The folder and records of one real offline run."""
-    config = {"train": {"lr": 1e-5}, "name": "形状"}
-    tracker = Tracker(tmp_path_factory.mktemp("run"), mode="offline", name="first", run_id="cafe0001", config=config)
+    config = {"train": {"lr": 1e-5}, "name": "形状", "data": {"shards": ["https://me:pass@host/a"]}}
+    folder = tmp_path_factory.mktemp("run")
+    tracker = Tracker(
+        folder, mode="offline", name="first", run_id="cafe0001", config=config, lower_is_better={"unreadable"}
+    )
     run_dir = tracker.run_dir
     assert run_dir is not None
     for step in range(300):
-        tracker.log_train(step, {"loss": 1 / (step + 1), "grad_norm": float("nan") if step == 0 else 1.0})
-    tracker.log_val(1, 300, {"mean_iou": 0.625})
+        loss, speed = 1 / (step + 1), {"images_per_s": 2.0, "data_wait_fraction": 0.01}
+        tracker.log_train(step, {"loss": loss, "grad_norm": float("nan") if step == 0 else 1.0, **speed})
+    for epoch, iou in ((1, 0.625), (2, 0.5)):
+        tracker.log_val(epoch, 300, {"mean_iou": iou, "acc@0.5/size=small": iou, "unreadable": iou, "num_absent": iou})
+    Image.new("RGB", (56, 40), "red").save(folder / "photo.jpg")
     picture = Picture(
         key="scene-000001",
-        image=Image.new("RGB", (56, 40), "red"),
-        truth=[((1, 2, 30, 40), "1 红色圆形")],
-        predicted=[((1.5, 2.5, 31, 39), "1"), ((9, 9, 3, 3), "2")],
+        photo=folder / "photo.jpg",
         caption="iou 0.93",
+        truth=[((1, 2, 30, 40), "1 红色圆形")],
+        answers=[((1.5, 2.5, 31, 39), "1", True), ((9, 9, 3, 3), "2", False)],
     )
-    tracker.log_pictures(1, [picture, picture])
+    tracker.wandb.log_pictures(1, {"same": [picture, picture], "worst": [picture], "newly_lost": []})
+    tracker.wandb.log_table(1, ["question", "iou"], [["红色的圆?", 0.5], ["?", None]])
     tracker.summary({"best_mean_iou": 0.625})
     tracker.finish()
     yield run_dir, read_wandb_records(run_dir)
@@ -175,48 +190,65 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 def test_the_run_is_named_and_configured(offline_run: tuple[Path, list[Any]]) -> None:
     run_dir, records = offline_run
-    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    (run,) = records_of("run", records)
     assert run_dir.name.endswith("-cafe0001")
     assert (run.run_id, run.project, run.display_name) == ("cafe0001", "cogvlm-ft", "first")
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    config = config_of(records)
     assert config["train"] == {"lr": 1e-5}
     assert config["name"] == "形状"
+    assert config["data"] == {"shards": ["https://host/a"]}
 
 
 def test_every_value_is_in_the_history(offline_run: tuple[Path, list[Any]]) -> None:
     rows = history_of(offline_run[1])
-    assert rows[0] == {"train/step": 0, "train/loss": 1.0}
-    assert rows[1:300] == [{"train/step": n, "train/loss": 1 / (n + 1), "train/grad_norm": 1.0} for n in range(1, 300)]
-    assert rows[300] == {"epoch": 1, "val/step": 300, "val/mean_iou": 0.625}
-    assert rows[301]["epoch"] == 1
-    assert len(rows) == 302
+    speed = {"speed/images_per_s": 2.0, "speed/data_wait_fraction": 0.01}
+    assert rows[0] == {"train/step": 0, "train/loss": 1.0, **speed}
+    assert rows[1:300] == [
+        {"train/step": n, "train/loss": 1 / (n + 1), "train/grad_norm": 1.0, **speed} for n in range(1, 300)
+    ]
+    values = ("val/mean_iou", "val_by_size/acc_at_0_5/small", "val/unreadable", "val/num_absent")
+    assert rows[300] == {"epoch": 1, "val/step": 300, **dict.fromkeys(values, 0.625)}
+    assert [row["epoch"] for row in rows[300:]] == [1, 2, 1, 1]
 
 
-def test_values_have_their_own_axes(offline_run: tuple[Path, list[Any]]) -> None:
-    metrics = [record.metric for record in offline_run[1] if record.WhichOneof("record_type") == "metric"]
+def test_values_have_their_own_axes_and_the_best_of_each_is_kept(offline_run: tuple[Path, list[Any]]) -> None:
+    metrics = records_of("metric", offline_run[1])
     assert {"train/step", "epoch"} <= {metric.name for metric in metrics}
     axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
-    assert axes == {"train/*": "train/step", "val/*": "epoch"}
+    on_steps, on_epochs = ("train/*", "speed/*"), ("val/*", "pictures/*", "predictions/*")
+    assert axes == dict.fromkeys(on_steps, "train/step") | dict.fromkeys(on_epochs, "epoch")
+    split = [metric.step_metric for metric in metrics if metric.name == "val_by_size/acc_at_0_5/small"]
+    assert split == ["epoch"]
+    summary = summary_of(offline_run[1])
+    assert summary["val/mean_iou"] == {"max": 0.625, "last": 0.5}
+    assert summary["val_by_size/acc_at_0_5/small"] == {"max": 0.625, "last": 0.5}
+    assert summary["val/unreadable"] == {"min": 0.5, "last": 0.5}
+    assert summary["val/num_absent"] == 0.5
+    assert summary["best_mean_iou"] == 0.625
 
 
-def test_pictures_carry_both_kinds_of_boxes(offline_run: tuple[Path, list[Any]]) -> None:
+def test_pictures_have_boxes_of_three_classes(offline_run: tuple[Path, list[Any]]) -> None:
     run_dir, records = offline_run
-    shown = history_of(records)[301]
-    assert shown["val/pictures/captions"] == ["scene-000001: iou 0.93"] * 2
-    boxes = shown["val/pictures/all_boxes"][0]
+    shown = history_of(records)[302]
+    assert {key.split("/")[1] for key in shown if key.startswith("pictures/")} == {"same", "worst"}
+    assert shown["pictures/same/captions"] == ["scene-000001: iou 0.93"] * 2
+    boxes = shown["pictures/same/all_boxes"][0]
     contents = {kind: json.loads((run_dir / "files" / boxes[kind]["path"]).read_text("utf-8")) for kind in boxes}
-    assert set(contents) == {"ground_truth", "predictions"}
-    (truth,) = contents["ground_truth"]["box_data"]
+    assert set(contents) == {"truth", "answers"}
+    (truth,) = contents["truth"]["box_data"]
     assert truth["position"] == {"minX": 1.0, "minY": 2.0, "maxX": 30.0, "maxY": 40.0}
-    assert (truth["domain"], truth["box_caption"]) == ("pixel", "1 红色圆形")
-    assert [box["class_id"] for box in contents["predictions"]["box_data"]] == [1, 1]
-    (image,) = (run_dir / "files/media/images/val").glob("*.png")
-    assert Image.open(image).size == (56, 40)
+    assert (truth["domain"], truth["box_caption"], truth["class_id"]) == ("pixel", "1 红色圆形", 0)
+    assert [box["class_id"] for box in contents["answers"]["box_data"]] == [1, 2]
+    assert contents["answers"]["class_labels"] == {"0": "truth", "1": "right answer", "2": "wrong answer"}
+    photos = list((run_dir / "files/media/images/pictures").glob("same*.jpg"))
+    assert photos and all(Image.open(photo).size == (56, 40) for photo in photos)
 
 
-def test_the_summary_is_recorded(offline_run: tuple[Path, list[Any]]) -> None:
-    updates = [record.summary.update for record in offline_run[1] if record.WhichOneof("record_type") == "summary"]
-    assert {item.key: item.value_json for update in updates for item in update}["best_mean_iou"] == "0.625"
+def test_predictions_are_a_table(offline_run: tuple[Path, list[Any]]) -> None:
+    run_dir, records = offline_run
+    path = history_of(records)[303]["predictions/table/path"]
+    table = json.loads((run_dir / "files" / path).read_text("utf-8"))
+    assert table == {"columns": ["question", "iou"], "data": [["红色的圆?", 0.5], ["?", None]]}
 
 
 def test_a_resumed_run_keeps_its_id(offline_run: tuple[Path, list[Any]], tmp_path: Path) -> None:
@@ -230,11 +262,11 @@ def test_a_resumed_run_keeps_its_id(offline_run: tuple[Path, list[Any]], tmp_pat
 
 TRAIN_SHORTLY = """
 import logging, os, pathlib, signal, time
-from cogvlm_ft.runtime import tracking
+from cogvlm_ft.runtime import provenance, tracking, wandb_run
 
 logging.basicConfig()
-tracking.INIT_TIMEOUT_S = 2
-tracker = tracking.Tracker(".", mode="{mode}")
+wandb_run.INIT_TIMEOUT_S = 2
+tracker = tracking.Tracker(".", mode="{mode}", config=provenance.provenance())
 print(tracker.run_dir.name.split("-")[0] if tracker.run_dir else None)
 {trouble}
 for step in range(3):
@@ -253,13 +285,13 @@ time.sleep(0.5)
 """
 
 
-def train_shortly(folder: Path, mode: str, trouble: str = "", **env: str) -> tuple[str, str]:
+def train_shortly(folder: Path, mode: str, trouble: str = "", argument: str = "", **env: str) -> tuple[str, str]:
     """Standard output and error of a short run in `folder`, which must end well and leave its metrics.
 
     A process of its own, because wandb reads its environment once and a broken wandb stays broken.
     """
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN_SHORTLY.format(mode=mode, trouble=trouble)],
+        [sys.executable, "-c", TRAIN_SHORTLY.format(mode=mode, trouble=trouble), argument],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
@@ -285,15 +317,30 @@ def test_without_a_network_the_run_is_recorded_offline_and_the_key_nowhere(tmp_p
     assert started == "offline"
     assert log.count("WARNING:cogvlm_ft") == 1
     assert "connection refused" in log
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert_nowhere(SECRET, tmp_path)
+
+
+def assert_nowhere(secret: str, folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5
-    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_keys_and_passwords_are_written_nowhere(tmp_path: Path) -> None:
+    started, _ = train_shortly(
+        tmp_path, "offline", argument=f"data.shards=https://me:{SECRET}@host/shards", WANDB_API_KEY=SECRET[::-1]
+    )
+    assert started == "offline"
+    assert_nowhere(SECRET, tmp_path)
+    assert_nowhere(SECRET[::-1], tmp_path)
+    command = read_run_file(tmp_path)["config"]["command"]
+    assert command.endswith("data.shards=https://host/shards")
 
 
 def test_the_environment_can_switch_wandb_off(tmp_path: Path) -> None:
     started, _ = train_shortly(tmp_path, "auto", WANDB_MODE="disabled")
     assert started == "None"
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process of wandb through /proc")

@@ -1,0 +1,108 @@
+"""What tracking costs: training steps with and without it, in the same run.
+
+    python bench/tracking.py [--step-s 0.2] [--steps 20] [--rounds 10]
+
+A step is torch work on all cores for about --step-s seconds, as long as a real one or shorter. Blocks of --steps steps
+with tracking (metrics.jsonl and a real offline W&B run, as many values as a training logs) and without it take turns,
+so that a busy machine slows both. Prints the ratio of the medians and how long logging keeps a step waiting. Then what
+an evaluation shows, which happens once per epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cogvlm_ft.evaluate.gallery import TABLE_COLUMNS
+from cogvlm_ft.runtime.tracking import Tracker
+from cogvlm_ft.runtime.wandb_run import Picture
+from cogvlm_ft.train.dashboard import MAX_TABLE_ROWS
+
+SIDE = 512
+VALUES = {name: 0.123456789 for name in (
+    "lr", "loss", "grad_norm", "images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction",
+    "tflops", "mfu", "memory_gib", "num_bad", "num_cut_boxes", "epoch",
+)}  # fmt: skip
+NUM_METRICS, NUM_PHOTOS = 400, 24  # of an evaluation with all its breakdowns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step-s", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=20, help="of a block")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks of each side")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Tracker(folder, mode="offline", config={"seed": 0})
+        if not tracker.wandb.is_recording:
+            raise SystemExit("W&B did not start, so there is nothing to measure")
+        bench_steps(tracker, args.step_s, args.steps, args.rounds)
+        bench_evaluation(tracker, Path(folder))
+
+
+def bench_steps(tracker: Tracker, step_s: float, num_steps: int, rounds: int) -> None:
+    matrix = torch.randn(SIDE, SIDE)
+    repeats = max(1, round(step_s / min(timed_step(matrix, 20) / 20 for _ in range(5))))
+    timed_step(matrix, repeats)
+    tracker.log_train(0, VALUES)  # the first one takes longer: wandb loads parts of itself
+    plain: list[float] = []
+    tracked: list[float] = []
+    logging: list[float] = []
+    working: list[float] = []
+    for number in range(1, 2 * rounds * num_steps + 1):
+        step = timed_step(matrix, repeats)
+        if number // num_steps % 2:
+            plain.append(step)
+            continue
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        tracker.log_train(number, VALUES)
+        working.append(time.thread_time() - cpu_start)
+        logging.append(time.perf_counter() - start)
+        tracked.append(step + logging[-1])
+    without, with_it, call = (statistics.median(times) for times in (plain, tracked, logging))
+    print(f"step               {without * 1e3:.1f} ms without tracking, {with_it * 1e3:.1f} ms with it (medians)")
+    print(f"ratio              {with_it / without:.4f} of medians, {sum(tracked) / sum(plain):.4f} of sums")
+    print(
+        f"logging            {call * 1e3:.3f} ms median, {statistics.mean(logging) * 1e3:.3f} ms mean, "
+        f"{sum(logging) / sum(plain):.3%} of the step time"
+    )
+    print(
+        f"  of that work     {statistics.mean(working) * 1e3:.3f} ms mean, {sum(working) / sum(plain):.3%}; "
+        "the rest is waiting for a core"
+    )
+
+
+def timed_step(matrix: torch.Tensor, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        matrix @ matrix
+    return time.perf_counter() - start
+
+
+def bench_evaluation(tracker: Tracker, folder: Path) -> None:
+    """The values, photos and predictions of one evaluation, beyond asking the model."""
+    Image.effect_noise((1280, 960), 60).convert("RGB").save(folder / "photo.jpg", quality=90)
+    boxes = [((10.0 * n, 10.0, 10.0 * n + 50, 90.0), "the red car on the left") for n in range(5)]
+    answers = [(box, label, True) for box, label in boxes]
+    pictures = [Picture(f"{n}", folder / "photo.jpg", "caption", boxes, answers) for n in range(NUM_PHOTOS)]
+    rows = [["key", "question", "[[001,002,003,004]]", "truth", "present", 0.5, "right"]] * MAX_TABLE_ROWS
+    start = time.perf_counter()
+    tracker.log_val(1.0, 1, {f"mean_iou/source={n}": 0.5 for n in range(NUM_METRICS)})
+    tracker.wandb.log_pictures(1.0, {"same": pictures[:8], "worst": pictures[8:16], "newly_lost": pictures[16:]})
+    tracker.wandb.log_table(1.0, TABLE_COLUMNS, rows)
+    waited = time.perf_counter() - start
+    tracker.finish()
+    print(
+        f"an evaluation      {waited:.2f} s of waiting, {time.perf_counter() - start:.2f} s until it is recorded: "
+        f"{NUM_METRICS} values, {NUM_PHOTOS} photos, {MAX_TABLE_ROWS} rows"
+    )
+
+
+if __name__ == "__main__":
+    main()

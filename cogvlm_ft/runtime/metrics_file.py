@@ -1,0 +1,73 @@
+"""metrics.jsonl: one JSON object per line, each on disk at once; what a killed attempt left is put right."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+Row = dict[str, Any]
+
+
+def open_metrics(path: Path) -> None:
+    """Make the file if there is none, and cut off a last line that a killed run left unfinished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    content = path.read_bytes()
+    num_whole = content.rfind(b"\n") + 1
+    if num_whole < len(content):
+        logger.warning("%s: dropping its unfinished last line", path)
+        os.truncate(path, num_whole)
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    line = json.dumps({key: json_value(value) for key, value in row.items()}, allow_nan=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop what comes after `step`, and summaries: a run resumed there records them again."""
+    with path.open(encoding="utf-8") as lines:
+        kept = [line for line in lines if json.loads(line).get("step", math.inf) <= step]
+    rewritten = path.with_suffix(".jsonl.tmp")
+    rewritten.write_text("".join(kept), encoding="utf-8")
+    rewritten.replace(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of one training in the order of its steps, evaluations before the next step, the summary last.
+
+    Of rows of one kind and step, as several attempts leave them, the last one counts; an unfinished last line does not.
+    Raises DataError.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}; wanted the {METRICS_FILE} of a run") from None
+    rows: dict[tuple[float, str], Row] = {}
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            rows[(row.get("step", math.inf), row["kind"])] = row
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}, line {number}: found {line[:80]!r}, wanted a JSON object with a kind") from None
+    return [rows[place] for place in sorted(rows)]  # "train" before "val": a step is made, then evaluated
+
+
+def json_value(value: Any) -> bool | int | float | str | None:
+    """A value as JSON can hold it: any number type becomes a float, NaN and infinity become null."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

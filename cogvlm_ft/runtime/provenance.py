@@ -1,0 +1,73 @@
+"""Which code ran, and by which command: read here, without the network, and without anybody's secrets."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CODE = Path(__file__).resolve().parents[2]
+GIT_TIMEOUT_S = 20
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # scheme://user:password@host
+
+
+@dataclass(frozen=True)
+class GitState:
+    """dirty: tracked files differ from the commit. remote_url: without a password in it; None if there is no remote."""
+
+    commit: str
+    dirty: bool
+    remote_url: str | None
+
+
+def provenance() -> dict[str, Any]:
+    """What a run should tell about itself: the command, and the code's commit (None outside a git checkout)."""
+    code = git_state()
+    facts = {"commit": code.commit, "dirty": code.dirty} if code else None
+    return {"command": without_passwords(shlex.join(sys.argv)), "code": facts}
+
+
+@cache
+def git_state(folder: Path = CODE) -> GitState | None:
+    """None if `folder` is not the top of a git checkout: a repository around an installed package is another's."""
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not top or not commit or Path(top).resolve() != folder.resolve():
+        return None
+    dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    remote = _git(folder, "config", "--get", "remote.origin.url")
+    return GitState(commit, dirty, without_passwords(remote) if remote else None)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command that only reads, or None if it fails. GIT_* of the caller may name another repository."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=GIT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def has_password() -> bool:
+    """Whether the command line holds an address with a password in it."""
+    return any(_PASSWORD.search(argument) for argument in sys.argv)
+
+
+def without_passwords(value: Any) -> Any:
+    """A copy of a value, or of lists and dicts of values, whose addresses hold no user and password."""
+    if isinstance(value, str):
+        return _PASSWORD.sub("", value)
+    if isinstance(value, dict):
+        return {key: without_passwords(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_passwords(part) for part in value]
+    return value
