@@ -21,6 +21,7 @@ CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 RESIZES = ("squash", "letterbox")
 GATHERS = ("auto", "once", "layerwise")
 DECODINGS = ("free", "grammar")
+PLANS = ("refuse", "warn", "ignore")
 PROTOCOLS = ("ours", "cogvlm_authors", "qwen_vl", "internvl", "shikra", "grec_official")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -71,6 +72,8 @@ class DataConfig:
     wording: str = "box"  # built-in wording (box, description, referring, detection, region, steps, conversation,
     # mixed) or the path of a YAML file
     max_sequence_length: int = 4096  # tokens of one image with all its turns; longer samples count as bad
+    max_turns_per_image: Optional[int] = None  # most turns in one sequence: an image with more is shown again with the
+    # others, in further sequences, each of which counts as an image; null: all in one
     num_workers: int = 2  # loader processes per rank; 0 reads in the training process
     max_bad_fraction: float = 0.01  # unusable samples tolerated in an epoch, as a share of all
     resize: Optional[str] = None  # squash: the photo fills the square, as CogVLM was trained | letterbox: it keeps its
@@ -121,6 +124,8 @@ class EvaluateConfig:
     num_pictures: int = 8  # photos drawn every time, always the same
     protocol: str = "ours"  # how answers are read and scored: ours, or as others did it: cogvlm_authors, qwen_vl,
     # internvl, shikra, grec_official (docs/metrics.md)
+    probe: Optional[str] = None  # JSONL of general questions that show what is forgotten: {"image": ..., "prompt": ...,
+    # "answer": ...}; without an answer, that of the untouched model is right
 
 
 @dataclass
@@ -147,6 +152,7 @@ class Config:
     seed: int = 0
     resume: bool = True  # go on from the newest checkpoint in output_dir, if there is one
     deepspeed: str = "configs/deepspeed/zero3.json"
+    plan: str = "refuse"  # a run whose memory cannot suffice (launch/plan.py): refuse to start it | warn | ignore
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -198,6 +204,7 @@ def _check(config: Config) -> None:
     train, data, evaluate = config.train, config.data, config.evaluate
     _check_shares(data.augment)
     for key, value, allowed in (
+        ("plan", config.plan, PLANS),
         ("train.precision", train.precision, PRECISIONS),
         ("tracking.mode", config.tracking.mode, WANDB_MODES),
         ("data.resize", data.resize, (*RESIZES, None)),
@@ -212,7 +219,7 @@ def _check(config: Config) -> None:
         wanted = ", ".join(CHECKPOINTED_LAYERS)
         raise ConfigError(f"model.gradient_checkpointing={layers}: wanted {wanted}, or n for every n-th layer")
     _check_monitor(train.monitor)
-    if evaluate.min_boxes and evaluate.decoding == "free":
+    if evaluate.min_boxes > 0 and evaluate.decoding == "free":
         raise ConfigError(f"evaluate.min_boxes={evaluate.min_boxes} needs evaluate.decoding=grammar")
     for key, number, minimum in (
         ("train.epochs", train.epochs, 1),
@@ -230,6 +237,7 @@ def _check(config: Config) -> None:
         ("data.max_bad_fraction", data.max_bad_fraction, 0),
         ("evaluate.num_pictures", evaluate.num_pictures, 0),
         ("data.num_workers", data.num_workers, 0),
+        ("data.max_turns_per_image", data.max_turns_per_image, 1),
         ("data.cache_gib", data.cache_gib, 0),
         ("evaluate.every_epochs", evaluate.every_epochs, 1),
         ("evaluate.batch_size", evaluate.batch_size, 1),

@@ -36,10 +36,12 @@ def run(config: Config) -> int:
     from cogvlm_ft.runtime.preemption import StopRequest
     from cogvlm_ft.train.build import build_run
     from cogvlm_ft.train.loop import train
+    from cogvlm_ft.train.preflight import check_fits
 
     init_distributed()
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    check_fits(config)
     with StopRequest() as stop_request:  # before the model is read: that takes minutes
         training = build_run(config)
         state = train(training, stop_request)

@@ -164,6 +164,9 @@ def test_yaml_that_is_not_utf8(tmp_path: Path) -> None:
         ("train.precision=fp16", r"train\.precision='fp16': wanted one of fp32, bf16"),
         ("train.precision=BF16", r"train\.precision='BF16'"),
         ("tracking.mode=of", r"tracking\.mode='of': wanted one of auto, online, offline, disabled"),
+        ("evaluate.gather=all", r"evaluate\.gather='all': wanted one of auto, once, layerwise"),
+        ("evaluate.decoding=beam", r"evaluate\.decoding='beam': wanted one of free, grammar"),
+        ("evaluate.min_boxes=1", r"evaluate\.min_boxes=1 needs evaluate\.decoding=grammar"),
     ],
 )
 def test_choices(override: str, wanted: str) -> None:
@@ -193,10 +196,12 @@ def test_every_choice_is_accepted() -> None:
         ("train.log_every", 1),
         ("train.patience", 1),
         ("data.num_workers", 0),
+        ("data.max_turns_per_image", 1),
         ("data.max_bad_fraction", 0),
         ("evaluate.every_epochs", 1),
         ("evaluate.max_samples", 1),
         ("evaluate.batch_size", 1),
+        ("evaluate.min_boxes", 0),
         ("evaluate.max_new_tokens", 1),
         ("evaluate.num_pictures", 0),
         ("checkpoint.every_steps", 1),

@@ -1,0 +1,300 @@
+"""Ask a model about photos: texts, boxes in pixels, conversations step by step, and a second look at small targets."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cogvlm_ft.data.record import clip_box
+from cogvlm_ft.data.transforms import Frame, fit, photo_frame, resize_of
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.evaluate.draw import draw_boxes
+from cogvlm_ft.evaluate.evaluate import build_grammar
+from cogvlm_ft.evaluate.generate import Answer, generate_answers
+from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
+from cogvlm_ft.grounding.overlap import pairwise_iou
+from cogvlm_ft.grounding.targets import Box, Turn
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMTokenizer, load_model, preprocess_image
+from cogvlm_ft.runtime.distributed import device
+
+MAX_TURNS = 16
+"""Questions about one photo that are answered in one pass; more take several."""
+ZOOM_SHARE = 1 / 4
+"""A second look shows so much of the photo that the target fills this share of its width or its height,"""
+ZOOM_MIN_PATCHES = 4
+"""but at least so many patches of the first look, whose answer may be off by one,"""
+ZOOM_MAX_SHARE = 1 / 2
+"""and is not taken if it would show more than this share of width and height: little would be gained."""
+DRAWN_SIDE_PX = 1600
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put and answers are read.
+
+    image_size: px, None: the model's own. resize: one of RESIZES, None: as the model was trained.
+    wording: name or file; its not-found sentences, and the questions about targets.
+    reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches are looked at again.
+    """
+
+    image_size: int | None = None
+    resize: str | None = None
+    dtype: str = "fp32"
+    wording: str = "box"
+    decoding: str = "free"
+    min_boxes: int = 0
+    max_new_tokens: int = 256
+    reading: str = "centre"
+    zoom_patches: float = 0.0
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """xyxy: pixels of the photo. confidence: mean probability of its digits, None if they are not known.
+
+    phrase: what it is of, where that is known. zoomed: from a second look.
+    """
+
+    xyxy: Box
+    confidence: float | None = None
+    phrase: str | None = None
+    zoomed: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """boxes: None if the text holds no readable ones. The text is that of the first look."""
+
+    prompt: str
+    text: str
+    boxes: tuple[FoundBox, ...] | None
+    not_found: bool
+    not_found_prob: float | None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One picture that the model sees, and what it is asked about it. free: turns that no grammar holds."""
+
+    photo: Image.Image
+    frame: Frame
+    prompts: Sequence[str]
+    histories: Sequence[Sequence[tuple[str, str]]]
+    free: Sequence[bool]
+
+
+def load_predictor(folder: Path, asking: Asking) -> Predictor:
+    """Raises CheckpointError, ConfigError."""
+    if asking.min_boxes and asking.decoding == "free":
+        raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
+    tokenizer = CogVLMTokenizer.from_folder(folder)
+    model = load_model(folder, asking.image_size, torch.bfloat16 if asking.dtype == "bf16" else torch.float32)
+    torch.nn.Module.to(model, device())
+    return Predictor(model, tokenizer, asking)
+
+
+class Predictor:
+    """A model with everything that its answers need. Not for several threads at once."""
+
+    def __init__(self, model: Any, tokenizer: CogVLMTokenizer, asking: Asking) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.asking = asking
+        self.wording = load_wording(asking.wording)
+        self._resize = asking.resize or resize_of(model.config)
+        self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes, asking.max_new_tokens)
+
+    def ask(self, photos: Sequence[Image.Image], prompts: Sequence[Sequence[str]]) -> list[list[Reply]]:
+        """Replies to `prompts[i]` about photos[i], each question on its own."""
+        return self.ask_turns(photos, [[Turn(prompt, "") for prompt in row] for row in prompts])
+
+    def ask_turns(self, photos: Sequence[Image.Image], turns: Sequence[Sequence[Turn]]) -> list[list[Reply]]:
+        """Replies to the prompts of turns; their answers are not looked at.
+
+        A turn whose history has n pairs follows the n turns before it, and what it is told of them is what the model
+        replied. So all first turns of all photos are asked together, then all second turns, and so on.
+        """
+        replies: list[list[Reply | None]] = [[None] * len(row) for row in turns]
+        for depth in range(1 + max((len(turn.history) for row in turns for turn in row), default=-1)):
+            places = [[i for i, turn in enumerate(row) if len(turn.history) == depth] for row in turns]
+            asked = [number for number, places_of_photo in enumerate(places) if places_of_photo]
+            looks = [
+                _Look(
+                    photos[n],
+                    photo_frame(photos[n].size, self._resize),
+                    [turns[n][i].prompt for i in places[n]],
+                    [[(reply.prompt, reply.text) for reply in replies[n][i - depth : i] if reply] for i in places[n]],
+                    [not turns[n][i].scored for i in places[n]],
+                )
+                for n in asked
+            ]
+            for n, row in zip(asked, self._zoom(looks, self._answer(looks)), strict=True):
+                for i, reply in zip(places[n], row, strict=True):
+                    replies[n][i] = _name_boxes(reply, turns[n][i])
+        return [[reply for reply in row if reply is not None] for row in replies]
+
+    def _answer(self, looks: Sequence[_Look]) -> list[list[Reply]]:
+        """In passes of at most MAX_TURNS questions a photo."""
+        rows: list[list[Reply]] = [[] for _ in looks]
+        for start in range(0, max((len(look.prompts) for look in looks), default=0), MAX_TURNS):
+            some = slice(start, start + MAX_TURNS)
+            asked = [n for n, look in enumerate(looks) if look.prompts[some]]
+            answers = self._generate([looks[n] for n in asked], some)
+            for n, row in zip(asked, answers, strict=True):
+                questions = zip(looks[n].prompts[some], row, strict=True)
+                rows[n] += [self._read(prompt, answer, looks[n].frame) for prompt, answer in questions]
+        return rows
+
+    def _generate(self, looks: Sequence[_Look], some: slice) -> list[list[Answer]]:
+        size = self.model.config.image_size
+        pixels = [preprocess_image(look.frame.apply_image(look.photo, size), size) for look in looks]
+        with torch.no_grad():
+            return generate_answers(
+                self.model,
+                self.tokenizer,
+                torch.stack(pixels).to(device()),
+                [look.prompts[some] for look in looks],
+                self.asking.max_new_tokens,
+                [look.histories[some] for look in looks],
+                not_found=self.wording.not_found_sentences,
+                grammars=[[None if free else self._grammar for free in look.free[some]] for look in looks],
+            )
+
+    def _read(self, prompt: str, answer: Answer, frame: Frame) -> Reply:
+        not_found = answer.text.strip() in self.wording.not_found_sentences
+        bins, read = parse_boxes(answer.text), read_boxes(answer.text, answer.digit_probs)
+        if bins is None:
+            return Reply(prompt, answer.text, () if not_found else None, not_found, answer.not_found_prob)
+        if self.asking.reading == "expected" and read is not None:
+            numbers = boxes_from_bins([box.expected for box in read], frame.size_px)
+        else:
+            reading = "official" if self.asking.reading == "official" else "centre"
+            numbers = boxes_from_bins(bins, frame.size_px, reading)
+        in_photo = frame.invert_boxes((x0, y0, x1, y1) for x0, y0, x1, y1 in numbers.tolist())
+        boxes = tuple(
+            FoundBox(clip_box(box, frame.photo_px), read[i].confidence if read else None)
+            for i, box in enumerate(in_photo)
+        )
+        return Reply(prompt, answer.text, boxes, not_found, answer.not_found_prob)
+
+    def _zoom(self, looks: Sequence[_Look], rows: list[list[Reply]]) -> list[list[Reply]]:
+        """Boxes under `zoom_patches` are replaced by what the model says of the part of the photo around them.
+
+        Asked is the same question, without what was said before: boxes of another frame mean other places.
+        """
+        places: list[tuple[int, int, int]] = []
+        nearby: list[_Look] = []
+        for n, (look, row) in enumerate(zip(looks, rows, strict=True)):
+            for i, reply in enumerate(row):
+                for k, box in enumerate(reply.boxes or ()):
+                    frame = self._closer(look.frame, box.xyxy)
+                    if frame is not None:
+                        places.append((n, i, k))
+                        nearby.append(_Look(look.photo, frame, [reply.prompt], [()], [look.free[i]]))
+        step = max(1, len(looks))
+        seconds = [row[0] for at in range(0, len(nearby), step) for row in self._answer(nearby[at : at + step])]
+        zoomed = [list(row) for row in rows]
+        for (n, i, k), second in zip(places, seconds, strict=True):
+            zoomed[n][i] = _take_second(zoomed[n][i], k, second, self._patch_px(looks[n].frame))
+        return zoomed
+
+    def _patch_px(self, frame: Frame) -> tuple[float, float]:
+        """Width and height in the photo of what one vision patch covers."""
+        side = math.isqrt(self.model.config.num_patches)
+        return frame.size_px[0] / side, frame.size_px[1] / side
+
+    def _closer(self, frame: Frame, box: Box) -> Frame | None:
+        """The part of the photo for a second look at this box, in the shape of the photo; None if it needs none."""
+        patch_w, patch_h = self._patch_px(frame)
+        width, height = box[2] - box[0], box[3] - box[1]
+        num_patches = width / patch_w * height / patch_h
+        if min(width, height) < 0 or num_patches >= self.asking.zoom_patches:
+            return None
+        photo_w, photo_h = frame.photo_px
+        share = max(
+            max(width / ZOOM_SHARE, ZOOM_MIN_PATCHES * patch_w) / photo_w,
+            max(height / ZOOM_SHARE, ZOOM_MIN_PATCHES * patch_h) / photo_h,
+        )
+        if share > ZOOM_MAX_SHARE:
+            return None
+        x0, x1 = _window((box[0] + box[2]) / 2, share * photo_w, photo_w)
+        y0, y1 = _window((box[1] + box[3]) / 2, share * photo_h, photo_h)
+        return fit(Frame(frame.photo_px, (x0, y0, x1, y1)), self._resize)
+
+
+def _window(centre: float, length: float, limit: int) -> tuple[int, int]:
+    """Whole pixels inside 0..limit, around the centre where there is room."""
+    whole = min(max(1, round(length)), limit)
+    start = min(max(0, round(centre - whole / 2)), limit - whole)
+    return start, start + whole
+
+
+def _take_second(reply: Reply, k: int, second: Reply, patch_px: tuple[float, float]) -> Reply:
+    """Box k becomes the nearest box of the second look, if one touches it or lies within a patch of the first look.
+
+    A box that another one of the answer is already (IoU over 0.5) is not taken.
+    """
+    boxes = list(reply.boxes or ())
+    first, others = boxes[k], [box.xyxy for at, box in enumerate(boxes) if at != k]
+    margin_x, margin_y = patch_px
+    x0, y0, x1, y1 = first.xyxy
+    grown = (x0 - margin_x, y0 - margin_y, x1 + margin_x, y1 + margin_y)
+    usable = [
+        box
+        for box in second.boxes or ()
+        if pairwise_iou([grown], [box.xyxy]).item() > 0 and not (pairwise_iou([box.xyxy], others) > 0.5).any()
+    ]
+    if usable:
+        nearest = min(usable, key=lambda box: math.dist(_centre(box.xyxy), _centre(first.xyxy)))
+        boxes[k] = replace(nearest, zoomed=True)
+    return replace(reply, boxes=tuple(boxes))
+
+
+def _centre(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _name_boxes(reply: Reply, turn: Turn) -> Reply:
+    """With the phrase of each box: in a step-wise answer that of its line, else that of the turn."""
+    if turn.target is None or not reply.boxes:
+        return reply
+    names: list[str | None] = [turn.target.phrase] * len(reply.boxes)
+    if turn.style == "steps":
+        phrases = sorted(split_phrases(turn.target.phrase), key=len, reverse=True)
+        lines = [line for line in reply.text.splitlines() for _ in parse_boxes(line) or ()]
+        names = [next((phrase for phrase in phrases if phrase in line), None) for line in lines]
+    if len(names) != len(reply.boxes):  # the brackets of one group on two lines
+        return reply
+    return replace(reply, boxes=tuple(replace(box, phrase=name) for box, name in zip(reply.boxes, names, strict=True)))
+
+
+def split_phrases(text: str) -> list[str]:
+    """The phrases of a list in Chinese or English, as wordings write it."""
+    return [phrase.strip() for phrase in re.split("、|, ", text) if phrase.strip()]
+
+
+def draw_replies(photo: Image.Image, replies: Sequence[Reply]) -> Image.Image:
+    """The photo with the boxes of every reply, at most DRAWN_SIDE_PX on its longer side, and the texts below."""
+    scale = min(1.0, DRAWN_SIDE_PX / max(photo.size))
+    shown = photo if scale == 1 else photo.resize([max(1, round(side * scale)) for side in photo.size])
+    boxes = [[_scaled(box.xyxy, scale) for box in reply.boxes or ()] for reply in replies]
+    texts = [(reply.prompt, reply.text + _confidences(reply)) for reply in replies]
+    return draw_boxes(shown, [()] * len(replies), boxes, texts)
+
+
+def _scaled(box: Box, scale: float) -> Box:
+    x0, y0, x1, y1 = box
+    return x0 * scale, y0 * scale, x1 * scale, y1 * scale
+
+
+def _confidences(reply: Reply) -> str:
+    known = [f"{box.confidence:.2f}" for box in reply.boxes or () if box.confidence is not None]
+    return f"  ({', '.join(known)})" if known else ""

@@ -1,0 +1,223 @@
+"""What a run or an evaluation left in its folder, read again for people to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.data.transforms import photo_frame
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.evaluate.evaluate import ABOUT, CURVES_FILE, PREDICTIONS_FILE
+from cogvlm_ft.evaluate.evaluate import METRICS_FILE as RESULTS_FILE
+from cogvlm_ft.evaluate.gallery import former_evaluation
+from cogvlm_ft.grounding.ceiling import best_answer_iou
+from cogvlm_ft.grounding.metrics import ABSENT, HIT, PRESENT, AnswerScore
+from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
+from cogvlm_ft.runtime.metrics_file import METRICS_FILE, Row, read_rows
+from cogvlm_ft.runtime.provenance import without_passwords
+from cogvlm_ft.runtime.sample_losses import HighLoss, find_high_losses, read_sample_losses
+from cogvlm_ft.runtime.tracking import RUN_FILE, read_run_file
+
+CONFIG_FILE, EVALUATIONS = "config.yaml", "evaluations"
+NUM_SUSPECTS = 12
+_MAX_CONFIG = 20_000  # characters
+
+_UNKNOWN: dict[str, Any] = {
+    "key": "",
+    "turn": 0,
+    "prompt": "",
+    "answer": "",
+    "truth": "",
+    "boxes_xyxy": None,
+    "truth_boxes_xyxy": None,
+    "image_size_px": (0, 0),
+    "score": None,
+}
+"""What a prediction cannot be without."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation left in its folder. metrics: flat, a group's with `/group=value`. about: what it was of.
+
+    curves: grounding.breakdown.Summary; empty where none were recorded.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    about: dict[str, Any]
+    curves: dict[str, Any]
+    predictions: list[Prediction]
+
+    @property
+    def protocol(self) -> Protocol:
+        return PROTOCOLS.get(str(self.about.get("protocol")), OURS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. former: the evaluation before, if there is one. rows: of metrics.jsonl.
+
+    high_losses: training samples; None = not recorded. facts: what else is known of the run, by name.
+    """
+
+    name: str
+    results: Results
+    former: Results | None = None
+    rows: list[Row] = field(default_factory=list)
+    high_losses: list[HighLoss] | None = None
+    config: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def find_evaluation(folder: Path, step: int | None = None) -> Path:
+    """The evaluation's folder: of a run the last one, or that at a step; else the folder itself. Raises DataError."""
+    if step is None and (folder / PREDICTIONS_FILE).is_file():
+        return folder
+    found = sorted(path.parent for path in folder.glob(f"{EVALUATIONS}/step-*/{PREDICTIONS_FILE}"))
+    steps = {int(path.name.partition("-")[2]): path for path in found}
+    if not steps or step not in (None, *steps):
+        wanted = f"an evaluation at step {step}" if step is not None else "a run with evaluations, or an evaluation"
+        there = f"those at {', '.join(map(str, steps))}" if steps else f"no step-*/{PREDICTIONS_FILE}"
+        raise DataError(f"{folder}: wanted {wanted}, found {there}")
+    return found[-1] if step is None else steps[step]
+
+
+def load_report(folder: Path, run_folder: Path | None = None) -> Report:
+    """Raises DataError if the evaluation cannot be read; of a run, what is not there is left out."""
+    before = former_evaluation(folder) if run_folder else None
+    report = Report(
+        name=(run_folder or folder).resolve().name,
+        results=load_results(folder),
+        former=load_results(before) if before and (before / PREDICTIONS_FILE).exists() else None,
+    )
+    if run_folder is None:
+        return report
+    losses = read_sample_losses(run_folder)
+    config = run_folder / CONFIG_FILE
+    return replace(
+        report,
+        rows=read_rows(run_folder / METRICS_FILE) if (run_folder / METRICS_FILE).exists() else [],
+        high_losses=find_high_losses(losses, NUM_SUSPECTS) if len(losses) > 1 else None,
+        config=without_passwords(config.read_text(encoding="utf-8")[:_MAX_CONFIG]) if config.exists() else "",
+        facts=_run_facts(run_folder),
+    )
+
+
+def _run_facts(run_folder: Path) -> dict[str, Any]:
+    """What run.json says beside the settings: how, on what and with which code it was trained."""
+    if not (run_folder / RUN_FILE).exists():
+        return {}
+    config = read_run_file(run_folder)["config"]
+    names = ("command", "code", "world_size", "num_samples", "config_sha256", "data_sha256", "val_data_sha256")
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def load_results(folder: Path) -> Results:
+    """Raises DataError."""
+    metrics = dict(_read_json(folder / RESULTS_FILE, {}))
+    about = metrics.pop(ABOUT, None) or {}
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    curves = dict(_read_json(folder / CURVES_FILE, {}))
+    return Results(folder, numbers, dict(about), curves, read_predictions(folder / PREDICTIONS_FILE))
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); wanted the JSON that an evaluation writes") from None
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Also those of older evaluations: a field that is missing is not known. Raises DataError."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [_prediction(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); wanted the predictions.jsonl of an evaluation") from None
+
+
+def _prediction(row: dict[str, Any]) -> Prediction:
+    known = {each.name for each in fields(Prediction)}
+    values = {**_UNKNOWN, **{name: value for name, value in row.items() if name in known}}
+    if values["score"] is not None:
+        of_score = {each.name for each in fields(AnswerScore)}
+        values["score"] = AnswerScore(**{name: value for name, value in values["score"].items() if name in of_score})
+    return Prediction(**values)
+
+
+def score_of(prediction: Prediction) -> float | None:
+    """From 0 to 1: the IoU, or whether "not found" was said about an absent thing; None for what has neither."""
+    score = prediction.score
+    if score is None or score.kind not in (PRESENT, ABSENT):
+        return None
+    return score.iou if score.kind == PRESENT else float(score.said_not_found)
+
+
+def ceiling_of(prediction: Prediction, protocol: Protocol = OURS) -> float | None:
+    """The best IoU that box text allows in this place; None where no boxes are wanted."""
+    truth = prediction.truth_boxes_xyxy
+    if not truth or min(prediction.image_size_px) < 1:
+        return None
+    photo = (int(prediction.image_size_px[0]), int(prediction.image_size_px[1]))
+    is_whole = tuple(prediction.frame_px) in ((0, 0), photo)
+    frame = photo_frame(photo, "squash" if is_whole else "letterbox")
+    boxes = frame.apply_boxes([(x0, y0, x1, y1) for x0, y0, x1, y1 in truth])
+    return best_answer_iou(boxes, frame.size_px, protocol)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Answers to look at, of one group at most one of each photo. newly_*: compared with the evaluation before."""
+
+    best: list[Prediction]
+    worst: list[Prediction]
+    newly_right: list[Prediction]
+    newly_wrong: list[Prediction]
+
+
+def choose_answers(now: Sequence[Prediction], former: Sequence[Prediction], num_photos: int) -> Gallery:
+    """Best: things that are there, by IoU. Worst: of equal answers, those that the model is surest of. Newly: by how
+    much they changed; newly right also with things that are there first, as there is more to see."""
+    scored = [(score, each) for each in now if (score := score_of(each)) is not None]
+    before = {_question(each): score for each in former if (score := score_of(each)) is not None}
+    changes = [(score - before[_question(each)], score, each) for score, each in scored if _question(each) in before]
+
+    def first(ranked: list[tuple[float, Prediction]], shown: Sequence[Prediction] = ()) -> list[Prediction]:
+        """Lowest numbers first, equals in the order of the data; no photo that is shown already."""
+        keys = {each.key for each in shown}
+        by_photo: dict[str, Prediction] = {}
+        for _, each in sorted(ranked, key=lambda pair: pair[0]):
+            if each.key not in keys:
+                by_photo.setdefault(each.key, each)
+        return list(by_photo.values())[:num_photos]
+
+    newly_right = first(
+        [
+            (-change + 2 * (not each.truth_boxes_xyxy), each)
+            for change, score, each in changes
+            if score >= HIT > score - change
+        ]
+    )
+    newly_wrong = first([(change, each) for change, score, each in changes if score < HIT <= score - change])
+    return Gallery(
+        best=first([(-score, each) for score, each in scored if each.truth_boxes_xyxy and score >= HIT], newly_right),
+        worst=first([(score - _confidence(each) / 1e3, each) for score, each in scored if score < HIT], newly_wrong),
+        newly_right=newly_right,
+        newly_wrong=newly_wrong,
+    )
+
+
+def _question(each: Prediction) -> tuple[str, int, str]:
+    return each.key, each.turn, each.prompt
+
+
+def _confidence(each: Prediction) -> float:
+    return max(each.confidences or (0.0,))

@@ -1,0 +1,148 @@
+"""Small pictures with boxes for a page: a JPEG in the page's text, the boxes above it as SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from cogvlm_ft.data.reader import Sample, ShardReader
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.grounding.targets import Box
+
+logger = logging.getLogger(__name__)
+
+SIDE_PX, ZOOM_SIDE_PX, JPEG_QUALITY = 480, 240, 72
+SMALL_PX = 40
+"""True boxes that are smaller than this in the picture are also shown enlarged."""
+MAX_BOXES = 100
+
+Region = tuple[float, float, float, float]
+Boxes = Mapping[str, Sequence[Box]]
+"""By the name of their style: truth, answer."""
+
+
+class Photos:
+    """Finds photos by key: in the shards, or among the files that an evaluation kept.
+
+    reader: None where the shards are gone. kept: files by key, perhaps shrunk.
+    """
+
+    def __init__(self, reader: ShardReader | None, kept: Mapping[str, Path] | None = None) -> None:
+        self.reader = reader
+        self._kept = kept or {}
+        self._numbers: dict[str, int] = {}
+
+    def look_up(self, keys: Iterable[str]) -> None:
+        """Find the places of these keys in one pass over the index."""
+        wanted = set(keys) - set(self._numbers)
+        for i in range(len(self.reader) if self.reader and wanted else 0):
+            assert self.reader is not None
+            key = self.reader.index.key(i)
+            if key in wanted:
+                self._numbers[key] = i
+                wanted.remove(key)
+                if not wanted:
+                    return
+
+    def sample(self, key: str) -> Sample | None:
+        """Photo and record of a key that was looked up; None if it is not in the shards or cannot be read."""
+        if self.reader is None or key not in self._numbers:
+            return None
+        try:
+            return self.reader.read(self._numbers[key])
+        except DataError as error:
+            logger.warning("a photo of the report cannot be shown: %s", error)
+            return None
+
+    def image(self, key: str) -> Image.Image | None:
+        """RGB; None if it cannot be shown."""
+        sample = self.sample(key)
+        if sample is not None:
+            return sample.image
+        if key not in self._kept:
+            return None
+        try:
+            with Image.open(self._kept[key]) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            logger.warning("%s cannot be shown: %s", self._kept[key], error)
+            return None
+
+
+class Thumbnails:
+    """Makes pictures until `max_bytes` of HTML are used up."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.num_bytes, self.num_left_out = 0, 0
+        self._max_bytes = max_bytes
+
+    def draw(self, image: Image.Image | None, size_px: tuple[int, int], boxes: Boxes, alt: str) -> str:
+        """HTML; empty if there is no photo or no room for it.
+
+        size_px: (width, height) that the boxes belong to; the photo may be smaller.
+        """
+        if image is None or min(size_px) < 1:
+            return ""
+        shown = [_svg(image, size_px, (0, 0, *size_px), SIDE_PX, boxes, alt)]
+        zoom = zoom_region(boxes.get("truth", ()), size_px)
+        if zoom:
+            shown.append(_svg(image, size_px, zoom, ZOOM_SIDE_PX, boxes, ""))
+        num_bytes = sum(map(len, shown))
+        if self.num_bytes + num_bytes > self._max_bytes:
+            self.num_left_out += 1
+            return ""
+        self.num_bytes += num_bytes
+        return f'<div class="pictures{" two" if zoom else ""}">{"".join(shown)}</div>'
+
+
+def zoom_region(truth: Sequence[Box], size_px: tuple[int, int]) -> Region | None:
+    """A square around the first true box, six times as long, inside the photo if it fits; None if it is not small."""
+    if not truth:
+        return None
+    x0, y0, x1, y1 = truth[0]
+    side = max(x1 - x0, y1 - y0)
+    if not 0 < side < SMALL_PX * max(size_px) / SIDE_PX:
+        return None
+    half = max(3 * side, 8.0)
+    x, y = (
+        max(half, min(size - half, (low + high) / 2))
+        for low, high, size in zip((x0, y0), (x1, y1), size_px, strict=True)
+    )
+    return x - half, y - half, x + half, y + half
+
+
+def _svg(image: Image.Image, size_px: tuple[int, int], region: Region, side_px: int, boxes: Boxes, alt: str) -> str:
+    """The region, in pixels of `size_px`. Boxes are clipped by the drawing."""
+    x0, y0, x1, y1 = region
+    part = (max(x0, 0), max(y0, 0), min(x1, size_px[0]), min(y1, size_px[1]))
+    width, height = part[2] - part[0], part[3] - part[1]
+    scale_x, scale_y = image.width / size_px[0], image.height / size_px[1]
+    source = (part[0] * scale_x, part[1] * scale_y, part[2] * scale_x, part[3] * scale_y)
+    shrink = min(1.0, side_px / max(source[2] - source[0], source[3] - source[1]))
+    shown_px = [max(1, round(shrink * (source[i + 2] - source[i]))) for i in (0, 1)]
+    small = image.resize((shown_px[0], shown_px[1]), Image.Resampling.BICUBIC, source, reducing_gap=2.0)
+    place = f'x="{part[0]:.1f}" y="{part[1]:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    outlines = "".join(_rect(box, style) for style, each in boxes.items() for box in each[:MAX_BOXES])
+    return (
+        f'<svg class="photo" viewBox="{x0:.1f} {y0:.1f} {x1 - x0:.1f} {y1 - y0:.1f}" role="img" '
+        f'aria-label="{escape(alt)}"><image href="{_uri(small)}" {place} preserveAspectRatio="none"/>{outlines}</svg>'
+    )
+
+
+def _rect(box: Box, style: str) -> str:
+    """On a dark edge, so that it is seen on any photo. An inverted box is the rectangle between its corners."""
+    (x0, x1), (y0, y1) = sorted((box[0], box[2])), sorted((box[1], box[3]))
+    place = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
+    return f'<rect class="edge of-{style}" {place}/><rect class="{style}" {place}/>'
+
+
+def _uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
