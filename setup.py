@@ -13,6 +13,14 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*", "launch", "shards", "shards.*"]),
     package_data={
+        "cogvlm_ft.evaluate": [
+            "report_page.html",
+            "report_page.css",
+            "report_page.js",
+            "serve_page.html",
+            "serve_page.css",
+            "serve_page.js",
+        ],
         "cogvlm_ft.grounding": ["wordings/*.yaml"],
         "shards.negatives": ["*.yaml"],
         "shards.reviewing": ["page.html", "page.css", "page.js"],
@@ -27,17 +35,38 @@ setup(
         "omegaconf>=2.4",
         "numpy>=1.26",
         "scipy>=1.11",
+        "sacrebleu>=2.4",
         "pillow>=10.1",
         "safetensors>=0.5",
         "PyYAML>=6",
         "requests>=2.28",
+        "psutil>=5.9",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff", "mypy", "pre-commit"]},
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff",
+            "mypy",
+            "pre-commit",
+            "wandb-workspaces>=0.4.13",
+            "starlette>=0.40",
+            "uvicorn>=0.30",
+            "playwright>=1.48",  # drives an installed Chromium
+        ],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # for launch/predict.py --serve
+        "workspace": ["wandb-workspaces>=0.4.13"],  # for launch/workspace.py
+        "bench": ["accelerate>=1.1"],  # what bench/loading.py compares with
+    },
     entry_points={
         "console_scripts": [
             "cogvlm-train = launch.train:main",
             "cogvlm-evaluate = launch.evaluate:main",
+            "cogvlm-plan = launch.plan:main",
+            "cogvlm-replay = launch.replay:main",
+            "cogvlm-workspace = launch.workspace:main",
             "cogvlm-predict = launch.predict:main",
             "cogvlm-export = launch.export:main",
             "cogvlm-build-shards = shards.build:main",
