@@ -48,7 +48,7 @@ def run(config: Config) -> int:
     if is_main():
         output_dir = Path(training.output_dir)
         print(f"\nstopped at step {state.step} of {training.num_steps}; everything is in {output_dir}/")
-        print("  checkpoints/   metrics.jsonl   evaluations/*/{metrics.json,predictions.jsonl,pictures/}   wandb/")
+        print("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
     shut_down()
     return 0
 

@@ -68,7 +68,8 @@ def draw_boxes(
         _draw_label(pen, (x0, y0 - LABEL_PX), label, TRUTH_COLOUR, font)
     for label, (_, _, x1, y1) in answers:
         _draw_label(pen, (x1 - LABEL_PX, y1), label, ANSWER_COLOUR, font)
-    return _stack(canvas, _draw_strip(texts, canvas.width, font, writes_chinese))
+    legend = "green: truth   red: answer" if true_boxes else "red: answer"
+    return _stack(canvas, _draw_strip(legend, texts, canvas.width, font, writes_chinese))
 
 
 def _enlarge(image: Image.Image, scale: float) -> Image.Image:
@@ -113,9 +114,11 @@ def _draw_label(
     pen.text((x + LABEL_PX / 2, y + LABEL_PX / 2), label, fill="white", font=font, anchor="mm")
 
 
-def _draw_strip(texts: Sequence[tuple[str, str]], width: int, font: Font, writes_chinese: bool) -> Image.Image:
+def _draw_strip(
+    legend: str, texts: Sequence[tuple[str, str]], width: int, font: Font, writes_chinese: bool
+) -> Image.Image:
     """The legend, then per turn its number, its question and, in red, its answer."""
-    lines = [("green: truth   red: answer", TEXT_COLOUR)]
+    lines = [(legend, TEXT_COLOUR)]
     for number, (prompt, answer) in enumerate(texts, 1):
         lines += [(line, TEXT_COLOUR) for line in _wrap(f"{number}  {prompt}", width, font, writes_chinese)]
         lines += [(line, ANSWER_COLOUR) for line in _wrap(f"    {answer}", width, font, writes_chinese)]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cogvlm_ft.config import Config
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.forecast import Planner, judge
-from cogvlm_ft.train.probe import PassSize
 
 LARGEST_IMAGE_PX, LARGEST_BATCH, MOST_NODES = 2240, 256, 64
 OFFLOADS = ("configs/deepspeed/zero3_offload_optimizer.json", "configs/deepspeed/zero3_offload_all.json")

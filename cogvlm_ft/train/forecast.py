@@ -20,8 +20,8 @@ from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.runtime.engine import freeze, parameter_groups
 from cogvlm_ft.runtime.gather import FREE_SHARE
+from cogvlm_ft.train.activations import PassSize, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.train.gathering import Gathered, GatherRules, module_order, play
-from cogvlm_ft.train.probe import PassSize, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 
 GIB = 2**30
 PHASES = ("training", "evaluation")

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.advice import OFFLOADS
 from cogvlm_ft.train.forecast import GIB, Cluster, Planner, judge
-from cogvlm_ft.train.probe import PassSize
 from cogvlm_ft.train.step_time import H100_TFLOPS, Speeds, number_format, time_step
 
 IMAGE_SIZES_PX = (490, 756, 980)

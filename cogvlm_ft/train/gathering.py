@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cogvlm_ft.model import CogVLMForCausalLM
-from cogvlm_ft.train.probe import AsInTraining
+from cogvlm_ft.train.activations import AsInTraining
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.model import CogVLMConfig, load_config
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.advice import Limits, find_limits, suggest_changes
 from cogvlm_ft.train.forecast import CUDA_BYTES, GIB, Cluster, Forecast, Planner, Verdict, judge
-from cogvlm_ft.train.probe import PassSize
 from cogvlm_ft.train.step_time import Speeds, StepTime, number_format, time_step
 
 logger = logging.getLogger(__name__)

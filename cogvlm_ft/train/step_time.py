@@ -14,8 +14,8 @@ from torch import nn
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMForCausalLM
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.forecast import Forecast, Planner, element_bytes
-from cogvlm_ft.train.probe import PassSize
 
 GIGA = 1e9
 # Dense matrix products of one H100 SXM by number format, in TFLOP/s; NVIDIA's data sheet.

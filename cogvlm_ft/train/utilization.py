@@ -12,8 +12,8 @@ import torch
 from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig
 from cogvlm_ft.runtime.distributed import device, world_size
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.forecast import build_on_meta
-from cogvlm_ft.train.probe import PassSize
 from cogvlm_ft.train.step_time import count_flops, number_format
 
 BACKWARD = 2  # times the forward pass

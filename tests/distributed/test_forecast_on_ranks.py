@@ -9,8 +9,8 @@ import pytest
 from forecast_peaks import SIZES, settings
 from ranks import REPOSITORY, run
 
+from cogvlm_ft.train.activations import PassSize, kept_bytes, probe_stages
 from cogvlm_ft.train.forecast import Cluster, Planner
-from cogvlm_ft.train.probe import PassSize, kept_bytes, probe_stages
 
 PROGRAM = Path(__file__).with_name("forecast_peaks.py")
 TOLERANCE = 0.15

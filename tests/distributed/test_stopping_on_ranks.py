@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from ranks import read_metrics, run
 
+from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.runtime.checkpoint import list_checkpoints, read_state
 
 pytestmark = pytest.mark.slow
@@ -47,3 +48,11 @@ def test_no_gain_in_the_composite_ends_the_training(shards: Path, start_model: P
     written = json.loads((folder / "evaluations" / f"step-{after['step']:08d}" / "metrics.json").read_text())
     assert written["probe_chrf"] == after["probe_chrf"]
     assert (written["about"]["step"], written["about"]["config_sha256"]) == (after["step"], state.config_sha256)
+
+    out = tmp_path / "scores"
+    run(["launch/evaluate.py", "--config", folder / "config.yaml", "--out", out, "--protocol", "qwen_vl"], 1, tmp_path)
+    scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert scores["probe_same"] == 1  # this is the untouched model, whose answers lie in the run's folder
+    assert "mean_iou" in scores and "ap" not in scores and "mean_iou/language=zh" in scores
+    assert scores["about"]["protocol"] == "qwen_vl" and scores["about"]["checkpoint"] == str(start_model)
+    assert scores["about"]["checkpoint_sha256"] == fingerprint(start_model)

@@ -25,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 READMES = [REPOSITORY / "README.md", REPOSITORY / "README_zh.md"]
 DATA = [REPOSITORY / "docs/data.md", REPOSITORY / "docs/data_zh.md"]
 METRICS = [REPOSITORY / "docs/metrics.md", REPOSITORY / "docs/metrics_zh.md"]
+PERFORMANCE = [REPOSITORY / "docs/performance.md", REPOSITORY / "docs/performance_zh.md"]
+PREDICT = [REPOSITORY / "docs/predict.md", REPOSITORY / "docs/predict_zh.md"]
 DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/*.md", "slurm/*.md", "bench/*.md") for path in REPOSITORY.glob(pattern)
 )
@@ -108,7 +110,7 @@ def test_commands_fit_their_programs(document: Path) -> None:
             load_config(REPOSITORY / config, YOURS + [word for word in given if "=" in word])
 
 
-@pytest.mark.parametrize("pair", [READMES, DATA, METRICS], ids=lambda pair: pair[0].stem)
+@pytest.mark.parametrize("pair", [READMES, DATA, METRICS, PERFORMANCE, PREDICT], ids=lambda pair: pair[0].stem)
 def test_both_languages_have_the_same_parts(pair: list[Path]) -> None:
     english, chinese = (path.read_text(encoding="utf-8") for path in pair)
     headings = [re.findall(r"^(#+) ", CODE_BLOCK.sub("", text), re.MULTILINE) for text in (english, chinese)]

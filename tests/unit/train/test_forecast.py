@@ -15,11 +15,11 @@ from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_ft.model.layout import build_layout
+from cogvlm_ft.train.activations import PassSize, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.train.advice import find_limits, suggest_changes
 from cogvlm_ft.train.forecast import GIB, Cluster, Planner, Verdict, judge, read_zero_settings
 from cogvlm_ft.train.gathering import Gathered, GatherRules, play
 from cogvlm_ft.train.preflight import check_fits
-from cogvlm_ft.train.probe import PassSize, kept_bytes, peak_of, probe_stages
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PARAMETERS_17B = 17_639_685_376

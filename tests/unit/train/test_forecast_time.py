@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.forecast import Cluster, Planner
 from cogvlm_ft.train.forecast_tables import HEAD
-from cogvlm_ft.train.probe import PassSize
 from cogvlm_ft.train.step_time import Speeds, StepTime, count_flops, time_step
 from launch.plan import main
 

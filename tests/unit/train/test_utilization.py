@@ -8,8 +8,8 @@ import torch
 from cogvlm_ft.config import Config, ModelConfig
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.meter import Meter
-from cogvlm_ft.train.probe import PassSize
 from cogvlm_ft.train.step import StepStats
 from cogvlm_ft.train.step_time import count_flops
 from cogvlm_ft.train.utilization import PEAK_TFLOPS, StepFlops, step_flops
