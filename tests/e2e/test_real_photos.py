@@ -105,6 +105,8 @@ def test_from_photos_to_an_answer(source: str, start_model: Path, tmp_path: Path
     scores = json.loads((tmp_path / "scores" / "metrics.json").read_text(encoding="utf-8"))
     assert scores["num_images"] == 6
     last = read_metrics(run_dir, "val")[-1]
+    about = scores.pop("about")
+    assert (about["protocol"], about["checkpoint"]) == ("ours", str(checkpoint))
     assert scores == {key: last[key] for key in scores}  # the same as the training's own last evaluation
 
     program("launch/export.py", "--checkpoint", checkpoint, "--out", tmp_path / "exported", "--dtype", "bf16")
