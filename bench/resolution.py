@@ -6,6 +6,9 @@ The demo's scenes are 32 px wide, their things 12 or 16; in a model input of 8 p
 patch of 8 px. The demo's tiny model learns them at the low resolution by launch/train.py. From its export two trainings
 go on with the same photos, questions, steps and learning rates: one at the low resolution, one with `model.image_size`
 raised and the interpolated position table. Takes about 15 minutes of one core.
+
+A table of few positions has little to interpolate from, and the raised model starts nearly blind: the more it is
+raised, the more --steps it needs to pass the other.
 """
 
 from __future__ import annotations
