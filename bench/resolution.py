@@ -1,6 +1,6 @@
-"""What raising the resolution gives small targets: one start at 8 px, then as many steps more at 8 px and at 32 px.
+"""What raising the resolution gives small targets: one start at 8 px, then as many steps more at 8 px and at 16 px.
 
-    python bench/resolution.py [--low 8] [--high 32] [--steps 800] [--scenes 13000] [--out runs/resolution]
+    python bench/resolution.py [--low 8] [--high 16] [--steps 800] [--scenes 13000] [--out runs/resolution]
 
 The demo's scenes are 32 px wide, their things 12 or 16; in a model input of 8 px each of these is smaller than one
 patch of 8 px. The demo's tiny model learns them at the low resolution by launch/train.py. From its export two trainings
@@ -30,7 +30,7 @@ CONFIG = "configs/demo.yaml"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--low", type=int, default=8, help="px, a multiple of 8")
-    parser.add_argument("--high", type=int, default=32, help="px, a multiple of 8")
+    parser.add_argument("--high", type=int, default=16, help="px, a multiple of 8")
     parser.add_argument("--steps", type=int, default=800, help="of each of the three trainings")
     parser.add_argument("--scenes", type=int, default=13000)
     parser.add_argument("--out", type=Path, help="folder to keep; default: a temporary one")
