@@ -16,20 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from train_step import CONFIG  # the middle-sized model, the same in both
 from transformers.cache_utils import DynamicCache
 
 from cogvlm_ft.evaluate.generate import generate_answers
-from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
+from cogvlm_ft.model import CogVLMForCausalLM
 
-CONFIG = CogVLMConfig(
-    vocab_size=32000,
-    hidden_size=512,
-    intermediate_size=1376,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    template_version="base",
-    vision_config={"hidden_size": 448, "intermediate_size": 3840, "num_hidden_layers": 6, "num_heads": 7},
-)
 PREFIX = CONFIG.num_patches + 3
 PROMPT_TOKENS = 16
 
