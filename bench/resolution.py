@@ -1,6 +1,6 @@
 """What raising the resolution gives small targets: one start at 8 px, then as many steps more at 8 px and at 16 px.
 
-    python bench/resolution.py [--low 8] [--high 16] [--steps 800] [--scenes 13000] [--out runs/resolution]
+    python bench/resolution.py [--low 8] [--high 16] [--steps 800] [--more 2400] [--scenes 13000]
 
 The demo's scenes are 32 px wide, their things 12 or 16; in a model input of 8 px each of these is smaller than one
 patch of 8 px. The demo's tiny model learns them at the low resolution by launch/train.py. From its export two trainings
@@ -8,7 +8,7 @@ go on with the same photos, questions, steps and learning rates: one at the low 
 raised and the interpolated position table. Takes about 15 minutes of one core.
 
 A table of few positions has little to interpolate from, and the raised model starts nearly blind: the more it is
-raised, the more --steps it needs to pass the other.
+raised, the --more steps it needs to pass the other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--low", type=int, default=8, help="px, a multiple of 8")
     parser.add_argument("--high", type=int, default=16, help="px, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=800, help="of each of the three trainings")
+    parser.add_argument("--steps", type=int, default=800, help="of the common start")
+    parser.add_argument("--more", type=int, default=2400, help="further steps of either")
     parser.add_argument("--scenes", type=int, default=13000)
     parser.add_argument("--out", type=Path, help="folder to keep; default: a temporary one")
     args = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
         start = train(folder / "start", shards, model, args.low, args.steps)
         for size_px in (args.low, args.high):
             began = time.perf_counter()
-            train(folder / f"{size_px}px", shards, start, size_px, args.steps)
+            train(folder / f"{size_px}px", shards, start, size_px, args.more)
             before, after = (accuracy(scores, args.low) for scores in evaluations(folder / f"{size_px}px"))
             seconds = time.perf_counter() - began
             print(

@@ -21,6 +21,7 @@ CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 RESIZES = ("squash", "letterbox")
 GATHERS = ("auto", "once", "layerwise")
 DECODINGS = ("free", "grammar")
+ON_ERRORS = ("stop", "continue")
 PLANS = ("refuse", "warn", "ignore")
 PROTOCOLS = ("ours", "cogvlm_authors", "qwen_vl", "internvl", "shikra", "grec_official")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -134,6 +135,9 @@ class CheckpointConfig:
 
     every_steps: Optional[int] = None  # besides the end of every epoch
     keep_last: int = 2  # besides the best
+    keep_every_steps: Optional[int] = None  # besides these, for good: the first one of every so many steps
+    background: bool = True  # training goes on while they are written; takes host memory of 12 bytes per parameter
+    on_error: str = "stop"  # stop | continue: what a full disk does to the run; former checkpoints stay either way
 
 
 @dataclass
@@ -208,6 +212,7 @@ def _check(config: Config) -> None:
         ("train.precision", train.precision, PRECISIONS),
         ("tracking.mode", config.tracking.mode, WANDB_MODES),
         ("data.resize", data.resize, (*RESIZES, None)),
+        ("checkpoint.on_error", config.checkpoint.on_error, ON_ERRORS),
         ("evaluate.gather", evaluate.gather, GATHERS),
         ("evaluate.decoding", evaluate.decoding, DECODINGS),
         ("evaluate.protocol", evaluate.protocol, PROTOCOLS),
@@ -246,6 +251,7 @@ def _check(config: Config) -> None:
         ("evaluate.min_boxes", evaluate.min_boxes, 0),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 1),
     ):
         if number is not None and not number >= minimum:  # not(>=) catches NaN too
             raise ConfigError(f"{key}={number}: wanted at least {minimum}")

@@ -3,8 +3,8 @@
     deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores [--split val] \\
         [--checkpoint runs/grounding/checkpoints/step-00000100] [--protocol ours] [key=value ...]
 
-Without --checkpoint it scores the folder model.path. A checkpoint needs as many ranks as wrote it; to score it on
-another number, export it first and give model.path=EXPORTED. evaluate.max_samples=null takes the whole split.
+Without --checkpoint it scores the folder model.path. Any number of ranks does, whatever number wrote the checkpoint.
+evaluate.max_samples=null takes the whole split.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     wording = load_wording(config.data.wording)
     engine, tokenizer = build_model_engine(config)
     if args.checkpoint is not None:
-        load_checkpoint(engine, args.checkpoint)
+        load_checkpoint(engine, args.checkpoint, with_optimizer=False)
     weights = args.checkpoint or Path(config.model.path)
     about = {"checkpoint": str(weights), "checkpoint_sha256": fingerprint(weights)} if is_main() else None
     result = evaluate(engine.module, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)

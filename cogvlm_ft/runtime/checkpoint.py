@@ -1,27 +1,33 @@
-"""Training checkpoints: complete or invisible.
+"""Training checkpoints: complete or invisible, and never believed without a look.
 
-    checkpoints/step-00000120/state.json     TrainState
+    checkpoints/step-00000120/manifest.json  every file with its size and sha256
+                              state.json     TrainState
+                              layout.json    what the ranks' files hold
                               model/         config.json and tokenizer: what an export needs
-                              zero3/         DeepSpeed's files, one set per rank
+                              ranks/         fp32 weights and Adam's moments, one safetensors file per rank
 
-Everything is written into `.tmp-step-...` and published by one rename, so a folder named step-* is whole.
+Everything is written into `.tmp-step-...` and published by one rename, so a folder named step-* was whole once; whether
+it still is says the manifest. Which is the newest is seen from the names: no file says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.runtime.distributed import barrier, is_main, world_size
+from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
+from cogvlm_ft.runtime.manifest import MANIFEST_FILE, find_damage
+from cogvlm_ft.runtime.slices import assign_slices
 
-ZERO_TAG = "zero3"
+logger = logging.getLogger(__name__)
+
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 
@@ -64,8 +70,8 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
+    """Checkpoints that were complete, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST_FILE).is_file())
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -77,67 +83,85 @@ def read_state(checkpoint: Path) -> TrainState:
         raise CheckpointError(f"{checkpoint / STATE_FILE} cannot be read: {error}") from error
 
 
-def save_checkpoint(engine: Any, folder: Path, state: TrainState, save_model_files: Callable[[Path], None]) -> Path:
-    """Collective. `save_model_files(path)` writes config and tokenizer; rank 0 calls it."""
-    final = folder / checkpoint_name(state.step)
-    partial = folder / f".tmp-{final.name}"
-    if is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save_checkpoint(str(partial), tag=ZERO_TAG, save_latest=False)
-    barrier()
-    if is_main():
-        (partial / MODEL_FOLDER).mkdir()
-        save_model_files(partial / MODEL_FOLDER)
-        state = dataclasses.replace(state, world_size=world_size())
-        (partial / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
-        _sync_tree(partial)
-        if final.exists():  # left by an earlier attempt that went further than the checkpoint this run resumed from
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(folder)
-    barrier()
-    return final
+def newest_intact(folder: Path) -> Path | None:
+    """Collective. The newest checkpoint that is as it was written; None if there is none at all.
 
-
-def load_checkpoint(engine: Any, checkpoint: Path) -> TrainState:
-    """Collective. Weights, optimizer and position; the world size must be the one that wrote it."""
-    state = read_state(checkpoint)
-    if state.world_size != world_size():
+    Damaged ones that are newer are renamed, so that they are neither taken nor counted. Raises CheckpointError if all
+    are damaged.
+    """
+    damaged: dict[Path, list[str]] = {}
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir()) if is_main() else None
+    for path in reversed(from_main(found)):
+        problems = find_damage(path) or _misplaced(path)
+        if not problems:
+            _set_aside(list(damaged))
+            return path
+        damaged[path] = problems
+        if is_main():
+            logger.warning("%s is damaged and passed over: %s", path, "; ".join(problems))
+    if damaged:
+        listed = "\n  ".join(f"{path.name}: {'; '.join(problems)}" for path, problems in damaged.items())
         raise CheckpointError(
-            f"{checkpoint} was written by {state.world_size} ranks and this run has {world_size()}: "
-            f"start it with {state.world_size} ranks, or export the checkpoint and train from the export"
+            f"{folder} holds no intact checkpoint; restore one, or take another output_dir to begin anew:\n  {listed}"
         )
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ZERO_TAG)
-    if loaded is None:
-        raise CheckpointError(f"{checkpoint / ZERO_TAG} holds no DeepSpeed checkpoint")
-    return state
+    return None
 
 
-def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Rank 0. Delete all but the newest `keep_last` and the best."""
-    for path in list_checkpoints(folder)[:-keep_last]:
-        if best_step is None or path.name != checkpoint_name(best_step):
+def _misplaced(checkpoint: Path) -> list[str]:
+    """A copy under another step's name."""
+    step = read_state(checkpoint).step
+    return [] if checkpoint.name == checkpoint_name(step) else [f"{STATE_FILE} is that of step {step}"]
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Collective."""
+    barrier()
+    if is_main():
+        for path in damaged:
+            kept = path.with_name(f"damaged-{path.name}")
+            if kept.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(kept)
+    barrier()
+
+
+def load_checkpoint(
+    engine: Any, checkpoint: Path, *, with_optimizer: bool = True, is_checked: bool = False
+) -> TrainState:
+    """Collective. Weights, Adam's moments and the position, on any number of ranks; CheckpointError if not intact.
+
+    is_checked: its hashes were just compared, as newest_intact does.
+    """
+    problems = [] if is_checked else find_damage(checkpoint)
+    if problems:
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+    assign_slices(engine, checkpoint, with_optimizer=with_optimizer)
+    return read_state(checkpoint)
+
+
+def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int | None) -> None:
+    """Rank 0. Keep the newest `keep_last`, the best, and the first of every `keep_every_steps` steps."""
+    checkpoints = list_checkpoints(folder)
+    kept = {*checkpoints[-settings.keep_last :], *_milestones(checkpoints, settings.keep_every_steps)}
+    for path in checkpoints:
+        if path not in kept and (best_step is None or path.name != checkpoint_name(best_step)):
             doomed = path.with_name(f".tmp-old-{path.name}")
             path.rename(doomed)
             shutil.rmtree(doomed)
 
 
+def _milestones(checkpoints: list[Path], every: int | None) -> list[Path]:
+    """The first checkpoint at or after each multiple of `every` steps; never one before the first multiple."""
+    if every is None:
+        return []
+    first: dict[int, Path] = {}
+    for path in checkpoints:
+        first.setdefault(int(path.name.removeprefix("step-")) // every, path)
+    return [path for number, path in first.items() if number > 0]
+
+
 def remove_leftovers(folder: Path) -> None:
     """Rank 0. What a killed run left half written or half deleted."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        shutil.rmtree(path, ignore_errors=True)

@@ -103,9 +103,14 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return packed.tolist()
 
 
+def any_ranks(flags: Sequence[bool]) -> list[bool]:
+    """Collective. For each flag: true if it is true somewhere."""
+    return [count > 0 for count in all_reduce_sum([float(flag) for flag in flags])]
+
+
 def any_rank(flag: bool) -> bool:
     """Collective. True if it is true somewhere."""
-    return all_reduce_sum([float(flag)])[0] > 0
+    return any_ranks([flag])[0]
 
 
 def every_rank(flag: bool) -> bool:

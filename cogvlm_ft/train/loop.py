@@ -20,16 +20,15 @@ from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.runtime.checkpoint import (
     Best,
     TrainState,
-    list_checkpoints,
     load_checkpoint,
-    prune_checkpoints,
+    newest_intact,
     remove_leftovers,
-    save_checkpoint,
 )
-from cogvlm_ft.runtime.distributed import any_rank, barrier, from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.distributed import any_ranks, barrier, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.preemption import StopRequest
 from cogvlm_ft.runtime.provenance import provenance
 from cogvlm_ft.runtime.sample_losses import SampleLosses
+from cogvlm_ft.runtime.saver import CheckpointSaver
 from cogvlm_ft.runtime.tracking import Tracker
 from cogvlm_ft.train.build import Run
 from cogvlm_ft.train.dashboard import evaluation_folder, save_pictures, show_evaluation
@@ -47,7 +46,7 @@ CHECKPOINTS = "checkpoints"
 
 def train(run: Run, stop_request: StopRequest) -> TrainState:
     """Collective. Train to the end, to an early stop, or to a stop request; returns the last state, which is saved."""
-    state = start_or_resume(run)
+    state, saver = start_or_resume(run)
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     meter, bad_samples = Meter(step_flops(run.config, run.model.config)), BadSamples(run)
@@ -59,10 +58,12 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
             finished = state.step >= run.num_steps
             if is_evaluation_due(run, state, finished):
                 state = evaluate_epoch(run, state, tracker)
-            stop = any_rank(stop_request.seen)
+            stop, is_writing = any_ranks([stop_request.seen, saver.is_writing])
+            if not is_writing:
+                saver.finish()
             ended = finished or is_patience_over(run, state)
-            if is_save_due(run, state) or stop or ended:
-                save(run, state)
+            if (is_save_due(run, state) or stop or ended) and saver.last_step != state.step:
+                saver.start(state)
             if stop or ended:
                 break
             waiting_since = time.perf_counter()
@@ -83,6 +84,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
                 if tracker:
                     tracker.log_train(state.step, {**values, "epoch": epoch_of(run, state)})
                     tqdm.write(log_line(run, state, values))
+    saver.close(state.step)
     if tracker:
         if state.best:
             name = monitor_name(run.config.train.monitor)
@@ -91,29 +93,30 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     return state
 
 
-def start_or_resume(run: Run) -> TrainState:
-    """Collective. The newest checkpoint's state if there is one and resuming is on, else a new one."""
+def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
+    """Collective. The newest intact checkpoint's state if there is one and resuming is on, else a new one."""
     folder = run.output_dir / CHECKPOINTS
     if is_main():
         remove_leftovers(folder)
     barrier()
     fresh = TrainState(config_sha256=config_sha256(run.config), data_sha256=run.dataset.reader.index.data_sha256)
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return fresh
+    newest = newest_intact(folder)
+    if newest is None:
+        return fresh, CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint)
     if not run.config.resume:
         raise ConfigError(
             f"{folder} holds checkpoints of a former run: take another output_dir, or resume=true to go on"
         )
-    state = load_checkpoint(run.engine, checkpoints[-1])
+    state = load_checkpoint(run.engine, newest, is_checked=True)
     if state.data_sha256 != fresh.data_sha256:
         raise CheckpointError(
-            f"{checkpoints[-1]} was trained on other shards than data.shards={run.config.data.shards} holds now, or "
+            f"{newest} was trained on other shards than data.shards={run.config.data.shards} holds now, or "
             "with another data.max_turns_per_image or wording for it; its position in them means nothing here. "
             "Take another output_dir"
         )
-    logger.info("resuming from %s (step %d)", checkpoints[-1], state.step)
-    return dataclasses.replace(state, config_sha256=fresh.config_sha256)
+    logger.info("resuming from %s (step %d)", newest, state.step)
+    saver = CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint, state.step)
+    return dataclasses.replace(state, config_sha256=fresh.config_sha256), saver
 
 
 def start_tracking(run: Run, state: TrainState) -> Tracker | None:
@@ -215,17 +218,6 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Bes
     try_report(folder, run.val_reader, run_folder=run.output_dir, train_reader=run.dataset.reader)
     shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items() if "/" not in key)
     tqdm.write(f"epoch {epoch:.3g} (step {state.step})  {shown}")
-
-
-def save(run: Run, state: TrainState) -> None:
-    """Collective. Save unless this very step is saved already, then delete what is no longer needed."""
-    folder = run.output_dir / CHECKPOINTS
-    checkpoints = list_checkpoints(folder)
-    if checkpoints and checkpoints[-1].name.endswith(f"{state.step:08d}"):
-        return
-    save_checkpoint(run.engine, folder, state, run.save_model_files)
-    if is_main():
-        prune_checkpoints(folder, run.config.checkpoint.keep_last, state.best.step if state.best else None)
 
 
 def epoch_steps(run: Run, state: TrainState) -> Iterator[list[Batch]]:

@@ -1,0 +1,76 @@
+"""Which files a checkpoint has, and their hashes: what it takes to tell an intact one from a damaged one.
+
+    manifest.json    {"files": {"state.json": {"num_bytes": 312, "sha256": "9f..."}, ...}, "sha256": of all the former}
+
+Hashes find what disks, networks and killed programs do. Whoever can change a file can change its hash as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.runtime.distributed import from_main, gather_to_main, rank, world_size
+from cogvlm_ft.tensor_file import FileRecord, hash_file
+
+MANIFEST_FILE = "manifest.json"
+
+
+def write_manifest(checkpoint: Path, files: Mapping[str, FileRecord]) -> None:
+    """`files` by their path in the checkpoint, with forward slashes."""
+    records = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
+    text = json.dumps({"files": records, "sha256": _own_hash(records)}, indent=1)
+    (checkpoint / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
+    """Raises CheckpointError if there is none, or it is not as it was written."""
+    path = checkpoint / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        records, found = manifest["files"], manifest["sha256"]
+        files = {name: FileRecord(**record) for name, record in records.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {checkpoint} is no whole checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    if found != _own_hash(records):
+        raise CheckpointError(f"{path} was changed: its own hash does not fit it")
+    outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise CheckpointError(f"{path} names files outside its folder: {outside}")
+    return files
+
+
+def find_damage(checkpoint: Path) -> list[str]:
+    """Collective. What is wrong with the checkpoint's files; the ranks share the reading. Empty: intact."""
+    try:
+        files = read_manifest(checkpoint)
+        problems = _differences(checkpoint, files, sorted(files)[rank() :: world_size()])
+    except CheckpointError as error:
+        problems = [str(error)]
+    found = gather_to_main(problems)
+    return from_main(sorted({problem for part in found for problem in part}) if found is not None else None)
+
+
+def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[str]) -> list[str]:
+    problems = []
+    for name in names:
+        wanted = files[name]
+        try:
+            found_bytes = (checkpoint / name).stat().st_size
+            if found_bytes != wanted.num_bytes:
+                problems.append(f"{name} has {found_bytes} bytes, wanted {wanted.num_bytes}")
+            elif hash_file(checkpoint / name) != wanted:
+                problems.append(f"{name} is not what was written: its sha256 differs")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}")
+    return problems
+
+
+def _own_hash(records: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()

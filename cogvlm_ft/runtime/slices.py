@@ -1,0 +1,189 @@
+"""The training state in slices: what a rank holds of every parameter and of Adam's two moments, and whole again.
+
+    ranks/rank-00000.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME: float32, flat, without ZeRO-3's padding
+    layout.json                     world size, shapes, Adam's step count
+
+The slices of one tensor, in the order of the ranks, are the flattened tensor. So any number of ranks can cut theirs out
+of them, and no rank reads more than it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.runtime.distributed import rank, world_size
+from cogvlm_ft.tensor_file import TensorFile
+
+LAYOUT_FILE = "layout.json"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """optimizer_step: updates so far, which are fewer than the training's steps where some were skipped."""
+
+    world_size: int
+    optimizer_step: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def save(self, checkpoint: Path) -> None:
+        (checkpoint / LAYOUT_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Layout:
+        path = checkpoint / LAYOUT_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
+            return cls(shapes=shapes, **fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+
+
+def rank_file(number: int) -> str:
+    return f"ranks/rank-{number:05d}.safetensors"
+
+
+def layout_of(engine: Any) -> Layout:
+    shapes = {name: tuple(parameter.ds_shape) for name, parameter in engine.module.named_parameters()}
+    return Layout(world_size(), _optimizer_step(engine), shapes)
+
+
+def local_slices(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(key, float32[n]) of all that this rank holds, in one order every time; views of the live state where it is fp32.
+
+    A weight in bf16 has its fp32 master beside it, and that is the one that counts; a frozen one has none.
+    """
+    has_moments = _optimizer_step(engine) > 0
+    for name, parameter in engine.module.named_parameters():
+        start, stop = _own_range(parameter)
+        master = safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
+        weights = parameter.ds_tensor.data.float() if master is None else master
+        yield f"{WEIGHT}/{name}", weights[: stop - start]
+        if master is not None and has_moments:
+            for moment in MOMENTS:
+                yield f"{moment}/{name}", safe_get_local_optimizer_state(parameter, moment)[: stop - start]
+
+
+class SlicedTensor:
+    """A tensor whose slices lie in the files of the ranks that wrote it."""
+
+    def __init__(self, key: str, shape: tuple[int, ...], files: list[TensorFile]) -> None:
+        self.shape = torch.Size(shape)
+        self._key = key
+        self._pieces: list[tuple[int, int, TensorFile]] = []
+        start = 0
+        for file in files:
+            if key in file.shapes:
+                stop = start + file.shapes[key][0]
+                self._pieces.append((start, stop, file))
+                start = stop
+        if start != math.prod(shape):
+            raise CheckpointError(f"{files[0].path.parent}: {start} elements of {key}, wanted {list(shape)}")
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements start to stop of the flattened tensor, float32[stop - start]."""
+        parts = [
+            file.read(self._key, max(start, first) - first, min(stop, last) - first)
+            for first, last, file in self._pieces
+            if first < stop and start < last
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
+
+    def contiguous(self) -> Tensor:
+        """All of it, in its shape."""
+        return self.read(0, math.prod(self.shape)).reshape(self.shape)
+
+
+def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
+    """Every tensor of a kind by its parameter's name; moments are there only for parameters that were trained."""
+    layout = Layout.load(checkpoint)
+    files = [TensorFile(checkpoint / rank_file(number)) for number in range(layout.world_size)]
+    keys = {name: f"{kind}/{name}" for name in layout.shapes}
+    return {
+        name: SlicedTensor(key, layout.shapes[name], files)
+        for name, key in keys.items()
+        if kind == WEIGHT or any(key in file.shapes for file in files)
+    }
+
+
+def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True) -> None:
+    """Collective. Let every rank read its slices of the checkpoint, whatever number of ranks wrote it."""
+    parameters = dict(engine.module.named_parameters())
+    _check_shapes(checkpoint, Layout.load(checkpoint).shapes, {n: tuple(p.ds_shape) for n, p in parameters.items()})
+    engine.optimizer.checkpoint_event_prologue()
+    for name, tensor in open_slices(checkpoint).items():
+        parameter = parameters[name]
+        values = _padded(tensor, parameter)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, values)
+        parameter.ds_tensor.data.copy_(values)
+    if with_optimizer:
+        _assign_moments(engine, checkpoint)
+    engine.optimizer.checkpoint_event_epilogue()  # small weights that every rank holds whole, hpZ's copies
+
+
+def _assign_moments(engine: Any, checkpoint: Path) -> None:
+    """Moments that the checkpoint lacks, as its parameter was frozen then, begin at zero."""
+    step = Layout.load(checkpoint).optimizer_step
+    if step == 0:
+        return
+    optimizer = engine.optimizer.optimizer
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        is_torch = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's counts in an int
+        optimizer.state[flat] = {
+            "step": torch.tensor(float(step), device=flat.device) if is_torch else step,
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+    parameters = dict(engine.module.named_parameters())
+    for moment in MOMENTS:
+        for name, tensor in open_slices(checkpoint, moment).items():
+            if parameters[name].requires_grad:
+                safe_set_local_optimizer_state(parameters[name], _padded(tensor, parameters[name]), moment)
+
+
+def _optimizer_step(engine: Any) -> int:
+    states = engine.optimizer.optimizer.state
+    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
+
+
+def _own_range(parameter: Any) -> tuple[int, int]:
+    """What this rank holds of the flattened parameter; ZeRO-3 pads the last ranks' parts."""
+    size = parameter.ds_tensor.numel()
+    return min(rank() * size, parameter.ds_numel), min((rank() + 1) * size, parameter.ds_numel)
+
+
+def _padded(tensor: SlicedTensor, parameter: Any) -> Tensor:
+    start, stop = _own_range(parameter)
+    values = torch.zeros(parameter.ds_tensor.numel())
+    values[: stop - start] = tensor.read(start, stop)
+    return values
+
+
+def _check_shapes(checkpoint: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    problems = [
+        f"{name}: found {found.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another model than model.path and model.image_size say; take those of its run, "
+            f"or another output_dir:\n  " + "\n  ".join(problems)
+        )

@@ -1,0 +1,130 @@
+"""Safetensors files written and read in parts: never more than one tensor in memory, hashed while they are written.
+
+The library's own functions take all tensors of a file at once and map files into memory; these serve where a file is
+larger than what may be held, and where it must be on the disk when the call returns. Format:
+https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvlm_ft.errors import CheckpointError
+
+DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CHUNK_BYTES = 2**24
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and sha256 of a whole file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> FileRecord:
+    """Write the file and return when it is on the disk. `tensors` come in the order of `specs`, one at a time."""
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        for chunk in _chunks(specs, tensors):
+            hashing = hasher.submit(digest.update, chunk)  # beside the writing: neither holds the GIL
+            _write_all(file, chunk)
+            hashing.result()
+        os.fsync(file.fileno())
+        return FileRecord(file.tell(), digest.hexdigest())
+
+
+def _write_all(file: Any, chunk: memoryview) -> None:
+    """A raw file may take less than it is given: on a full disk, or from 2 GiB on."""
+    while chunk:
+        chunk = chunk[file.write(chunk) :]
+
+
+def _chunks(specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(_header(specs))
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise ValueError(f"{spec.name}: found {tensor.dtype}{list(tensor.shape)}, announced as {spec}")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def _header(specs: Sequence[TensorSpec]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for spec in specs:
+        stop = start + spec.num_bytes
+        header[spec.name] = {"dtype": DTYPE_CODES[spec.dtype], "shape": spec.shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+class TensorFile:
+    """The float32 tensors of a safetensors file, read in parts; nothing is mapped, so nothing stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+            self._start = 8 + size
+            self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start to stop of the flattened tensor, float32[stop - start]."""
+        entry = self._entries[name]
+        if entry["dtype"] != "F32":
+            raise CheckpointError(f"{self.path}: {name} is {entry['dtype']}, wanted F32")
+        at = self._start + entry["data_offsets"][0] + 4 * start
+        values = np.fromfile(self.path, dtype="<f4", count=stop - start, offset=at)
+        if len(values) < stop - start:
+            raise CheckpointError(f"{self.path} ends within {name}")
+        return torch.from_numpy(values)
+
+
+def hash_file(path: Path) -> FileRecord:
+    """As write_tensors returns it, of any file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        return FileRecord(file.tell(), digest.hexdigest())
+
+
+def _digest(file: Any) -> Any:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest
