@@ -38,7 +38,7 @@ def write_run(folder: Path, shards: Path) -> None:
     save_config(config, folder / "config.yaml")
     facts = {"command": "launch/train.py 'https://me:secret@host/x'", "world_size": 2, "config_sha256": "c0ffee"}
     tracker = Tracker(folder, mode="disabled", config=facts)
-    losses = SampleLosses(folder, 0, 0)
+    losses = SampleLosses(folder, 0, 1, 0)
     for step in range(max(STEPS) + 1):
         if step > 0:
             tracker.log_train(step, {"loss": 3 / step**0.5, "lr": 1e-3 / step, "grad_norm": 1.0, "images_per_s": 8.0})

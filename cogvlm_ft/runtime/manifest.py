@@ -37,7 +37,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {checkpoint} is no whole checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}") from error
     if found != _own_hash(records):
         raise CheckpointError(f"{path} was changed: its own hash does not fit it")
     outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]

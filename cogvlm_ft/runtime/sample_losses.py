@@ -36,11 +36,17 @@ class HighLoss:
 class SampleLosses:
     """Appends what this rank sees. No rank waits for another."""
 
-    def __init__(self, run_folder: Path, rank: int, step: int) -> None:
-        """step: where the training goes on; what an earlier attempt recorded after it is dropped, as it comes again."""
+    def __init__(self, run_folder: Path, rank: int, world_size: int, step: int) -> None:
+        """step: where the training goes on; what an earlier attempt recorded after it is dropped, as it comes again.
+
+        That attempt may have had more ranks: each rank takes care of every world_size-th file.
+        """
         self.path = run_folder / FOLDER / f"rank-{rank:05d}.jsonl"
         open_metrics(self.path)
-        truncate_after(self.path, step)
+        for path in sorted(self.path.parent.glob("rank-*.jsonl")):
+            if int(path.stem.removeprefix("rank-")) % world_size == rank:
+                open_metrics(path)
+                truncate_after(path, step)
 
     def add(self, step: int, epoch: int, keys: Sequence[str], losses: Sequence[float], tokens: Sequence[int]) -> None:
         """The sums over the answers' tokens, of one optimizer step. Samples without tokens, as fillers are, are left

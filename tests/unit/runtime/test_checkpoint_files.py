@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint_files import SHAPES, made_tensor, write_checkpoint
 
+from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.runtime.checkpoint import (
     STATE_FILE,
-    ZERO_TAG,
     Best,
     TrainState,
     checkpoint_name,
     list_checkpoints,
-    load_checkpoint,
+    newest_intact,
     prune_checkpoints,
     read_state,
     remove_leftovers,
 )
+from cogvlm_ft.runtime.manifest import MANIFEST_FILE, find_damage
+from cogvlm_ft.runtime.slices import MOMENTS, WEIGHT, open_slices, rank_file
 
 STATE = TrainState(
     step=12,
@@ -35,15 +38,6 @@ STATE = TrainState(
 )
 
 
-def write_checkpoint(folder: Path, step: int, state: TrainState = STATE) -> Path:
-    """As save_checkpoint leaves it, with a stand-in for DeepSpeed's files."""
-    path = folder / checkpoint_name(step)
-    (path / ZERO_TAG).mkdir(parents=True)
-    (path / ZERO_TAG / "rank_0.pt").write_bytes(b"weights")
-    (path / STATE_FILE).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(state, step=step))))
-    return path
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -51,8 +45,8 @@ def names(folder: Path) -> list[str]:
 def test_only_whole_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
     for step in (20, 3, 100, 7):
         write_checkpoint(tmp_path, step)
-    (tmp_path / checkpoint_name(7) / STATE_FILE).unlink()
-    (tmp_path / checkpoint_name(500) / ZERO_TAG).mkdir(parents=True)
+    (tmp_path / checkpoint_name(7) / MANIFEST_FILE).unlink()
+    (tmp_path / checkpoint_name(500) / "ranks").mkdir(parents=True)
     write_checkpoint(tmp_path, 200).rename(tmp_path / f".tmp-{checkpoint_name(200)}")
     write_checkpoint(tmp_path, 300).rename(tmp_path / f".tmp-old-{checkpoint_name(300)}")
     (tmp_path / "step-notes.txt").write_text("not a checkpoint")
@@ -80,13 +74,19 @@ def test_the_newest_and_the_best_are_kept(
 ) -> None:
     for step in range(1, 6):
         write_checkpoint(tmp_path, step)
-    prune_checkpoints(tmp_path, keep_last, best_step)
-    assert names(tmp_path) == [checkpoint_name(step) for step in kept]
-    for step in kept:
-        assert read_state(tmp_path / checkpoint_name(step)).step == step
-        assert (tmp_path / checkpoint_name(step) / ZERO_TAG / "rank_0.pt").read_bytes() == b"weights"
-    prune_checkpoints(tmp_path, keep_last, best_step)
-    assert names(tmp_path) == [checkpoint_name(step) for step in kept]
+    for _ in range(2):
+        prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), best_step)
+        assert names(tmp_path) == [checkpoint_name(step) for step in kept]
+        for step in kept:
+            assert find_damage(tmp_path / checkpoint_name(step)) == []
+
+
+def test_the_first_of_every_so_many_steps_stays_for_good(tmp_path: Path) -> None:
+    """Epochs of 30 steps, and one checkpoint to keep from every 100 steps: each is pruned as soon as it may be."""
+    for step in range(30, 451, 30):
+        write_checkpoint(tmp_path, step)
+        prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=100), best_step=None)
+    assert names(tmp_path) == [checkpoint_name(step) for step in (120, 210, 300, 420, 450)]
 
 
 def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, step)
     (tmp_path / checkpoint_name(0)).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    prune_checkpoints(tmp_path, keep_last=1, best_step=None)
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)
     assert names(tmp_path) == ["notes.txt", checkpoint_name(0), checkpoint_name(2)]
 
 
@@ -111,7 +111,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", [STATE, TrainState(), dataclasses.replace(STATE, best=None, wandb_run_id=None)])
 def test_a_state_reads_back(tmp_path: Path, state: TrainState) -> None:
-    path = write_checkpoint(tmp_path, state.step, state)
+    path = write_checkpoint(tmp_path, state.step, state, state.world_size)
     assert read_state(path) == state
 
 
@@ -141,10 +141,43 @@ def test_a_missing_state_names_its_file(tmp_path: Path) -> None:
         read_state(tmp_path)
 
 
-def test_another_number_of_ranks_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 12)
-    with pytest.raises(CheckpointError, match=r"step-00000012 was written by 2 ranks and this run has 1"):
-        load_checkpoint(None, path)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_slices_of_any_number_of_ranks_are_whole_again(tmp_path: Path, num_ranks: int) -> None:
+    path = write_checkpoint(tmp_path, 3, num_ranks=num_ranks)
+    for kind in (WEIGHT, *MOMENTS):
+        slices = open_slices(path, kind)
+        assert slices.keys() == SHAPES.keys()
+        for name, tensor in slices.items():
+            whole = made_tensor(kind, name, 3)
+            assert torch.equal(tensor.contiguous(), whole)
+            for start, stop in ((0, 0), (0, 1), (1, whole.numel()), (2, 5)):
+                stop = min(stop, whole.numel())
+                assert torch.equal(tensor.read(min(start, stop), stop), whole.flatten()[start:stop])
+
+
+def test_damaged_checkpoints_are_passed_over_named_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (4, 6, 8, 10):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(10) / rank_file(1)).unlink()
+    file = tmp_path / checkpoint_name(8) / rank_file(0)
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert newest_intact(tmp_path) == tmp_path / checkpoint_name(6)
+    assert f"{checkpoint_name(10)} is damaged and passed over: {rank_file(1)} cannot be read: No such" in caplog.text
+    assert f"{checkpoint_name(8)} is damaged and passed over: {rank_file(0)} is not what was written" in caplog.text
+    kept = [checkpoint_name(4), checkpoint_name(6)]
+    assert names(tmp_path) == [f"damaged-{checkpoint_name(step)}" for step in (8, 10)] + kept
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)  # damaged ones do not count
+    assert newest_intact(tmp_path) == tmp_path / checkpoint_name(6)
+
+
+def test_without_an_intact_one_nothing_is_begun_anew_or_renamed(tmp_path: Path) -> None:
+    assert newest_intact(tmp_path) is None
+    for step in (4, 6):
+        (write_checkpoint(tmp_path, step) / MANIFEST_FILE).unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint.*(\n.*step-0000000[46]: .*is missing.*){2}"):
+            newest_intact(tmp_path)
+    assert names(tmp_path) == [checkpoint_name(4), checkpoint_name(6)]
 
 
 def test_one_step_later() -> None:

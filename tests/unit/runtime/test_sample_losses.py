@@ -13,8 +13,8 @@ from cogvlm_ft.runtime.sample_losses import SampleLosses, find_high_losses, read
 
 
 def test_losses_of_all_ranks_and_parts_are_put_together(tmp_path: Path) -> None:
-    SampleLosses(tmp_path, 0, 0).add(1, 0, ["a", "b", "filler"], [6.0, 8.0, 0.0], [3, 2, 0])
-    second = SampleLosses(tmp_path, 1, 0)
+    SampleLosses(tmp_path, 0, 2, 0).add(1, 0, ["a", "b", "filler"], [6.0, 8.0, 0.0], [3, 2, 0])
+    second = SampleLosses(tmp_path, 1, 2, 0)
     second.add(1, 0, ["a"], [4.0], [2])  # the other turns of the same photo
     second.add(2, 1, ["a", "c"], [3.0, math.nan], [5, 5])
     assert read_sample_losses(tmp_path) == {0: {"a": 2.0, "b": 4.0}, 1: {"a": 0.6}}
@@ -22,19 +22,29 @@ def test_losses_of_all_ranks_and_parts_are_put_together(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_records_nothing_twice(tmp_path: Path) -> None:
-    losses = SampleLosses(tmp_path, 0, 0)
+    losses = SampleLosses(tmp_path, 0, 1, 0)
     for step in (1, 2, 3):
         losses.add(step, 0, [f"s{step}"], [1.0], [1])
     with losses.path.open("a") as file:
         file.write('{"step": 4, "epo')  # killed while it wrote
     assert set(read_sample_losses(tmp_path)[0]) == {"s1", "s2", "s3"}
-    SampleLosses(tmp_path, 0, 2).add(3, 0, ["s3"], [5.0], [1])
+    SampleLosses(tmp_path, 0, 1, 2).add(3, 0, ["s3"], [5.0], [1])
     rows = [json.loads(line) for line in losses.path.read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 5.0)]
 
 
+def test_files_of_more_ranks_before_are_cut_back_too(tmp_path: Path) -> None:
+    for rank in range(3):
+        losses = SampleLosses(tmp_path, rank, 3, 0)
+        losses.add(1, 0, [f"first {rank}"], [1.0], [1])
+        losses.add(2, 0, [f"second {rank}"], [1.0], [1])
+    for rank in range(2):
+        SampleLosses(tmp_path, rank, 2, 1)
+    assert set(read_sample_losses(tmp_path)[0]) == {"first 0", "first 1", "first 2"}
+
+
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
-    path = SampleLosses(tmp_path, 0, 0).path
+    path = SampleLosses(tmp_path, 0, 1, 0).path
     path.write_text("[1, 2]\n")
     with pytest.raises(DataError, match=r"rank-00000\.jsonl cannot be read"):
         read_sample_losses(tmp_path)
