@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from cogvlm_ft.errors import DataError
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+FULL_DISK_PATIENCE_S = 60
 
 Row = dict[str, Any]
 
@@ -32,8 +35,23 @@ def open_metrics(path: Path) -> None:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     line = json.dumps({key: json_value(value) for key, value in row.items()}, allow_nan=False)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    append_text(path, line + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """All or nothing. A full disk is waited for: a checkpoint that did not fit is deleted within seconds."""
+    size = path.stat().st_size if path.exists() else 0
+    for seconds_left in reversed(range(FULL_DISK_PATIENCE_S + 1)):
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not seconds_left:
+                raise
+            if path.exists():
+                os.truncate(path, size)
+            time.sleep(1)
 
 
 def truncate_after(path: Path, step: int) -> None:

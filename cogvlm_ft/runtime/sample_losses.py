@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.runtime.metrics_file import json_value, open_metrics, truncate_after
+from cogvlm_ft.runtime.metrics_file import append_text, json_value, open_metrics, truncate_after
 
 FOLDER = "sample_losses"
 NUM_EPOCHS = 3
@@ -56,8 +56,7 @@ class SampleLosses:
             for key, loss, num in zip(keys, losses, tokens, strict=True)
             if num
         ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(rows))
+        append_text(self.path, "".join(rows))
 
 
 def read_sample_losses(run_folder: Path) -> dict[int, dict[str, float]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.runtime.distributed import rank, world_size
-from cogvlm_ft.tensor_file import TensorFile
+from cogvlm_ft.tensor_file import TensorFile, TensorSpec
 
 LAYOUT_FILE = "layout.json"
 WEIGHT = "weight"
@@ -41,6 +41,12 @@ class Layout:
     world_size: int
     optimizer_step: int
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all ranks' slices together, were every parameter trained."""
+        kinds = 1 + (len(MOMENTS) if self.optimizer_step else 0)
+        return 4 * kinds * sum(math.prod(shape) for shape in self.shapes.values())
 
     def save(self, checkpoint: Path) -> None:
         (checkpoint / LAYOUT_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
@@ -65,20 +71,34 @@ def layout_of(engine: Any) -> Layout:
     return Layout(world_size(), _optimizer_step(engine), shapes)
 
 
-def local_slices(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(key, float32[n]) of all that this rank holds, in one order every time; views of the live state where it is fp32.
+def local_specs(engine: Any) -> list[TensorSpec]:
+    """What `local_slices` yields."""
+    return [
+        TensorSpec(f"{kind}/{name}", (stop - start,))
+        for name, parameter, kinds in _held(engine)
+        for start, stop in [_own_range(parameter)]
+        for kind in kinds
+    ]
+
+
+def local_slices(engine: Any) -> Iterator[Tensor]:
+    """float32[n] of all that this rank holds: views of the live state where it is fp32 on this device, else copies.
 
     A weight in bf16 has its fp32 master beside it, and that is the one that counts; a frozen one has none.
     """
-    has_moments = _optimizer_step(engine) > 0
-    for name, parameter in engine.module.named_parameters():
+    for _, parameter, kinds in _held(engine):
         start, stop = _own_range(parameter)
         master = safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
-        weights = parameter.ds_tensor.data.float() if master is None else master
-        yield f"{WEIGHT}/{name}", weights[: stop - start]
-        if master is not None and has_moments:
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", safe_get_local_optimizer_state(parameter, moment)[: stop - start]
+        yield (parameter.ds_tensor.data.float() if master is None else master)[: stop - start]
+        for moment in kinds[1:]:
+            yield safe_get_local_optimizer_state(parameter, moment)[: stop - start]
+
+
+def _held(engine: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(name, parameter, kinds of its slices), in one order every time."""
+    has_moments = _optimizer_step(engine) > 0
+    for name, parameter in engine.module.named_parameters():
+        yield name, parameter, (WEIGHT, *MOMENTS) if has_moments and parameter.requires_grad else (WEIGHT,)
 
 
 class SlicedTensor:

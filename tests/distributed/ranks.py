@@ -96,3 +96,15 @@ def run(arguments: Sequence[object], world_size: int, logs: Path, timeout_s: flo
 def read_metrics(run: Path, kind: str) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if row["kind"] == kind]
+
+
+def wait_for_step(run: Path, step: int, ranks: Ranks, timeout_s: float = 120) -> None:
+    """Until the run has logged that step."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            rows = read_metrics(run, "train")
+            if rows and rows[-1]["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise TimeoutError(f"step {step} was not reached\n{ranks.output()}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import read_metrics, run, started
+from ranks import read_metrics, run, started, wait_for_step
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
@@ -172,17 +171,6 @@ def test_kill_then_resume_is_bit_identical(
     assert_same_curve(tmp_path / "run", reference_run)
     output = run(arguments, 2, tmp_path)  # a finished run, started again, ends well and repeats nothing
     assert_same_curve(tmp_path / "run", reference_run)
-
-
-def wait_for_step(folder: Path, step: int, ranks: object) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists():
-            rows = read_metrics(folder, "train")
-            if rows and rows[-1]["step"] >= step:
-                return
-        time.sleep(0.02)
-    raise TimeoutError(f"step {step} was not reached\n{ranks.output()}")  # type: ignore[attr-defined]
 
 
 def test_bf16_trains_and_stays_near_fp32(reference_run: Path, shards: Path, start_model: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from cogvlm_ft.runtime.checkpoint import newest_intact, read_state
 from cogvlm_ft.runtime.consolidate import open_weights
 from cogvlm_ft.runtime.manifest import MANIFEST_FILE
 
+pytestmark = pytest.mark.slow
 OLD_STEP, NEW_STEP = 4, 6
 NUM_EACH = 24
 
