@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,6 +64,16 @@ def main() -> None:
     return None
 
 
+@dataclass(frozen=True)
+class RandomTensor:
+    """Made when it is read."""
+
+    shape: torch.Size
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.randn(stop - start) * 0.02
+
+
 def make_folder(folder: Path, num_bytes: int) -> int:
     """config.json and some files of random weights; as many layers as the size allows. Returns the bytes of weights."""
     size = 1024 if num_bytes >= 1 << 30 else 256
@@ -73,11 +83,8 @@ def make_folder(folder: Path, num_bytes: int) -> int:
         model = CogVLMForCausalLM(config)
     config.save_pretrained(folder)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters():
-            yield name, torch.randn(parameter.shape) * 0.02
-
-    save_weights(folder, tensors(), torch.float32, max_file_bytes=count_bytes(config) // NUM_FILES)
+    tensors = ((name, RandomTensor(parameter.shape)) for name, parameter in model.named_parameters())
+    save_weights(folder, tensors, torch.float32, max_file_bytes=count_bytes(config) // NUM_FILES)
     os.sync()
     files = sorted(folder.glob("*.safetensors"))
     print(f"{count_bytes(config) / 2**20:.0f} MiB of fp32 weights in {len(files)} files", flush=True)

@@ -69,12 +69,18 @@ def _write_all(file: Any, chunk: memoryview) -> None:
 
 def _chunks(specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     yield memoryview(_header(specs))
-    for spec, tensor in zip(specs, tensors, strict=True):
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(f"{spec.name}: found {tensor.dtype}{list(tensor.shape)}, announced as {spec}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    remaining = iter(tensors)
+    for spec in specs:  # not zip: it would hold a tensor until the next one is there
+        data = _data(spec, next(remaining))
         for start in range(0, len(data), CHUNK_BYTES):
             yield data[start : start + CHUNK_BYTES]
+        del data
+
+
+def _data(spec: TensorSpec, tensor: Tensor) -> memoryview:
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+        raise ValueError(f"{spec.name}: found {tensor.dtype}{list(tensor.shape)}, announced as {spec}")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:

@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import initialization
 
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.tensor_file import TensorSpec, write_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 POSITION_TABLE = "model.vision.patch_embedding.position_embedding.weight"
+MAX_FILE_BYTES = 5 * 2**30
+READ_ELEMENTS = 2**22  # at a time: 16 MiB of fp32
 
 # Read slices of the first dimension: fetch(start, stop) -> float[stop - start, ...]
 Fetch = Callable[[int, int], Tensor]
+
+
+class StoredTensor(Protocol):
+    """A tensor that lies somewhere on a disk."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements start to stop of the flattened tensor."""
+
+
+Weight = StoredTensor | Tensor
 
 
 def load_config(folder: str | Path, image_size: int | None = None) -> CogVLMConfig:
@@ -82,6 +100,24 @@ def load_weights(
 
 def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Key -> safetensors slice (a view into the mapped file)."""
+    slices = {}
+    for path in weight_files(folder):
+        file = stack.enter_context(_open(path))
+        slices.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
+    return slices
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}, {path.stat().st_size} bytes, is no whole safetensors file ({error}): download it again"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder."""
     if (folder / INDEX_FILE).is_file():
         names = _indexed_files(folder / INDEX_FILE)
     elif (folder / SINGLE_FILE).is_file():
@@ -93,19 +129,50 @@ def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
             "Convert them once: put the tensors of every `torch.load(file, weights_only=True)` into one dict, then "
             f'`safetensors.torch.save_file(tensors, "{SINGLE_FILE}", {{"format": "pt"}})`'
         )
-    slices = {}
     for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{folder / INDEX_FILE} names {name!r}, which is no file of that folder")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}, {path.stat().st_size} bytes, is no whole safetensors file ({error}): download it again"
-            ) from error
-        slices.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
-    return slices
+    return [folder / name for name in names]
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a safetensors file, which is mapped for as long as a part of it is read: else memory would seem to
+    hold all that was ever read."""
+
+    path: Path
+    name: str
+    shape: torch.Size
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements start to stop of the flattened tensor, in the dtype of the file."""
+        width = math.prod(self.shape[1:])
+        first = start // width
+        with _open(self.path) as file:
+            rows = file.get_slice(self.name)[first : -(-stop // width)]
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+
+def open_tensors(folder: Path) -> dict[str, FileTensor]:
+    """Every tensor in a model folder's files by its name, buffers included; CheckpointError if a file is damaged."""
+    tensors = {}
+    for path in weight_files(folder):
+        with _open(path) as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        tensors.update({name: FileTensor(path, name, shape) for name, shape in shapes.items()})
+    return tensors
+
+
+def read_whole(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """All of it, and besides only the part that is being read. A tensor in memory comes as it is, if dtype fits."""
+    if isinstance(weight, Tensor):
+        return weight.detach().to(dtype)
+    whole = torch.empty(weight.shape, dtype=dtype, device="cpu")
+    flat = whole.view(-1)
+    for start in range(0, len(flat), READ_ELEMENTS):
+        stop = min(start + READ_ELEMENTS, len(flat))
+        flat[start:stop] = weight.read(start, stop)
+    return whole
 
 
 def _indexed_files(index: Path) -> list[str]:
@@ -154,36 +221,54 @@ def parameter_shapes(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tupl
 
 
 def save_weights(
-    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_file_bytes: int = 5 * 2**30
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Weight]],
+    dtype: torch.dtype,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write safetensors files of at most `max_file_bytes` (a larger tensor gets its own) and, if several, their index.
 
-    Tensors are taken one at a time: never more than one file's worth is in memory.
+    A stored tensor is read when it is its turn: memory holds it and the one before. The files are on the disk when the
+    call returns.
     """
     folder = Path(folder)
+    files = _share_out(list(tensors), dtype, max_file_bytes)
+    total_bytes = sum(_num_bytes(weight, dtype) for contents in files for _, weight in contents)
     weight_map: dict[str, str] = {}
-    pending: dict[str, Tensor] = {}
-    files: list[Path] = []
-    total_bytes = 0
+    with tqdm(total=total_bytes, desc="write weights", unit="B", unit_scale=True, disable=None) as bar:
+        for number, contents in enumerate(files, 1):
+            name = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            specs = [TensorSpec(key, tuple(weight.shape), dtype) for key, weight in contents]
+            write_tensors(folder / name, specs, _read_in_turn(contents, dtype, bar))
+            weight_map.update({key: name for key, _ in contents})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        with (folder / INDEX_FILE).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def flush() -> None:
-        files.append(folder / f"part-{len(files):05d}.safetensors")
-        save_file(pending, files[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, files[-1].name))
-        pending.clear()
 
-    for name, tensor in tensors:
-        tensor = tensor.to(dtype).contiguous()
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_file_bytes:
-            flush()
-        pending[name] = tensor
-        total_bytes += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        files[0].rename(folder / SINGLE_FILE)
-        return
-    final = {f.name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files)}
-    for file in files:
-        file.rename(folder / final[file.name])
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": {k: final[v] for k, v in weight_map.items()}}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _read_in_turn(contents: Sequence[tuple[str, Weight]], dtype: torch.dtype, bar: tqdm) -> Iterator[Tensor]:
+    for _, weight in contents:
+        yield read_whole(weight, dtype)
+        bar.update(_num_bytes(weight, dtype))
+
+
+def _share_out(
+    tensors: Sequence[tuple[str, Weight]], dtype: torch.dtype, max_file_bytes: int
+) -> list[list[tuple[str, Weight]]]:
+    """What goes into which file."""
+    files: list[list[tuple[str, Weight]]] = [[]]
+    num_bytes = 0
+    for key, weight in tensors:
+        if files[-1] and num_bytes + _num_bytes(weight, dtype) > max_file_bytes:
+            files.append([])
+            num_bytes = 0
+        files[-1].append((key, weight))
+        num_bytes += _num_bytes(weight, dtype)
+    return files
+
+
+def _num_bytes(weight: Weight, dtype: torch.dtype) -> int:
+    return math.prod(weight.shape) * dtype.itemsize

@@ -130,9 +130,9 @@ class Forecast:
 
     @property
     def host_peak(self) -> int:
-        """Of a node: beside what stays, the start and resuming each need memory for a while."""
+        """Of a node: what stays, and either the weights on their way at the start or the copies of a checkpoint."""
         host = self.host
-        return host["programs"] + host["offloaded"] + max(host["start"], host["resume"])
+        return host["programs"] + host["offloaded"] + max(host["start"], host["saving"])
 
     @property
     def evaluation_bytes(self) -> int:
@@ -176,8 +176,6 @@ class Planner:
         lasting = self._lasting()
         on_gpu = {kind: size for kind, (size, on_host) in lasting.items() if not on_host}
         on_host = {kind: size for kind, (size, on_host) in lasting.items() if on_host}
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
         return Forecast(
             lasting=dict.fromkeys(lasting, 0) | on_gpu,
             passing=passing,
@@ -186,8 +184,8 @@ class Planner:
             update=0 if zero.offload_optimizer else self._update_bytes(),
             evaluation=self._evaluation(sequences, sum(on_gpu.values())) if evaluation else {},
             host=self._host(sum(on_host.values()), cluster.gpus_per_node),
-            disk=trained * (MASTER_BYTES + ADAM_BYTES) + (total - trained) * element_bytes(config),
-            num_parameters=total,
+            disk=self._slices_bytes(num_ranks=1),
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
             gathered=self.gathered,
         )
 
@@ -285,14 +283,18 @@ class Planner:
             "layer at work": forward_peak(self.stages(asked)),
         }
 
+    def _slices_bytes(self, num_ranks: int) -> int:
+        """What a rank writes of a checkpoint: weights in fp32, and Adam's moments of those that are trained."""
+        weights = self._shares(num_ranks, trained_only=False) * MASTER_BYTES
+        return weights + self._shares(num_ranks, trained_only=True) * ADAM_BYTES
+
     def _host(self, offloaded: int, ranks: int) -> dict[str, int]:
-        """Of a node. Resuming, a rank reads its part of the checkpoint into host memory; weights pass through it."""
-        trained = self._shares(self.cluster.num_gpus, trained_only=True)
+        """Of a node. A checkpoint that is written in the background is copied into host memory first."""
         per_rank = {
             "programs": PROCESS_BYTES + self.config.data.num_workers * WORKER_BYTES,
             "offloaded": offloaded,
             "start": self._shares(self.cluster.num_gpus, trained_only=False) * element_bytes(self.config),
-            "resume": trained * (MASTER_BYTES + ADAM_BYTES),
+            "saving": self._slices_bytes(self.cluster.num_gpus) if self.config.checkpoint.background else 0,
         }
         return {kind: size * ranks for kind, size in per_rank.items()}
 

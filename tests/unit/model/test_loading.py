@@ -14,9 +14,12 @@ from cogvlm_ft.model import CogVLMForCausalLM, load_model
 from cogvlm_ft.model.loading import (
     INDEX_FILE,
     POSITION_TABLE,
+    READ_ELEMENTS,
     SINGLE_FILE,
     load_weights,
+    open_tensors,
     parameter_shapes,
+    read_whole,
     save_weights,
 )
 
@@ -41,6 +44,21 @@ def test_files_of_limited_size_read_back(tiny_model: CogVLMForCausalLM, sharded:
     assert_same_weights(load_model(sharded), tiny_model)
     largest = max(parameter.nbytes for parameter in tiny_model.parameters())
     assert all(path.stat().st_size < max(100_000, largest) + 10_000 for path in sharded.glob("*.safetensors"))
+
+
+def test_parts_of_stored_tensors_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Rows that no part ends with, and a tensor that takes two parts."""
+    wanted = {"wide": torch.randn(5, READ_ELEMENTS // 3), "deep": torch.randn(2, 3, 7), "flat": torch.randn(11)}
+    for dtype in (torch.float32, torch.bfloat16):
+        save_weights(tmp_path, wanted.items(), dtype)
+        found = open_tensors(tmp_path)
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            flat = tensor.to(dtype).flatten()
+            assert found[name].shape == tensor.shape
+            assert torch.equal(read_whole(found[name], torch.float32), tensor.to(dtype).float())
+            for start, stop in ((0, 1), (3, 11), (len(flat) - 2, len(flat)), (5, 5), (0, len(flat))):
+                assert torch.equal(found[name].read(start, stop), flat[start:stop]), (name, start, stop)
 
 
 def test_one_error_lists_all_problems_of_all_files(tiny_model: CogVLMForCausalLM, sharded: Path) -> None:

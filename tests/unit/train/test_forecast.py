@@ -153,7 +153,7 @@ def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
 
     assert status(peak - 0.01) == status(peak + 1) == "tight", "an estimate just above or below proves nothing"
     assert status(lasting) == "too much" and status(2 * peak) == "fits"
-    assert status(2 * peak, host_gib=100) == "tight", "resuming needs more host memory"
+    assert status(2 * peak, host_gib=100) == "tight", "copies of checkpoints need more host memory"
     offloaded = planner_17b.changed(config(OFFLOAD)).forecast(PassSize())
     assert judge(offloaded, Cluster(1, 8, 79, host_gib=300)).status == "too much"
 

@@ -44,7 +44,7 @@ def test_the_meter_reports_operations_per_second(flops: StepFlops) -> None:
     one |= {"num_turns": 2, "num_tokens": flops.prefix + 60, "num_bad": 0, "num_cut_boxes": 0, "grad_norm": 1.0}
     for step_s in (0.5, 1.0):
         meter.add(StepStats(**one, step_s=step_s), data_wait_s=0.25)
-    found = meter.report()
+    found = meter.report().values
     assert found["tflops"] == pytest.approx(2 * flops.of(1, 2, flops.prefix + 60, 10) / 2.0 / 1e12)
     assert found["data_wait_fraction"] == pytest.approx(0.25)
     assert ("mfu" in found) == (flops.peak is not None)

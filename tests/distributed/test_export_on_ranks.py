@@ -1,0 +1,77 @@
+"""What two ranks trained under ZeRO-3, exported by the program, with the proof and the model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import REPOSITORY, run
+from transformers import AutoModelForCausalLM
+
+from cogvlm_ft.evaluate.fingerprint import fingerprint
+from cogvlm_ft.runtime.checkpoint import list_checkpoints
+from cogvlm_ft.runtime.consolidate import open_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps in bf16 with fp32 master weights, the last one evaluated."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = [
+        f"output_dir={folder / 'run'}",
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        "train.max_steps=2",
+        "train.global_batch_size=4",
+        "train.precision=bf16",
+        "evaluate.max_samples=2",
+        "evaluate.max_new_tokens=4",
+        "tracking.mode=disabled",
+    ]
+    run(["launch/train.py", *settings], 2, folder / "logs")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_program_proves_what_ranks_trained(trained: Path, tmp_path: Path, dtype: str) -> None:
+    checkpoint, out = list_checkpoints(trained / "checkpoints")[-1], tmp_path / "exported"
+    output = run(["launch/export.py", "--checkpoint", checkpoint, "--out", out, "--dtype", dtype], 1, tmp_path / "logs")
+    assert "proven" in output and f"--model {out}" in output
+    proof = json.loads((out / "proof.json").read_text())
+    assert (proof["problems"], proof["samples"]) == ([], "val")
+    assert proof["num_samples"] == 9  # all there are
+    assert (proof["likeness"]["num_unequal"] == 0) == (dtype == "fp32")
+    weights = open_weights(checkpoint)
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    parameters = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter.data, weights[name].contiguous().to(torch_dtype)), name
+
+
+def test_the_card_tells_of_the_run(trained: Path, tmp_path: Path) -> None:
+    checkpoint, out = list_checkpoints(trained / "checkpoints")[-1], tmp_path / "exported"
+    run(["launch/export.py", "--checkpoint", checkpoint, "--out", out, "--prove", 1], 1, tmp_path / "logs")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    state = json.loads((checkpoint / "state.json").read_text())
+    metrics = json.loads((trained / "evaluations" / checkpoint.name / "metrics.json").read_text())
+    assert state["data_sha256"] in card and fingerprint(out) in card
+    assert f"| `mean_iou` | {metrics['mean_iou']:.4g} |" in card
+    assert "| precision of training; of these weights | bf16; float32 |" in card
+    assert "| samples in an epoch | 33 (split train) |" in card
+    assert str(tmp_path.parent) not in card and str(REPOSITORY) not in card
+
+
+def test_a_run_that_was_moved_away_from_its_shards(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(trained / "checkpoints", moved / "checkpoints")
+    checkpoint = list_checkpoints(moved / "checkpoints")[-1]
+    output = run(["launch/export.py", "--checkpoint", checkpoint, "--out", tmp_path / "out"], 1, tmp_path / "logs")
+    assert "made pictures" in output
+    assert json.loads((tmp_path / "out" / "proof.json").read_text())["samples"] == "made pictures"
