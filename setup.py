@@ -41,6 +41,7 @@ setup(
         "PyYAML>=6",
         "requests>=2.28",
         "psutil>=5.9",
+        "packaging>=22",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -65,6 +66,7 @@ setup(
             "cogvlm-train = launch.train:main",
             "cogvlm-evaluate = launch.evaluate:main",
             "cogvlm-plan = launch.plan:main",
+            "cogvlm-doctor = launch.doctor:main",
             "cogvlm-replay = launch.replay:main",
             "cogvlm-workspace = launch.workspace:main",
             "cogvlm-predict = launch.predict:main",

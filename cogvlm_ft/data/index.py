@@ -103,7 +103,7 @@ def shard_sources(shards: object) -> list[ShardSource]:
         good = isinstance(path, (str, Path)) and str(path) and set(fields) <= {"path", "weight"}
         if not good or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1e6:
             wanted = "a folder, or a list of folders or {path: folder, weight: a number above 0}"
-            raise ConfigError(f"data.shards has {entry!r:.200}, wanted {wanted}")
+            raise ConfigError(f"data.shards has {shown(repr(entry)):.200}, wanted {wanted}")
         sources.append(ShardSource(str(path), float(weight)))
     if not sources:
         raise ConfigError("data.shards is an empty list, wanted at least one folder")

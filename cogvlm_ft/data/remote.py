@@ -89,11 +89,13 @@ class RemoteShard:
                 return
             cache.check_room(self.size)
             unfinished = path.with_suffix(".tmp")
-            digest = _retried(self.url, lambda: _save(self.url, unfinished, self.size))
-            if digest != self.sha256:
-                unfinished.unlink()
-                raise DataError(f"{self} is not the shard of its index.json: sha256 {digest}, wanted {self.sha256}")
-            unfinished.replace(path)
+            try:
+                digest = _retried(self.url, lambda: _save(self.url, unfinished, self.size))
+                if digest != self.sha256:
+                    raise DataError(f"{self} is not the shard of its index.json: sha256 {digest}, wanted {self.sha256}")
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
 
 def is_url(path: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -300,5 +301,10 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
         truth = [prediction.truth_boxes_xyxy or () for prediction in shown.predictions]
         answered = [prediction.boxes_xyxy for prediction in shown.predictions]
         texts = [(prediction.prompt, prediction.answer) for prediction in shown.predictions]
-        name = f"{number:02d}-{shown.key.replace('/', '-')}.png"  # a key of others' shards may have folders in it
-        draw_boxes(shown.image, truth, answered, texts).save(folder / PICTURES_FOLDER / name)
+        picture = draw_boxes(shown.image, truth, answered, texts)
+        picture.save(folder / PICTURES_FOLDER / f"{number:02d}-{_as_file_name(shown.key)}.png")
+
+
+def _as_file_name(key: str) -> str:
+    """A key of others' shards may have folders in it, and anything else, at any length."""
+    return re.sub(r"[/\\\x00-\x1f]", "-", key).encode("utf-8", "replace")[:200].decode("utf-8", "ignore")

@@ -16,11 +16,12 @@ from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_phot
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.grounding.wording import Wording, load_wording
-from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
+from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
+from cogvlm_ft.runtime.provenance import without_passwords
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,33 @@ def build_run(config: Config) -> Run:
     output_dir = Path(config.output_dir)
     if is_main():
         output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, output_dir / "config.yaml")
+        shown = replace(data, shards=without_passwords(data.shards))  # a run's folder is for others to read, too
+        save_config(replace(config, data=shown), output_dir / "config.yaml")
     barrier()
     engine, tokenizer = build_model_engine(config)
-    dataset = GroundingDataset(
-        reader=ShardReader(train_index, draft_side=draft_side(config.data, engine.module.config.image_size)),
+    dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
+    return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
+
+
+def build_dataset(
+    config: Config,
+    index: ShardIndex,
+    wording: Wording,
+    parts: PhotoParts | None,
+    tokenizer: CogVLMTokenizer,
+    model_config: CogVLMConfig,
+) -> GroundingDataset:
+    """Training samples, as the model is shown them."""
+    return GroundingDataset(
+        reader=ShardReader(index, draft_side=draft_side(config.data, model_config.image_size)),
         wording=wording,
         tokenizer=tokenizer,
-        config=engine.module.config,
+        config=model_config,
         seed=config.seed,
         max_sequence_length=config.data.max_sequence_length,
         augment=config.data.augment,
         parts=parts,
     )
-    return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
 
 
 def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> PhotoParts | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,10 +102,19 @@ def check_fits(config: Config) -> None:
 
 def this_cluster() -> Cluster:
     """Collective. The machines of this run; of different ones the smallest."""
+    return cluster_of(from_main(gather_to_main(machine_facts())))
+
+
+def machine_facts() -> tuple[str, int, int]:
+    """Of this rank: host name, bytes of its memory, bytes of its GPU (0: on CPU)."""
     on_cpu = device().type != "cuda"
-    memory = psutil.virtual_memory().total
-    gpu = 0 if on_cpu else torch.cuda.get_device_properties(device()).total_memory
-    facts = from_main(gather_to_main((socket.gethostname(), memory, gpu)))
+    gpu_bytes = 0 if on_cpu else torch.cuda.get_device_properties(device()).total_memory
+    return socket.gethostname(), psutil.virtual_memory().total, gpu_bytes
+
+
+def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:
+    """Of the `machine_facts` of all ranks."""
+    on_cpu = device().type != "cuda"
     ranks = Counter(host for host, _, _ in facts)
     ranks_per_node = max(ranks.values())
     host_bytes = min(memory for _, memory, _ in facts)
@@ -166,8 +176,8 @@ def as_text(preflight: Preflight) -> str:
         _row("evaluation, at most", forecast.peaks["evaluation"]),
         "",
         "one node, GiB of host memory",
-        *_rows({kind: forecast.host[kind] for kind in ("programs", "offloaded", "start", "resume")}),
-        _row("at most", forecast.host_peak, "start and resume pass"),
+        *_rows({kind: forecast.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
+        _row("at most", forecast.host_peak, "the start passes before anything is saved"),
         "",
         *_time_lines(preflight),
         "",

@@ -27,9 +27,16 @@ DATA = [REPOSITORY / "docs/data.md", REPOSITORY / "docs/data_zh.md"]
 METRICS = [REPOSITORY / "docs/metrics.md", REPOSITORY / "docs/metrics_zh.md"]
 PERFORMANCE = [REPOSITORY / "docs/performance.md", REPOSITORY / "docs/performance_zh.md"]
 PREDICT = [REPOSITORY / "docs/predict.md", REPOSITORY / "docs/predict_zh.md"]
+TROUBLE = [REPOSITORY / "docs/troubleshooting.md", REPOSITORY / "docs/troubleshooting_zh.md"]
 DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/*.md", "slurm/*.md", "bench/*.md") for path in REPOSITORY.glob(pattern)
 )
+SLURM = [REPOSITORY / "docs/slurm.md", REPOSITORY / "docs/slurm_zh.md"]
+BATCH_PROGRAMS = {  # what their arguments go to
+    "slurm/train.sbatch": "launch/train.py",
+    "slurm/evaluate.sbatch": "launch/evaluate.py",
+    "slurm/after.sbatch": "launch/best.py",
+}
 PRESETS = sorted(REPOSITORY.glob("configs/grounding_*.yaml"))
 YOURS = ["model.path=m", "data.shards=s", "output_dir=o"]  # what a preset leaves to its user
 PARAMETERS_17B = 17_639_685_376  # tests/unit/model/test_structure.py counts them
@@ -42,7 +49,7 @@ OWN_PATH = re.compile(
 )
 ROOT_FILE = re.compile(r"(?<![\w./-])(?:[A-Z][A-Za-z_]+\.md|Makefile|setup\.py|pyproject\.toml|constraints\.txt)\b")
 SETTING = re.compile(r"(?<![\w./-])(?:model|data|train|evaluate|checkpoint|tracking)\.[a-z]\w*(?![\w./])")
-FILE_ENDINGS = {"py", "yaml", "json", "jsonl", "md", "safetensors"}  # train.py is a file, not a setting
+FILE_ENDINGS = {"py", "yaml", "json", "jsonl", "md", "safetensors", "sbatch"}  # train.py is a file, not a setting
 
 
 def code_of(document: Path) -> list[str]:
@@ -99,18 +106,20 @@ def test_commands_fit_their_programs(document: Path) -> None:
     for words in commands(document):
         program = next(word for word in words if re.fullmatch(r"(launch|shards|slurm)/\w+\.(py|sbatch)", word))
         given = words[words.index(program) + 1 :]
-        source = REPOSITORY / ("launch/train.py" if program.endswith(".sbatch") else program)
+        source = REPOSITORY / BATCH_PROGRAMS.get(program, program)
         known = {
             node.value for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.Constant)
         }
         options = [word for word in given if word.startswith("--")]
         assert set(options) <= known, f"{program} has no {set(options) - known}"
-        if source.name == "train.py" and "--config" in given:
+        if source.name in ("train.py", "doctor.py") and "--config" in given:
             config = given[given.index("--config") + 1]
             load_config(REPOSITORY / config, YOURS + [word for word in given if "=" in word])
 
 
-@pytest.mark.parametrize("pair", [READMES, DATA, METRICS, PERFORMANCE, PREDICT], ids=lambda pair: pair[0].stem)
+@pytest.mark.parametrize(
+    "pair", [READMES, DATA, METRICS, PERFORMANCE, PREDICT, TROUBLE, SLURM], ids=lambda pair: pair[0].stem
+)
 def test_both_languages_have_the_same_parts(pair: list[Path]) -> None:
     english, chinese = (path.read_text(encoding="utf-8") for path in pair)
     headings = [re.findall(r"^(#+) ", CODE_BLOCK.sub("", text), re.MULTILINE) for text in (english, chinese)]

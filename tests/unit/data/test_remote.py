@@ -122,6 +122,7 @@ def test_a_connection_that_is_cut(built: Path, tmp_path: Path, no_waiting: None,
         server.cut = True
         with pytest.raises(DataError, match=r"http.*\.tar: .*tried 3 times"):
             reader.read(0)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_server_that_is_gone(built: Path, no_waiting: None) -> None:
