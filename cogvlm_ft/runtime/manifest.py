@@ -13,8 +13,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.runtime.distributed import from_main, gather_to_main, rank, world_size
+from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.tensor_file import FileRecord, hash_file
 
 MANIFEST_FILE = "manifest.json"
@@ -59,17 +61,24 @@ def find_damage(checkpoint: Path) -> list[str]:
 
 def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[str]) -> list[str]:
     problems = []
-    for name in names:
-        wanted = files[name]
-        try:
-            found_bytes = (checkpoint / name).stat().st_size
-            if found_bytes != wanted.num_bytes:
-                problems.append(f"{name} has {found_bytes} bytes, wanted {wanted.num_bytes}")
-            elif hash_file(checkpoint / name) != wanted:
-                problems.append(f"{name} is not what was written: its sha256 differs")
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error.strerror}")
+    total = sum(files[name].num_bytes for name in names)
+    shown = {"desc": f"checking {checkpoint.name}", "unit": "B", "unit_scale": True, "leave": False}
+    with tqdm(total=total, disable=None if is_main() else True, **shown) as bar:  # type: ignore[call-overload]
+        for name in names:
+            problem = _difference(checkpoint / name, files[name])
+            problems += [f"{name} {problem}"] if problem else []
+            bar.update(files[name].num_bytes)
     return problems
+
+
+def _difference(path: Path, wanted: FileRecord) -> str:
+    try:
+        found_bytes = path.stat().st_size
+        if found_bytes != wanted.num_bytes:
+            return f"has {found_bytes} bytes, wanted {wanted.num_bytes}"
+        return "" if hash_file(path) == wanted else "is not what was written: its sha256 differs"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _own_hash(records: Mapping[str, object]) -> str:

@@ -1,0 +1,189 @@
+"""A run that is killed again and again, whatever it is doing, ends as if nothing had happened.
+
+SOAK_KILLS=50 pytest -m slow tests/soak          (make soak)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import Ranks, read_metrics, run, started
+
+from cogvlm_ft.runtime.checkpoint import list_checkpoints
+from cogvlm_ft.runtime.sample_losses import FOLDER as SAMPLE_LOSSES
+from cogvlm_ft.runtime.slices import MOMENTS, WEIGHT, open_slices
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+NUM_KILLS = int(os.environ.get("SOAK_KILLS", "8"))
+NUM_STEPS = 12 + NUM_KILLS
+START_UP_S, PATIENCE_S, AFTERMATH_S = 12, 120, 60
+VOLATILE = ("_per_s", "_s", "_fraction", "tflops", "mfu", "memory", "slowest")
+
+
+def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
+    return [
+        "launch/train.py",
+        f"output_dir={output_dir}",
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        f"train.max_steps={NUM_STEPS}",
+        "train.epochs=100",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "train.lr=1e-3",
+        "train.patience=null",
+        "evaluate.max_samples=4",
+        "evaluate.max_new_tokens=6",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=2",
+        "tracking.mode=disabled",
+    ]
+
+
+def number_of_rows(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def starting(folder: Path, chance: random.Random) -> Callable[[], bool]:
+    """At any moment of the first seconds: imports, loading, reading the checkpoint."""
+    due = time.monotonic() + chance.uniform(0.5, START_UP_S)
+    return lambda: time.monotonic() > due
+
+
+def stepping(folder: Path, chance: random.Random) -> Callable[[], bool]:
+    """Soon after one more row is written."""
+    wanted, wait_s = number_of_rows(folder) + chance.randrange(1, 3), chance.uniform(0, 0.5)
+
+    def is_due() -> bool:
+        due = number_of_rows(folder) >= wanted
+        if due:
+            time.sleep(wait_s)
+        return due
+
+    return is_due
+
+
+def saving(folder: Path, chance: random.Random) -> Callable[[], bool]:
+    """While a checkpoint is written, hashed or published."""
+    old, wait_s = set((folder / "checkpoints").glob(".tmp-step-*")), chance.uniform(0, 0.05)
+
+    def is_due() -> bool:
+        due = bool(set((folder / "checkpoints").glob(".tmp-step-*")) - old)
+        if due:
+            time.sleep(wait_s)
+        return due
+
+    return is_due
+
+
+def pruning(folder: Path, chance: random.Random) -> Callable[[], bool]:
+    """Right after a new checkpoint appears, when an old one goes."""
+    old = set((folder / "checkpoints").glob("step-*"))
+    return lambda: bool(set((folder / "checkpoints").glob("step-*")) - old)
+
+
+def evaluating(folder: Path, chance: random.Random) -> Callable[[], bool]:
+    """After the last step of an epoch, or with luck a little later."""
+    steps_per_epoch, wait_s = 5, chance.uniform(0.05, 0.6)
+    rows = read_metrics(folder, "train") if (folder / "metrics.jsonl").exists() else []
+    wanted = ((rows[-1]["step"] if rows else 0) // steps_per_epoch + 1) * steps_per_epoch
+
+    def is_due() -> bool:
+        due = number_of_rows(folder) > 0 and bool(
+            [row for row in read_rows(folder) if row["kind"] == "train" and row["step"] >= wanted]
+        )
+        if due:
+            time.sleep(wait_s)
+        return due
+
+    return is_due
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """Whole lines only: the run may be writing."""
+    content = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+MOMENTS_TO_KILL = (saving, stepping, starting, pruning, evaluating)
+
+
+def kill(ranks: Ranks, chance: random.Random) -> str:
+    """One rank or all; after one the others end by themselves or, soon, by the launcher, of which this is the part."""
+    victims = chance.choice([[0], [1], [0, 1]])
+    for number in victims:
+        os.killpg(ranks.processes[number].pid, signal.SIGKILL)
+    time.sleep(chance.uniform(0, 2))
+    ranks.kill()
+    return f"ranks {victims}"
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_undisturbed(
+    shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    arguments = settings(shards, start_model, tmp_path / "undisturbed")
+    run(arguments, 2, tmp_path / "logs")
+    chance = random.Random(NUM_KILLS)
+    folder = tmp_path / "killed"
+    arguments = settings(shards, start_model, folder)
+    killed: Counter = Counter()
+    for number in range(NUM_KILLS):
+        moment = MOMENTS_TO_KILL[number % len(MOMENTS_TO_KILL)]
+        is_due, deadline = moment(folder, chance), time.monotonic() + PATIENCE_S
+        with started(arguments, 2, tmp_path / "logs") as ranks:
+            while not is_due() and time.monotonic() < deadline:
+                if any(process.poll() is not None for process in ranks.processes):
+                    break  # it came to its end first
+                time.sleep(0.005)
+            was_running = all(process.poll() is None for process in ranks.processes)
+            assert was_running or ranks.wait(AFTERMATH_S) == [0, 0], ranks.output()
+            if was_running:
+                killed[moment.__name__] += 1
+                print(f"{number}: {moment.__name__}: killed {kill(ranks, chance)} at row {number_of_rows(folder)}")
+    run(arguments, 2, tmp_path / "logs")
+    assert sum(killed.values()) >= NUM_KILLS - 2, f"only {killed} of {NUM_KILLS}: the run ended too early"
+    assert_same_run(folder, tmp_path / "undisturbed")
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """Every logged number of every step and evaluation, bit for bit, but for clocks and memory; every tensor; every
+    sample of every whole epoch exactly once."""
+    for kind in ("train", "val"):
+        a, b = (
+            [
+                {k: v for k, v in row.items() if not any(part in k for part in VOLATILE)}
+                for row in read_metrics(run, kind)
+            ]
+            for run in (found, wanted)
+        )
+        assert a == b
+    last = [list_checkpoints(run / "checkpoints")[-1] for run in (found, wanted)]
+    assert last[0].name == last[1].name == f"step-{NUM_STEPS:08d}"
+    for kind in (WEIGHT, *MOMENTS):
+        a, b = (open_slices(path, kind) for path in last)
+        assert a.keys() == b.keys()
+        assert all(a[name].contiguous().equal(b[name].contiguous()) for name in a)
+    seen = [keys_seen(run) for run in (found, wanted)]
+    assert seen[0] == seen[1]
+    assert set(seen[0].values()) == {1}
+    assert not list((found / "checkpoints").glob("*tmp*")) and not list((found / "checkpoints").glob("damaged-*"))
+
+
+def keys_seen(folder: Path) -> Counter:
+    """(epoch, sample) -> how often."""
+    rows = [
+        json.loads(line)
+        for path in (folder / SAMPLE_LOSSES).glob("*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    return Counter((row["epoch"], row["key"]) for row in rows)
