@@ -1,9 +1,10 @@
 # `make` lists what there is. Every target sets up what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check bench clean
+.PHONY: help setup demo test test-fast soak slurm check bench clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 
 # The first Python 3.10-3.12 that runs and can make a virtual environment: a name on PATH may be a shim that only fails.
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -24,11 +25,27 @@ $(STAMP): setup.py constraints.txt
 demo: setup ## train a tiny CogVLM on a made grounding set, from photos to answers (CPU, minutes)
 	$(BIN)/python launch/demo.py
 
+# SLURM=required: the tests with a Slurm cluster of their own are not skipped where it is missing; it is installed first.
+ifeq ($(SLURM),required)
+export COGVLM_REQUIRE_SLURM := 1
+test: slurm
+endif
+
 test: setup ## all tests but those that need a GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-fast: setup ## the tests that take seconds
 	$(BIN)/python -m pytest
+
+soak: setup ## kill a run 50 times, at every kind of moment, and compare it with an undisturbed one (about 15 minutes)
+	SOAK_KILLS=50 $(BIN)/python -m pytest -s -m slow tests/soak
+
+slurm: ## install what the tests of Slurm need (Debian or Ubuntu, as root)
+	@for program in slurmctld slurmd sbatch munged ip; do command -v $$program >/dev/null || missing=yes; done; \
+	if [ -z "$$missing" ]; then echo "Slurm is here"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -q -y --no-install-recommends $(SLURM_PACKAGES); \
+	else echo "wanted: root and apt-get, to install $(SLURM_PACKAGES). sudo make slurm, or install them yourself"; exit 1; fi
 
 check: setup ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -1,14 +1,14 @@
-"""What raising the resolution gives small targets: one start at 8 px, then as many steps more at 8 px and at 16 px.
+"""What raising the resolution gives small targets: one start, then as many steps at 8 px and at 16 px.
 
-    python bench/resolution.py [--low 8] [--high 16] [--steps 800] [--more 2400] [--scenes 13000]
+    python bench/resolution.py [--low 8] [--high 16] [--steps 1600] [--before 0] [--scenes 13000]
 
 The demo's scenes are 32 px wide, their things 12 or 16; in a model input of 8 px each of these is smaller than one
-patch of 8 px. The demo's tiny model learns them at the low resolution by launch/train.py. From its export two trainings
-go on with the same photos, questions, steps and learning rates: one at the low resolution, one with `model.image_size`
-raised and the interpolated position table. Takes about 15 minutes of one core.
+patch of 8 px. From the demo's start model launch/train.py makes two trainings with the same photos, questions, steps
+and learning rates: one at the low resolution, one with `model.image_size` raised and the interpolated position table.
+With --before N the start is trained at the low resolution for N steps first. Takes about 20 minutes of one core.
 
-A table of few positions has little to interpolate from, and the raised model starts nearly blind: the more it is
-raised, the --more steps it needs to pass the other.
+A table of few positions has little to interpolate from: a start that was trained on one patch is nearly blind on four,
+and has to unlearn.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--low", type=int, default=8, help="px, a multiple of 8")
     parser.add_argument("--high", type=int, default=16, help="px, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=800, help="of the common start")
-    parser.add_argument("--more", type=int, default=2400, help="further steps of either")
+    parser.add_argument("--steps", type=int, default=1600, help="of either training")
+    parser.add_argument("--before", type=int, default=0, help="steps of a training of the start, at the low resolution")
     parser.add_argument("--scenes", type=int, default=13000)
     parser.add_argument("--out", type=Path, help="folder to keep; default: a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.out or Path(temporary)).resolve()
-        shards, model = make_data(folder, args.scenes)
-        start = train(folder / "start", shards, model, args.low, args.steps)
+        shards, start = make_data(folder, args.scenes)
+        if args.before:
+            start = train(folder / "before", shards, start, args.low, args.before)
         for size_px in (args.low, args.high):
             began = time.perf_counter()
-            train(folder / f"{size_px}px", shards, start, size_px, args.more)
+            train(folder / f"{size_px}px", shards, start, size_px, args.steps)
             before, after = (accuracy(scores, args.low) for scores in evaluations(folder / f"{size_px}px"))
             seconds = time.perf_counter() - began
             print(

@@ -107,6 +107,10 @@ class TrainConfig:
     min_gain: float = 0.0  # a new best is better than the last one by more than this, in the unit of the monitor
     patience: Optional[int] = 3  # stop after this many evaluations without a new best; null: never
     log_every: int = 1  # steps
+    max_skipped_in_a_row: int = 3  # steps whose loss or gradient is not finite change nothing; so many of them
+    # one after another end the run
+    hang_timeout_s: Optional[float] = 1800.0  # a rank without progress for so long (micro-batches, decoded tokens,
+    # files read or written) writes its stacks to output_dir/stacks and ends the job; null: waits for ever
 
 
 @dataclass
@@ -232,6 +236,8 @@ def _check(config: Config) -> None:
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.max_steps", train.max_steps, 1),
         ("train.log_every", train.log_every, 1),
+        ("train.max_skipped_in_a_row", train.max_skipped_in_a_row, 1),
+        ("train.hang_timeout_s", train.hang_timeout_s, 1),
         ("train.patience", train.patience, 1),
         ("train.min_gain", train.min_gain, 0),
         ("train.lr", train.lr, 0),

@@ -23,6 +23,7 @@ from cogvlm_ft.model.layout import PAD_BLOCK, build_layout
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import every_rank
 from cogvlm_ft.runtime.gather import forget_order, needs_all_ranks
+from cogvlm_ft.runtime.watchdog import progress
 
 FIRST_TEXT_POSITION = 4  # bos 0, boi 1, patches 2, eoi 3
 
@@ -151,6 +152,7 @@ def _decode(
     position_ids = FIRST_TEXT_POSITION + asked.lengths
     steps: list[_Step] = []
     while True:
+        progress()
         ids = constraint.choose(out.logits, finished)  # of finished turns too; nobody reads those
         steps.append(_probabilities(out.logits, ids, digits, expected[len(steps) : len(steps) + 1]))
         finished = finished | (ids == tokenizer.eos_token_id)

@@ -26,6 +26,7 @@ RANK_VARIABLES = {
     "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID"),
 }
 DEFAULT_TIMEOUT_S = 1800
+AFTER_WATCHDOG_S = 300  # how much longer than the watchdog a collective waits: the watchdog's stacks say more
 
 
 def _free_port() -> int:
@@ -46,8 +47,8 @@ def _fill_environment() -> None:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
 
 
-def init_distributed() -> None:
-    """Collective. Join the process group and take this rank's device."""
+def init_distributed(hang_timeout_s: float | None = None) -> None:
+    """Collective. Join the process group and take this rank's device. hang_timeout_s: of the watchdog, None without."""
     _fill_environment()
     if device().type == "cuda":
         torch.cuda.set_device(device())
@@ -57,7 +58,8 @@ def init_distributed() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls what torch has renamed, and would be warned about it in every backward pass.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\.")
-    deepspeed.init_distributed(timeout=timedelta(seconds=DEFAULT_TIMEOUT_S), verbose=False)
+    timeout_s = max(DEFAULT_TIMEOUT_S, (hang_timeout_s or 0) + AFTER_WATCHDOG_S)
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
 def shut_down() -> None:

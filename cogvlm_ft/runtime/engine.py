@@ -20,6 +20,7 @@ from cogvlm_ft.config import Config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.gather import attach_offload
+from cogvlm_ft.runtime.watchdog import progress
 
 
 def num_accum_steps(config: Config) -> int:
@@ -115,6 +116,7 @@ def partition_assign(
     by_name = dict(parameters)
 
     def assign(name: str, fetch: Callable[[int, int], Tensor], num_rows: int) -> None:
+        progress()
         parameter: Any = by_name[name]
         part = parameter.ds_tensor
         row_size = parameter.ds_numel // num_rows

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.tensor_file import FileRecord, hash_file
 
 MANIFEST_FILE = "manifest.json"
@@ -65,6 +66,7 @@ def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[
     shown = {"desc": f"checking {checkpoint.name}", "unit": "B", "unit_scale": True, "leave": False}
     with tqdm(total=total, disable=None if is_main() else True, **shown) as bar:  # type: ignore[call-overload]
         for name in names:
+            progress()
             problem = _difference(checkpoint / name, files[name])
             problems += [f"{name} {problem}"] if problem else []
             bar.update(files[name].num_bytes)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from cogvlm_ft.runtime.checkpoint import (
     prune_checkpoints,
     remove_leftovers,
 )
-from cogvlm_ft.runtime.distributed import barrier, from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.distributed import all_reduce_sum, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.manifest import write_manifest
-from cogvlm_ft.runtime.slices import LAYOUT_FILE, Layout, layout_of, local_slices, rank_file
+from cogvlm_ft.runtime.outcome import write_outcome
+from cogvlm_ft.runtime.slices import LAYOUT_FILE, Layout, layout_of, local_slices, local_specs, rank_file
+from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.tensor_file import FileRecord, TensorSpec, hash_file, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class CheckpointSaver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[dict[str, FileRecord]] | None = None
         self._state = TrainState()
-        self._copies: dict[str, Tensor] = {}
+        self._copies: dict[TensorSpec, Tensor] = {}
         self.last_step = last_step
 
     @property
@@ -68,19 +70,16 @@ class CheckpointSaver:
     def start(self, state: TrainState) -> None:
         """Collective. Begin a checkpoint; a former one is finished first."""
         self.finish()
-        if is_main():
-            remove_leftovers(self._folder)
-        barrier()
         self._state, self.last_step = dataclasses.replace(state, world_size=world_size()), state.step
-        layout = layout_of(self._engine)
-        if self._settings.background:
-            self._written = self._writer.submit(self._write, layout, self._copied_slices())
-        else:
-            self._written = Future()
-            try:
-                self._written.set_result(self._write(layout, dict(local_slices(self._engine))))
-            except OSError as error:
-                self._written.set_exception(error)
+        specs = local_specs(self._engine)
+        [num_bytes] = all_reduce_sum([sum(spec.num_bytes for spec in specs)])
+        no_room = from_main(self._make_room(num_bytes) if is_main() else None)
+        if no_room:
+            self._report(no_room)
+            return
+        slices = self._copied_slices(specs) if self._settings.background else local_slices(self._engine)
+        self._written = self._writer.submit(self._write, layout_of(self._engine), specs, slices)
+        if not self._settings.background:
             self.finish()
 
     def finish(self) -> Path | None:
@@ -107,24 +106,34 @@ class CheckpointSaver:
         if self.last_step != step:
             raise CheckpointError(f"the last state, that of step {step}, could not be saved: see the warning before")
 
-    def _copied_slices(self) -> dict[str, Tensor]:
+    def _make_room(self, num_bytes: float) -> str:
+        """Rank 0. Why there is no room, before the disk is filled up; quotas show only while writing."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._folder)
+        free = shutil.disk_usage(self._folder).free
+        return "" if num_bytes < free else f"No space left on device: it takes {num_bytes / 2**30:.2f} GiB"
+
+    def _copied_slices(self, specs: list[TensorSpec]) -> list[Tensor]:
         """This rank's slices in host memory, which is taken once and used again."""
-        for key, tensor in local_slices(self._engine):
-            if key not in self._copies:
-                self._copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._copies[key].copy_(tensor, non_blocking=True)
+        for spec, tensor in zip(specs, local_slices(self._engine), strict=True):
+            if spec not in self._copies:
+                self._copies[spec] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[spec].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return self._copies
+        return [self._copies[spec] for spec in specs]
 
-    def _write(self, layout: Layout, slices: dict[str, Tensor]) -> dict[str, FileRecord]:
+    def _write(self, layout: Layout, specs: list[TensorSpec], slices: Iterable[Tensor]) -> dict[str, FileRecord]:
         """In the background. This rank's files, by their path in the checkpoint; no collective here."""
         partial = self._partial
         path = partial / rank_file(rank())
         path.parent.mkdir(parents=True, exist_ok=True)
         written = dict(self._write_small_files(layout)) if is_main() else {}
-        specs = [TensorSpec(key, tuple(tensor.shape)) for key, tensor in slices.items()]
-        written[rank_file(rank())] = write_tensors(path, specs, slices.values())
+        try:
+            written[rank_file(rank())] = write_tensors(path, specs, _seen_by_watchdog(slices))
+        except OSError:
+            path.unlink(missing_ok=True)  # at once: whatever else is written there needs the room
+            raise
         return written
 
     def _write_small_files(self, layout: Layout) -> Iterator[tuple[str, FileRecord]]:
@@ -156,6 +165,8 @@ class CheckpointSaver:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return str(error)
+        logger.info("saved %s", final)
+        write_outcome("progress")
         self._prune()
         return ""
 
@@ -182,6 +193,13 @@ class CheckpointSaver:
     @property
     def _partial(self) -> Path:
         return self._folder / f".tmp-{checkpoint_name(self._state.step)}"
+
+
+def _seen_by_watchdog(slices: Iterable[Tensor]) -> Iterator[Tensor]:
+    """A slow disk is no hang."""
+    for tensor in slices:
+        progress()
+        yield tensor
 
 
 def _sync(path: Path) -> None:

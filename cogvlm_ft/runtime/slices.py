@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.runtime.distributed import rank, world_size
+from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.tensor_file import TensorFile, TensorSpec
 
 LAYOUT_FILE = "layout.json"
@@ -41,12 +42,6 @@ class Layout:
     world_size: int
     optimizer_step: int
     shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all ranks' slices together, were every parameter trained."""
-        kinds = 1 + (len(MOMENTS) if self.optimizer_step else 0)
-        return 4 * kinds * sum(math.prod(shape) for shape in self.shapes.values())
 
     def save(self, checkpoint: Path) -> None:
         (checkpoint / LAYOUT_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
@@ -190,6 +185,7 @@ def _own_range(parameter: Any) -> tuple[int, int]:
 
 
 def _padded(tensor: SlicedTensor, parameter: Any) -> Tensor:
+    progress()
     start, stop = _own_range(parameter)
     values = torch.zeros(parameter.ds_tensor.numel())
     values[: stop - start] = tensor.read(start, stop)

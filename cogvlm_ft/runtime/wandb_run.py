@@ -23,9 +23,9 @@ MAX_WAITING = 1000  # rows and pictures that are not recorded yet
 STEP, EPOCH = "train/step", "epoch"  # the axes: the step that wandb counts starts again at 0 in a resumed offline run
 PICTURES, TABLE = "pictures", "predictions/table"
 BOX_CLASSES = {0: "truth", 1: "right answer", 2: "wrong answer"}
-SPEED = frozenset(
-    ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "tflops", "mfu", "memory_gib")
-)
+SLOWEST = ("slowest_rank", "slowest_rank_ratio", "slowest_rank_data_wait_s")
+RATES = ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "tflops", "mfu")
+SPEED = frozenset((*RATES, *SLOWEST, "memory_gib"))
 WORDS = {"@": "_at_", "<": "lt_", ">": "gt_", "+": "_plus", "%": "pct"}  # told apart: <1% and >1% are two metrics
 
 Box = tuple[float, float, float, float]

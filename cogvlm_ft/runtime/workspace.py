@@ -24,8 +24,17 @@ SPLITS = {  # the group of a metric such as acc@0.5/size=small -> what the secti
     "template": "By wording",
 }
 SIZES = ("size", "share", "patches")  # which absent things do not have
-TRAINING = ("loss", "lr", "grad_norm", "num_bad")
-SPEED = ("images_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "tflops", "mfu", "memory_gib")
+TRAINING = ("loss", "lr", "grad_norm", "num_bad", "num_skipped", "loss_spike")
+SPEED = (
+    "images_per_s",
+    "tokens_per_s",
+    "step_s",
+    "data_wait_fraction",
+    "slowest_rank_ratio",
+    "tflops",
+    "mfu",
+    "memory_gib",
+)
 GPUS = range(8)  # of the first node, the only one that W&B watches
 SYSTEM = {
     "GPU use, %": [f"system/gpu.{gpu}.gpu" for gpu in GPUS],

@@ -70,6 +70,16 @@ def suggest_changes(planner: Planner, sequences: PassSize) -> list[str]:
     return found
 
 
+def cheaper_settings(planner: Planner, sequences: PassSize) -> list[tuple[str, int]]:
+    """(what to write, bytes at the peak with it) for each saving that helps at all, the best one first."""
+    peak = max(planner.forecast(sequences).peaks.values())
+    found = []
+    for text, change in _savings(planner.config):
+        shown = replace(sequences, num_images=change.train.micro_batch_size)
+        found.append((text, max(planner.changed(change).forecast(shown).peaks.values())))
+    return sorted([each for each in found if each[1] < peak], key=lambda each: each[1])
+
+
 def _fits(planner: Planner, sequences: PassSize) -> bool:
     shown = replace(sequences, num_images=planner.config.train.micro_batch_size)
     return judge(planner.forecast(shown), planner.cluster).status == "fits"

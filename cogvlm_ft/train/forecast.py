@@ -168,7 +168,7 @@ class Planner:
 
     def forecast(self, sequences: PassSize, *, evaluation: bool = True) -> Forecast:
         """evaluation: whether that is of interest too; without, it counts as nothing."""
-        config, zero, cluster = self.config, self.zero, self.cluster
+        zero, cluster = self.zero, self.cluster
         stages = self.stages(sequences)
         before, working, moment = self._at_the_peak(stages)
         passing = {"gathered layers": self._gathered_bytes(), "buckets": self._bucket_bytes()}

@@ -32,7 +32,9 @@ from cogvlm_ft.runtime.saver import CheckpointSaver
 from cogvlm_ft.runtime.tracking import Tracker
 from cogvlm_ft.train.build import Run
 from cogvlm_ft.train.dashboard import evaluation_folder, save_pictures, show_evaluation
+from cogvlm_ft.train.health import Health
 from cogvlm_ft.train.meter import Meter
+from cogvlm_ft.train.nonfinite import SkippedSteps
 from cogvlm_ft.train.probing import run_probe
 from cogvlm_ft.train.schedule import lr_at
 from cogvlm_ft.train.step import losses_by_row, train_step
@@ -50,7 +52,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     meter, bad_samples = Meter(step_flops(run.config, run.model.config)), BadSamples(run)
-    sample_losses = SampleLosses(run.output_dir, rank(), state.step)
+    sample_losses = SampleLosses(run.output_dir, rank(), world_size(), state.step)
+    health, skipped = Health(), skipped_steps(run)
     steps: Iterator[list[Batch]] = iter(())
     bar = tqdm(total=run.num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True)
     with bar:
@@ -62,7 +65,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
             if not is_writing:
                 saver.finish()
             ended = finished or is_patience_over(run, state)
-            if (is_save_due(run, state) or stop or ended) and saver.last_step != state.step:
+            if (skipped.is_save_due(is_save_due(run, state)) or stop or ended) and saver.last_step != state.step:
                 saver.start(state)
             if stop or ended:
                 break
@@ -74,13 +77,17 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
             data_wait_s = time.perf_counter() - waiting_since
             lr = lr_at(state.step, run.num_steps, run.config.train)
             stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
-            sample_losses.add(state.step + 1, state.epoch, *losses_by_row(batches, stats))
+            row_losses = losses_by_row(batches, stats)
+            sample_losses.add(state.step + 1, state.epoch, *row_losses)
+            skipped.add(state, stats.is_skipped, row_losses, lr=lr, micro_batch_size=run.config.train.micro_batch_size)
             state = advance(run, state)
+            health.add(row_losses[0])
             meter.add(stats, data_wait_s)
             bad_samples.add(batches, stats.num_bad)
             bar.update()
             if state.step % run.config.train.log_every == 0:
-                values = {"lr": lr, **meter.report()}
+                report = meter.report()
+                values = {"lr": lr, **report.values, **health.report(report, state.step)}
                 if tracker:
                     tracker.log_train(state.step, {**values, "epoch": epoch_of(run, state)})
                     tqdm.write(log_line(run, state, values))
@@ -141,7 +148,8 @@ def start_tracking(run: Run, state: TrainState) -> Tracker | None:
         config={**dataclasses.asdict(run.config), **facts, **provenance()},
         lower_is_better=LOWER_IS_BETTER,
     )
-    tracker.truncate_after(state.step)
+    is_new = state == TrainState(config_sha256=state.config_sha256, data_sha256=state.data_sha256)
+    tracker.truncate_after(-1 if is_new else state.step)  # an attempt that saved nothing may have evaluated step 0
     return tracker
 
 
@@ -244,11 +252,19 @@ def advance(run: Run, state: TrainState) -> TrainState:
 def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
     bad = f"  bad {values['num_bad']:.0f}" if values["num_bad"] else ""
     cut = f"  boxes cut {values['num_cut_boxes']:.0f}" if values["num_cut_boxes"] else ""
+    skipped = f"  skipped {values['num_skipped']:.0f}" if values["num_skipped"] else ""
     return (
         f"step {state.step}/{run.num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
         f"grad {values['grad_norm']:.3f}  {values['images_per_s']:.1f} images/s  "
         f"{values['tokens_per_s']:.0f} tokens/s  data wait {values['data_wait_fraction']:.0%}  "
-        f"{values['memory_gib']:.2f} GiB{bad}{cut}"
+        f"{values['memory_gib']:.2f} GiB{bad}{cut}{skipped}"
+    )
+
+
+def skipped_steps(run: Run) -> SkippedSteps:
+    config = run.config
+    return SkippedSteps(
+        run.output_dir, run.output_dir / CHECKPOINTS, config.model.path, run.plan, config.train.max_skipped_in_a_row
     )
 
 

@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -109,7 +110,26 @@ def machine_facts() -> tuple[str, int, int]:
     """Of this rank: host name, bytes of its memory, bytes of its GPU (0: on CPU)."""
     on_cpu = device().type != "cuda"
     gpu_bytes = 0 if on_cpu else torch.cuda.get_device_properties(device()).total_memory
-    return socket.gethostname(), psutil.virtual_memory().total, gpu_bytes
+    return socket.gethostname(), cgroup_limit() or psutil.virtual_memory().total, gpu_bytes
+
+
+def cgroup_limit() -> int | None:
+    """The least that a cgroup around this process allows, None without one: psutil knows only the machine."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
+        )
+        folder = Path(root, path.lstrip("/"))
+        for place in (folder, *folder.parents):
+            file = place / name
+            text = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
+            limits += [int(text)] if text.isdecimal() else []
+    least = min(limits, default=None)
+    return least if least is not None and least < psutil.virtual_memory().total else None
 
 
 def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cogvlm_ft.data.collate import Batch
 from cogvlm_ft.model.cogvlm import IGNORE_INDEX
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
+from cogvlm_ft.runtime.watchdog import progress
 
 MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
 
@@ -20,7 +21,11 @@ MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
 @dataclass(frozen=True)
 class StepStats:
     """loss_sum float[] and row_losses float[rows], of the rows of all micro-batches, are this rank's; the counts are
-    those of all ranks."""
+    those of all ranks.
+
+    sync_wait_s: of step_s, what this rank waited before its first pass until the others were there too.
+    is_skipped: the loss or the gradient was not finite somewhere, so no rank changed anything; grad_norm is inf then.
+    """
 
     loss_sum: Tensor
     row_losses: Tensor
@@ -32,6 +37,8 @@ class StepStats:
     num_cut_boxes: int
     grad_norm: float
     step_s: float
+    sync_wait_s: float = 0.0
+    is_skipped: bool = False
 
 
 def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, step: int) -> StepStats:
@@ -39,6 +46,9 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
 
     The loss is the mean over all target tokens of the step: over micro-batches and ranks, not of their means. DeepSpeed
     divides by the accumulation steps and averages over the ranks; num_items_in_batch undoes both.
+
+    DeepSpeed leaves weights and optimizer as they are, on all ranks, where the norm of the whole gradient is not
+    finite: a norm that it reduces over the ranks anyway. A loss that is not finite is made to count as such a gradient.
     """
     start = time.perf_counter()
     torch.manual_seed((seed * MAX_RANKS + rank()) * MAX_RANKS + step)  # dropout: the same when resumed
@@ -52,6 +62,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
             sum(batch.num_cut_boxes for batch in batches),
         ]
     )
+    sync_wait_s = time.perf_counter() - start
     num_target_tokens = max(1.0, counts[0])
     scale = world_size() * len(batches) / num_target_tokens
     for group in engine.optimizer.param_groups:
@@ -67,9 +78,11 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
             num_items_in_batch=1 / scale,
             return_logits=False,
         )
-        engine.backward(out.loss)
+        loss = out.loss.detach()
+        engine.backward(out.loss * (loss - loss + 1))  # times 1, or NaN where the loss is NaN or infinite
         engine.step()
-        loss_sum += out.loss.detach() / scale
+        progress()
+        loss_sum += loss / scale
         row_losses.append(out.row_losses)
     return StepStats(
         loss_sum=loss_sum,
@@ -82,6 +95,8 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
         num_cut_boxes=int(counts[5]),
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         step_s=time.perf_counter() - start,
+        sync_wait_s=sync_wait_s,
+        is_skipped=not engine.was_step_applied(),
     )
 
 

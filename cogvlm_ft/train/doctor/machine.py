@@ -21,6 +21,7 @@ from cogvlm_ft.runtime.distributed import barrier, device, world_size
 from cogvlm_ft.runtime.provenance import git_state
 from cogvlm_ft.train.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
 from cogvlm_ft.train.forecast import GIB
+from cogvlm_ft.train.preflight import cgroup_limit
 
 PACKAGE = "cogvlm-ft"
 SHOWN = ("torch", "deepspeed", "transformers")
@@ -167,7 +168,7 @@ class Host(NamedTuple):
 def look_at_host(_: Examination) -> Host:
     return Host(
         available=psutil.virtual_memory().available,
-        limit=_cgroup_limit(),
+        limit=cgroup_limit(),
         shm_free=shutil.disk_usage("/dev/shm").free,
         num_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         num_cores=len(os.sched_getaffinity(0)),
@@ -235,25 +236,6 @@ def _judge_cores(examination: Examination, part: Seen) -> Finding:
             found, f"data.num_workers={int(per_rank)}, or more cores per rank (Slurm: --cpus-per-task={workers + 1})"
         )
     return green(found)
-
-
-def _cgroup_limit() -> int | None:
-    """The least that a cgroup around this process allows, None without one: psutil knows only the machine."""
-    limits = []
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root, name = (
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
-        )
-        folder = Path(root, path.lstrip("/"))
-        for place in (folder, *folder.parents):
-            file = place / name
-            text = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
-            limits += [int(text)] if text.isdecimal() else []
-    least = min(limits, default=None)
-    return least if least is not None and least < psutil.virtual_memory().total else None
 
 
 def look_at_clock(_: Examination) -> float:

@@ -1,0 +1,53 @@
+"""A rank that waits in vain says where and ends; ranks that are only slow are left alone."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import Ranks, run, started
+
+pytestmark = pytest.mark.slow
+PROGRAM = Path(__file__).with_name("hanging.py")
+TIMEOUT_S = 4.0
+
+
+def wait_for_line(ranks: Ranks, line: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(line not in log.read_text() for log in ranks.logs):
+        assert time.monotonic() < deadline, ranks.output()
+        time.sleep(0.05)
+
+
+def test_a_rank_that_waits_for_a_stopped_one_ends_with_its_stacks(tmp_path: Path) -> None:
+    with started([PROGRAM, tmp_path / "run", TIMEOUT_S, 100000, 0.05], 2, tmp_path / "logs") as ranks:
+        wait_for_line(ranks, "step 3 done")
+        ranks.processes[1].send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        assert ranks.processes[0].wait(TIMEOUT_S + 20) == 1
+        assert TIMEOUT_S - 1 < time.monotonic() - begun < TIMEOUT_S + 5
+        stacks = (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text()
+        for text in (stacks, ranks.logs[0].read_text()):
+            assert f"made no progress for {TIMEOUT_S:g} s (train.hang_timeout_s) and ends" in text
+            assert "all_reduce" in text and "hanging.py" in text and "Current thread" in text
+        ranks.processes[1].send_signal(signal.SIGCONT)  # was away as long: that is not its own fault
+        assert ranks.processes[1].wait(30) != 0  # the other one is gone
+        assert [path.name for path in (tmp_path / "run" / "stacks").iterdir()] == ["rank-00000.txt"]
+
+
+def test_slow_steps_are_not_a_hang_and_nothing_is_left(tmp_path: Path) -> None:
+    """Together several times as long as the timeout."""
+    output = run([PROGRAM, tmp_path / "run", 1.5, 5, 0.8], 2, tmp_path / "logs")
+    assert output.count("end") == 2
+    assert not (tmp_path / "run" / "stacks").exists()
+
+
+def test_code_that_keeps_the_interpreter_is_ended_from_c(tmp_path: Path) -> None:
+    with started([PROGRAM, tmp_path / "run", 1.5, 2, 0.1, "gil"], 1, tmp_path / "logs") as ranks:
+        wait_for_line(ranks, "step 1 done")
+        begun = time.monotonic()
+        assert ranks.processes[0].wait(30) == 1
+        assert time.monotonic() - begun < 8
+        assert "Timeout (0:00:03)!" in (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text()

@@ -1,0 +1,120 @@
+"""Trainings on a virtual cluster: submit them, meet them at a step, find their processes, compare their results."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from cluster import Cluster
+from ranks import read_metrics
+
+from cogvlm_ft.runtime.checkpoint import list_checkpoints
+
+NUM_STEPS = 12
+PLACE = ("--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1", "--cpus-per-task=1")
+COMPARED = ("step", "epoch", "loss", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job; `output_dir` is its run's folder."""
+
+    cluster: Cluster
+    number: str
+    output_dir: Path
+
+    @property
+    def log(self) -> str:
+        path = self.cluster.checkout / f"slurm-{self.number}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def state(self) -> str:
+        return self.cluster.job(self.number)["JobState"]
+
+    def wait_for_log(self, text: str, timeout_s: float = 120) -> None:
+        self.cluster.wait_until(lambda: text in self.log, f"job {self.number} says {text!r}", timeout_s)
+
+    def wait_for_step(self, step: int) -> None:
+        def is_reached() -> bool:
+            rows = read_metrics(self.output_dir, "train") if (self.output_dir / "metrics.jsonl").exists() else []
+            return bool(rows) and rows[-1]["step"] >= step
+
+        self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}")
+
+    def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 240) -> None:
+        """Until it is over for good; it must end like this."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+        found = self.cluster.wait_until(lambda: self.state in over and self.state, f"job {self.number} ends", timeout_s)
+        assert found == state, f"{found}\n{self.log}"
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Its training processes by rank, on all nodes."""
+        found = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if "launch/train.py" in command[1:2] and f"output_dir={self.output_dir}" in command:
+                    found[int(process.environ()["SLURM_PROCID"])] = process
+        return found
+
+    @contextlib.contextmanager
+    def paused_at(self, step: int) -> Iterator[dict[int, psutil.Process]]:
+        """All ranks stand still from about this step on, so that what happens to them does so in mid-run."""
+        self.wait_for_step(step)
+        ranks = self.ranks()
+        assert sorted(ranks) == [0, 1], self.log
+        for process in ranks.values():
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            for process in ranks.values():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
+
+
+def submit(cluster: Cluster, output_dir: Path, *arguments: str, options: tuple[str, ...] = ()) -> Job:
+    """slurm/train.sbatch with one rank on each of two nodes; `options` are sbatch's."""
+    number = cluster.run(
+        "sbatch", "--parsable", *PLACE, *options, "slurm/train.sbatch", *arguments, f"output_dir={output_dir}"
+    )
+    return Job(cluster, number, output_dir)
+
+
+def training_settings(shards: Path, start_model: Path) -> tuple[str, ...]:
+    return (
+        f"model.path={start_model}",
+        f"data.shards={shards}",
+        "data.num_workers=0",
+        f"train.max_steps={NUM_STEPS}",
+        "train.epochs=10",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "train.lr=1e-3",
+        "train.eps=1e-6",
+        "train.patience=null",
+        "evaluate.before_training=false",
+        "evaluate.every_epochs=10",
+        "evaluate.max_samples=2",
+        "evaluate.max_new_tokens=4",
+        "checkpoint.every_steps=2",
+        "tracking.mode=disabled",
+    )
+
+
+def assert_same_result(found: Path, wanted: Path) -> None:
+    """The numbers of every step, and every byte of weights and moments at the end."""
+    curves = [[{key: row[key] for key in COMPARED} for row in read_metrics(run, "train")] for run in (found, wanted)]
+    assert curves[0] == curves[1]
+    assert [row["step"] for row in curves[0]] == list(range(1, NUM_STEPS + 1))
+    last = [list_checkpoints(run / "checkpoints")[-1] for run in (found, wanted)]
+    assert last[0].name == last[1].name
+    files = [sorted(path.relative_to(folder) for path in (folder / "ranks").iterdir()) for folder in last]
+    assert files[0] == files[1] and len(files[0]) == 2
+    for name in files[0]:
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
