@@ -77,6 +77,12 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: zero_optimization.stage must be 3: model folders are read into partitioned parameters"
         )
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}.device={zero[key]['device']!r}: wanted cpu or none; checkpoints are "
+                "made of what lies in memory"
+            )
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = ranks_per_node()
     settings["zero_allow_untested_optimizer"] = True

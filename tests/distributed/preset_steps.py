@@ -1,39 +1,49 @@
-"""Runs on every rank: a few real steps with each preset.
+"""Runs on every rank: a few real steps with each preset, and the last ones again from a checkpoint.
 
-Usage: preset_steps.py MODEL SHARDS OUT PRESET[=PRECISION]...; a preset is a name in configs/deepspeed or a path.
+Usage: preset_steps.py MODEL SHARDS OUT PRESET[=PRECISION][+resumed]...; a preset is a name in configs/deepspeed or a
+path. "+resumed" goes on from the checkpoint that the same without it has left in OUT.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
-from cogvlm_ft.config import load_config
+from cogvlm_ft.config import CheckpointConfig, load_config
 from cogvlm_ft.data.loader import read_steps
+from cogvlm_ft.runtime.checkpoint import TrainState, checkpoint_name, load_checkpoint
 from cogvlm_ft.runtime.distributed import all_reduce_sum, init_distributed, is_main, rank, shut_down, world_size
+from cogvlm_ft.runtime.saver import CheckpointSaver
 from cogvlm_ft.train.build import build_run
 from cogvlm_ft.train.step import train_step
 
-NUM_STEPS = 4
+NUM_STEPS, SAVED_STEP = 4, 2
 
 
-def losses(settings: list[str]) -> list[float]:
-    """The mean loss per target token of every step."""
+def losses(settings: list[str], checkpoints: Path, first_step: int = 0) -> list[float]:
+    """The mean loss per target token of every step; from a checkpoint if first_step is not 0, else one is saved."""
     config = load_config(None, settings)
     run = build_run(config)
+    saver = CheckpointSaver(run.engine, checkpoints, run.save_model_files, CheckpointConfig())
+    if first_step:
+        load_checkpoint(run.engine, checkpoints / checkpoint_name(first_step))
     steps = read_steps(
         run.dataset,
         run.plan,
-        0,
+        first_step * config.train.global_batch_size,
         rank=rank(),
         world_size=world_size(),
         micro_batch_size=config.train.micro_batch_size,
         num_workers=0,
     )
     found = []
-    for step, batches in zip(range(NUM_STEPS), steps, strict=False):
+    for step, batches in zip(range(first_step, NUM_STEPS), steps, strict=False):
+        if step == SAVED_STEP and not first_step:
+            saver.start(TrainState(step=step))  # it is written while the next steps change the weights
         stats = train_step(run.engine, batches, lr=1e-3, seed=0, step=step)
         found.append(all_reduce_sum([float(stats.loss_sum)])[0] / stats.num_target_tokens)
+    saver.finish()
     run.engine.destroy()
     return found
 
@@ -44,9 +54,11 @@ def main() -> None:
     settings = [f"model.path={model}", f"data.shards={shards}", f"output_dir={out}", "train.eps=1e-6"]
     settings += ["train.global_batch_size=8", "train.micro_batch_size=1"]
     for name in presets:
-        preset, _, precision = name.partition("=")
+        own_name, _, is_resumed = name.partition("+")
+        preset, _, precision = own_name.partition("=")
         path = preset if preset.endswith(".json") else f"configs/deepspeed/{preset}.json"
-        found = losses([*settings, f"deepspeed={path}", f"train.precision={precision or 'fp32'}"])
+        own = [*settings, f"deepspeed={path}", f"train.precision={precision or 'fp32'}"]
+        found = losses(own, Path(out, Path(own_name).name), SAVED_STEP if is_resumed else 0)
         if is_main():
             print(json.dumps({"preset": name, "losses": found}), flush=True)
     shut_down()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from preset_steps import NUM_STEPS
+from preset_steps import NUM_STEPS, SAVED_STEP
 from ranks import REPOSITORY, run
 
 from cogvlm_ft.config import load_config
@@ -44,6 +44,7 @@ def test_a_preset_says_when_to_take_it(preset: Path) -> None:
         ({"fp16": {"enabled": True}}, r"fp16 is set by train\.precision"),
         ({"optimizer": {"type": "Adam"}}, r"optimizer is set by train\.lr"),
         ({"zero_optimization": {"stage": 2}}, r"stage must be 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param.device='nvme'"),
     ],
 )
 def test_one_owner_per_number(written: dict, message: str, tmp_path: Path) -> None:
@@ -64,10 +65,15 @@ def steps_of(output: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_every_preset_trains_the_same_model(shards: Path, start_model: Path, tmp_path: Path) -> None:
+def test_every_preset_trains_the_same_model_and_resumes(shards: Path, start_model: Path, tmp_path: Path) -> None:
     assert {name.partition("=")[0] for name in RUNS} == {preset.stem for preset in PRESETS}
-    found = steps_of(run([PROGRAM, start_model, shards, tmp_path / "run", *RUNS], 2, tmp_path / "logs"))
+    program = [PROGRAM, start_model, shards, tmp_path / "run"]
+    names = [each for name in RUNS for each in (name, f"{name}+resumed")]
+    found = steps_of(run([*program, *names[:-1]], 2, tmp_path / "logs"))
+    found |= steps_of(run([*program, names[-1]], 2, tmp_path / "logs"))
+    resumed = {name: found.pop(f"{name}+resumed") for name in RUNS}
     assert list(found) == RUNS
+    assert resumed == {name: losses[SAVED_STEP:] for name, losses in found.items()}, "bit for bit"
     reference = found["zero3"]
     assert len(reference) == NUM_STEPS and reference[-1] < reference[0]
     for name, losses in found.items():
@@ -76,5 +82,7 @@ def test_every_preset_trains_the_same_model(shards: Path, start_model: Path, tmp
     # Four ranks that think they are two nodes of two: hpZ's second copies really are gathered within a node.
     preset = tmp_path / "two_nodes.json"
     preset.write_text((FOLDER / "zero3_multinode.json").read_text().replace('"auto"', "2"))
-    found = steps_of(run([PROGRAM, start_model, shards, tmp_path / "run", preset], 4, tmp_path / "logs"))
+    found = steps_of(run([*program, preset], 4, tmp_path / "logs"))
     assert found[str(preset)] == pytest.approx(reference, rel=1e-5)
+    resumed = steps_of(run([*program, f"{preset}+resumed"], 4, tmp_path / "logs"))
+    assert resumed[f"{preset}+resumed"] == found[str(preset)][SAVED_STEP:]
