@@ -61,14 +61,19 @@ def measure(folder: Path, weight_bytes: int, rounds: int) -> None:
     num_bytes = sum(spec.num_bytes for spec in local_specs(engine))
     content = memoryview(torch.randint(256, (num_bytes,), dtype=torch.uint8).numpy().data)
     savers = {way: make_saver(engine, folder / way, way == "background") for way in ("blocking", "background")}
-    seconds: dict[str, list[float]] = {"plain": [], "blocking": [], "stall": [], "background": []}
+    seconds: dict[str, list[float]] = {way: [] for way in ("plain", "blocking", "background", "stall")}
+    ways = ["plain", "blocking", "background"]
     for step in range(1, rounds + 1):
-        seconds["plain"].append(timed(lambda: write_plainly(folder / f"plain-{rank()}", content)))
-        seconds["blocking"].append(timed(lambda step=step: savers["blocking"].start(TrainState(step=step))))
-        seconds["stall"].append(timed(lambda step=step: savers["background"].start(TrainState(step=step))))
-        rest = timed(savers["background"].finish)
-        seconds["background"].append(seconds["stall"][-1] + rest)
-        remove(folder)
+        ways = [*ways[1:], ways[0]]  # another one is first every time
+        for way in ways:
+            remove(folder)
+            if way == "plain":
+                seconds[way].append(timed(lambda: write_plainly(folder / f"plain-{rank()}", content)))
+                continue
+            first = timed(lambda way=way, step=step: savers[way].start(TrainState(step=step)))
+            seconds[way].append(first + timed(savers[way].finish))
+            seconds["stall"] += [first] if way == "background" else []
+    remove(folder)
     if is_main():
         report(seconds, num_bytes)
     shut_down()
