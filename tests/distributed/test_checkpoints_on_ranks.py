@@ -164,3 +164,19 @@ def test_a_full_disk_leaves_what_was_saved(
     assert [path.name for path in saved] == ["step-00000002", "step-00000003", "step-00000004"]
     assert open_weights(saved[-1])
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_write_that_fails_half_way_leaves_nothing_and_the_run_goes_on(
+    shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    """As a quota does it, which no look at the free space foretells: here a limit on the size of a file."""
+    more = ["checkpoint.every_steps=4", "checkpoint.on_error=continue"]
+    command = [sys.executable, "launch/train.py", *settings(shards, start_model, tmp_path / "run"), *more]
+    limited = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", *command]
+    done = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "rank 0: [Errno 27] File too large" in done.stderr
+    assert "training goes on, as checkpoint.on_error=continue" in done.stderr
+    assert f"the last state, that of step {NUM_STEPS}, could not be saved" in done.stderr
+    assert len(losses(tmp_path / "run")) == NUM_STEPS
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
