@@ -39,6 +39,7 @@ class Best:
     value: float
     step: int
     num_since: int = 0  # evaluations since then
+    monitor: str = ""  # what was compared: a value of something else is no rival
 
 
 @dataclass(frozen=True)

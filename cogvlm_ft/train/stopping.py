@@ -39,9 +39,13 @@ def monitor_value(metrics: Mapping[str, float], monitor: Any) -> float:
 
 
 def updated_best(best: Best | None, value: float, step: int, train: TrainConfig) -> Best:
-    """The best so far, after an evaluation at `step`; a gain of up to `train.min_gain` is none."""
-    if best is None:
-        return Best(value, step)
+    """The best so far, after an evaluation at `step`; a gain of up to `train.min_gain` is none.
+
+    A run that goes on with another `train.monitor` begins to compare anew.
+    """
+    new = Best(value, step, monitor=str(train.monitor))
+    if best is None or best.monitor != new.monitor:
+        return new
     lower = isinstance(train.monitor, str) and is_lower_better(train.monitor)
     gain = best.value - value if lower else value - best.value
-    return Best(value, step) if gain > train.min_gain else replace(best, num_since=best.num_since + 1)
+    return new if gain > train.min_gain else replace(best, num_since=best.num_since + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,14 @@ def best_of(values: list[float], **settings: Any) -> Best:
     ],
 )
 def test_best(values: list[float], settings: dict[str, Any], wanted: Best) -> None:
-    assert best_of(values, **settings) == wanted
+    assert best_of(values, **settings) == replace(wanted, monitor=str(settings.get("monitor", "mean_iou")))
+
+
+def test_another_monitor_is_compared_anew() -> None:
+    best = best_of([0.9, 0.8], monitor="mean_iou")
+    for step, monitor in enumerate(["unreadable", {"mean_iou": 1.0}, "mean_iou"], start=2):
+        best = updated_best(best, 0.5, step, TrainConfig(monitor=monitor))
+        assert best == Best(0.5, step, monitor=str(monitor))
 
 
 @pytest.mark.parametrize(
