@@ -141,3 +141,18 @@ def _digest(file: Any) -> Any:
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)
     return digest
+
+
+def sync(path: Path) -> None:
+    """Return when the file, or the names in the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Everything below the folder, and itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from cogvlm_ft.runtime.manifest import write_manifest
 from cogvlm_ft.runtime.outcome import write_outcome
 from cogvlm_ft.runtime.slices import LAYOUT_FILE, Layout, layout_of, local_slices, local_specs, rank_file
 from cogvlm_ft.runtime.watchdog import progress
-from cogvlm_ft.tensor_file import FileRecord, TensorSpec, hash_file, write_tensors
+from cogvlm_ft.tensor_file import FileRecord, TensorSpec, hash_file, sync, sync_tree, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -157,11 +156,11 @@ class CheckpointSaver:
                 return "; ".join(problems)
             files = {name: record for found in everywhere if isinstance(found, dict) for name, record in found.items()}
             write_manifest(partial, files)
-            _sync_tree(partial)
+            sync_tree(partial)
             if final.exists():  # of an attempt before, which went further than the checkpoint that this run began with
                 final.rename(final.with_name(f".tmp-old-{final.name}"))
             partial.rename(final)
-            _sync(self._folder)
+            sync(self._folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return str(error)
@@ -200,16 +199,3 @@ def _seen_by_watchdog(slices: Iterable[Tensor]) -> Iterator[Tensor]:
     for tensor in slices:
         progress()
         yield tensor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from cogvlm_ft.model.loading import Weight, check_keys, parameter_shapes, save_w
 from cogvlm_ft.model.streamed import meta_model
 from cogvlm_ft.runtime.checkpoint import MODEL_FOLDER, list_checkpoints
 from cogvlm_ft.runtime.consolidate import open_weights
+from cogvlm_ft.tensor_file import sync, sync_tree
 from cogvlm_ft.train.model_card import write_model_card
 from cogvlm_ft.train.proof import Proof, prove_export
 from cogvlm_ft.train.proof_samples import read_samples
@@ -52,13 +52,13 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, *, num_sa
         run_config = _run_config(checkpoint)
         proof = _prove(checkpoint, contents, partial, dtype, run_config, num_samples) if num_samples else None
         write_model_card(partial, checkpoint, run_config, proof, name=out.name)
-        _sync_tree(partial)
+        sync_tree(partial)
         if proof and proof.problems:
             shutil.rmtree(rejected_path(out), ignore_errors=True)
             partial.rename(rejected_path(out))
         else:
             partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     return proof
 
 
@@ -158,16 +158,3 @@ def _told_clearly(checkpoint: Path, out: Path) -> Iterator[None]:
 def _others(checkpoint: Path) -> str:
     names = [path.name for path in list_checkpoints(checkpoint.parent)]
     return f"There are: {', '.join(names)}" if names else f"{checkpoint.parent} holds no checkpoint"
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
