@@ -31,7 +31,8 @@ def main() -> None:
     out, settings = Path(sys.argv[1]), sys.argv[2:]
     init_distributed()
     run = build_run(load_config(None, settings))
-    steps = [[turn for batch in step for turn in turns_of(batch)] for step in epoch_steps(run, start_or_resume(run))]
+    state, _ = start_or_resume(run)
+    steps = [[turn for batch in step for turn in turns_of(batch)] for step in epoch_steps(run, state)]
     out.mkdir(parents=True, exist_ok=True)
     (out / f"rank-{rank()}.json").write_text(json.dumps({"num_samples": run.plan.num_samples, "steps": steps}))
     shut_down()
