@@ -63,7 +63,9 @@ def init_distributed(hang_timeout_s: float | None = None) -> None:
 
 
 def shut_down() -> None:
+    """Collective. All leave together: a rank that is left by its peers while it still tidies up may abort."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
