@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from transformers import initialization
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.tensor_file import TensorSpec, write_tensors
+from cogvlm_ft.tensor_file import TensorSpec, sync, write_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -228,8 +227,8 @@ def save_weights(
 ) -> None:
     """Write safetensors files of at most `max_file_bytes` (a larger tensor gets its own) and, if several, their index.
 
-    A stored tensor is read when it is its turn: memory holds it and the one before. The files are on the disk when the
-    call returns.
+    A stored tensor is read when it is its turn, and dropped before the next. The files are on the disk when the call
+    returns.
     """
     folder = Path(folder)
     files = _share_out(list(tensors), dtype, max_file_bytes)
@@ -243,10 +242,8 @@ def save_weights(
             weight_map.update({key: name for key, _ in contents})
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        with (folder / INDEX_FILE).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        sync(folder / INDEX_FILE)
 
 
 def _read_in_turn(contents: Sequence[tuple[str, Weight]], dtype: torch.dtype, bar: tqdm) -> Iterator[Tensor]:

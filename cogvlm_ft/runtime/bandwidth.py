@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvlm_ft.runtime.distributed import device, rank, world_size
+from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, rank, world_size
 
 TIMEOUT_S = 120  # of a measured message; the default of a training would keep people waiting for half an hour
 SIDE_TIMEOUT_S = 86400  # of the side channel: ranks wait there for one that reads terabytes; a dead one is told at once
@@ -33,18 +33,11 @@ class SideChannel:
 
     def to_main(self, value: Any) -> list[Any] | None:
         """Collective. The ranks' values in rank order on rank 0, None elsewhere."""
-        if self._group is None:
-            return [value]
-        gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        dist.gather_object(value, gathered, group=self._group)
-        return gathered
+        return gather_to_main(value, self._group)
 
     def from_main(self, value: Any) -> Any:
         """Collective. Rank 0's value, everywhere."""
-        box = [value]
-        if self._group is not None:
-            dist.broadcast_object_list(box, group=self._group)
-        return box[0]
+        return from_main(value, self._group)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from cogvlm_ft.runtime.slices import assign_slices
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # in the output_dir of a run
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 

@@ -122,19 +122,20 @@ def every_rank(flag: bool) -> bool:
     return not any_rank(not flag)
 
 
-def gather_to_main(value: Any) -> list[Any] | None:
-    """Collective. The ranks' values in rank order on rank 0, None elsewhere."""
+def gather_to_main(value: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
+    """Collective. The ranks' values in rank order on rank 0, None elsewhere. group: another one of all ranks."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] | None = [None] * world_size() if is_main() else None
-    dist.gather_object(value, gathered)
+    dist.gather_object(value, gathered, group=group)
     return gathered
 
 
-def from_main(value: Any) -> Any:
-    """Collective. Rank 0's value, everywhere."""
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Collective. Rank 0's value, everywhere. group: another one of all ranks."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, device=device() if device().type == "cuda" else None)
+    on_gpu = device().type == "cuda" and dist.get_backend(group) == "nccl"
+    dist.broadcast_object_list(box, group=group, device=device() if on_gpu else None)
     return box[0]

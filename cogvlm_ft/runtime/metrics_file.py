@@ -54,13 +54,21 @@ def append_text(path: Path, text: str) -> None:
             time.sleep(1)
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop what comes after `step`, and summaries: a run resumed there records them again."""
+def truncate_after(path: Path, step: int, evaluated_step: int | None = None) -> None:
+    """Drop what comes after `step`, and summaries: a run resumed there records them again.
+
+    evaluated_step: the last one that need not be evaluated again, where that is not `step`.
+    """
+    limits = {"val": step if evaluated_step is None else evaluated_step}
     with path.open(encoding="utf-8") as lines:
-        kept = [line for line in lines if json.loads(line).get("step", math.inf) <= step]
+        kept = [line for line, row in ((line, json.loads(line)) for line in lines) if _is_done(row, step, limits)]
     rewritten = path.with_suffix(".jsonl.tmp")
     rewritten.write_text("".join(kept), encoding="utf-8")
     rewritten.replace(path)
+
+
+def _is_done(row: Row, step: int, limits: Mapping[str, int]) -> bool:
+    return row.get("step", math.inf) <= limits.get(row.get("kind", ""), step)
 
 
 def read_rows(path: Path) -> list[Row]:

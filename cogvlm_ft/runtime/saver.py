@@ -106,11 +106,19 @@ class CheckpointSaver:
             raise CheckpointError(f"the last state, that of step {step}, could not be saved: see the warning before")
 
     def _make_room(self, num_bytes: float) -> str:
-        """Rank 0. Why there is no room, before the disk is filled up; quotas show only while writing."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._folder)
-        free = shutil.disk_usage(self._folder).free
-        return "" if num_bytes < free else f"No space left on device: it takes {num_bytes / 2**30:.2f} GiB"
+        """Rank 0. Why it cannot be begun, before the disk is filled up; quotas show only while writing."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+            free = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return str(error)
+        if self._partial.exists():  # its files would be taken for ours
+            return f"{self._partial} cannot be removed"
+        if num_bytes < free:
+            return ""
+        gib = num_bytes / 2**30
+        return f"No space left on device: it takes {gib:.2f} GiB, and {free / 2**30:.2f} GiB are free"
 
     def _copied_slices(self, specs: list[TensorSpec]) -> list[Tensor]:
         """This rank's slices in host memory, which is taken once and used again."""
@@ -178,10 +186,9 @@ class CheckpointSaver:
         remove_leftovers(self._folder)
 
     def _report(self, problem: str) -> None:
-        free = shutil.disk_usage(self._folder).free / 2**30
         message = (
-            f"the checkpoint of step {self._state.step} could not be saved in {self._folder} ({free:.1f} GiB free "
-            f"there): {problem}. Those before are untouched. Make room, or lower checkpoint.keep_last"
+            f"the checkpoint of step {self._state.step} could not be saved in {self._folder}: {problem}. Those before "
+            "are untouched. Make room, or lower checkpoint.keep_last"
         )
         self.last_step = -1
         if self._settings.on_error == "stop":

@@ -121,10 +121,6 @@ class SlicedTensor:
         ]
         return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
 
-    def contiguous(self) -> Tensor:
-        """All of it, in its shape."""
-        return self.read(0, math.prod(self.shape)).reshape(self.shape)
-
 
 def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
     """Every tensor of a kind by its parameter's name; moments are there only for parameters that were trained."""

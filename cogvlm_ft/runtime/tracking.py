@@ -77,9 +77,9 @@ class Tracker:
         """Close the W&B run; later values go to metrics.jsonl only."""
         self.wandb.finish()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop what metrics.jsonl holds after `step`: a run resumed there records it again."""
-        truncate_after(self.metrics_path, step)
+    def truncate_after(self, step: int, evaluated_step: int | None = None) -> None:
+        """Drop what metrics.jsonl holds after these: a run resumed there records it again."""
+        truncate_after(self.metrics_path, step, evaluated_step)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, *, num_sa
     """Write `out` (config, tokenizer, safetensors, README.md) aside, prove it, and rename it when it is whole.
 
     num_samples: of the proof, which is returned and also written to proof.json; 0: none. An export that fails it is
-    kept as `rejected_path(out)`. Memory holds two tensors, and in the proof one module and what it computes.
+    kept as `rejected_path(out)`. Memory holds one tensor, and in the proof one module and what it computes.
     """
     if out.exists():
         raise CheckpointError(f"--out {out} exists; take a new folder")

@@ -18,6 +18,7 @@ from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
 from cogvlm_ft.evaluate.report import try_report
 from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.runtime.checkpoint import (
+    CHECKPOINTS,
     Best,
     TrainState,
     load_checkpoint,
@@ -42,8 +43,6 @@ from cogvlm_ft.train.stopping import monitor_name, monitor_value, updated_best
 from cogvlm_ft.train.utilization import step_flops
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 def train(run: Run, stop_request: StopRequest) -> TrainState:
@@ -148,8 +147,7 @@ def start_tracking(run: Run, state: TrainState) -> Tracker | None:
         config={**dataclasses.asdict(run.config), **facts, **provenance()},
         lower_is_better=LOWER_IS_BETTER,
     )
-    is_new = state == TrainState(config_sha256=state.config_sha256, data_sha256=state.data_sha256)
-    tracker.truncate_after(-1 if is_new else state.step)  # an attempt that saved nothing may have evaluated step 0
+    tracker.truncate_after(state.step, state.evaluated_step)
     return tracker
 
 

@@ -81,24 +81,39 @@ def count_images(config: Config) -> int | None:
 
 
 def check_fits(config: Config) -> None:
-    """Collective. Before anything is loaded: a job that cannot fit ends with the arithmetic, unless `plan` says else.
+    """Collective. Before anything is loaded: what cannot fit ends with the arithmetic, unless `plan` says else."""
+    if config.plan == "ignore":
+        return
+    _, _, verdict = judge_start(config, this_cluster())
+    level = logging.INFO if verdict.status == "fits" else logging.WARNING
+    logger.log(level, "memory: %s: %s", verdict.status, verdict.why)
+
+
+def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, Forecast, Verdict]:
+    """How a run would begin on that cluster; ConfigError if it cannot fit and plan=refuse.
 
     Refused is only what would not fit with 15 % less of all that is estimated, with one short turn per photo.
     """
-    if config.plan == "ignore":
-        return
-    cluster = this_cluster()
     planner = Planner(config, load_config(config.model.path, config.model.image_size), cluster)
-    sequences = PassSize(num_images=config.train.micro_batch_size, turns=1)
-    verdict = judge(planner.forecast(sequences), cluster)
+    forecast = planner.forecast(smallest_pass(config))
+    verdict = judge(forecast, cluster)
     if verdict.status == "too much" and config.plan == "refuse":
-        changes = suggest_changes(planner, sequences)
         raise ConfigError(
-            f"this run cannot fit: {verdict.why}. What would fit: {'; or '.join(changes) or 'nothing that was tried'}. "
-            "launch/plan.py shows all figures; plan=warn starts it all the same"
+            f"this run cannot fit on {cluster.num_gpus} {'ranks' if cluster.on_cpu else 'GPUs'}: {verdict.status}: "
+            f"{verdict.why}. What would fit: {what_would_fit(planner)}. launch/plan.py shows all "
+            "figures; plan=warn starts it all the same"
         )
-    level = logging.INFO if verdict.status == "fits" else logging.WARNING
-    logger.log(level, "memory: %s: %s", verdict.status, verdict.why)
+    return planner, forecast, verdict
+
+
+def smallest_pass(config: Config) -> PassSize:
+    """One short turn per photo."""
+    return PassSize(num_images=config.train.micro_batch_size, turns=1)
+
+
+def what_would_fit(planner: Planner) -> str:
+    """Of the smallest pass, in words."""
+    return "; or ".join(suggest_changes(planner, smallest_pass(planner.config))) or "nothing that was tried"
 
 
 def this_cluster() -> Cluster:

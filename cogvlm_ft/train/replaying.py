@@ -23,12 +23,11 @@ from cogvlm_ft.model import load_config as load_model_config
 from cogvlm_ft.model.cogvlm import IGNORE_INDEX
 from cogvlm_ft.model.loading import check_keys, parameter_shapes, read_whole
 from cogvlm_ft.model.preprocess import MEAN, STD
-from cogvlm_ft.runtime.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
+from cogvlm_ft.runtime.checkpoint import CHECKPOINTS, MODEL_FOLDER, list_checkpoints, read_state
 from cogvlm_ft.runtime.consolidate import open_weights
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.engine import freeze
 from cogvlm_ft.train.build import build_dataset, split_index
-from cogvlm_ft.train.loop import CHECKPOINTS
 from cogvlm_ft.train.nonfinite import Row, SkippedStep
 
 

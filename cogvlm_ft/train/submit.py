@@ -16,11 +16,9 @@ from yaml import YAMLError
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError
-from cogvlm_ft.model import load_config as load_model_config
-from cogvlm_ft.runtime.checkpoint import checkpoint_name, list_checkpoints, read_state
-from cogvlm_ft.train.activations import PassSize
-from cogvlm_ft.train.advice import suggest_changes
-from cogvlm_ft.train.forecast import Cluster, Planner, judge
+from cogvlm_ft.runtime.checkpoint import CHECKPOINTS, checkpoint_name, list_checkpoints, read_state
+from cogvlm_ft.train.forecast import Cluster
+from cogvlm_ft.train.preflight import judge_start, smallest_pass
 from cogvlm_ft.train.step_time import H100_TFLOPS, Speeds, number_format, time_step
 
 logger = logging.getLogger(__name__)
@@ -69,18 +67,9 @@ def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
 def check_plan(config: Config, cluster: SlurmCluster) -> str:
     """What launch/plan.py foretells, in a line; ConfigError where the job itself would refuse to start."""
     machines = Cluster(cluster.nodes, cluster.gpus_per_node, cluster.gpu_memory_gib, cluster.host_memory_gib)
-    planner = Planner(config, load_model_config(config.model.path, config.model.image_size), machines)
-    sequences = PassSize(num_images=config.train.micro_batch_size, turns=1)  # as check_fits has it
-    forecast = planner.forecast(sequences)
-    verdict = judge(forecast, machines)
+    planner, forecast, verdict = judge_start(config, machines)
     summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
-    if verdict.status == "too much" and config.plan == "refuse":
-        changes = "; or ".join(suggest_changes(planner, sequences)) or "nothing that was tried"
-        raise ConfigError(
-            f"this run cannot fit on {summary}. What would fit: {changes}. launch/plan.py shows all figures; "
-            "plan=warn submits it all the same"
-        )
-    time = time_step(planner, forecast, sequences, Speeds(tflops=H100_TFLOPS[number_format(config)]))
+    time = time_step(planner, forecast, smallest_pass(config), Speeds(tflops=H100_TFLOPS[number_format(config)]))
     needed_s = time.step_s + 2 * time.checkpoint_s
     if needed_s > cluster.signal_s:
         logger.warning(
@@ -151,9 +140,9 @@ def run_sbatch(command: Sequence[str]) -> str:
 
 def best_checkpoint(run: Path) -> Path:
     """Of a training's folder; where the untouched model was best, which is no checkpoint, the newest one."""
-    checkpoints = list_checkpoints(run / "checkpoints")
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
     if not checkpoints:
-        raise CheckpointError(f"{run}/checkpoints holds no checkpoint: is {run} the output_dir of a training?")
+        raise CheckpointError(f"{run / CHECKPOINTS} holds no checkpoint: is {run} the output_dir of a training?")
     best = read_state(checkpoints[-1]).best
     found = [path for path in checkpoints if best is not None and path.name == checkpoint_name(best.step)]
     if not found:

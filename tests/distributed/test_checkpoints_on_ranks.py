@@ -14,6 +14,7 @@ import pytest
 import torch
 from ranks import REPOSITORY, read_metrics, run, started, wait_for_step
 
+from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.runtime.checkpoint import list_checkpoints
 from cogvlm_ft.runtime.consolidate import open_weights
 from cogvlm_ft.runtime.sample_losses import FOLDER as SAMPLE_LOSSES
@@ -60,7 +61,7 @@ def last_state(run_folder: Path) -> dict[str, torch.Tensor]:
     tensors = {f"weight/{name}": tensor for name, tensor in open_weights(checkpoint).items()}
     for moment in MOMENTS:
         tensors |= {f"{moment}/{name}": tensor for name, tensor in open_slices(checkpoint, moment).items()}
-    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+    return {key: read_whole(tensor, torch.float32) for key, tensor in tensors.items()}
 
 
 def assert_same_end(found: Path, wanted: Path, tolerance: float = 0.0) -> None:
@@ -180,3 +181,13 @@ def test_a_write_that_fails_half_way_leaves_nothing_and_the_run_goes_on(
     assert f"the last state, that of step {NUM_STEPS}, could not be saved" in done.stderr
     assert len(losses(tmp_path / "run")) == NUM_STEPS
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_trouble_of_rank_0_alone_ends_every_rank(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """The others would wait for it. Here a file lies where the folder should be."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("not a folder")
+    with started(["launch/train.py", *settings(shards, start_model, tmp_path / "run")], 2, tmp_path / "logs") as ranks:
+        assert ranks.wait(timeout_s=90) == [2, 2], ranks.output()
+        assert "File exists" in ranks.output()
+    assert (tmp_path / "run" / "checkpoints").read_text() == "not a folder"

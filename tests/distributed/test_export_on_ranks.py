@@ -12,6 +12,7 @@ from ranks import REPOSITORY, run
 from transformers import AutoModelForCausalLM
 
 from cogvlm_ft.evaluate.fingerprint import fingerprint
+from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.runtime.checkpoint import list_checkpoints
 from cogvlm_ft.runtime.consolidate import open_weights
 
@@ -52,7 +53,7 @@ def test_the_program_proves_what_ranks_trained(trained: Path, tmp_path: Path, dt
     parameters = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
     assert parameters.keys() == weights.keys()
     for name, parameter in parameters.items():
-        assert torch.equal(parameter.data, weights[name].contiguous().to(torch_dtype)), name
+        assert torch.equal(parameter.data, read_whole(weights[name], torch_dtype)), name
 
 
 def test_the_card_tells_of_the_run(trained: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ranks import REPOSITORY, free_port
 
 pytestmark = pytest.mark.slow
 
-LOGIN, PASSWORD = "maria", "pa55-of-the-shard-server"
+LOGIN, PASSWORD = "tester", "pa55-of-the-shard-server"
 SECRETS = {
     "WANDB_API_KEY": "c0ffee0123456789abcdef0123456789abcdef42",
     "HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789abcd",

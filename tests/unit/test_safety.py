@@ -105,7 +105,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(name: str, shards: Path,
 
 def test_a_mistyped_source_is_told_without_its_password() -> None:
     with pytest.raises(ConfigError) as caught:
-        shard_sources([{"path": "https://maria:pa55@host/shards", "wieght": 2.0}])
+        shard_sources([{"path": "https://tester:pa55@host/shards", "wieght": 2.0}])
     assert "wieght" in str(caught.value) and "pa55" not in str(caught.value)
 
 

@@ -15,9 +15,8 @@ from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.model import load_config
 from cogvlm_ft.runtime.bandwidth import SideChannel
 from cogvlm_ft.runtime.distributed import is_main, rank, world_size
-from cogvlm_ft.train.activations import PassSize
 from cogvlm_ft.train.forecast import Cluster, Forecast, Planner
-from cogvlm_ft.train.preflight import cluster_of, machine_facts
+from cogvlm_ft.train.preflight import cluster_of, machine_facts, smallest_pass
 
 COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
 PLAIN = "\033[0m"
@@ -73,8 +72,7 @@ class Examination:
     @cached_property
     def forecast(self) -> Forecast | None:
         """Of the smallest pass, as a training judges itself when it starts."""
-        sequences = PassSize(num_images=self.config.train.micro_batch_size, turns=1)
-        return self.planner.forecast(sequences) if self.planner else None
+        return self.planner.forecast(smallest_pass(self.config)) if self.planner else None
 
 
 class Seen(NamedTuple):

@@ -19,11 +19,10 @@ from cogvlm_ft.model import CogVLMTokenizer, load_config
 from cogvlm_ft.model.loading import load_weights, parameter_shapes
 from cogvlm_ft.runtime.distributed import rank, world_size
 from cogvlm_ft.tensor_file import hash_file
-from cogvlm_ft.train.activations import PassSize
-from cogvlm_ft.train.advice import suggest_changes
 from cogvlm_ft.train.build import build_dataset
 from cogvlm_ft.train.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
 from cogvlm_ft.train.forecast import build_on_meta, judge
+from cogvlm_ft.train.preflight import what_would_fit
 
 NUM_SAMPLES = {"train": 64, "val": 16}  # read at random if not all are asked for
 MOST_NAMED = 5
@@ -199,8 +198,7 @@ def judge_plan(examination: Examination, seen: list[Seen]) -> list[Finding]:
         return [yellow(f"tight: {verdict.why}", "launch/plan.py says what would fit")]
     if examination.is_alone:
         return [yellow(f"on this machine alone it is too much: {verdict.why}", "launch/plan.py --nodes N")]
-    sequences = PassSize(num_images=examination.config.train.micro_batch_size, turns=1)
-    changes = "; or ".join(suggest_changes(planner, sequences)) or "nothing that was tried; see launch/plan.py"
+    changes = f"{what_would_fit(planner)}; see launch/plan.py"
     if examination.config.plan != "refuse":
         return [yellow(f"too much, and plan={examination.config.plan}: {verdict.why}", changes)]
     return [red(verdict.why, "a run that fits", changes)]

@@ -68,6 +68,15 @@ def test_a_resumed_run_drops_what_it_will_record_again(tracker: Tracker) -> None
     assert sorted(path.name for path in tracker.metrics_path.parent.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
+@pytest.mark.parametrize(("evaluated_step", "kept"), [(-1, []), (0, [0]), (4, [0, 4])])
+def test_what_will_be_evaluated_again_is_dropped(tracker: Tracker, evaluated_step: int, kept: list[int]) -> None:
+    """A run that was killed between an evaluation and the checkpoint after it, or before its first checkpoint."""
+    for step in (0, 4):
+        tracker.log_val(step / 4, step, {"mean_iou": 0.5})
+    tracker.truncate_after(4, evaluated_step)
+    assert [line["step"] for line in read_lines(tracker)] == kept
+
+
 def test_a_torn_last_line_is_dropped(tracker: Tracker) -> None:
     tracker.log_train(1, {"loss": 1.0})
     with tracker.metrics_path.open("a") as file:
