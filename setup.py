@@ -11,19 +11,15 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*", "launch", "shards", "shards.*"]),
+    # launch, shards, configs and slurm are links inside cogvlm_ft/: as top-level packages their names could clash.
+    packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*"]),
     package_data={
-        "cogvlm_ft.evaluate": [
-            "report_page.html",
-            "report_page.css",
-            "report_page.js",
-            "serve_page.html",
-            "serve_page.css",
-            "serve_page.js",
-        ],
+        "cogvlm_ft": ["py.typed", "configs/*.yaml", "configs/deepspeed/*.json", "slurm/*"],
         "cogvlm_ft.grounding": ["wordings/*.yaml"],
-        "shards.negatives": ["*.yaml"],
-        "shards.reviewing": ["page.html", "page.css", "page.js"],
+        "cogvlm_ft.predict": ["page.*"],
+        "cogvlm_ft.report": ["page.*"],
+        "cogvlm_ft.shards.negatives": ["*.yaml"],
+        "cogvlm_ft.shards.reviewing": ["page.*"],
     },
     install_requires=[
         "torch>=2.8",
@@ -63,16 +59,16 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "cogvlm-train = launch.train:main",
-            "cogvlm-evaluate = launch.evaluate:main",
-            "cogvlm-plan = launch.plan:main",
-            "cogvlm-doctor = launch.doctor:main",
-            "cogvlm-replay = launch.replay:main",
-            "cogvlm-workspace = launch.workspace:main",
-            "cogvlm-predict = launch.predict:main",
-            "cogvlm-export = launch.export:main",
-            "cogvlm-build-shards = shards.build:main",
-            "cogvlm-review = shards.review:main",
+            "cogvlm-train = cogvlm_ft.launch.train:main",
+            "cogvlm-evaluate = cogvlm_ft.launch.evaluate:main",
+            "cogvlm-plan = cogvlm_ft.launch.plan:main",
+            "cogvlm-doctor = cogvlm_ft.launch.doctor:main",
+            "cogvlm-wandb-sync = cogvlm_ft.launch.wandb_sync:main",
+            "cogvlm-workspace = cogvlm_ft.launch.workspace:main",
+            "cogvlm-predict = cogvlm_ft.launch.predict:main",
+            "cogvlm-export = cogvlm_ft.launch.export:main",
+            "cogvlm-build-shards = cogvlm_ft.shards.build:main",
+            "cogvlm-review = cogvlm_ft.shards.review:main",
         ]
     },
 )

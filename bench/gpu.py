@@ -29,7 +29,7 @@ from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.layout import image_span
-from cogvlm_ft.train.activations import PassSize, peak_of, probe_stages
+from cogvlm_ft.planning.activations import PassSize, peak_of, probe_stages
 
 NUM_LANGUAGE_LAYERS, NUM_VISION_LAYERS = 2, 4  # nearly the model's 32 to 63
 PROMPT_TOKENS, ANSWER_TOKENS = 24, 24

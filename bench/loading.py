@@ -179,7 +179,7 @@ def load(way: str, folder: Path, num_ranks: int) -> None:
 
 
 def load_ours(folder: Path, settings: dict[str, Any]) -> tuple[Any, int]:
-    """As train/build.py does it, counting the bytes of the slices."""
+    """As build.py does it, counting the bytes of the slices."""
     bytes_read = 0
     with initialization.no_init_weights(), partitioned(settings):
         model = CogVLMForCausalLM(load_config(folder))

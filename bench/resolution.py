@@ -54,7 +54,8 @@ def main() -> None:
 def make_data(folder: Path, num_scenes: int) -> tuple[Path, Path]:
     """(shards, a random model), as the demo makes them."""
     code = (
-        "import sys; from pathlib import Path; from launch import demo; from cogvlm_ft.config import load_config; "
+        "import sys; from pathlib import Path; from cogvlm_ft.launch import demo; "
+        "from cogvlm_ft.config import load_config; "
         "folder, scenes = Path(sys.argv[1]), int(sys.argv[2]); "
         "demo.make_shards(folder / 'scenes', scenes, folder / 'shards'); "
         f"config = load_config('{CONFIG}', [f'model.path={{folder}}/model']); "

@@ -74,7 +74,7 @@ def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
     """The whole command, from its start to its end."""
     (folder / "names").write_text("\n".join(names))
     tar = ["tar", "-cf", str(folder / "plain.tar"), "-C", str(folder / "photos"), "-T", str(folder / "names")]
-    build = [sys.executable, "-m", "shards.build", "--format", "jsonl", "--images", str(folder / "photos")]
+    build = [sys.executable, "-m", "cogvlm_ft.shards.build", "--format", "jsonl", "--images", str(folder / "photos")]
     build += ["--annotations", str(folder / "x.jsonl"), "--out", str(folder / "shards"), "--val-fraction", "0"]
     build += ["--samples-per-shard", "200"]
 
@@ -130,7 +130,7 @@ def bench_memory_of_reading(folder: Path, num_samples: int) -> None:
 def bench_memory_of_building(folder: Path, num_records: int) -> None:
     """Peak of the main process for a fifth of the records and for all; tiny images, so that records are what counts."""
     code = (
-        "import resource, sys; from shards.build import main; failed = main(sys.argv[1:]); "
+        "import resource, sys; from cogvlm_ft.shards.build import main; failed = main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(failed)"
     )
     photos = folder / "tiny"

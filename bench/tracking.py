@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cogvlm_ft.evaluate.gallery import TABLE_COLUMNS
-from cogvlm_ft.runtime.tracking import Tracker
-from cogvlm_ft.runtime.wandb_run import Picture
-from cogvlm_ft.train.dashboard import MAX_TABLE_ROWS
+from cogvlm_ft.report.gallery import TABLE_COLUMNS
+from cogvlm_ft.report.wandb_media import MAX_TABLE_ROWS
+from cogvlm_ft.tracking.tracker import Tracker
+from cogvlm_ft.tracking.wandb_run import Picture
 
 SIDE = 512
 VALUES = {name: 0.123456789 for name in (

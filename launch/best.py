@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from cogvlm_ft.errors import CheckpointError, ConfigError
-from cogvlm_ft.train.sweep import choose_entry
+from cogvlm_ft.jobs.sweep import choose_entry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = args.run / choose_entry(args.sweep, args.task).name if args.sweep else args.run
-        from cogvlm_ft.train.submit import best_checkpoint
+        from cogvlm_ft.jobs.submit import best_checkpoint
 
         print(best_checkpoint(run))
     except (ConfigError, CheckpointError) as error:

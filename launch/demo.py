@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_shards(scenes: Path, num_scenes: int, shards: Path) -> None:
     """Coloured shapes with Chinese and English phrases, some of them absent; then WebDataset shards of them."""
-    from shards.build import main as build
-    from shards.scenes import write_scenes
+    from cogvlm_ft.shards.build import main as build
+    from cogvlm_ft.shards.demo_scenes import write_scenes
 
     if (shards / "index.json").exists():
         return

@@ -45,11 +45,11 @@ def run(config: Config, *, all_shards: bool, fix: bool) -> int:
     if num_ranks != "1" and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(f"        waiting for {num_ranks} ranks to meet at {place}", flush=True)
+    from cogvlm_ft.doctor.checks import CHECKS
+    from cogvlm_ft.doctor.examination import begin, examine
+    from cogvlm_ft.doctor.storage import remove_probes
     from cogvlm_ft.runtime.bandwidth import SideChannel
     from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
-    from cogvlm_ft.train.doctor.checks import CHECKS
-    from cogvlm_ft.train.doctor.examination import begin, examine
-    from cogvlm_ft.train.doctor.storage import remove_probes
 
     logging.basicConfig(level=logging.ERROR)
     init_distributed()

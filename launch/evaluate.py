@@ -38,16 +38,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: Config, args: argparse.Namespace) -> None:
+    from cogvlm_ft.build import build_model_engine
+    from cogvlm_ft.checkpoints.checkpoint import load_checkpoint
     from cogvlm_ft.data.index import load_index
     from cogvlm_ft.data.reader import ShardReader
     from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
     from cogvlm_ft.evaluate.fingerprint import fingerprint
-    from cogvlm_ft.evaluate.report import try_report
+    from cogvlm_ft.evaluate.probe import run_probe
     from cogvlm_ft.grounding.wording import load_wording
-    from cogvlm_ft.runtime.checkpoint import load_checkpoint
+    from cogvlm_ft.report.report import try_report
     from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
-    from cogvlm_ft.train.build import build_model_engine
-    from cogvlm_ft.train.probing import run_probe
 
     init_distributed()
     data = config.data

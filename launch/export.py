@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from cogvlm_ft.train.export import export_checkpoint, rejected_path
+    from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
     print(f"comparing {args.checkpoint} with its manifest", flush=True)
     try:

@@ -17,8 +17,8 @@ from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.grounding.boxes import READINGS
 
 if TYPE_CHECKING:
-    from cogvlm_ft.evaluate.predict import Predictor
-    from cogvlm_ft.evaluate.predict_files import Question
+    from cogvlm_ft.predict.files import Question
+    from cogvlm_ft.predict.predictor import Predictor
 
 ZOOM_PATCHES = 16.0
 
@@ -97,9 +97,9 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
-    from cogvlm_ft.evaluate.predict import Asking, load_predictor
-    from cogvlm_ft.evaluate.predict_files import predict_files, read_questions
-    from cogvlm_ft.evaluate.serve import check_installed, serve
+    from cogvlm_ft.predict.files import predict_files, read_questions
+    from cogvlm_ft.predict.predictor import Asking, load_predictor
+    from cogvlm_ft.predict.serve import check_installed, serve
 
     upright = args.exif == "apply"
     if args.batch_size < 1 or (not args.serve and args.image is None):
@@ -125,8 +125,8 @@ def predict(args: argparse.Namespace) -> int:
 
 def show(predictor: Predictor, questions: list[Question], out: Path, upright: bool) -> None:
     """All that is asked about one photo."""
-    from cogvlm_ft.evaluate.predict import draw_replies
-    from cogvlm_ft.evaluate.predict_files import answer_questions, load_photo
+    from cogvlm_ft.predict.files import answer_questions, load_photo
+    from cogvlm_ft.predict.predictor import draw_replies
 
     for question in questions:
         if question.problem:

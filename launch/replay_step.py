@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
-    from cogvlm_ft.train.replaying import open_replay
+    from cogvlm_ft.train.replay_step import open_replay
 
     try:
         replay = open_replay(args.file, args.model, args.out)

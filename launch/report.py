@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> Path:
-    from cogvlm_ft.evaluate.report import write_report
     from cogvlm_ft.evaluate.results import CONFIG_FILE, find_evaluation
+    from cogvlm_ft.report.report import write_report
 
     evaluation = find_evaluation(args.folder, args.step)
     path = args.config or args.folder / CONFIG_FILE

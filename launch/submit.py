@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
-from cogvlm_ft.train.sweep import load_entry, read_sweep
+from cogvlm_ft.jobs.sweep import load_entry, read_sweep
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     entries = None if args.sweep is None else read_sweep(args.sweep)
     if args.chain < 1 or (entries and args.chain > 1):
         raise ConfigError(f"--chain {args.chain}: wanted 1 or more, and 1 for a sweep, whose jobs go on by themselves")
-    from cogvlm_ft.train.submit import Submission, check_plan, load_cluster, submit
+    from cogvlm_ft.jobs.submit import Submission, check_plan, load_cluster, submit
 
     names = ("partition", "account", "qos", "nodes", "gpus_per_node", "time")
     cluster = load_cluster(args.cluster, {name: getattr(args, name) for name in names})

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+from cogvlm_ft.jobs.sweep import load_task
 from cogvlm_ft.runtime.outcome import write_outcome
-from cogvlm_ft.runtime.preemption import StopRequest
-from cogvlm_ft.train.sweep import load_task
+from cogvlm_ft.runtime.stop_signals import StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,12 +38,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, stop_request: StopRequest) -> int:
     # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be told at once.
+    from cogvlm_ft.build import build_run
+    from cogvlm_ft.planning.out_of_memory import memory_errors_explained
+    from cogvlm_ft.planning.preflight import check_fits
     from cogvlm_ft.runtime.distributed import any_rank, init_distributed, is_main, rank, shut_down
     from cogvlm_ft.runtime.watchdog import watched
-    from cogvlm_ft.train.build import build_run
     from cogvlm_ft.train.loop import train
-    from cogvlm_ft.train.out_of_memory import memory_errors_explained
-    from cogvlm_ft.train.preflight import check_fits
 
     init_distributed(config.train.hang_timeout_s)
     level = logging.INFO if is_main() else logging.WARNING

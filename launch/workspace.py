@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="print the layout and send nothing")
     args = parser.parse_args(argv)
 
-    from cogvlm_ft.runtime.workspace import describe_workspace, save_workspace
+    from cogvlm_ft.tracking.workspace import describe_workspace, save_workspace
 
     try:
         if args.print:

@@ -22,14 +22,16 @@ from tqdm import tqdm
 from cogvlm_ft.data.index import INDEX_VERSION, read_json_file
 from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.errors import DataError
-from shards.absence import Absence, gather_vocabulary, is_exhaustive
-from shards.candidates import Candidate, Problem
-from shards.decisions import Decisions, load_decisions
-from shards.exif import EXIF_MODES, decide_exif
-from shards.formats import FORMATS, recognise_format
-from shards.layout import SPLITS, Slice
-from shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
-from shards.pack import (
+from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
+from cogvlm_ft.shards.negatives.in_build import Absence, gather_vocabulary, is_exhaustive
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
+from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
+from cogvlm_ft.shards.packing.splits import SPLITS, Slice
+from cogvlm_ft.shards.packing.staging import Spool
+from cogvlm_ft.shards.packing.summary import summarize
+from cogvlm_ft.shards.packing.tar_writing import (
     PackSettings,
     is_written,
     rejection,
@@ -38,10 +40,8 @@ from shards.pack import (
     unfinished_path,
     write_atomically,
 )
-from shards.spool import Spool
-from shards.summary import summarize
-from shards.verify import VERIFY
-from shards.workers import warm_up, write_shards
+from cogvlm_ft.shards.packing.verify import VERIFY
+from cogvlm_ft.shards.packing.workers import warm_up, write_shards
 
 _COUNTS = ("num_samples", "num_targets", "num_boxes", "num_absent", "num_turns")
 _SPOOL = ".spool.sqlite"

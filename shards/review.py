@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cogvlm_ft.errors import DataError
-from shards.candidates import Problem
-from shards.formats import FORMATS, recognise_format
-from shards.pack import to_json_bytes, write_atomically
-from shards.reviewing.page import render_page
-from shards.reviewing.sources import Item, annotated_items, shard_items
-from shards.reviewing.statistics import PATCH_PX
-from shards.reviewing.survey import Survey, survey
-from shards.reviewing.words import title_of
+from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.packing.candidates import Problem
+from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, write_atomically
+from cogvlm_ft.shards.reviewing.page import render_page
+from cogvlm_ft.shards.reviewing.sources import Item, annotated_items, shard_items
+from cogvlm_ft.shards.reviewing.statistics import PATCH_PX
+from cogvlm_ft.shards.reviewing.survey import Survey, survey
+from cogvlm_ft.shards.reviewing.suspect_texts import title_of
 
 Parts = Iterator[Item | Problem]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from cogvlm_ft.runtime.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState, checkpoint_name
-from cogvlm_ft.runtime.manifest import write_manifest
-from cogvlm_ft.runtime.slices import MOMENTS, WEIGHT, Layout, rank_file
-from cogvlm_ft.tensor_file import TensorSpec, hash_file, write_tensors
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState, checkpoint_name
+from cogvlm_ft.checkpoints.manifest import write_manifest
+from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, Layout, rank_file
+from cogvlm_ft.safetensors_io import TensorSpec, hash_file, write_tensors
 
 SHAPES = {"embed": (7, 3), "norm": (5,), "scale": (1,)}
 

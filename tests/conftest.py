@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
 from cogvlm_ft.model.tokenizer import train_tokenizer
-from shards.build import main as build
-from shards.scenes import write_scenes
+from cogvlm_ft.shards.build import main as build
+from cogvlm_ft.shards.demo_scenes import write_scenes
 
 # The same examples every time, and no clock: a property fails because of a change, not of the day or the machine.
 settings.register_profile(

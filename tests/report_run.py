@@ -19,8 +19,8 @@ from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.protocols import OURS
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording, load_wording
-from cogvlm_ft.runtime.sample_losses import SampleLosses
-from cogvlm_ft.runtime.tracking import Tracker
+from cogvlm_ft.tracking.sample_losses import SampleLosses
+from cogvlm_ft.tracking.tracker import Tracker
 
 NUM_PATCHES = 16
 STEPS = {0: 2.0, 20: 0.3, 40: 0.05}

@@ -11,13 +11,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState, checkpoint_name
+from cogvlm_ft.checkpoints.manifest import write_manifest
+from cogvlm_ft.checkpoints.slices import WEIGHT, Layout, rank_file
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.loading import StoredTensor, read_whole
-from cogvlm_ft.runtime.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState, checkpoint_name
-from cogvlm_ft.runtime.manifest import write_manifest
-from cogvlm_ft.runtime.slices import WEIGHT, Layout, rank_file
-from cogvlm_ft.tensor_file import TensorSpec, hash_file, write_tensors
+from cogvlm_ft.safetensors_io import TensorSpec, hash_file, write_tensors
 
 STEP = 7
 

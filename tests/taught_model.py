@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from cogvlm_ft.data.encode import encode_turns
-from cogvlm_ft.evaluate.predict_steps import target_turns
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
+from cogvlm_ft.predict.steps import target_turns
 
 NOT_FOUND = "未找到指定目标"
 DOG, CAT = "狗", "猫"

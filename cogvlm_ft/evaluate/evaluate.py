@@ -37,7 +37,7 @@ from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
-from cogvlm_ft.runtime.gather import parameters_gathered
+from cogvlm_ft.runtime.param_gathering import parameters_gathered
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Every rank makes the same calls: one pass over images and prompts, then one for each new token until the last rank is
 done. Under ZeRO-3 each call gathers parameters from all ranks, so a rank that left early would stop the others. Where
-the parameters are gathered once (runtime/gather.py) the ranks do not wait for each other.
+the parameters are gathered once (runtime/param_gathering.py) the ranks do not wait for each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.layout import PAD_BLOCK, build_layout
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import every_rank
-from cogvlm_ft.runtime.gather import forget_order, needs_all_ranks
+from cogvlm_ft.runtime.param_gathering import forget_order, needs_all_ranks
 from cogvlm_ft.runtime.watchdog import progress
 
 FIRST_TEXT_POSITION = 4  # bos 0, boi 1, patches 2, eoi 3

@@ -8,6 +8,7 @@ Without an "answer", what the untouched model said is the right one. Paths are r
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cogvlm_ft.config import EvaluateConfig
+from cogvlm_ft.config import Config, EvaluateConfig
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.data.transforms import photo_frame, resize_of
 from cogvlm_ft.errors import DataError
@@ -24,9 +25,13 @@ from cogvlm_ft.evaluate.generate import generate_answers
 from cogvlm_ft.grounding.descriptions import corpus_chrf
 from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
-from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, rank, world_size
+from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
-from cogvlm_ft.runtime.gather import parameters_gathered
+from cogvlm_ft.runtime.param_gathering import parameters_gathered
+
+logger = logging.getLogger(__name__)
+
+UNTOUCHED_FILE, ANSWERS_FILE = "probe_untouched.jsonl", "probe.jsonl"
 
 
 @dataclass(frozen=True)
@@ -120,3 +125,53 @@ def probe_metrics(
         "probe_same": sum(said == right for said, right in pairs) / len(pairs),
         "num_probe": float(len(pairs)),
     }
+
+
+def run_probe(
+    config: Config, model: Any, tokenizer: CogVLMTokenizer, folder: Path, *, is_untouched: bool = False
+) -> dict[str, float]:
+    """Collective. The metrics of evaluate.probe, the same on every rank, {} without one; answers go to `folder`.
+
+    is_untouched: this is the model before its first step, whose answers are the right ones from now on.
+    """
+    if config.evaluate.probe is None:
+        return {}
+    questions = load_probe(Path(config.evaluate.probe))
+    answers = ask_probe(model, tokenizer, questions, config.evaluate)
+    untouched_file = Path(config.output_dir) / UNTOUCHED_FILE
+    if is_main():
+        _write(folder / ANSWERS_FILE, questions, answers)
+        if is_untouched:
+            _write(untouched_file, questions, answers)
+    untouched = from_main(_read(untouched_file, questions) if is_main() else None)
+    num_open = sum(question.answer is None for question in questions)
+    if is_main() and untouched is None and num_open:
+        logger.warning(
+            "evaluate.probe: %d questions are not scored: they have no answer, and %s holds none of the untouched model"
+            " to these questions, which is asked at step 0 with evaluate.before_training=true",
+            num_open,
+            untouched_file,
+        )
+    return probe_metrics(questions, answers, untouched)
+
+
+def _write(path: Path, questions: Sequence[ProbeQuestion], answers: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"image": question.image.name, "prompt": question.prompt, "answer": answer}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read(path: Path, questions: Sequence[ProbeQuestion]) -> list[str] | None:
+    """The answers, or None if there are none to these very questions."""
+    if not path.is_file():
+        return None
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        same = [(row["image"], row["prompt"]) for row in rows] == [(each.image.name, each.prompt) for each in questions]
+        return [str(row["answer"]) for row in rows] if same else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -12,15 +12,14 @@ from cogvlm_ft.data.transforms import photo_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import ABOUT, CURVES_FILE, PREDICTIONS_FILE
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE as RESULTS_FILE
-from cogvlm_ft.evaluate.gallery import former_evaluation
 from cogvlm_ft.grounding.ceiling import best_answer_iou
 from cogvlm_ft.grounding.metrics import ABSENT, HIT, PRESENT, AnswerScore
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
-from cogvlm_ft.runtime.metrics_file import METRICS_FILE, Row, read_rows
-from cogvlm_ft.runtime.provenance import without_passwords
-from cogvlm_ft.runtime.sample_losses import HighLoss, find_high_losses, read_sample_losses
-from cogvlm_ft.runtime.tracking import RUN_FILE, read_run_file
+from cogvlm_ft.tracking.metrics_log import METRICS_FILE, Row, read_rows
+from cogvlm_ft.tracking.provenance import without_passwords
+from cogvlm_ft.tracking.sample_losses import HighLoss, find_high_losses, read_sample_losses
+from cogvlm_ft.tracking.tracker import RUN_FILE, read_run_file
 
 CONFIG_FILE, EVALUATIONS = "config.yaml", "evaluations"
 NUM_SUSPECTS = 12
@@ -85,6 +84,12 @@ def find_evaluation(folder: Path, step: int | None = None) -> Path:
         there = f"those at {', '.join(map(str, steps))}" if steps else f"no step-*/{PREDICTIONS_FILE}"
         raise DataError(f"{folder}: wanted {wanted}, found {there}")
     return found[-1] if step is None else steps[step]
+
+
+def former_evaluation(folder: Path) -> Path | None:
+    """The evaluation of the same run before that in `folder` (.../step-00000120)."""
+    earlier = [path for path in folder.parent.glob("step-*") if path.name < folder.name]
+    return max(earlier, key=lambda path: path.name, default=None)
 
 
 def load_report(folder: Path, run_folder: Path | None = None) -> Report:

@@ -21,7 +21,7 @@ from transformers import initialization
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.tensor_file import TensorSpec, sync, write_tensors
+from cogvlm_ft.safetensors_io import TensorSpec, sync, write_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

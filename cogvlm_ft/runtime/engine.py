@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
-from cogvlm_ft.runtime.gather import attach_offload
+from cogvlm_ft.runtime.param_gathering import attach_offload
+from cogvlm_ft.runtime.partitions import local_range
 from cogvlm_ft.runtime.watchdog import progress
 
 
@@ -126,8 +127,7 @@ def partition_assign(
         parameter: Any = by_name[name]
         part = parameter.ds_tensor
         row_size = parameter.ds_numel // num_rows
-        start = min(torch.distributed.get_rank() * part.numel(), parameter.ds_numel)
-        stop = min(start + part.numel(), parameter.ds_numel)
+        start, stop = local_range(parameter)
         part.data.zero_()  # the last rank's padding
         parameter.ds_secondary_tensor = None  # hpZ's copy of the weights before; the next pass makes a new one
         if start < stop:

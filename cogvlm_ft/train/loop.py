@@ -10,14 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from cogvlm_ft.config import config_sha256
-from cogvlm_ft.data.collate import BadSample, Batch
-from cogvlm_ft.data.loader import read_steps
-from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
-from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
-from cogvlm_ft.evaluate.report import try_report
-from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
-from cogvlm_ft.runtime.checkpoint import (
+from cogvlm_ft.build import Run
+from cogvlm_ft.checkpoints.checkpoint import (
     CHECKPOINTS,
     Best,
     TrainState,
@@ -25,22 +19,28 @@ from cogvlm_ft.runtime.checkpoint import (
     newest_intact,
     remove_leftovers,
 )
+from cogvlm_ft.checkpoints.saver import CheckpointSaver
+from cogvlm_ft.config import config_sha256
+from cogvlm_ft.data.collate import BadSample, Batch
+from cogvlm_ft.data.loader import read_steps
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
+from cogvlm_ft.evaluate.probe import run_probe
+from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
+from cogvlm_ft.planning.flops import step_flops
+from cogvlm_ft.report.report import try_report
+from cogvlm_ft.report.wandb_media import evaluation_folder, save_pictures, show_evaluation
 from cogvlm_ft.runtime.distributed import any_ranks, barrier, from_main, gather_to_main, is_main, rank, world_size
-from cogvlm_ft.runtime.preemption import StopRequest
-from cogvlm_ft.runtime.provenance import provenance
-from cogvlm_ft.runtime.sample_losses import SampleLosses
-from cogvlm_ft.runtime.saver import CheckpointSaver
-from cogvlm_ft.runtime.tracking import Tracker
-from cogvlm_ft.train.build import Run
-from cogvlm_ft.train.dashboard import evaluation_folder, save_pictures, show_evaluation
+from cogvlm_ft.runtime.stop_signals import StopRequest
+from cogvlm_ft.tracking.provenance import provenance
+from cogvlm_ft.tracking.sample_losses import SampleLosses
+from cogvlm_ft.tracking.tracker import Tracker
+from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_best
 from cogvlm_ft.train.health import Health
 from cogvlm_ft.train.meter import Meter
-from cogvlm_ft.train.nonfinite import SkippedSteps
-from cogvlm_ft.train.probing import run_probe
 from cogvlm_ft.train.schedule import lr_at
+from cogvlm_ft.train.skipped_steps import SkippedSteps
 from cogvlm_ft.train.step import losses_by_row, train_step
-from cogvlm_ft.train.stopping import monitor_name, monitor_value, updated_best
-from cogvlm_ft.train.utilization import step_flops
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from cogvlm_ft.planning.flops import StepFlops
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
 from cogvlm_ft.train.step import StepStats
-from cogvlm_ft.train.utilization import StepFlops
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvlm_ft.errors import DataError
-from shards.candidates import Candidate, Problem
-from shards.formats.coco import read_coco, recognise_coco
-from shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
-from shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
-from shards.formats.jsonl import read_jsonl, recognise_jsonl
-from shards.formats.labelme import read_labelme, recognise_labelme
-from shards.formats.mdetr import read_mdetr, recognise_mdetr
-from shards.formats.odvg import read_odvg, recognise_odvg
-from shards.formats.refcoco import read_refcoco, recognise_refcoco
-from shards.formats.rows import read_head
-from shards.formats.swift import read_swift, recognise_swift
-from shards.formats.voc import read_voc, recognise_voc
-from shards.formats.yolo import read_yolo, recognise_yolo
+from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
+from cogvlm_ft.shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
+from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
+from cogvlm_ft.shards.formats.jsonl import read_jsonl, recognise_jsonl
+from cogvlm_ft.shards.formats.labelme import read_labelme, recognise_labelme
+from cogvlm_ft.shards.formats.mdetr import read_mdetr, recognise_mdetr
+from cogvlm_ft.shards.formats.odvg import read_odvg, recognise_odvg
+from cogvlm_ft.shards.formats.refcoco import read_refcoco, recognise_refcoco
+from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.formats.swift import read_swift, recognise_swift
+from cogvlm_ft.shards.formats.voc import read_voc, recognise_voc
+from cogvlm_ft.shards.formats.yolo import read_yolo, recognise_yolo
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 
 @dataclass(frozen=True)

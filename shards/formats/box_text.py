@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from shards.candidates import Rejected
+from cogvlm_ft.shards.packing.candidates import Rejected
 
 _GROUP = re.compile(r"\[\[([^\[\]]*)\]\]")
 _EXACT = re.compile(r"[0-9]{3}(?:,[0-9]{3}){3}(?:;[0-9]{3}(?:,[0-9]{3}){3})*")

@@ -16,7 +16,7 @@ from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import (
+from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
@@ -26,7 +26,7 @@ from shards.candidates import (
     make_targets,
     want,
 )
-from shards.files import read_ends
+from cogvlm_ft.shards.packing.files import read_ends
 
 _LISTS = ("images", "annotations", "categories")
 _ENDS_BYTES = 2**16

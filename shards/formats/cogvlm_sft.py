@@ -15,10 +15,10 @@ from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
-from shards.candidates import Candidate, Problem, Rejected, want
-from shards.files import MAX_ANNOTATION_BYTES, read_inside
-from shards.formats.conversations import questions_and_answers, verbatim_turn
-from shards.formats.rows import parse_object, read_head
+from cogvlm_ft.shards.formats.conversations import questions_and_answers, verbatim_turn
+from cogvlm_ft.shards.formats.rows import parse_object, read_head
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, want
+from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_inside
 
 LABEL_FOLDERS = ("labels_zh", "labels_en", "labels")
 CAPTION_PROMPTS = {"zh": "描述这张图片。", "en": "Describe this image."}

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Turn
-from shards.candidates import Problem, Rejected, shown, want
-from shards.formats.box_text import check_box_text
+from cogvlm_ft.shards.formats.box_text import check_box_text
+from cogvlm_ft.shards.packing.candidates import Problem, Rejected, shown, want
 
 Message = tuple[Any, Any]
 """Who speaks, and the text."""

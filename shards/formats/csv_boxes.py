@@ -27,7 +27,8 @@ import numpy as np
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import (
+from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
@@ -38,7 +39,6 @@ from shards.candidates import (
     number,
     want,
 )
-from shards.formats.rows import read_head
 
 _CORNERS = (
     ("left", "top", "right", "bottom"),

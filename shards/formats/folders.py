@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.errors import DataError
-from shards.candidates import Rejected
+from cogvlm_ft.shards.packing.candidates import Rejected
 
 _ANNOTATION_FOLDERS = ("labels", "annotations")
 _IMAGE_FOLDERS = ("images", "JPEGImages")

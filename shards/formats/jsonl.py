@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from shards.candidates import (
+from cogvlm_ft.shards.formats.conversations import verbatim_turn
+from cogvlm_ft.shards.formats.rows import first_objects, merge_same_image, rows_by_image
+from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
@@ -23,8 +25,6 @@ from shards.candidates import (
     make_target,
     want,
 )
-from shards.formats.conversations import verbatim_turn
-from shards.formats.rows import first_objects, merge_same_image, rows_by_image
 
 
 def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:

@@ -19,7 +19,9 @@ from typing import Any
 
 from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import (
+from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
+from cogvlm_ft.shards.formats.rows import parse_object
+from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
@@ -30,9 +32,7 @@ from shards.candidates import (
     shown,
     want,
 )
-from shards.files import MAX_ANNOTATION_BYTES, read_ends, read_inside
-from shards.formats.folders import Photos, annotation_files, files_below
-from shards.formats.rows import parse_object
+from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_ends, read_inside
 
 _ENDING = ".json"
 _IGNORED = ("__ignore__", "_background_")

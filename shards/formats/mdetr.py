@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import (
+from cogvlm_ft.shards.formats.rows import load_lists, merge_same_image, read_head, stated_size
+from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
@@ -22,8 +23,7 @@ from shards.candidates import (
     shown,
     want,
 )
-from shards.files import read_ends
-from shards.formats.rows import load_lists, merge_same_image, read_head, stated_size
+from cogvlm_ft.shards.packing.files import read_ends
 
 _WANTED = 'MDETR\'s JSON with "images" (each with a "caption") and "annotations"'
 _ENDS_BYTES = 2**16

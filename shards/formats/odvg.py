@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Box, Target
-from shards.candidates import Candidate, Problem, Rejected, four_numbers, image_path, make_target, shown, want
-from shards.formats.rows import first_objects, load_json, merge_same_image, rows_by_image, stated_size
+from cogvlm_ft.shards.formats.rows import first_objects, load_json, merge_same_image, rows_by_image, stated_size
+from cogvlm_ft.shards.packing.candidates import (
+    Candidate,
+    Problem,
+    Rejected,
+    four_numbers,
+    image_path,
+    make_target,
+    shown,
+    want,
+)
 
 _CORNERS = "[x0, y0, x1, y1]"
 

@@ -14,9 +14,18 @@ from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target
-from shards.candidates import Candidate, Problem, Rejected, check_text, four_numbers, image_path, make_target, shown
-from shards.formats.plain_pickle import load_plain_pickle
-from shards.formats.rows import load_lists, stated_size
+from cogvlm_ft.shards.formats.plain_pickle import load_plain_pickle
+from cogvlm_ft.shards.formats.rows import load_lists, stated_size
+from cogvlm_ft.shards.packing.candidates import (
+    Candidate,
+    Problem,
+    Rejected,
+    check_text,
+    four_numbers,
+    image_path,
+    make_target,
+    shown,
+)
 
 _REFS_NAME = re.compile(r"refs\(\w+\)\.p")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate, Problem, Rejected, check_text, shown, want
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, check_text, shown, want
 
 MAX_LINE_BYTES = 64 * 2**20
 _HEAD_BYTES = 2**20

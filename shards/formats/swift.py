@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Target, Turn
-from shards.candidates import (
+from cogvlm_ft.shards.formats.box_text import check_box_text
+from cogvlm_ft.shards.formats.conversations import Message, questions_and_answers, verbatim_turn
+from cogvlm_ft.shards.formats.rows import first_objects, merge_same_image, rows_by_image
+from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
@@ -31,9 +34,6 @@ from shards.candidates import (
     shown,
     want,
 )
-from shards.formats.box_text import check_box_text
-from shards.formats.conversations import Message, questions_and_answers, verbatim_turn
-from shards.formats.rows import first_objects, merge_same_image, rows_by_image
 
 _UNITS: dict[str, Units] = {
     "real": "pixels",

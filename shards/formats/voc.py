@@ -17,10 +17,19 @@ from pathlib import Path
 from xml.parsers import expat
 
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import Candidate, Problem, Rejected, check_text, four_numbers, make_targets, number, shown
-from shards.files import read_inside
-from shards.formats.folders import Photos, annotation_files, files_below
-from shards.formats.rows import read_head
+from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
+from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.packing.candidates import (
+    Candidate,
+    Problem,
+    Rejected,
+    check_text,
+    four_numbers,
+    make_targets,
+    number,
+    shown,
+)
+from cogvlm_ft.shards.packing.files import read_inside
 
 _ENDING = ".xml"
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

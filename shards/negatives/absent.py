@@ -14,12 +14,12 @@ from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate
-from shards.negatives.meaning import read_meaning
-from shards.negatives.photo import Photo, read_photo
-from shards.negatives.swaps import swapped_phrases
-from shards.negatives.vocabulary import Vocabulary
-from shards.negatives.words import load_words
+from cogvlm_ft.shards.negatives.lexicon import load_words
+from cogvlm_ft.shards.negatives.meaning import read_meaning
+from cogvlm_ft.shards.negatives.photo import Photo, read_photo
+from cogvlm_ft.shards.negatives.swaps import swapped_phrases
+from cogvlm_ft.shards.negatives.vocabulary import Vocabulary
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 KINDS = ("class", "phrase", "attribute")
 """A class of the data set, if all of every class is annotated; a phrase of another photo, if not; and a phrase of this
@@ -35,7 +35,7 @@ class NegativeSettings:
     """share: of absent targets among all targets of the data set; 0 = none are added.
 
     kinds: how often each kind of KINDS is tried first; one with weight 0 is never made.
-    synonyms: a YAML file of the user's in the form of words.yaml, added to it.
+    synonyms: a YAML file of the user's in the form of lexicon.yaml, added to it.
     """
 
     share: float = 0.0
@@ -58,8 +58,8 @@ class NegativeSettings:
     def signature(self) -> dict[str, Any]:
         """All that decides which targets are added, as JSON: the words by their hash, not by their path."""
         digest = hashlib.sha256()
-        folder = resources.files("shards.negatives")
-        for data in ((folder / name).read_bytes() for name in ("words.yaml", "grammar.yaml")):
+        folder = resources.files("cogvlm_ft.shards.negatives")
+        for data in ((folder / name).read_bytes() for name in ("lexicon.yaml", "grammar.yaml")):
             digest.update(data)
         if self.synonyms:
             digest.update(self.synonyms.read_bytes())

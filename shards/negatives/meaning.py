@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cogvlm_ft.data.record import detect_language
-from shards.negatives.words import Words
+from cogvlm_ft.shards.negatives.lexicon import Words
 
 _LONGEST_CACHED = 100  # letters: phrases come again, long texts do not
 _MOST_WORDS = 4  # of a name

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate
-from shards.negatives.meaning import Meaning, read_meaning
-from shards.negatives.words import Words
+from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.meaning import Meaning, read_meaning
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 _CROWD = "crowd"
 _LOSES_NOTHING = (_CROWD, "joined_part")

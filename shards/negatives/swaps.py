@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 
 from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate
-from shards.negatives.meaning import Meaning, Piece, is_chinese, read_meaning
-from shards.negatives.photo import Photo, could_be
-from shards.negatives.words import Words
+from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.meaning import Meaning, Piece, is_chinese, read_meaning
+from cogvlm_ft.shards.negatives.photo import Photo, could_be
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 _GO_WITH_A_SIDE = {"on", "at", "in", "side"}
 _HIGHEST_NUMBER, _MOST_ADDED = 9, 3

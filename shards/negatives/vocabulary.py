@@ -11,10 +11,10 @@ from itertools import accumulate
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate
-from shards.negatives.meaning import Meaning, read_meaning
-from shards.negatives.photo import read_photo
-from shards.negatives.words import Words
+from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.meaning import Meaning, read_meaning
+from cogvlm_ft.shards.negatives.photo import read_photo
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 MAX_PHRASES = 50_000
 MAX_PHRASE_LETTERS = 60

@@ -13,9 +13,9 @@ import numpy as np
 
 from cogvlm_ft.grounding.metrics import match_iou
 from cogvlm_ft.grounding.targets import Box
-from shards.reviewing.photo_rules import boxes_text, plain_phrase
-from shards.reviewing.sources import Place
-from shards.reviewing.suspects import Suspect, View
+from cogvlm_ft.shards.reviewing.photo_rules import boxes_text, plain_phrase
+from cogvlm_ft.shards.reviewing.sources import Place
+from cogvlm_ft.shards.reviewing.suspects import Suspect, View
 
 _TABLES = """
 PRAGMA journal_mode = OFF;

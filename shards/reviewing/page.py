@@ -13,11 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.reviewing.charts import bar_chart
-from shards.reviewing.pictures import draw_view
-from shards.reviewing.survey import Survey
-from shards.reviewing.suspects import Suspect, View
-from shards.reviewing.words import KINDS, UNKNOWN_KIND, title_of
+from cogvlm_ft.shards.reviewing.charts import bar_chart
+from cogvlm_ft.shards.reviewing.pictures import draw_view
+from cogvlm_ft.shards.reviewing.survey import Survey
+from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, UNKNOWN_KIND, title_of
+from cogvlm_ft.shards.reviewing.suspects import Suspect, View
 
 _UNIT_WORDS = {"pixels": "px", "unit": "0..1", "thousandths": "0..1000"}
 
@@ -50,7 +50,7 @@ def both(en: str, zh: str) -> str:
 
 
 def _resource(name: str) -> str:
-    return (resources.files("shards.reviewing") / name).read_text(encoding="utf-8")
+    return (resources.files("cogvlm_ft.shards.reviewing") / name).read_text(encoding="utf-8")
 
 
 def _fill(template: str, values: dict[str, str]) -> str:

@@ -11,13 +11,13 @@ import numpy as np
 from cogvlm_ft.data.record import box_defect, clip_box
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from shards.candidates import Candidate, Problem
-from shards.decisions import PartIds, part_ids
-from shards.reviewing.photos import Photo, is_unclear
-from shards.reviewing.readings import Boxes, all_readings, fit, in_pixels, read_as
-from shards.reviewing.sources import Item
-from shards.reviewing.suspects import Suspect, View, suspect_of_problem
-from shards.reviewing.text_rules import count_defect, language_defect, phrase_defect, turn_defects
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.decisions import PartIds, part_ids
+from cogvlm_ft.shards.reviewing.photos import Photo, is_unclear
+from cogvlm_ft.shards.reviewing.readings import Boxes, all_readings, fit, in_pixels, read_as
+from cogvlm_ft.shards.reviewing.sources import Item
+from cogvlm_ft.shards.reviewing.suspects import Suspect, View, suspect_of_problem
+from cogvlm_ft.shards.reviewing.text_rules import count_defect, language_defect, phrase_defect, turn_defects
 
 PATCH_PX = 14
 _MAX_OTHERS = 300

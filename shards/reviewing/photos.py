@@ -7,11 +7,11 @@ from hashlib import sha256
 
 from cogvlm_ft.data.reader import MAX_PIXELS, upright_size
 from cogvlm_ft.data.record import BadSampleError
-from shards.candidates import Candidate, Problem, Rejected
-from shards.reviewing.readings import boxes_of, fit
-from shards.reviewing.sources import Item, read_photo
-from shards.reviewing.words import Words
-from shards.verify import verify_image
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
+from cogvlm_ft.shards.packing.verify import verify_image
+from cogvlm_ft.shards.reviewing.readings import boxes_of, fit
+from cogvlm_ft.shards.reviewing.sources import Item, read_photo
+from cogvlm_ft.shards.reviewing.suspect_texts import Words
 
 
 @dataclass(frozen=True)

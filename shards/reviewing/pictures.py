@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import Rejected
-from shards.reviewing.sources import read_photo
-from shards.reviewing.suspects import View
+from cogvlm_ft.shards.packing.candidates import Rejected
+from cogvlm_ft.shards.reviewing.sources import read_photo
+from cogvlm_ft.shards.reviewing.suspects import View
 
 SIDE_PX = 480
 _ZOOM_SIDE_PX = 240

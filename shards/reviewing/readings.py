@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.data.record import BOX_TOLERANCE_PX
-from shards.candidates import Candidate
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 Boxes = NDArray[np.float64]
 Tally = Counter[tuple[Any, ...]]

@@ -11,10 +11,10 @@ from cogvlm_ft.data.index import ShardIndex, load_index, read_json_file
 from cogvlm_ft.data.record import BadSampleError, record_from_json
 from cogvlm_ft.data.tars import MAX_MEMBER_BYTES
 from cogvlm_ft.errors import DataError
-from shards.candidates import Candidate, Problem, Rejected
-from shards.checks import read_image
-from shards.formats import FORMATS
-from shards.layout import SPLITS
+from cogvlm_ft.shards.formats import FORMATS
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
+from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.splits import SPLITS
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from cogvlm_ft.data.record import box_defect, clip_box
 from cogvlm_ft.grounding.ceiling import best_iou
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import Candidate
-from shards.reviewing.photo_rules import PATCH_PX
-from shards.reviewing.photos import Photo
-from shards.reviewing.readings import Tally, boxes_of, in_pixels
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.reviewing.photo_rules import PATCH_PX
+from cogvlm_ft.shards.reviewing.photos import Photo
+from cogvlm_ft.shards.reviewing.readings import Tally, boxes_of, in_pixels
 
 IMAGE_SIZES = (224, 490, 756, 980)
 WANTED_SHARE = 0.9

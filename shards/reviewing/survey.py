@@ -16,18 +16,26 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from cogvlm_ft.errors import DataError
-from shards.candidates import Problem
-from shards.decisions import part_ids
-from shards.pack import to_json_bytes
-from shards.reviewing.ledger import Ledger, PhotoRow
-from shards.reviewing.photo_rules import as_boxes, find_suspects, view_of
-from shards.reviewing.photos import Photo, open_photo
-from shards.reviewing.readings import Reading, Tally, boxes_of, count_readings, in_pixels, judge_readings, read_as
-from shards.reviewing.sources import Item
-from shards.reviewing.statistics import count_candidate, report_of
-from shards.reviewing.suspects import Suspect, View, draw_fairly, smallest, suspect_of_problem
-from shards.reviewing.words import KINDS
-from shards.workers import die_with_parent
+from cogvlm_ft.shards.packing.candidates import Problem
+from cogvlm_ft.shards.packing.decisions import part_ids
+from cogvlm_ft.shards.packing.tar_writing import to_json_bytes
+from cogvlm_ft.shards.packing.workers import die_with_parent
+from cogvlm_ft.shards.reviewing.ledger import Ledger, PhotoRow
+from cogvlm_ft.shards.reviewing.photo_rules import as_boxes, find_suspects, view_of
+from cogvlm_ft.shards.reviewing.photos import Photo, open_photo
+from cogvlm_ft.shards.reviewing.readings import (
+    Reading,
+    Tally,
+    boxes_of,
+    count_readings,
+    in_pixels,
+    judge_readings,
+    read_as,
+)
+from cogvlm_ft.shards.reviewing.sources import Item
+from cogvlm_ft.shards.reviewing.statistics import count_candidate, report_of
+from cogvlm_ft.shards.reviewing.suspect_texts import KINDS
+from cogvlm_ft.shards.reviewing.suspects import Suspect, View, draw_fairly, smallest, suspect_of_problem
 
 _CHUNK = 32
 _EXAMPLES = 3
@@ -143,8 +151,8 @@ def _all_findings(parts: Iterable[Item | Problem], image_size: int, num_workers:
     if num_workers <= 1:
         yield from ((examine(chunk, image_size), len(chunk)) for chunk in chunks)
         return
-    context = multiprocessing.get_context("forkserver")  # as in shards/workers.py
-    context.set_forkserver_preload(["shards.reviewing.survey"])
+    context = multiprocessing.get_context("forkserver")  # as in shards/packing/workers.py
+    context.set_forkserver_preload(["cogvlm_ft.shards.reviewing.survey"])
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=die_with_parent) as pool:
         waiting: deque[tuple[Future[Findings], int]] = deque()
         try:

@@ -9,16 +9,16 @@ from heapq import nsmallest
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import Problem
-from shards.reviewing.sources import Place
-from shards.reviewing.words import KINDS, UNKNOWN_KIND
+from cogvlm_ft.shards.packing.candidates import Problem
+from cogvlm_ft.shards.reviewing.sources import Place
+from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, UNKNOWN_KIND
 
 
 @dataclass(frozen=True)
 class View:
     """One photo of a suspect.
 
-    part: what a decision about this view decides (see `shards.decisions.part_ids`), None if nothing can be.
+    part: what a decision about this view decides (`packing/decisions.py`), None if nothing can be.
     phrase, language, as_read: of that part, its boxes as the annotation has them, in `units`.
     marked, others, instead: boxes in pixels: the suspicious ones, the rest, and where they would be if read otherwise.
     upright: show it turned as its EXIF orientation says; its boxes are drawn on that.

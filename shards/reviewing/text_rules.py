@@ -9,8 +9,8 @@ from typing import Any
 from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.grounding.boxes import parse_boxes
 from cogvlm_ft.grounding.targets import Target, Turn
-from shards.candidates import Rejected
-from shards.formats.box_text import check_box_text
+from cogvlm_ft.shards.formats.box_text import check_box_text
+from cogvlm_ft.shards.packing.candidates import Rejected
 
 _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]{2,}")
 _KANA = re.compile("[\u3041-\u30ff]")

@@ -21,9 +21,9 @@ from transformers import initialization
 from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.layout import build_layout
+from cogvlm_ft.planning.activations import PassSize
 from cogvlm_ft.runtime.distributed import init_distributed, rank, shut_down, world_size
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partitioned
-from cogvlm_ft.train.activations import PassSize
 
 SIZES = {
     "tiny": CogVLMConfig(

@@ -8,7 +8,7 @@ import sys
 import psutil
 
 import cogvlm_ft.train.loop  # noqa: F401  (libraries take most of the address space)
-from launch.train import main
+from cogvlm_ft.launch.train import main
 
 if __name__ == "__main__":
     limit = psutil.Process().memory_info().vms + int(float(sys.argv[1]) * 2**30)

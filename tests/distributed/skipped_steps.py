@@ -12,11 +12,11 @@ import sys
 
 import torch
 
+from cogvlm_ft.build import build_run
+from cogvlm_ft.checkpoints.slices import layout_of, local_slices, local_specs
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.loader import read_steps
 from cogvlm_ft.runtime.distributed import gather_to_main, init_distributed, is_main, rank, shut_down, world_size
-from cogvlm_ft.runtime.slices import layout_of, local_slices, local_specs
-from cogvlm_ft.train.build import build_run
 from cogvlm_ft.train.step import train_step
 
 NUM_STEPS = 5  # an epoch

@@ -14,11 +14,11 @@ import pytest
 import torch
 from ranks import REPOSITORY, read_metrics, run, started, wait_for_step
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.consolidate import open_weights
+from cogvlm_ft.checkpoints.slices import MOMENTS, open_slices, rank_file
 from cogvlm_ft.model.loading import read_whole
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
-from cogvlm_ft.runtime.consolidate import open_weights
-from cogvlm_ft.runtime.sample_losses import FOLDER as SAMPLE_LOSSES
-from cogvlm_ft.runtime.slices import MOMENTS, open_slices, rank_file
+from cogvlm_ft.tracking.sample_losses import FOLDER as SAMPLE_LOSSES
 
 pytestmark = pytest.mark.slow
 NUM_STEPS = 13

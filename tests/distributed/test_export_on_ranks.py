@@ -11,10 +11,10 @@ import torch
 from ranks import REPOSITORY, run
 from transformers import AutoModelForCausalLM
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.model.loading import read_whole
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
-from cogvlm_ft.runtime.consolidate import open_weights
 
 pytestmark = pytest.mark.slow
 

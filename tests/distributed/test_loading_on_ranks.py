@@ -13,10 +13,10 @@ import torch
 from ranks import REPOSITORY, read_metrics, run, started
 from safetensors.torch import load_file, save_file
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.model import load_config, load_model
 from cogvlm_ft.model.loading import POSITION_TABLE, SINGLE_FILE, interpolate_position_embedding
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
-from cogvlm_ft.train.export import export_checkpoint
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("loading_rules.py")

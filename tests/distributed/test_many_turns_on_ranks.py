@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY, read_metrics, run, started
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_config
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 PROGRAM = REPOSITORY / "tests" / "distributed" / "turns_seen.py"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from ranks import read_metrics, run
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import load_model
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
-from cogvlm_ft.train.export import export_checkpoint
 
 pytestmark = pytest.mark.slow
 NUM_STEPS = 3

@@ -10,7 +10,7 @@ import pytest
 from ranks import read_metrics, run
 
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.runtime.sample_losses import read_sample_losses
+from cogvlm_ft.tracking.sample_losses import read_sample_losses
 
 pytestmark = pytest.mark.slow
 STEPS_PER_EPOCH = 5  # 33 samples, 8 a step: the last step has one sample and seven fillers

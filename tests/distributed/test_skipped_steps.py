@@ -14,6 +14,8 @@ from ranks import read_metrics, run, started
 from safetensors.torch import load_file, save_file
 from skipped_steps import NUM_STEPS
 
+from cogvlm_ft.build import build_dataset
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, Item
@@ -21,10 +23,8 @@ from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_model
 from cogvlm_ft.model import load_config as load_model_config
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
 from cogvlm_ft.runtime.engine import freeze
-from cogvlm_ft.train.build import build_dataset
-from cogvlm_ft.train.replaying import run_sample
+from cogvlm_ft.train.replay_step import run_sample
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("skipped_steps.py")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from ranks import read_metrics, run
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.evaluate.fingerprint import fingerprint
-from cogvlm_ft.runtime.checkpoint import list_checkpoints, read_state
 
 pytestmark = pytest.mark.slow
 

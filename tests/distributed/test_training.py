@@ -9,15 +9,15 @@ import pytest
 import torch
 from ranks import read_metrics, run, started, wait_for_step
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, read_steps
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
-from cogvlm_ft.train.export import export_checkpoint
 from cogvlm_ft.train.schedule import lr_at
 
 pytestmark = pytest.mark.slow

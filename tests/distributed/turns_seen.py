@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+from cogvlm_ft.build import build_run
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.collate import Batch
 from cogvlm_ft.runtime.distributed import init_distributed, rank, shut_down
-from cogvlm_ft.train.build import build_run
 from cogvlm_ft.train.loop import epoch_steps, start_or_resume
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from cogvlm_ft.build import build_model_engine
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
@@ -17,7 +18,6 @@ from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import load_model
 from cogvlm_ft.runtime.distributed import init_distributed, is_main, rank, shut_down, world_size
 from cogvlm_ft.runtime.engine import inference
-from cogvlm_ft.train.build import build_model_engine
 
 
 def check_partitions_equal_the_files(model: torch.nn.Module, folder: str) -> None:

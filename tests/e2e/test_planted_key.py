@@ -125,7 +125,7 @@ def test_a_whole_run_keeps_every_secret_and_the_user_s_umask(address: str, start
     (checkpoint,) = sorted((output_dir / "checkpoints").glob("step-*"))
     run(["launch/report.py", output_dir, f"data.shards={address}"], tmp_path)  # config.yaml has no password
     run(["launch/export.py", "--checkpoint", checkpoint, "--out", output_dir / "exported", "--prove", "0"], tmp_path)
-    run(["launch/replay.py", output_dir, "--mode", "offline"], tmp_path)
+    run(["launch/wandb_sync.py", output_dir, "--mode", "offline"], tmp_path)
 
     assert f"shards: {address.replace(f'{LOGIN}:{PASSWORD}@', '')}\n" in (output_dir / "config.yaml").read_text()
     written = {path.name for path in output_dir.rglob("*")}

@@ -18,8 +18,8 @@ from PIL import Image
 from ranks import REPOSITORY
 from taught_model import DOG, DOG_BOX, FOUND, NOT_FOUND, SMALL_BOX, WHERE_SMALL, teach
 
-from cogvlm_ft.evaluate.serve import MAX_UPLOAD_BYTES
 from cogvlm_ft.model import CogVLMTokenizer
+from cogvlm_ft.predict.serve import MAX_UPLOAD_BYTES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STARTED = re.compile(r"(http://127\.0\.0\.1:\d+/)")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from ranks import REPOSITORY, read_metrics, run
 
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 
 DATA = REPOSITORY.parent / "shared" / "data"
 COCO = DATA / "coco128_train"

@@ -18,7 +18,7 @@ from report_run import STEPS, write_run
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.evaluate.report import write_report
+from cogvlm_ft.report.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = (

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.candidates import Candidate
-from shards.decisions import load_decisions
-from shards.formats import FORMATS
-from shards.review import review
-from shards.reviewing.sources import annotated_items
+from cogvlm_ft.shards.formats import FORMATS
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.decisions import load_decisions
+from cogvlm_ft.shards.review import review
+from cogvlm_ft.shards.reviewing.sources import annotated_items
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = (

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mutate import mutate_bytes, mutate_json, mutate_text, mutated_value
 
-from shards.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LABELME = DATA / "labelme_examples" / "examples"

@@ -22,17 +22,17 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import box_defect, record_from_json, record_to_json
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.boxes import parse_boxes
-from shards.build import BuildSettings, build
-from shards.candidates import Problem
-from shards.checks import check_candidate
-from shards.decisions import part_ids
-from shards.exif import EXIF_MODES
-from shards.formats import FORMATS, recognise_format
-from shards.layout import key_of
-from shards.negatives import NegativeSettings
-from shards.pack import rejection, to_json_bytes
-from shards.review import annotated_items, review
-from shards.verify import VERIFY
+from cogvlm_ft.shards.build import BuildSettings, build
+from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.negatives import NegativeSettings
+from cogvlm_ft.shards.packing.candidates import Problem
+from cogvlm_ft.shards.packing.checks import check_candidate
+from cogvlm_ft.shards.packing.decisions import part_ids
+from cogvlm_ft.shards.packing.exif import EXIF_MODES
+from cogvlm_ft.shards.packing.splits import key_of
+from cogvlm_ft.shards.packing.tar_writing import rejection, to_json_bytes
+from cogvlm_ft.shards.packing.verify import VERIFY
+from cogvlm_ft.shards.review import annotated_items, review
 
 NUM_READ, NUM_BUILT, NUM_REVIEWED = 120, 30, 10  # of each sample
 NUM_DECISIONS = 150

@@ -11,11 +11,11 @@ import pytest
 import torch
 from checkpoint_files import made_tensor, write_checkpoint
 
+from cogvlm_ft.checkpoints.checkpoint import newest_intact, read_state
+from cogvlm_ft.checkpoints.consolidate import open_weights
+from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import read_whole
-from cogvlm_ft.runtime.checkpoint import newest_intact, read_state
-from cogvlm_ft.runtime.consolidate import open_weights
-from cogvlm_ft.runtime.manifest import MANIFEST_FILE
 
 pytestmark = pytest.mark.slow
 OLD_STEP, NEW_STEP = 4, 6

@@ -21,9 +21,9 @@ from PIL import Image
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import MAX_PIXELS, ShardReader
 from cogvlm_ft.data.record import BadSampleError
-from shards.build import BuildSettings, build
-from shards.review import annotated_items, review, shard_items
-from shards.verify import VERIFY, verify_image
+from cogvlm_ft.shards.build import BuildSettings, build
+from cogvlm_ft.shards.packing.verify import VERIFY, verify_image
+from cogvlm_ft.shards.review import annotated_items, review, shard_items
 
 NUM_FOLDERS, NUM_DAMAGED = 16, 24
 SECONDS = 20.0  # of computing, for a folder of images that takes well under one

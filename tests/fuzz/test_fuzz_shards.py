@@ -20,8 +20,8 @@ from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.errors import DataError
-from shards.build import BuildSettings, build
-from shards.review import review, shard_items
+from cogvlm_ft.shards.build import BuildSettings, build
+from cogvlm_ft.shards.review import review, shard_items
 
 NUM_TARS, NUM_INDEXES, NUM_CONTINUED = 320, 200, 60
 SECONDS = 10.0  # of computing, for a set that takes milliseconds

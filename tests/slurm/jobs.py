@@ -12,7 +12,7 @@ import psutil
 from cluster import Cluster
 from ranks import read_metrics
 
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 
 NUM_STEPS = 12
 PLACE = ("--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1", "--cpus-per-task=1")

@@ -13,7 +13,7 @@ from cluster import Cluster
 from jobs import NUM_STEPS, Job, assert_same_result, submit
 from ranks import read_metrics
 
-from cogvlm_ft.runtime.checkpoint import list_checkpoints, read_state
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

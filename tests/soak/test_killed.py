@@ -18,10 +18,10 @@ import pytest
 import torch
 from ranks import Ranks, read_metrics, run, started
 
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices
 from cogvlm_ft.model.loading import read_whole
-from cogvlm_ft.runtime.checkpoint import list_checkpoints
-from cogvlm_ft.runtime.sample_losses import FOLDER as SAMPLE_LOSSES
-from cogvlm_ft.runtime.slices import MOMENTS, WEIGHT, open_slices
+from cogvlm_ft.tracking.sample_losses import FOLDER as SAMPLE_LOSSES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 NUM_KILLS = int(os.environ.get("SOAK_KILLS", "8"))

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.grounding.wording import load_wording
-from shards.candidates import Candidate
-from shards.decisions import load_decisions
-from shards.formats import FORMATS, recognise_format
-from shards.negatives import load_words
+from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.negatives import load_words
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.decisions import load_decisions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 READMES = [REPOSITORY / "README.md", REPOSITORY / "README_zh.md"]
@@ -209,7 +209,7 @@ def test_the_other_examples_about_data_can_be_used(tmp_path: Path) -> None:
 def test_every_reason_of_a_rejection_is_explained() -> None:
     """What the code calls a reason stands in the tables of both languages."""
     reasons = set()
-    for path in [*REPOSITORY.glob("shards/*.py"), *REPOSITORY.glob("shards/formats/*.py")]:
+    for path in [*REPOSITORY.glob("shards/packing/*.py"), *REPOSITORY.glob("shards/formats/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.Call)

@@ -20,11 +20,11 @@ from cogvlm_ft.data.index import load_index, shard_sources
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import Evaluation, Shown, save_evaluation
-from cogvlm_ft.evaluate.report import write_report
 from cogvlm_ft.evaluate.results import find_evaluation
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.loading import save_weights
-from shards.scenes import write_scenes
+from cogvlm_ft.report.report import write_report
+from cogvlm_ft.shards.demo_scenes import write_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("cogvlm_ft", "launch", "shards", "bench")
@@ -153,7 +153,15 @@ def test_a_model_folder_has_the_user_s_umask(umask: int, tokenizer: CogVLMTokeni
 @pytest.mark.parametrize("umask", [0o002, 0o027], ids=oct)
 def test_shards_have_the_user_s_umask_and_nothing_else_is_left(umask: int, tmp_path: Path) -> None:
     annotations = write_scenes(tmp_path / "scenes", 12, 56, seed=1)
-    command = [sys.executable, "-m", "shards.build", "--format", "jsonl", "--images", str(tmp_path / "scenes")]
+    command = [
+        sys.executable,
+        "-m",
+        "cogvlm_ft.shards.build",
+        "--format",
+        "jsonl",
+        "--images",
+        str(tmp_path / "scenes"),
+    ]
     command += ["--annotations", str(annotations), "--out", str(tmp_path / "out" / "shards")]
     subprocess.run([*command, "--samples-per-shard", "5"], cwd=REPOSITORY, umask=umask, check=True, timeout=120)
     assert other_modes(tmp_path / "out", umask) == {}

@@ -21,7 +21,7 @@ from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, scan_tar
 from cogvlm_ft.errors import ConfigError, DataError
-from shards.build import BuildSettings, build
+from cogvlm_ft.shards.build import BuildSettings, build
 
 RECORD = b'{"turns": [{"prompt": "p", "answer": "q"}]}'
 

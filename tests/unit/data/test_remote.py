@@ -15,7 +15,7 @@ from cogvlm_ft.data import remote
 from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
-from shards.build import BuildSettings, build
+from cogvlm_ft.shards.build import BuildSettings, build
 
 pytestmark = pytest.mark.timeout(60)
 

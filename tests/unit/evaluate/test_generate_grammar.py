@@ -17,8 +17,8 @@ from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.grounding.boxes import parse_boxes
 from cogvlm_ft.grounding.grammar import BoxGrammar
 from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.launch.predict import main as predict
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
-from launch.predict import main as predict
 
 WORDING = load_wording("box")
 PROMPTS = [["Where is the red circle?", "请指出蓝色方形的位置。"], ["图片中存在一只狗,所在区域为", "a", "dog dog"]]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cogvlm_ft.launch.train import main as train
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE, write_outcome
-from launch.train import main as train
 
 
 def test_the_last_word_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

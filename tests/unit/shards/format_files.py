@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Box, Turn
-from shards.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 Read = Callable[[Path, Path], Iterator[Candidate | Problem]]
 

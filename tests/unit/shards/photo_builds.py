@@ -12,7 +12,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from shards.build import BuildSettings, build
+from cogvlm_ft.shards.build import BuildSettings, build
 
 Build = Callable[..., dict[str, Any]]
 

@@ -21,12 +21,12 @@ from PIL import Image
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
-from shards.build import BuildSettings, build, main
-from shards.candidates import Candidate
-from shards.decisions import part_ids
-from shards.formats import FORMATS
-from shards.negatives import NegativeSettings
-from shards.verify import VERIFY
+from cogvlm_ft.shards.build import BuildSettings, build, main
+from cogvlm_ft.shards.formats import FORMATS
+from cogvlm_ft.shards.negatives import NegativeSettings
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.decisions import part_ids
+from cogvlm_ft.shards.packing.verify import VERIFY
 
 ROOT = Path(__file__).parents[3]
 
@@ -150,7 +150,9 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(photos: Path, tmp_path:
     arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations)]
     arguments += ["--samples-per-shard", "2", "--val-fraction", "0", "--workers", "2"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    code = f"import sys; from shards.build import main; sys.exit(main({[*arguments, '--out', str(killed)]!r}))"
+    code = (
+        f"import sys; from cogvlm_ft.shards.build import main; sys.exit(main({[*arguments, '--out', str(killed)]!r}))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(killed.glob("train-*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -173,7 +175,7 @@ def test_a_build_killed_while_it_reads_the_annotations(photos: Path, tmp_path: P
     annotations, out = tmp_path / "x.jsonl", tmp_path / "out"
     os.mkfifo(annotations)
     arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations), "--out", str(out)]
-    code = f"import sys; from shards.build import main; sys.exit(main({arguments!r}))"
+    code = f"import sys; from cogvlm_ft.shards.build import main; sys.exit(main({arguments!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     with annotations.open("w") as pipe:  # waits for the other side
         pipe.write(json.dumps(dog("a.jpg")) + "\n")
@@ -401,5 +403,5 @@ def test_a_shard_can_end_up_empty_without_a_gap_in_the_names(build_jsonl: Build,
 
 
 def test_building_needs_no_torch_until_a_worker_writes() -> None:
-    code = "import sys, shards.build; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    code = "import sys, cogvlm_ft.shards.build; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -12,10 +12,10 @@ import pytest
 from photo_builds import image_bytes
 
 from cogvlm_ft.grounding.targets import Box, Target
-from shards import files
-from shards.candidates import Candidate, Rejected, box_in_pixels, check_text, want
-from shards.checks import CheckedSample, check_candidate, read_image
-from shards.files import read_embedded, read_inside
+from cogvlm_ft.shards.packing import files
+from cogvlm_ft.shards.packing.candidates import Candidate, Rejected, box_in_pixels, check_text, want
+from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate, read_image
+from cogvlm_ft.shards.packing.files import read_embedded, read_inside
 
 MAX_PIXELS = 10**6
 

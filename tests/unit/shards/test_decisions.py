@@ -10,8 +10,8 @@ import pytest
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target, Turn
-from shards.candidates import Candidate, Problem
-from shards.decisions import Decisions, load_decisions, part_ids
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions, part_ids
 
 DOG = Target("dog", "en", ((1.0, 2.0, 30.0, 40.0), (5.0, 5.0, 9.0, 9.0)))
 CAT = Target("cat", "en", ((0.0, 0.0, 8.0, 8.0),), "a cat")

@@ -11,10 +11,10 @@ from PIL import Image
 from cogvlm_ft.data.reader import ORIENTATION_TAG, decode_image
 from cogvlm_ft.data.record import record_from_json, record_to_json
 from cogvlm_ft.grounding.targets import Box, Target
-from shards.candidates import Candidate
-from shards.checks import check_candidate
-from shards.exif import MAX_PHOTOS, decide_exif
-from shards.shrink import shrink_sample
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.checks import check_candidate
+from cogvlm_ft.shards.packing.exif import MAX_PHOTOS, decide_exif
+from cogvlm_ft.shards.packing.shrink import shrink_sample
 
 PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data" / "voc_raccoon" / "images"
 UNDO = dict(zip((2, 3, 4, 5, 6, 7, 8), (0, 3, 1, 5, 2, 6, 4), strict=True))  # EXIF orientation -> Image.Transpose

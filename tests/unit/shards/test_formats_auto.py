@@ -10,7 +10,7 @@ import pytest
 from format_files import write_json, write_lines
 
 from cogvlm_ft.errors import DataError
-from shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.formats import FORMATS, recognise_format
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 

@@ -11,7 +11,7 @@ import pytest
 from format_files import read_all, write_json
 
 from cogvlm_ft.errors import DataError
-from shards.formats.coco import read_coco, recognise_coco
+from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
 
 CONTENT: dict[str, Any] = {
     "info": {},

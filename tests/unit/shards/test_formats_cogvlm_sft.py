@@ -10,7 +10,7 @@ from format_files import Reading, read_all, write_json
 from photo_builds import image_bytes
 
 from cogvlm_ft.errors import DataError
-from shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
+from cogvlm_ft.shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
 
 
 def says(*texts: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import pytest
 from format_files import Reading, read_all
 
 from cogvlm_ft.errors import DataError
-from shards.candidates import Candidate
-from shards.formats import csv_boxes
-from shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
+from cogvlm_ft.shards.formats import csv_boxes
+from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 HEADER = "image,left,top,right,bottom,question"
 GOOD = "a.jpg,1,2,30,20,dog"

@@ -12,9 +12,9 @@ from format_files import Reading, read_all, write_lines
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
-from shards.candidates import Candidate
-from shards.formats import rows
-from shards.formats.jsonl import read_jsonl, recognise_jsonl
+from cogvlm_ft.shards.formats import rows
+from cogvlm_ft.shards.formats.jsonl import read_jsonl, recognise_jsonl
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 OURS = {"image": "a.jpg", "targets": [{"phrase": "dog", "boxes": [[1, 2, 30, 40]]}]}
 PAIR = {"image": "a.jpg", "Prompt": "狗在哪里?", "Label": "图片中存在一只狗,所在区域为[[086,540,400,760]]"}

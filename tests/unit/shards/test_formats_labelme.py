@@ -9,7 +9,7 @@ import pytest
 from format_files import Reading, read_all, write_json
 
 from cogvlm_ft.errors import DataError
-from shards.formats.labelme import read_labelme, recognise_labelme
+from cogvlm_ft.shards.formats.labelme import read_labelme, recognise_labelme
 
 TWO = [[30, 2], [1, 20]]
 FOUR = [[1, 2], [30, 2], [30, 20], [1, 20]]

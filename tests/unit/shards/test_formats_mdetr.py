@@ -10,7 +10,7 @@ import pytest
 from format_files import Reading, read_all, write_json
 
 from cogvlm_ft.errors import DataError
-from shards.formats.mdetr import read_mdetr, recognise_mdetr
+from cogvlm_ft.shards.formats.mdetr import read_mdetr, recognise_mdetr
 
 PHOTO = "COCO_train2014_000000581857.jpg"
 CONTENT: dict[str, Any] = {

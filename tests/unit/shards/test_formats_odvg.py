@@ -9,7 +9,7 @@ import pytest
 from format_files import Reading, read_all, write_json, write_lines
 
 from cogvlm_ft.errors import DataError
-from shards.formats.odvg import read_odvg, recognise_odvg
+from cogvlm_ft.shards.formats.odvg import read_odvg, recognise_odvg
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 

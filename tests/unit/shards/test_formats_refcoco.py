@@ -19,8 +19,8 @@ import pytest
 from format_files import Reading, read_all, write_json
 
 from cogvlm_ft.errors import DataError
-from shards.formats.plain_pickle import load_plain_pickle
-from shards.formats.refcoco import read_refcoco, recognise_refcoco
+from cogvlm_ft.shards.formats.plain_pickle import load_plain_pickle
+from cogvlm_ft.shards.formats.refcoco import read_refcoco, recognise_refcoco
 
 REFS: list[dict[str, Any]] = [
     {

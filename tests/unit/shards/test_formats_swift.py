@@ -11,7 +11,7 @@ from format_files import Reading, read_all, write_json, write_lines
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
-from shards.formats.swift import read_swift, recognise_swift
+from cogvlm_ft.shards.formats.swift import read_swift, recognise_swift
 
 
 def read(tmp_path: Path, *lines: Any) -> Reading:

@@ -8,8 +8,8 @@ import pytest
 from format_files import Reading, read_all
 
 from cogvlm_ft.errors import DataError
-from shards.formats import voc
-from shards.formats.voc import read_voc, recognise_voc
+from cogvlm_ft.shards.formats import voc
+from cogvlm_ft.shards.formats.voc import read_voc, recognise_voc
 
 SIZE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
 

@@ -8,8 +8,8 @@ import pytest
 from format_files import Reading, read_all
 
 from cogvlm_ft.errors import DataError
-from shards.formats import yolo
-from shards.formats.yolo import read_yolo, recognise_yolo
+from cogvlm_ft.shards.formats import yolo
+from cogvlm_ft.shards.formats.yolo import read_yolo, recognise_yolo
 
 NAMES = "dog\n红色的车\nno\n\n"
 

@@ -13,13 +13,13 @@ import pytest
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target, Turn
-from shards.candidates import Candidate, Problem
-from shards.negatives import KINDS, NegativeSettings, Vocabulary, choose_absent, load_words, negatives_report
-from shards.negatives.absent import add_absent
-from shards.negatives.meaning import read_meaning
-from shards.negatives.photo import read_photo
-from shards.negatives.swaps import swapped_phrases
-from shards.negatives.vocabulary import BoundedCounts
+from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, choose_absent, load_words, negatives_report
+from cogvlm_ft.shards.negatives.absent import add_absent
+from cogvlm_ft.shards.negatives.meaning import read_meaning
+from cogvlm_ft.shards.negatives.photo import read_photo
+from cogvlm_ft.shards.negatives.swaps import swapped_phrases
+from cogvlm_ft.shards.negatives.vocabulary import BoundedCounts
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 WORDS = load_words(None)
 LEFT, RIGHT, WIDE = (0.0, 0.0, 20.0, 20.0), (70.0, 0.0, 90.0, 20.0), (40.0, 0.0, 90.0, 20.0)

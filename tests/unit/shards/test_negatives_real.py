@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from cogvlm_ft.grounding.targets import Target
-from shards.candidates import Candidate
-from shards.formats.coco import read_coco
-from shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_words, negatives_report
+from cogvlm_ft.shards.formats.coco import read_coco
+from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_words, negatives_report
+from cogvlm_ft.shards.packing.candidates import Candidate
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 WORDS = load_words(None)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from shards.candidates import Candidate, Problem
-from shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_words
+from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_words
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 SIZE_PX = (200, 100)
 WORDS = load_words(None)

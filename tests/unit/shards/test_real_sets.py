@@ -13,7 +13,7 @@ import webdataset
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
-from shards.build import BuildSettings, build
+from cogvlm_ft.shards.build import BuildSettings, build
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 

@@ -18,13 +18,13 @@ from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.data.record import Record
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
-from shards.candidates import Candidate, Problem
-from shards.checks import check_candidate
-from shards.formats.coco import read_coco, recognise_coco
-from shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
-from shards.formats.labelme import read_labelme, recognise_labelme
-from shards.formats.voc import read_voc, recognise_voc
-from shards.formats.yolo import read_yolo, recognise_yolo
+from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
+from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
+from cogvlm_ft.shards.formats.labelme import read_labelme, recognise_labelme
+from cogvlm_ft.shards.formats.voc import read_voc, recognise_voc
+from cogvlm_ft.shards.formats.yolo import read_yolo, recognise_yolo
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.checks import check_candidate
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 READ = {"coco": read_coco, "csv": read_csv_boxes, "labelme": read_labelme, "voc": read_voc, "yolo": read_yolo}

@@ -16,12 +16,12 @@ from PIL import Image
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
-from shards.build import BuildSettings, build
-from shards.candidates import Candidate
-from shards.decisions import load_decisions
-from shards.formats import FORMATS
-from shards.review import main, review
-from shards.reviewing.sources import Item, Place, annotated_items, shard_items
+from cogvlm_ft.shards.build import BuildSettings, build
+from cogvlm_ft.shards.formats import FORMATS
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.decisions import load_decisions
+from cogvlm_ft.shards.review import main, review
+from cogvlm_ft.shards.reviewing.sources import Item, Place, annotated_items, shard_items
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA}")

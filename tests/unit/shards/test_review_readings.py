@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards.candidates import Candidate
-from shards.formats import FORMATS
-from shards.review import review
-from shards.reviewing.readings import Boxes, Tally, boxes_of, count_readings, judge_readings
-from shards.reviewing.sources import annotated_items
+from cogvlm_ft.shards.formats import FORMATS
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.review import review
+from cogvlm_ft.shards.reviewing.readings import Boxes, Tally, boxes_of, count_readings, judge_readings
+from cogvlm_ft.shards.reviewing.sources import annotated_items
 
 COCO = Path(__file__).parents[3].parent / "shared" / "data" / "coco128_train"
 needs_data = pytest.mark.skipif(not COCO.is_dir(), reason=f"the real photos are not in {COCO}")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from cogvlm_ft.grounding.targets import Target, Turn
-from shards.candidates import Candidate
-from shards.reviewing.charts import bar_chart
-from shards.reviewing.photos import Photo
-from shards.reviewing.readings import Tally
-from shards.reviewing.sources import Place
-from shards.reviewing.statistics import (
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.reviewing.charts import bar_chart
+from cogvlm_ft.shards.reviewing.photos import Photo
+from cogvlm_ft.shards.reviewing.readings import Tally
+from cogvlm_ft.shards.reviewing.sources import Place
+from cogvlm_ft.shards.reviewing.statistics import (
     COUNT_EDGES,
     best_iou,
     count_candidate,
@@ -22,8 +22,8 @@ from shards.reviewing.statistics import (
     recommend,
     report_of,
 )
-from shards.reviewing.suspects import Suspect, View, draw_fairly
-from shards.reviewing.text_rules import language_defect, said_count, turn_defects
+from cogvlm_ft.shards.reviewing.suspects import Suspect, View, draw_fairly
+from cogvlm_ft.shards.reviewing.text_rules import language_defect, said_count, turn_defects
 
 PHOTO = Photo((1000, 500), b"")
 

@@ -14,8 +14,8 @@ from cogvlm_ft.data.reader import ORIENTATION_TAG, decode_image
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect
 from cogvlm_ft.grounding.boxes import bins_from_box
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from shards.checks import CheckedSample
-from shards.shrink import max_shift_px, shrink_sample
+from cogvlm_ft.shards.packing.checks import CheckedSample
+from cogvlm_ft.shards.packing.shrink import max_shift_px, shrink_sample
 
 PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data"
 

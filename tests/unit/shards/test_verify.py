@@ -12,7 +12,7 @@ from PIL import Image
 
 from cogvlm_ft.data.reader import decode_image
 from cogvlm_ft.data.record import BadSampleError
-from shards.verify import VERIFY, verify_image
+from cogvlm_ft.shards.packing.verify import VERIFY, verify_image
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF"]

@@ -1,0 +1,134 @@
+"""The composition root: a config becomes the objects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import initialization
+
+from cogvlm_ft.config import Config, save_config
+from cogvlm_ft.data.augment import draft_side
+from cogvlm_ft.data.index import ShardIndex, load_index
+from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
+from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_photos
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.grounding.wording import Wording, load_wording
+from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
+from cogvlm_ft.model.elementwise import compile_elementwise
+from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
+from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
+from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
+from cogvlm_ft.tracking.provenance import without_passwords
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training works with. `dataset` reads training samples, `val_reader` held-out ones."""
+
+    config: Config
+    engine: Any
+    tokenizer: CogVLMTokenizer
+    dataset: GroundingDataset
+    val_reader: ShardReader
+    plan: SamplePlan
+    output_dir: Path
+
+    @property
+    def model(self) -> Any:
+        """The CogVLMForCausalLM inside the engine."""
+        return self.engine.module
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        num_steps = self.config.train.epochs * self.plan.steps_per_epoch
+        return min(num_steps, self.config.train.max_steps or num_steps)
+
+    def save_model_files(self, folder: Path) -> None:
+        """config.json, tokenizer, and what else an export needs besides the weights."""
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        self.tokenizer.save(folder)
+        copy_remote_code(self.config.model.path, folder)
+
+
+def build_run(config: Config) -> Run:
+    """Collective. Data and wording first: what is wrong with them is told before the weights are read."""
+    data = config.data
+    train_index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    val_index = load_index(data.shards, data.val_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    wording = load_wording(config.data.wording)
+    parts = split_index(train_index, wording, data.max_turns_per_image)
+    if parts is not None:  # a position in these sequences means nothing in others
+        train_index = replace(train_index, data_sha256=f"{train_index.data_sha256}-{parts.sha256}")
+    plan = plan_samples(
+        train_index.source_sizes if parts is None else parts.source_sizes(train_index.source_sizes),
+        train_index.source_weights,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+    )
+    output_dir = Path(config.output_dir)
+    if is_main():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shown = replace(data, shards=without_passwords(data.shards))  # a run's folder is for others to read, too
+        save_config(replace(config, data=shown), output_dir / "config.yaml")
+    barrier()
+    engine, tokenizer = build_model_engine(config)
+    dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
+    return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
+
+
+def build_dataset(
+    config: Config,
+    index: ShardIndex,
+    wording: Wording,
+    parts: PhotoParts | None,
+    tokenizer: CogVLMTokenizer,
+    model_config: CogVLMConfig,
+) -> GroundingDataset:
+    """Training samples, as the model is shown them."""
+    return GroundingDataset(
+        reader=ShardReader(index, draft_side=draft_side(config.data, model_config.image_size)),
+        wording=wording,
+        tokenizer=tokenizer,
+        config=model_config,
+        seed=config.seed,
+        max_sequence_length=config.data.max_sequence_length,
+        augment=config.data.augment,
+        parts=parts,
+    )
+
+
+def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> PhotoParts | None:
+    """Collective. Which photos go to several sequences; None if all turns of each go to one."""
+    if max_turns is None:
+        return None
+    most_turns = from_main(most_turns_of(ShardReader(index), wording) if is_main() else None)
+    parts = split_photos(most_turns, max_turns)
+    return parts if len(parts) > len(index) else None
+
+
+def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
+    """Collective. The model folder's weights in a ZeRO-3 engine, each rank reading only what it owns."""
+    settings = deepspeed_settings(config)
+    tokenizer = CogVLMTokenizer.from_folder(config.model.path)
+    model_config = load_config(config.model.path, config.model.image_size)
+    if config.data.resize:
+        model_config.image_resize = config.data.resize  # stays with the weights, in their config.json
+    if len(tokenizer) != model_config.vocab_size:
+        raise CheckpointError(
+            f"{config.model.path}: tokenizer.model has {len(tokenizer)} pieces, config.json says vocab_size="
+            f"{model_config.vocab_size}; take both from the same model"
+        )
+    with initialization.no_init_weights(), partitioned(settings):
+        model = CogVLMForCausalLM(model_config)
+    parameters = list(model.named_parameters())
+    load_weights(config.model.path, parameter_shapes(parameters), partition_assign(parameters))
+    enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
+    if config.model.compile:
+        compile_elementwise()
+    return build_engine(model, config, settings), tokenizer

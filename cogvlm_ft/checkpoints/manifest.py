@@ -1,0 +1,87 @@
+"""Which files a checkpoint has, and their hashes: what it takes to tell an intact one from a damaged one.
+
+    manifest.json    {"files": {"state.json": {"num_bytes": 312, "sha256": "9f..."}, ...}, "sha256": of all the former}
+
+Hashes find what disks, networks and killed programs do. Whoever can change a file can change its hash as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.watchdog import progress
+from cogvlm_ft.safetensors_io import FileRecord, hash_file
+
+MANIFEST_FILE = "manifest.json"
+
+
+def write_manifest(checkpoint: Path, files: Mapping[str, FileRecord]) -> None:
+    """`files` by their path in the checkpoint, with forward slashes."""
+    records = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
+    text = json.dumps({"files": records, "sha256": _own_hash(records)}, indent=1)
+    (checkpoint / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
+    """Raises CheckpointError if there is none, or it is not as it was written."""
+    path = checkpoint / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        records, found = manifest["files"], manifest["sha256"]
+        files = {name: FileRecord(**record) for name, record in records.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {checkpoint} is no whole checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}") from error
+    if found != _own_hash(records):
+        raise CheckpointError(f"{path} was changed: its own hash does not fit it")
+    outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise CheckpointError(f"{path} names files outside its folder: {outside}")
+    return files
+
+
+def find_damage(checkpoint: Path) -> list[str]:
+    """Collective. What is wrong with the checkpoint's files; the ranks share the reading. Empty: intact."""
+    try:
+        files = read_manifest(checkpoint)
+        problems = _differences(checkpoint, files, sorted(files)[rank() :: world_size()])
+    except CheckpointError as error:
+        problems = [str(error)]
+    found = gather_to_main(problems)
+    return from_main(sorted({problem for part in found for problem in part}) if found is not None else None)
+
+
+def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[str]) -> list[str]:
+    problems = []
+    total = sum(files[name].num_bytes for name in names)
+    shown = {"desc": f"checking {checkpoint.name}", "unit": "B", "unit_scale": True, "leave": False}
+    with tqdm(total=total, disable=None if is_main() else True, **shown) as bar:  # type: ignore[call-overload]
+        for name in names:
+            progress()
+            problem = _difference(checkpoint / name, files[name])
+            problems += [f"{name} {problem}"] if problem else []
+            bar.update(files[name].num_bytes)
+    return problems
+
+
+def _difference(path: Path, wanted: FileRecord) -> str:
+    try:
+        found_bytes = path.stat().st_size
+        if found_bytes != wanted.num_bytes:
+            return f"has {found_bytes} bytes, wanted {wanted.num_bytes}"
+        return "" if hash_file(path) == wanted else "is not what was written: its sha256 differs"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _own_hash(records: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,208 @@
+"""Saves checkpoints while training goes on: copy the slices, write them aside, publish when all ranks are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvlm_ft.checkpoints.checkpoint import (
+    MODEL_FOLDER,
+    STATE_FILE,
+    TrainState,
+    checkpoint_name,
+    prune_checkpoints,
+    remove_leftovers,
+)
+from cogvlm_ft.checkpoints.manifest import write_manifest
+from cogvlm_ft.checkpoints.slices import LAYOUT_FILE, Layout, layout_of, local_slices, local_specs, rank_file
+from cogvlm_ft.config import CheckpointConfig
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.runtime.distributed import all_reduce_sum, from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.outcome import write_outcome
+from cogvlm_ft.runtime.watchdog import progress
+from cogvlm_ft.safetensors_io import FileRecord, TensorSpec, hash_file, sync, sync_tree, write_tensors
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """One checkpoint at a time: `start` it, `finish` it once no rank `is_writing`.
+
+    With settings.background the slices are copied into host memory, which is all that training waits for; without, they
+    are written one tensor at a time before `start` returns.
+    last_step: of the newest checkpoint, published or begun; -1 if there is none.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        save_model_files: Callable[[Path], None],
+        settings: CheckpointConfig,
+        last_step: int = -1,
+    ) -> None:
+        """`save_model_files(path)` writes config and tokenizer; rank 0 calls it."""
+        self._engine = engine
+        self._folder = folder
+        self._save_model_files = save_model_files
+        self._settings = settings
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future[dict[str, FileRecord]] | None = None
+        self._state = TrainState()
+        self._copies: dict[TensorSpec, Tensor] = {}
+        self.last_step = last_step
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files are not yet on the disk."""
+        return self._written is not None and not self._written.done()
+
+    def start(self, state: TrainState) -> None:
+        """Collective. Begin a checkpoint; a former one is finished first."""
+        self.finish()
+        self._state, self.last_step = dataclasses.replace(state, world_size=world_size()), state.step
+        specs = local_specs(self._engine)
+        [num_bytes] = all_reduce_sum([sum(spec.num_bytes for spec in specs)])
+        no_room = from_main(self._make_room(num_bytes) if is_main() else None)
+        if no_room:
+            self._report(no_room)
+            return
+        slices = self._copied_slices(specs) if self._settings.background else local_slices(self._engine)
+        self._written = self._writer.submit(self._write, layout_of(self._engine), specs, slices)
+        if not self._settings.background:
+            self.finish()
+
+    def finish(self) -> Path | None:
+        """Collective. Wait for what was begun, publish it, delete what is no longer needed; its path, None if there is
+        nothing or it could not be saved."""
+        if self._written is None:
+            return None
+        try:
+            here: dict[str, FileRecord] | str = self._written.result()
+        except OSError as error:
+            here = f"rank {rank()}: {error}"
+        self._written = None
+        everywhere = gather_to_main(here)
+        problem = from_main(self._publish(everywhere) if everywhere is not None else None)
+        if problem:
+            self._report(problem)
+            return None
+        return self._folder / checkpoint_name(self._state.step)
+
+    def close(self, step: int) -> None:
+        """Collective. Finish; a run's last state that is not saved is an error, whatever settings.on_error says."""
+        self.finish()
+        self._writer.shutdown()
+        if self.last_step != step:
+            raise CheckpointError(f"the last state, that of step {step}, could not be saved: see the warning before")
+
+    def _make_room(self, num_bytes: float) -> str:
+        """Rank 0. Why it cannot be begun, before the disk is filled up; quotas show only while writing."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+            free = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return str(error)
+        if self._partial.exists():  # its files would be taken for ours
+            return f"{self._partial} cannot be removed"
+        if num_bytes < free:
+            return ""
+        gib = num_bytes / 2**30
+        return f"No space left on device: it takes {gib:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+
+    def _copied_slices(self, specs: list[TensorSpec]) -> list[Tensor]:
+        """This rank's slices in host memory, which is taken once and used again."""
+        for spec, tensor in zip(specs, local_slices(self._engine), strict=True):
+            if spec not in self._copies:
+                self._copies[spec] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[spec].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return [self._copies[spec] for spec in specs]
+
+    def _write(self, layout: Layout, specs: list[TensorSpec], slices: Iterable[Tensor]) -> dict[str, FileRecord]:
+        """In the background. This rank's files, by their path in the checkpoint; no collective here."""
+        partial = self._partial
+        path = partial / rank_file(rank())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = dict(self._write_small_files(layout)) if is_main() else {}
+        try:
+            written[rank_file(rank())] = write_tensors(path, specs, _seen_by_watchdog(slices))
+        except OSError:
+            path.unlink(missing_ok=True)  # at once: whatever else is written there needs the room
+            raise
+        return written
+
+    def _write_small_files(self, layout: Layout) -> Iterator[tuple[str, FileRecord]]:
+        partial = self._partial
+        (partial / MODEL_FOLDER).mkdir(exist_ok=True)
+        self._save_model_files(partial / MODEL_FOLDER)
+        layout.save(partial)
+        text = json.dumps(dataclasses.asdict(self._state), indent=2)
+        (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        for path in [partial / STATE_FILE, partial / LAYOUT_FILE, *sorted((partial / MODEL_FOLDER).rglob("*"))]:
+            if path.is_file():
+                yield path.relative_to(partial).as_posix(), hash_file(path)
+
+    def _publish(self, everywhere: list[dict[str, FileRecord] | str]) -> str:
+        """Rank 0. Manifest, then one rename; why it cannot be, or nothing."""
+        problems = [found for found in everywhere if isinstance(found, str)]
+        partial, final = self._partial, self._folder / checkpoint_name(self._state.step)
+        try:
+            if problems:
+                shutil.rmtree(partial, ignore_errors=True)  # room for the next one
+                return "; ".join(problems)
+            files = {name: record for found in everywhere if isinstance(found, dict) for name, record in found.items()}
+            write_manifest(partial, files)
+            sync_tree(partial)
+            if final.exists():  # of an attempt before, which went further than the checkpoint that this run began with
+                final.rename(final.with_name(f".tmp-old-{final.name}"))
+            partial.rename(final)
+            sync(self._folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return str(error)
+        logger.info("saved %s", final)
+        write_outcome("progress")
+        self._prune()
+        return ""
+
+    def _prune(self) -> None:
+        best = self._state.best
+        try:
+            prune_checkpoints(self._folder, self._settings, best.step if best else None)
+        except OSError as error:
+            logger.warning("an old checkpoint could not be deleted: %s", error)
+        remove_leftovers(self._folder)
+
+    def _report(self, problem: str) -> None:
+        message = (
+            f"the checkpoint of step {self._state.step} could not be saved in {self._folder}: {problem}. Those before "
+            "are untouched. Make room, or lower checkpoint.keep_last"
+        )
+        self.last_step = -1
+        if self._settings.on_error == "stop":
+            raise CheckpointError(message)
+        if is_main():
+            logger.warning("%s; training goes on, as checkpoint.on_error=continue", message)
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f".tmp-{checkpoint_name(self._state.step)}"
+
+
+def _seen_by_watchdog(slices: Iterable[Tensor]) -> Iterator[Tensor]:
+    """A slow disk is no hang."""
+    for tensor in slices:
+        progress()
+        yield tensor

@@ -1,0 +1,182 @@
+"""The training state in slices: what a rank holds of every parameter and of Adam's two moments, and whole again.
+
+    ranks/rank-00000.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME: float32, flat, without ZeRO-3's padding
+    layout.json                     world size, shapes, Adam's step count
+
+The slices of one tensor, in the order of the ranks, are the flattened tensor. So any number of ranks can cut theirs out
+of them, and no rank reads more than it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.runtime.distributed import world_size
+from cogvlm_ft.runtime.partitions import (
+    MOMENTS,
+    local_moment,
+    local_range,
+    local_weight,
+    optimizer_step,
+    overwriting_state,
+    reset_moments,
+    set_local_moment,
+    set_local_weight,
+)
+from cogvlm_ft.runtime.watchdog import progress
+from cogvlm_ft.safetensors_io import TensorFile, TensorSpec
+
+LAYOUT_FILE = "layout.json"
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """optimizer_step: updates so far, which are fewer than the training's steps where some were skipped."""
+
+    world_size: int
+    optimizer_step: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def save(self, checkpoint: Path) -> None:
+        (checkpoint / LAYOUT_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Layout:
+        path = checkpoint / LAYOUT_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
+            return cls(shapes=shapes, **fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+
+
+def rank_file(number: int) -> str:
+    return f"ranks/rank-{number:05d}.safetensors"
+
+
+def layout_of(engine: Any) -> Layout:
+    shapes = {name: tuple(parameter.ds_shape) for name, parameter in engine.module.named_parameters()}
+    return Layout(world_size(), optimizer_step(engine), shapes)
+
+
+def local_specs(engine: Any) -> list[TensorSpec]:
+    """What `local_slices` yields."""
+    return [
+        TensorSpec(f"{kind}/{name}", (stop - start,))
+        for name, parameter, kinds in _held(engine)
+        for start, stop in [local_range(parameter)]
+        for kind in kinds
+    ]
+
+
+def local_slices(engine: Any) -> Iterator[Tensor]:
+    """float32[n] of all that this rank holds: views of the live state where it is fp32 on this device, else copies.
+
+    A weight in bf16 has its fp32 master beside it, and that is the one that counts; a frozen one has none.
+    """
+    for _, parameter, kinds in _held(engine):
+        start, stop = local_range(parameter)
+        yield local_weight(parameter)[: stop - start]
+        for moment in kinds[1:]:
+            yield local_moment(parameter, moment)[: stop - start]
+
+
+def _held(engine: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(name, parameter, kinds of its slices), in one order every time."""
+    has_moments = optimizer_step(engine) > 0
+    for name, parameter in engine.module.named_parameters():
+        yield name, parameter, (WEIGHT, *MOMENTS) if has_moments and parameter.requires_grad else (WEIGHT,)
+
+
+class SlicedTensor:
+    """A tensor whose slices lie in the files of the ranks that wrote it."""
+
+    def __init__(self, key: str, shape: tuple[int, ...], files: list[TensorFile]) -> None:
+        self.shape = torch.Size(shape)
+        self._key = key
+        self._pieces: list[tuple[int, int, TensorFile]] = []
+        start = 0
+        for file in files:
+            if key in file.shapes:
+                stop = start + file.shapes[key][0]
+                self._pieces.append((start, stop, file))
+                start = stop
+        if start != math.prod(shape):
+            raise CheckpointError(f"{files[0].path.parent}: {start} elements of {key}, wanted {list(shape)}")
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements start to stop of the flattened tensor, float32[stop - start]."""
+        parts = [
+            file.read(self._key, max(start, first) - first, min(stop, last) - first)
+            for first, last, file in self._pieces
+            if first < stop and start < last
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
+
+
+def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
+    """Every tensor of a kind by its parameter's name; moments are there only for parameters that were trained."""
+    layout = Layout.load(checkpoint)
+    files = [TensorFile(checkpoint / rank_file(number)) for number in range(layout.world_size)]
+    keys = {name: f"{kind}/{name}" for name in layout.shapes}
+    return {
+        name: SlicedTensor(key, layout.shapes[name], files)
+        for name, key in keys.items()
+        if kind == WEIGHT or any(key in file.shapes for file in files)
+    }
+
+
+def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True) -> None:
+    """Collective. Let every rank read its slices of the checkpoint, whatever number of ranks wrote it."""
+    parameters = dict(engine.module.named_parameters())
+    _check_shapes(checkpoint, Layout.load(checkpoint).shapes, {n: tuple(p.ds_shape) for n, p in parameters.items()})
+    with overwriting_state(engine):
+        for name, tensor in open_slices(checkpoint).items():
+            set_local_weight(parameters[name], _padded(tensor, parameters[name]))
+        if with_optimizer:
+            _assign_moments(engine, checkpoint)
+
+
+def _assign_moments(engine: Any, checkpoint: Path) -> None:
+    """Moments that the checkpoint lacks, as its parameter was frozen then, begin at zero."""
+    step = Layout.load(checkpoint).optimizer_step
+    if step == 0:
+        return
+    reset_moments(engine, step)
+    parameters = dict(engine.module.named_parameters())
+    for moment in MOMENTS:
+        for name, tensor in open_slices(checkpoint, moment).items():
+            if parameters[name].requires_grad:
+                set_local_moment(parameters[name], _padded(tensor, parameters[name]), moment)
+
+
+def _padded(tensor: SlicedTensor, parameter: Any) -> Tensor:
+    progress()
+    start, stop = local_range(parameter)
+    values = torch.zeros(parameter.ds_tensor.numel())
+    values[: stop - start] = tensor.read(start, stop)
+    return values
+
+
+def _check_shapes(checkpoint: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    problems = [
+        f"{name}: found {found.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another model than model.path and model.image_size say; take those of its run, "
+            f"or another output_dir:\n  " + "\n  ".join(problems)
+        )

@@ -1,0 +1,210 @@
+"""Checks of what a training reads: model folder, tokenizer, wording, shards; and whether it fits these machines."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from cogvlm_ft.build import build_dataset
+from cogvlm_ft.data.index import ShardIndex, load_index, read_json_file
+from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of
+from cogvlm_ft.data.plan import PhotoParts, split_photos
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.data.remote import RemoteShard
+from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMTokenizer, load_config
+from cogvlm_ft.model.loading import load_weights, parameter_shapes
+from cogvlm_ft.planning.memory import build_on_meta, judge
+from cogvlm_ft.planning.preflight import what_would_fit
+from cogvlm_ft.runtime.distributed import rank, world_size
+from cogvlm_ft.safetensors_io import hash_file
+
+NUM_SAMPLES = {"train": 64, "val": 16}  # read at random if not all are asked for
+MOST_NAMED = 5
+
+
+class Model(NamedTuple):
+    """What the model folder says of itself."""
+
+    image_size: int
+    num_pieces: int
+    vocab_size: int
+    num_tensors: int
+
+
+def look_at_model(examination: Examination) -> Model:
+    """Every tensor's name and shape, from the files' headers; no values are read."""
+    model = examination.config.model
+    config = load_config(model.path, model.image_size)
+    tokenizer = CogVLMTokenizer.from_folder(model.path)
+    shapes = parameter_shapes(build_on_meta(examination.config, config).named_parameters())
+    load_weights(model.path, shapes, lambda name, fetch, num_rows: None)
+    return Model(config.image_size, len(tokenizer), config.vocab_size, len(shapes))
+
+
+def judge_model(examination: Examination, seen: list[Seen]) -> list[Finding]:
+    path = examination.config.model.path
+    if len({part.facts for part in seen}) > 1:
+        return [red(f"{path} is another model on some nodes", "one model", "put it where all nodes see it")]
+    found: Model = seen[0].facts
+    if found.num_pieces != found.vocab_size:
+        return [
+            red(
+                f"{path}: tokenizer.model has {found.num_pieces} pieces, config.json has {found.vocab_size}",
+                "the same",
+                "take both from the same model: Vicuna's tokenizer.model for the published 17B",
+            )
+        ]
+    return [
+        green(
+            f"{path}: {found.num_tensors} tensors of the right names and shapes, {found.num_pieces} pieces, "
+            f"{found.image_size} px"
+        )
+    ]
+
+
+class Shards(NamedTuple):
+    """What one rank read. bad: (key, reason) of the samples of each split that cannot be used; num_read: of all."""
+
+    data_sha256: tuple[str, ...]
+    num_samples: dict[str, int]
+    num_read: dict[str, int]
+    bad: dict[str, list[tuple[str, str]]]
+    damaged: list[str]
+
+
+def look_at_shards(examination: Examination) -> Shards:
+    """This rank's part of the samples, made ready for the model as a training would."""
+    data = examination.config.data
+    indexes = {
+        name: load_index(data.shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+        for name, split in (("train", data.train_split), ("val", data.val_split))
+    }
+    num_read, bad = {}, {}
+    for name, index in indexes.items():
+        reader = ShardReader(index)
+        dataset = _dataset(examination, reader) if name == "train" else None
+        total = len(dataset.parts) if dataset and dataset.parts else len(index)
+        chosen = list(range(total))
+        if not examination.all_shards:
+            chosen = random.Random(examination.config.seed).sample(chosen, min(total, NUM_SAMPLES[name]))
+        mine = chosen[rank() :: world_size()]
+        num_read[name], bad[name] = len(mine), [found for i in mine if (found := _problem_of(i, reader, dataset))]
+        bad[name] += [(loss.key or loss.shard, loss.reason) for loss in index.losses] if rank() == 0 else []
+    damaged = _damaged_shards(indexes) if examination.all_shards else []
+    sizes = {name: len(index) for name, index in indexes.items()}
+    return Shards(tuple(index.data_sha256 for index in indexes.values()), sizes, num_read, bad, damaged)
+
+
+def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset | None:
+    """None where the model is not there, or where photos are split by records that would all have to be read first."""
+    data, model = examination.config.data, examination.config.model
+    wording = load_wording(data.wording)
+    parts: PhotoParts | None = None
+    if data.max_turns_per_image is not None:
+        if (reader.index.num_targets < 0).any():
+            return None
+        parts = split_photos(most_turns_of(reader, wording), data.max_turns_per_image)
+    if examination.planner is None or not Path(model.path, "tokenizer.model").is_file():
+        return None
+    model_config = load_config(model.path, model.image_size)
+    if data.resize:
+        model_config.image_resize = data.resize
+    tokenizer = CogVLMTokenizer.from_folder(model.path)
+    return build_dataset(examination.config, reader.index, wording, parts, tokenizer, model_config)
+
+
+def _problem_of(i: int, reader: ShardReader, dataset: GroundingDataset | None) -> tuple[str, str] | None:
+    try:
+        if dataset is None:
+            reader.read(i)
+            return None
+        bad = dataset[Item(epoch=0, index=i, weight=1.0)].bad
+        return (bad.key, bad.reason) if bad else None
+    except BadSampleError as error:
+        return error.key, error.reason
+    except DataError as error:  # nor can a hundred neighbours be used
+        return f"sample {i}", str(error)
+
+
+def _damaged_shards(indexes: dict[str, ShardIndex]) -> list[str]:
+    """Of this rank's part of the files on disks: those whose bytes are not what was built."""
+    paths = [path for index in indexes.values() for path in index.shard_paths if not isinstance(path, RemoteShard)]
+    damaged = []
+    for path in paths[rank() :: world_size()]:
+        described = path.with_suffix(".json")
+        if described.is_file() and hash_file(path).sha256 != read_json_file(described).get("sha256"):
+            damaged.append(str(path))
+    return damaged
+
+
+def judge_shards(examination: Examination, seen: list[Seen]) -> list[Finding]:
+    if len({part.facts.data_sha256 for part in seen}) > 1:
+        return [red("not the same on all ranks", "one shard set", "put it where all nodes see it, or copy it anew")]
+    findings = []
+    damaged = sorted({path for part in seen for path in part.facts.damaged})
+    if damaged:
+        named = ", ".join(damaged[:MOST_NAMED])
+        to_do = "copy them again from where they were built, or build them again"
+        findings.append(red(f"{len(damaged)} files are not what was built: {named}", "their sha256", to_do))
+    for name in NUM_SAMPLES:
+        total = seen[0].facts.num_samples[name]
+        num_read = sum(part.facts.num_read[name] for part in seen)
+        bad = sorted({sample for part in seen for sample in part.facts.bad[name]})
+        findings.append(_judge_samples(examination, name, total, num_read, bad))
+    return findings
+
+
+def _judge_samples(
+    examination: Examination, name: str, total: int, num_read: int, bad: list[tuple[str, str]]
+) -> Finding:
+    limit = examination.config.data.max_bad_fraction
+    how = "all" if examination.all_shards else f"{num_read} at random"
+    found = f"{name}: {total} samples, {how} read and decoded"
+    if not bad:
+        return green(found)
+    reasons = ", ".join(f"{reason} {number}x" for reason, number in Counter(reason for _, reason in bad).most_common())
+    named = ", ".join(key for key, _ in bad[:MOST_NAMED])
+    found = f"{found}, {len(bad)} cannot be used ({reasons}): {named}"
+    to_do = "mend them and build the shards again, or raise data.max_bad_fraction"
+    if len(bad) > limit * num_read:
+        return red(found, f"at most data.max_bad_fraction={limit:g} of them", to_do)
+    return yellow(found, f"they will be left out; {to_do}")
+
+
+def look_at_wording(examination: Examination) -> str:
+    config = examination.config
+    load_wording(config.data.wording)
+    probe = config.evaluate.probe
+    if probe is not None and not Path(probe).is_file():
+        raise ConfigError(f"evaluate.probe={probe}: no such file")
+    return f"data.wording={config.data.wording}" + (f", evaluate.probe={probe}" if probe else "")
+
+
+def judge_plan(examination: Examination, seen: list[Seen]) -> list[Finding]:
+    """As launch/train.py does when it starts; alone it cannot know how many GPUs there will be."""
+    planner, cluster = examination.planner, examination.cluster
+    if planner is None or examination.forecast is None:
+        return [yellow("cannot be told without the model's config.json and the engine's settings", "mend those first")]
+    verdict = judge(examination.forecast, cluster)
+    if verdict.status == "fits":
+        return [green(f"it fits: {verdict.why}")]
+    if verdict.status == "tight":
+        return [yellow(f"tight: {verdict.why}", "launch/plan.py says what would fit")]
+    if examination.is_alone:
+        return [yellow(f"on this machine alone it is too much: {verdict.why}", "launch/plan.py --nodes N")]
+    changes = f"{what_would_fit(planner)}; see launch/plan.py"
+    if examination.config.plan != "refuse":
+        return [yellow(f"too much, and plan={examination.config.plan}: {verdict.why}", changes)]
+    return [red(verdict.why, "a run that fits", changes)]
+
+
+MODEL = Check("model", look_at_model, judge_model, who="node")
+WORDING = Check("wording", look_at_wording, lambda _, seen: [green(seen[0].facts)], who="node")
+SHARDS = Check("shards", look_at_shards, judge_shards, who="all")
+PLAN = Check("plan", lambda _: None, judge_plan)

@@ -1,0 +1,202 @@
+"""README.md of an exported model: what it is, what it was trained on, how good it is and how to use it.
+
+It is made to be published: it names no folder of this machine and holds no settings but those it shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from string import Template
+from typing import Any
+
+import yaml
+
+from cogvlm_ft.checkpoints.checkpoint import TrainState, checkpoint_name, read_state
+from cogvlm_ft.config import Config
+from cogvlm_ft.data.transforms import resize_of
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.evaluate.evaluate import METRICS_FILE
+from cogvlm_ft.evaluate.fingerprint import fingerprint
+from cogvlm_ft.evaluate.results import EVALUATIONS
+from cogvlm_ft.export.verification import Proof
+from cogvlm_ft.model import load_config
+from cogvlm_ft.model.prompt import render_prompt
+from cogvlm_ft.tracking.provenance import git_state
+from cogvlm_ft.tracking.tracker import read_run_file
+
+CARD_FILE = "README.md"
+SHOWN_METRICS = (
+    *("mean_iou", "acc@0.5", "acc@0.75", "ap50", "not_found_acc", "false_not_found", "unreadable", "chrf"),
+    *("num_present", "num_absent", "num_images"),
+)
+UNKNOWN = "not known"
+_HUB_CACHE = re.compile(r"^models--([\w.-]+)--([\w.-]+)$")  # where huggingface_hub keeps what it downloads
+_HUB_OWNERS = {"THUDM", "zai-org"}
+
+_CARD = Template(
+    """\
+# $name
+
+CogVLM, fine-tuned for visual grounding: asked in Chinese or English where something is in a photo, it answers with
+boxes, such as `[[086,540,400,760]]`: thousandths of width and height, x0, y0, x1, y1 from the top left.
+
+## Training
+
+| | |
+|---|---|
+| base model | $base |
+| step, epoch | $step, $epoch |
+| samples seen | $samples_consumed |
+| samples in an epoch | $num_samples (split $train_split) |
+| sha256 of the training data | `$data_sha256` |
+| precision of training; of these weights | $precision; $dtype |
+| input | $image_size x $image_size px ($num_patches patches of $patch_size px), photos $resize |
+| prompt template | `$template_version`: `$prompt` |
+| wording of questions and answers | $wording |
+| code of the training; of this export | $training_code; $code |
+| fingerprint of this folder | `$fingerprint` |
+
+## Evaluation
+
+$evaluation
+
+## These weights and their checkpoint
+
+$proof
+
+## Use
+
+With the program that trained it:
+
+```
+python launch/predict.py --model $name --image photo.jpg --prompt "$question"
+```
+
+With transformers; cogvlm_ft knows the architecture, no code of this folder is run:
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+from cogvlm_ft.model import CogVLMTokenizer
+
+folder = "$name"
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.$dtype).eval()
+tokenizer = CogVLMTokenizer.from_folder(folder)
+photo = Image.open("photo.jpg").convert("RGB")
+inputs = model.build_conversation_input_ids(tokenizer, query="$question", images=[photo])
+batch = {key: value[None] for key, value in inputs.items() if key != "images"}
+with torch.no_grad():
+    ids = model.generate(**batch, images=[inputs["images"]], max_new_tokens=128, do_sample=False)
+print(tokenizer.decode(ids[0, len(inputs["input_ids"]) :].tolist()))
+```
+$letterbox
+## Licence
+
+The licence of the base model applies to these weights too, and the terms of the data that they were trained on.
+
+## 中文说明
+
+本模型由 CogVLM 微调而来，用于视觉定位：用中文或英文问图中某物在哪里，它回答方框，
+如 `[[086,540,400,760]]`，即以左上角为原点的 x0、y0、x1、y1，单位为图宽、图高的千分之一。
+
+输入为 $image_size x $image_size 像素；训练数据、指标与权重指纹见上面的表格，用法见 Use 一节。
+基座模型的许可证同样适用于这些权重，训练数据的使用条款亦然。
+"""
+)
+
+_LETTERBOX = """
+This model saw photos padded to a square ("letterbox"). `launch/predict.py` does that by itself; here, pad the photo
+first.
+"""
+
+
+def write_model_card(folder: Path, checkpoint: Path, config: Config | None, proof: Proof | None, *, name: str) -> None:
+    """After everything else in the folder, of which it states the fingerprint. config: of the run, None: not known."""
+    state, model = read_state(checkpoint), load_config(folder)
+    run = _run_facts(checkpoint)
+    path = PurePosixPath(config.model.path) if config else PurePosixPath()
+    hub_name = find_hub_name(path)
+    question = "Where is the red car?"
+    facts = {
+        "name": name,
+        "base": f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else path.name or UNKNOWN,
+        "step": state.step,
+        "epoch": state.epoch,
+        "samples_consumed": state.samples_consumed,
+        "num_samples": run.get("num_samples", UNKNOWN),
+        "train_split": config.data.train_split if config else UNKNOWN,
+        "data_sha256": state.data_sha256,
+        "precision": config.train.precision if config else UNKNOWN,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "image_size": model.image_size,
+        "num_patches": model.num_patches,
+        "patch_size": model.vision["patch_size"],
+        "resize": {"squash": "squashed to the square", "letterbox": "padded to a square"}[resize_of(model)],
+        "template_version": model.template_version,
+        "prompt": render_prompt("...", model.template_version),
+        "wording": PurePosixPath(config.data.wording).name if config else UNKNOWN,
+        "training_code": _code_version(run.get("code")),
+        "code": _code_version(vars(git_state()) if git_state() else None),
+        "fingerprint": fingerprint(folder),
+        "evaluation": _evaluation(checkpoint, state),
+        "proof": proof.summary() if proof else "They were not compared.",
+        "question": question,
+        "letterbox": _LETTERBOX if resize_of(model) == "letterbox" else "",
+    }
+    text = _front_matter(hub_name) + _CARD.substitute(facts)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def find_hub_name(path: PurePosixPath) -> str | None:
+    """owner/name on the Hugging Face hub, where a local path tells it: in the hub's cache, or owner/name as its end."""
+    for part in path.parts:
+        cached = _HUB_CACHE.match(part)
+        if cached:
+            return f"{cached[1]}/{cached[2]}"
+    return "/".join(path.parts[-2:]) if len(path.parts) > 1 and path.parts[-2] in _HUB_OWNERS else None
+
+
+def _front_matter(hub_name: str | None) -> str:
+    fields: dict[str, Any] = {
+        "pipeline_tag": "image-text-to-text",
+        "library_name": "transformers",
+        "language": ["zh", "en"],
+        "tags": ["cogvlm", "visual-grounding", "referring-expression-comprehension"],
+        "license": "other",
+        "license_name": "as-the-base-model",
+    }
+    if hub_name:
+        fields["base_model"] = hub_name
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
+    """What the training noted of itself in run.json, if that is there."""
+    try:
+        return dict(read_run_file(checkpoint.resolve().parents[1])["config"])
+    except (DataError, TypeError, ValueError):
+        return {}
+
+
+def _code_version(state: Mapping[str, Any] | None) -> str:
+    """Of a provenance.GitState."""
+    return f"commit {state['commit']}{', changed since' if state['dirty'] else ''}" if state else UNKNOWN
+
+
+def _evaluation(checkpoint: Path, state: TrainState) -> str:
+    """A short table of what the run measured at this step."""
+    path = checkpoint.resolve().parents[1] / EVALUATIONS / checkpoint_name(state.step) / METRICS_FILE
+    try:
+        metrics: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rows = [(name, metrics[name]) for name in SHOWN_METRICS if isinstance(metrics.get(name), (int, float))]
+        split = metrics.get("about", {}).get("split", UNKNOWN)
+    except (OSError, ValueError, AttributeError):
+        rows = []
+    if not rows:
+        return "None at this step."
+    table = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in rows)
+    return f"Of held-out photos (split {split}), asked as in training, greedily:\n\n| | |\n|---|---|\n{table}"

@@ -1,0 +1,150 @@
+"""A training as Slurm jobs: what the cluster is, whether the run can fit, and the sbatch commands."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cogvlm_ft.checkpoints.checkpoint import CHECKPOINTS, checkpoint_name, list_checkpoints, read_state
+from cogvlm_ft.config import Config
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.planning.memory import Cluster
+from cogvlm_ft.planning.preflight import judge_start, smallest_pass
+from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SCRIPT, AFTER_SCRIPT = "slurm/train.sbatch", "slurm/after.sbatch"
+
+
+@dataclass
+class SlurmCluster:
+    """slurm/cluster.yaml, which explains the keys."""
+
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    nodes: int = 1
+    gpus_per_node: int = 8
+    cpus_per_task: int = 8
+    time: str = "24:00:00"
+    signal_s: int = 300
+    gpu_memory_gib: float = 79.0
+    host_memory_gib: Optional[float] = None
+    options: list[str] = field(default_factory=list)
+
+
+def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
+    """The file, with those overrides that are not None."""
+    if not path.is_file():
+        raise ConfigError(f"--cluster {path}: no such file")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        written = OmegaConf.load(path)
+        if isinstance(OmegaConf.select(written, "time"), int):
+            raise ConfigError(f"--cluster {path}: time needs quotes: YAML reads 48:00:00 as {48 * 3600}, a number")
+        merged = OmegaConf.merge(OmegaConf.structured(SlurmCluster), written, given)
+        cluster: SlurmCluster = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"--cluster {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise ConfigError(f"--cluster {path} is no valid YAML: {error}") from error
+    for name in ("nodes", "gpus_per_node", "cpus_per_task", "signal_s", "gpu_memory_gib"):
+        if not getattr(cluster, name) > 0:
+            raise ConfigError(f"--cluster {path}: {name}={getattr(cluster, name)}: wanted more than 0")
+    return cluster
+
+
+def check_plan(config: Config, cluster: SlurmCluster) -> str:
+    """What launch/plan.py foretells, in a line; ConfigError where the job itself would refuse to start."""
+    machines = Cluster(cluster.nodes, cluster.gpus_per_node, cluster.gpu_memory_gib, cluster.host_memory_gib)
+    planner, forecast, verdict = judge_start(config, machines)
+    summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
+    time = time_step(planner, forecast, smallest_pass(config), Speeds(tflops=H100_TFLOPS[number_format(config)]))
+    needed_s = time.step_s + 2 * time.checkpoint_s
+    if needed_s > cluster.signal_s:
+        logger.warning(
+            "signal_s=%d leaves no time to save: a step of %.0f s and twice a save of %.0f s are foretold; make it %d",
+            cluster.signal_s,
+            time.step_s,
+            time.checkpoint_s,
+            needed_s + 60,
+        )
+    return f"{summary}. A step takes some {time.step_s:.1f} s, a save {time.checkpoint_s:.0f} s"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """arguments: of launch/train.py. num_tasks: entries of the sweep, None without one. chain: jobs in a row."""
+
+    cluster: SlurmCluster
+    arguments: list[str]
+    output_dir: str
+    sweep: Path | None = None
+    num_tasks: int | None = None
+    chain: int = 1
+    after: bool = False
+
+
+def submit(submission: Submission, *, dry_run: bool) -> list[str]:
+    """Every command that was run, or would be, with JOB1, JOB2, ... in place of job numbers."""
+    commands: list[list[str]] = []
+    last = ""
+    for number in range(submission.chain):
+        former = ["--dependency=" + f"afterany:{last}"] if number else []
+        commands.append([*sbatch_options(submission), *former, TRAIN_SCRIPT, *submission.arguments])
+        last = f"JOB{len(commands)}" if dry_run else run_sbatch(commands[-1])
+    if submission.after:
+        kind = "afterok" if submission.num_tasks is None else "aftercorr"  # each task of an array after its own
+        sweep = [] if submission.sweep is None else ["--sweep", str(submission.sweep)]
+        options = sbatch_options(submission, is_training=False)
+        commands.append([*options, f"--dependency={kind}:{last}", AFTER_SCRIPT, submission.output_dir, *sweep])
+        last = "" if dry_run else run_sbatch(commands[-1])
+    return [shlex.join(command) for command in commands]
+
+
+def sbatch_options(submission: Submission, *, is_training: bool = True) -> list[str]:
+    cluster = submission.cluster
+    options = ["sbatch", "--parsable"]
+    if is_training:
+        options += [f"--nodes={cluster.nodes}", f"--time={cluster.time}", f"--signal=B:USR1@{cluster.signal_s}"]
+    options += [f"--gres=gpu:{cluster.gpus_per_node}", f"--ntasks-per-node={cluster.gpus_per_node}"]
+    options += [f"--cpus-per-task={cluster.cpus_per_task}"]
+    for name in ("partition", "account", "qos"):
+        value = getattr(cluster, name)
+        options += [f"--{name}={value}"] if value else []
+    if submission.num_tasks is not None:
+        options += [f"--array=0-{submission.num_tasks - 1}", "--output=slurm-%A_%a.log"]
+    return [*options, *cluster.options]
+
+
+def run_sbatch(command: Sequence[str]) -> str:
+    """The number of the job."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError("there is no sbatch here: submit where Slurm is, or look with --dry-run") from error
+    if done.returncode:
+        raise ConfigError(f"sbatch refused: {done.stderr.strip()}\n  {shlex.join(command)}")
+    return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Of a training's folder; where the untouched model was best, which is no checkpoint, the newest one."""
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    if not checkpoints:
+        raise CheckpointError(f"{run / CHECKPOINTS} holds no checkpoint: is {run} the output_dir of a training?")
+    best = read_state(checkpoints[-1]).best
+    found = [path for path in checkpoints if best is not None and path.name == checkpoint_name(best.step)]
+    if not found:
+        logger.warning("%s: nothing was better than what it started with; this is its last checkpoint", run)
+    return found[0] if found else checkpoints[-1]

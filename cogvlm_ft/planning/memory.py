@@ -1,0 +1,343 @@
+"""Will a run fit: the memory of one GPU by kind, of the host and of the disk, from the settings and real tensor shapes.
+
+What lasts (weights, gradients, master weights, Adam) is exact. What passes (gathered layers, activations, ...) follows
+the code of the model and the rules of DeepSpeed, and is within 15 % of what was measured on CPU (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cogvlm_ft.config import Config
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
+from cogvlm_ft.planning.activations import PassSize, Stage, forward_peak, kept_bytes, peak_of, probe_stages
+from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, play
+from cogvlm_ft.runtime.engine import freeze, parameter_groups
+from cogvlm_ft.runtime.param_gathering import FREE_SHARE
+
+GIB = 2**30
+PHASES = ("training", "evaluation")
+ADAM_BYTES, MASTER_BYTES = 8, 4  # fp32 moments; fp32 weights
+CUDA_BYTES = int(1.5 * GIB)  # the CUDA context, cuBLAS and NCCL of a process; an estimate
+PROCESS_BYTES, WORKER_BYTES = 3 * GIB, GIB // 2  # host memory of a rank and of a loader process; estimates
+FRAGMENTED_SHARE = 0.05  # of a GPU's memory, which the caching allocator cannot use; an estimate
+DOUBT = 1.15  # how far what passes may be off
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """gpu_gib: memory of one GPU; where host_gib, the memory of one node, is None it is not judged.
+
+    reserved_bytes: what the process takes of the GPU besides tensors.
+    """
+
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_gib: float = 79.0
+    host_gib: float | None = None
+    reserved_bytes: int = CUDA_BYTES
+    on_cpu: bool = False
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What the DeepSpeed JSON says about memory; elements."""
+
+    rules: GatherRules
+    reduce_bucket: int
+    sub_group: int
+    overlap_comm: bool
+    offload_optimizer: bool
+    offload_param: bool
+    secondary_ranks: int  # hpZ: the ranks that share a second copy of the weights; 1: none
+    grad_bytes: int
+
+
+def read_zero_settings(config: Config, gpus_per_node: int) -> ZeroSettings:
+    """Of `config.deepspeed`, with DeepSpeed's defaults for what it leaves out."""
+    path = Path(config.deepspeed)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        zero = settings["zero_optimization"]
+    except OSError as error:
+        raise ConfigError(f"deepspeed={path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"deepspeed={path} is no DeepSpeed JSON with zero_optimization: {error!r}") from error
+    accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
+    secondary = zero.get("zero_hpz_partition_size", 1)
+    return ZeroSettings(
+        rules=GatherRules(
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            max_reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
+            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())),
+        ),
+        reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        sub_group=int(zero.get("sub_group_size", 1e9)),
+        overlap_comm=bool(zero.get("overlap_comm", True)),
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
+        secondary_ranks=gpus_per_node if secondary == "auto" else int(secondary),
+        grad_bytes=4 if accumulation in ("fp32", "float32") else element_bytes(config),
+    )
+
+
+def element_bytes(config: Config) -> int:
+    return 2 if config.train.precision == "bf16" else 4
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes. lasting, passing, evaluation: of one GPU, by kind; host: of one node, by kind; disk: of one checkpoint.
+
+    passing: in forward and backward, at the moment of the peak, which is in `moment`. update: beside what lasts, while
+    the optimizer works. logits: of the loss alone, part of the peak only if that is where it is.
+    """
+
+    lasting: dict[str, int]
+    passing: dict[str, int]
+    moment: str
+    logits: int
+    update: int
+    evaluation: dict[str, int]
+    host: dict[str, int]
+    disk: int
+    num_parameters: int
+    gathered: Gathered
+
+    @property
+    def lasting_bytes(self) -> int:
+        return sum(self.lasting.values())
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most that tensors take on a GPU, by what the run is doing."""
+        passing = {"training": max(sum(self.passing.values()), self.update), "evaluation": self.evaluation_bytes}
+        return {phase: self.lasting_bytes + size for phase, size in passing.items()}
+
+    @property
+    def host_peak(self) -> int:
+        """Of a node: what stays, and either the weights on their way at the start or the copies of a checkpoint."""
+        host = self.host
+        return host["programs"] + host["offloaded"] + max(host["start"], host["saving"])
+
+    @property
+    def evaluation_bytes(self) -> int:
+        return sum(self.evaluation.values())
+
+
+class Planner:
+    """Forecasts of one model under one DeepSpeed JSON; the slow parts are done once."""
+
+    def __init__(self, config: Config, model_config: CogVLMConfig, cluster: Cluster) -> None:
+        self.config, self.model_config, self.cluster = config, model_config, cluster
+        self.zero = read_zero_settings(config, cluster.gpus_per_node)
+        self._stages: dict[PassSize, list[Stage]] = {}
+
+    def changed(self, config: Config | None = None, cluster: Cluster | None = None) -> Planner:
+        """For other settings or another cluster, with what stays the same taken over."""
+        other = Planner(config or self.config, self.model_config, cluster or self.cluster)
+        ours, theirs = self.config, other.config
+        if theirs.model == ours.model and theirs.train.precision == ours.train.precision:
+            other.model, other._stages = self.model, self._stages
+        if theirs.model == ours.model and other.zero.rules == self.zero.rules:
+            other.gathered = self.gathered
+        return other
+
+    @cached_property
+    def model(self) -> CogVLMForCausalLM:
+        """Shapes only."""
+        return build_on_meta(self.config, self.model_config)
+
+    @cached_property
+    def gathered(self) -> Gathered:
+        return play(module_order(self.model, self.zero.rules), self.zero.rules)
+
+    def forecast(self, sequences: PassSize, *, evaluation: bool = True) -> Forecast:
+        """evaluation: whether that is of interest too; without, it counts as nothing."""
+        zero, cluster = self.zero, self.cluster
+        stages = self.stages(sequences)
+        before, working, moment = self._at_the_peak(stages)
+        passing = {"gathered layers": self._gathered_bytes(), "buckets": self._bucket_bytes()}
+        passing |= {"activations": before, "layer at work": working}
+        lasting = self._lasting()
+        on_gpu = {kind: size for kind, (size, on_host) in lasting.items() if not on_host}
+        on_host = {kind: size for kind, (size, on_host) in lasting.items() if on_host}
+        return Forecast(
+            lasting=dict.fromkeys(lasting, 0) | on_gpu,
+            passing=passing,
+            moment=moment,
+            logits=next(stage.peak for stage in stages if stage.name == "logits"),
+            update=0 if zero.offload_optimizer else self._update_bytes(),
+            evaluation=self._evaluation(sequences, sum(on_gpu.values())) if evaluation else {},
+            host=self._host(sum(on_host.values()), cluster.gpus_per_node),
+            disk=self._slices_bytes(num_ranks=1),
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            gathered=self.gathered,
+        )
+
+    def stages(self, sequences: PassSize) -> list[Stage]:
+        if sequences not in self._stages:
+            self._stages[sequences] = probe_stages(self.model, sequences)
+        return self._stages[sequences]
+
+    def _shares(self, num_ranks: int, *, trained_only: bool) -> int:
+        """Elements of a rank: each tensor's part, padded."""
+        parameters = (p for p in self.model.parameters() if p.requires_grad or not trained_only)
+        return sum(-(-p.numel() // num_ranks) for p in parameters)
+
+    def _lasting(self) -> dict[str, tuple[int, bool]]:
+        """Kind -> (bytes of a rank, whether the host holds them)."""
+        zero, num_ranks, element = self.zero, self.cluster.num_gpus, element_bytes(self.config)
+        trained = self._shares(num_ranks, trained_only=True)
+        weights = self._shares(num_ranks, trained_only=False) * element
+        second = self._shares(zero.secondary_ranks, trained_only=False) * element if zero.secondary_ranks > 1 else 0
+        has_master = element == 2 or zero.offload_optimizer or zero.offload_param  # runtime.engine.share_fp32_weights
+        # Offloaded, the gradients lie there twice: as they are summed up, and in fp32 for the update.
+        gradients = trained * (zero.grad_bytes + (4 if zero.offload_optimizer else 0))
+        # A rank on CPU has no other memory to offload to.
+        optimizer_away = zero.offload_optimizer and not self.cluster.on_cpu
+        return {
+            "weights": (weights, zero.offload_param and not self.cluster.on_cpu),
+            "second copy (hpZ)": (second, False),
+            "gradients": (gradients, optimizer_away),
+            "master weights": (trained * MASTER_BYTES if has_master else 0, optimizer_away),
+            "Adam": (trained * ADAM_BYTES, optimizer_away),
+        }
+
+    def _gathered_bytes(self) -> int:
+        """Alone, a rank has all weights at hand already."""
+        gathered, element = self.gathered, element_bytes(self.config)
+        if self.cluster.num_gpus == 1:
+            return (gathered.peak + gathered.persistent) * element if self.zero.offload_param else 0
+        return (gathered.peak + gathered.persistent + gathered.largest_fetch) * element
+
+    def _bucket_bytes(self) -> int:
+        """The bucket of gradients, its copy sorted by rank, and a gradient too large for it that waits for the next.
+
+        The largest two, of the embedding and of lm_head, wait for nothing: small ones follow or none.
+        """
+        inner = self.model.model
+        ends = {inner.embed_tokens.weight, self.model.lm_head.weight}
+        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad and p not in ends]
+        bucket = min(self.zero.reduce_bucket, self._shares(1, trained_only=True))
+        waiting = max((size for size in sizes if size > self.zero.reduce_bucket), default=0)
+        return (2 * bucket + waiting) * element_bytes(self.config)
+
+    def _at_the_peak(self, stages: list[Stage]) -> tuple[int, int, str]:
+        """peak_of, or, on CPU, the moment when gloo copies the gradient of lm_head to send it."""
+        usual = peak_of(stages)
+        head = self.model.lm_head.weight
+        if not self.cluster.on_cpu or not head.requires_grad:
+            return usual
+        before = kept_bytes(stages[:-1])
+        message = 2 * head.numel() * element_bytes(self.config)
+        return max(usual, (before, message, "message"), key=lambda moment: moment[0] + moment[1])
+
+    def _update_bytes(self) -> int:
+        """The gradients of a sub-group in fp32, its parts of the fused update, and what stays of the training pass."""
+        zero, num_ranks = self.zero, self.cluster.num_gpus
+        largest = 0
+        for group in parameter_groups(self.model, self.config.train.weight_decay):
+            size = 0
+            for parameter in group["params"]:
+                size = 0 if size >= zero.sub_group else size
+                size += -(-parameter.numel() // num_ranks)
+                largest = max(largest, size)
+        temporary = 8 if self.cluster.on_cpu else 0  # two more, since torch's AdamW on CPU works tensor by tensor
+        per_element = 4 + (zero.grad_bytes if zero.grad_bytes != 4 else 0) + temporary
+        bucket = min(zero.reduce_bucket, self._shares(1, trained_only=True)) * element_bytes(self.config)
+        return largest * per_element + bucket + self.gathered.persistent * element_bytes(self.config)
+
+    def _evaluation(self, sequences: PassSize, lasting: int) -> dict[str, int]:
+        """At evaluate.batch_size photos."""
+        config, element = self.config, element_bytes(self.config)
+        model = sequences.config_of(self.model_config)
+        prompt = max(1, sequences.turn_tokens - sequences.labelled_tokens)
+        batch_size = min(config.evaluate.batch_size, config.evaluate.max_samples or config.evaluate.batch_size)
+        asked = replace(sequences, num_images=batch_size, turn_tokens=prompt, labelled_tokens=1)
+        slots = model.num_patches + 3 + asked.text_tokens + asked.turns * (config.evaluate.max_new_tokens - 1)
+        cache = 2 * asked.num_images * slots * model.hidden_size * model.num_hidden_layers * element
+        whole = sum(p.numel() for p in self.model.parameters()) * element
+        free = self.cluster.gpu_gib * GIB - self.cluster.reserved_bytes - lasting
+        once = config.evaluate.gather == "once" or (
+            config.evaluate.gather == "auto" and whole <= FREE_SHARE * free and self.cluster.num_gpus > 1
+        )
+        return {
+            "all weights" if once else "gathered layers": whole if once else self._gathered_bytes(),
+            "buckets": min(self.zero.reduce_bucket, self._shares(1, trained_only=True)) * element,
+            "keys and values": cache,
+            "layer at work": forward_peak(self.stages(asked)),
+        }
+
+    def _slices_bytes(self, num_ranks: int) -> int:
+        """What a rank writes of a checkpoint: weights in fp32, and Adam's moments of those that are trained."""
+        weights = self._shares(num_ranks, trained_only=False) * MASTER_BYTES
+        return weights + self._shares(num_ranks, trained_only=True) * ADAM_BYTES
+
+    def _host(self, offloaded: int, ranks: int) -> dict[str, int]:
+        """Of a node. A checkpoint that is written in the background is copied into host memory first."""
+        per_rank = {
+            "programs": PROCESS_BYTES + self.config.data.num_workers * WORKER_BYTES,
+            "offloaded": offloaded,
+            "start": self._shares(self.cluster.num_gpus, trained_only=False) * element_bytes(self.config),
+            "saving": self._slices_bytes(self.cluster.num_gpus) if self.config.checkpoint.background else 0,
+        }
+        return {kind: size * ranks for kind, size in per_rank.items()}
+
+
+def build_on_meta(config: Config, model_config: CogVLMConfig) -> CogVLMForCausalLM:
+    """The model without data, set up as for a run."""
+    with torch.device("meta"):
+        model = CogVLMForCausalLM(model_config)
+    nn.Module.to(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    freeze(model, config.model.freeze)
+    enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
+    return model.train()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """status: fits | tight | too much. why: the arithmetic, in one line."""
+
+    status: str
+    why: str
+
+
+def judge(forecast: Forecast, cluster: Cluster, phases: Sequence[str] = PHASES) -> Verdict:
+    """Too much is what does not fit even if all that passes were 15 % less; fits is what does with 15 % more."""
+    phase = max(phases, key=forecast.peaks.__getitem__)
+    lasting, peak = forecast.lasting_bytes, forecast.peaks[phase]
+    capacity = int(cluster.gpu_gib * GIB)
+    least = lasting + int((peak - lasting) / DOUBT)
+    most = lasting + int((peak - lasting) * DOUBT) + cluster.reserved_bytes
+    kinds = [f"{size / GIB:.1f} {kind}" for kind, size in forecast.lasting.items() if size]
+    why = (
+        f"{phase} takes {peak / GIB:.1f} GiB of a {'rank' if cluster.on_cpu else 'GPU'} ("
+        + " + ".join([*kinds, f"{(peak - lasting) / GIB:.1f} that passes"])
+        + f"), and {cluster.reserved_bytes / GIB:.1f} go to the process; it has {cluster.gpu_gib:.1f}"
+    )
+    usable = capacity * (1.0 if cluster.on_cpu else 1 - FRAGMENTED_SHARE)
+    status = "too much" if least > capacity else "tight" if most > usable else "fits"
+    if cluster.host_gib is None or cluster.on_cpu:
+        return Verdict(status, why)
+    needed, host = forecast.host_peak, int(cluster.host_gib * GIB)
+    why += f". A node needs {needed / GIB:.0f} GiB of host memory and has {cluster.host_gib:.0f}"
+    if forecast.host["offloaded"] > host:
+        status = "too much"
+    elif needed > host and status == "fits":
+        status = "tight"
+    return Verdict(status, why)

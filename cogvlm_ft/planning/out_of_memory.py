@@ -1,0 +1,108 @@
+"""Out of memory: what took it, by the same arithmetic as launch/plan.py, and which setting would have fitted."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import torch
+
+from cogvlm_ft.config import Config
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.grounding.turns import most_turns
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMConfig, load_config
+from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
+from cogvlm_ft.planning.preflight import cgroup_limit, this_cluster
+from cogvlm_ft.planning.suggestions import cheaper_settings, find_limits, suggest_changes
+from cogvlm_ft.runtime.distributed import device, rank
+
+# What torch's allocators say on CPU; a failed mmap or pin comes as a RuntimeError too.
+ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR_WORDS)
+
+
+@contextmanager
+def memory_errors_explained(config: Config) -> Iterator[None]:
+    """Collective. Inside, running out of memory is a ConfigError that says what would have fitted."""
+    cluster = this_cluster()
+    cluster = replace(cluster, gpu_gib=min(cluster.gpu_gib, memory_limit() / GIB))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # The traceback's frames hold the tensors; what follows needs memory too.
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+        error.__traceback__ = None
+        model_config = load_config(config.model.path, config.model.image_size)
+        message = explain_out_of_memory(found, config, model_config, cluster, most_turns_of(config))
+    else:
+        return
+    raise ConfigError(message)
+
+
+def explain_out_of_memory(found: str, config: Config, model_config: CogVLMConfig, cluster: Cluster, turns: int) -> str:
+    """`found` is the error's own words, `cluster` what this rank may really use, `turns` those of the photo that has
+    most: all rows of a pass are as long as the longest."""
+    planner = Planner(config, model_config, cluster)
+    sequences = PassSize(num_images=config.train.micro_batch_size, turns=turns)
+    forecast = planner.forecast(sequences)
+    verdict = judge(forecast, cluster)
+    text = f"rank {rank()} ran out of memory ({found}). By the arithmetic of launch/plan.py, {verdict.why}"
+    if verdict.status != "fits":
+        changes = suggest_changes(planner, sequences)
+        fitting = find_limits(planner, sequences).micro_batch_size
+        per_rank = config.train.global_batch_size // cluster.num_gpus  # which a micro-batch must divide
+        largest = max((size for size in range(1, fitting + 1) if per_rank % size == 0), default=1)
+        if 1 < largest < config.train.micro_batch_size:
+            changes.insert(0, f"train.micro_batch_size={largest}")
+        if changes:
+            return f"{text}. What would fit: {'; or '.join(changes)}"
+    else:
+        text += (
+            f". So it should fit with {turns} short turns per photo: longer ones, other programs or a fragmented "
+            "allocator take the rest"
+        )
+    peak = max(forecast.peaks.values())
+    cheaper = cheaper_settings(planner, sequences)
+    savings = [f"{name} ({peak / GIB:.2f} -> {less / GIB:.2f} GiB)" for name, less in cheaper]
+    return f"{text}. What takes less: {'; or '.join([*savings, 'more GPUs'])}"
+
+
+def most_turns_of(config: Config) -> int:
+    """The most turns in a sequence, as far as the index of the shards knows; 1 where it cannot be read."""
+    data = config.data
+    try:
+        index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+        worded = most_turns(max(0, int(index.num_targets.max())), load_wording(data.wording))
+    except (ConfigError, DataError, OSError):
+        return 1
+    turns = max(1, worded + max(0, int(index.num_turns.max())))
+    return min(turns, data.max_turns_per_image or turns)
+
+
+def memory_limit() -> int:
+    """Bytes that this rank can have, of its GPU or, on CPU, of the host: what limits and other programs leave of it.
+
+    Of an address space (ulimit -v) much is reserved and never used; as much as now is taken off.
+    """
+    if device().type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    limits = [cgroup_limit() or psutil.virtual_memory().total]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        memory = psutil.Process().memory_info()
+        limits.append(address_space - (memory.vms - memory.rss))
+    return max(0, min(limits))

@@ -1,0 +1,266 @@
+"""Before a run: what it will take, whether it fits, what to change; as text, as JSON, and as a check when it starts."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cogvlm_ft.config import Config
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.plan import plan_samples
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.model import CogVLMConfig, load_config
+from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, Forecast, Planner, Verdict, judge
+from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
+from cogvlm_ft.planning.suggestions import Limits, find_limits, suggest_changes
+from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
+
+logger = logging.getLogger(__name__)
+
+CPU_PROCESS_BYTES = GIB // 2  # of a rank on CPU, with its libraries
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """All that is foretold of a run. num_images: of an epoch, None where nobody knows."""
+
+    planner: Planner
+    sequences: PassSize
+    forecast: Forecast
+    verdict: Verdict
+    limits: Limits
+    changes: list[str]
+    time: StepTime
+    speeds: Speeds
+    num_images: int | None
+
+
+def inspect_run(
+    config: Config,
+    model_config: CogVLMConfig,
+    cluster: Cluster,
+    sequences: PassSize,
+    speeds: Speeds,
+    num_images: int | None = None,
+) -> Preflight:
+    """`sequences` says what a pass looks like; how many photos are in it says the config."""
+    planner = Planner(config, model_config, cluster)
+    forecast = planner.forecast(sequences)
+    verdict = judge(forecast, cluster)
+    return Preflight(
+        planner=planner,
+        sequences=sequences,
+        forecast=forecast,
+        verdict=verdict,
+        limits=find_limits(planner, sequences),
+        changes=[] if verdict.status == "fits" else suggest_changes(planner, sequences),
+        time=time_step(planner, forecast, sequences, speeds),
+        speeds=speeds,
+        num_images=num_images,
+    )
+
+
+def count_images(config: Config) -> int | None:
+    """Photos of a training epoch, where the shards can be read from here."""
+    data = config.data
+    try:
+        index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    except (DataError, ConfigError):
+        return None
+    plan = plan_samples(index.source_sizes, index.source_weights, global_batch_size=1, seed=config.seed)
+    return plan.num_samples
+
+
+def check_fits(config: Config) -> None:
+    """Collective. Before anything is loaded: what cannot fit ends with the arithmetic, unless `plan` says else."""
+    if config.plan == "ignore":
+        return
+    _, _, verdict = judge_start(config, this_cluster())
+    level = logging.INFO if verdict.status == "fits" else logging.WARNING
+    logger.log(level, "memory: %s: %s", verdict.status, verdict.why)
+
+
+def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, Forecast, Verdict]:
+    """How a run would begin on that cluster; ConfigError if it cannot fit and plan=refuse.
+
+    Refused is only what would not fit with 15 % less of all that is estimated, with one short turn per photo.
+    """
+    planner = Planner(config, load_config(config.model.path, config.model.image_size), cluster)
+    forecast = planner.forecast(smallest_pass(config))
+    verdict = judge(forecast, cluster)
+    if verdict.status == "too much" and config.plan == "refuse":
+        raise ConfigError(
+            f"this run cannot fit on {cluster.num_gpus} {'ranks' if cluster.on_cpu else 'GPUs'}: {verdict.status}: "
+            f"{verdict.why}. What would fit: {what_would_fit(planner)}. launch/plan.py shows all "
+            "figures; plan=warn starts it all the same"
+        )
+    return planner, forecast, verdict
+
+
+def smallest_pass(config: Config) -> PassSize:
+    """One short turn per photo."""
+    return PassSize(num_images=config.train.micro_batch_size, turns=1)
+
+
+def what_would_fit(planner: Planner) -> str:
+    """Of the smallest pass, in words."""
+    return "; or ".join(suggest_changes(planner, smallest_pass(planner.config))) or "nothing that was tried"
+
+
+def this_cluster() -> Cluster:
+    """Collective. The machines of this run; of different ones the smallest."""
+    return cluster_of(from_main(gather_to_main(machine_facts())))
+
+
+def machine_facts() -> tuple[str, int, int]:
+    """Of this rank: host name, bytes of its memory, bytes of its GPU (0: on CPU)."""
+    on_cpu = device().type != "cuda"
+    gpu_bytes = 0 if on_cpu else torch.cuda.get_device_properties(device()).total_memory
+    return socket.gethostname(), cgroup_limit() or psutil.virtual_memory().total, gpu_bytes
+
+
+def cgroup_limit() -> int | None:
+    """The least that a cgroup around this process allows, None without one: psutil knows only the machine."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
+        )
+        folder = Path(root, path.lstrip("/"))
+        for place in (folder, *folder.parents):
+            file = place / name
+            text = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
+            limits += [int(text)] if text.isdecimal() else []
+    least = min(limits, default=None)
+    return least if least is not None and least < psutil.virtual_memory().total else None
+
+
+def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:
+    """Of the `machine_facts` of all ranks."""
+    on_cpu = device().type != "cuda"
+    ranks = Counter(host for host, _, _ in facts)
+    ranks_per_node = max(ranks.values())
+    host_bytes = min(memory for _, memory, _ in facts)
+    gpu_bytes = host_bytes // ranks_per_node if on_cpu else min(gpu for _, _, gpu in facts)
+    return Cluster(
+        num_nodes=len(ranks),
+        gpus_per_node=ranks_per_node,
+        gpu_gib=gpu_bytes / GIB,
+        host_gib=None if on_cpu else host_bytes / GIB,
+        reserved_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_BYTES,
+        on_cpu=on_cpu,
+    )
+
+
+def as_json(preflight: Preflight) -> dict[str, Any]:
+    """Everything, in bytes, seconds and operations, for other programs."""
+    forecast, time = preflight.forecast, preflight.time
+    return {
+        "verdict": asdict(preflight.verdict),
+        "changes": preflight.changes,
+        "limits": asdict(preflight.limits),
+        "cluster": asdict(preflight.planner.cluster),
+        "pass": asdict(preflight.sequences),
+        "gpu_bytes": {
+            "lasting": forecast.lasting,
+            "passing": forecast.passing,
+            "update": forecast.update,
+            "logits": forecast.logits,
+            "evaluation": forecast.evaluation,
+            "peaks": forecast.peaks,
+        },
+        "host_bytes": {**forecast.host, "peak": forecast.host_peak},
+        "checkpoint_bytes": forecast.disk,
+        "num_parameters": forecast.num_parameters,
+        "step": asdict(time),
+        "epoch_s": time.epoch_s(preflight.num_images) if preflight.num_images else None,
+        "num_images": preflight.num_images,
+        "speeds": asdict(preflight.speeds),
+    }
+
+
+def as_text(preflight: Preflight) -> str:
+    """For people, at a terminal."""
+    forecast, cluster, sequences = preflight.forecast, preflight.planner.cluster, preflight.sequences
+    config, model = preflight.planner.config, sequences.config_of(preflight.planner.model_config)
+    lines = [
+        f"{forecast.num_parameters / 1e9:.2f} billion parameters, {model.image_size} px, {config.train.precision}, "
+        f"{config.deepspeed}",
+        f"{cluster.num_gpus} GPUs ({cluster.num_nodes} x {cluster.gpus_per_node}) of {cluster.gpu_gib:.1f} GiB; "
+        f"in a pass {sequences.num_images} x {sequences.turns} turns of {sequences.turn_tokens} tokens",
+        "",
+        "one GPU, GiB",
+        *_rows(forecast.lasting, "exact"),
+        *_rows(forecast.passing, f"when most is needed: {forecast.moment}"),
+        _row("training, at most", forecast.peaks["training"]),
+        _row("of it: update", forecast.lasting_bytes + forecast.update, "while the optimizer works"),
+        _row("of it: logits", forecast.logits, "the loss alone"),
+        *_rows(forecast.evaluation, f"evaluation of {config.evaluate.batch_size} photos together"),
+        _row("evaluation, at most", forecast.peaks["evaluation"]),
+        "",
+        "one node, GiB of host memory",
+        *_rows({kind: forecast.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
+        _row("at most", forecast.host_peak, "the start passes before anything is saved"),
+        "",
+        *_time_lines(preflight),
+        "",
+        f"{preflight.verdict.status}: {preflight.verdict.why}",
+    ]
+    lines += [f"  would fit: {change}" for change in preflight.changes]
+    limits = preflight.limits
+    lines.append(
+        f"largest that fit, each by itself: train.micro_batch_size={limits.micro_batch_size}, "
+        f"model.image_size={limits.image_size}, evaluate.batch_size={limits.evaluate_batch_size}"
+    )
+    return "\n".join([*lines, *_warnings(preflight)])
+
+
+def _row(kind: str, size: int, note: str = "") -> str:
+    return f"  {kind:<22}{size / GIB:>9.2f}  {note}".rstrip()
+
+
+def _rows(sizes: dict[str, int], note: str = "") -> list[str]:
+    """The note stands once, in the first row."""
+    rows = [(kind, size) for kind, size in sizes.items() if size]
+    return [_row(kind, size, "" if number else note) for number, (kind, size) in enumerate(rows)]
+
+
+def _time_lines(preflight: Preflight) -> list[str]:
+    time, speeds, config = preflight.time, preflight.speeds, preflight.planner.config
+    lines = [
+        f"a step: {time.num_images} photos, {time.num_tokens:,} tokens, {time.num_micro_batches} passes per GPU, "
+        f"{time.flops / 1e15:.2f} PFLOP and {time.recomputed_flops / 1e15:.2f} recomputed",
+        f"  {time.step_s:.2f} s = computing {time.compute_s:.2f} ({speeds.mfu:.0%} of {speeds.tflops:g} TFLOP/s in "
+        f"{number_format(config)}), messages {time.messages_s:.2f} ({time.messages_bytes / 1e9:.0f} GB per GPU), "
+        f"update {time.update_s:.2f}; messages "
+        + ("hide behind computing" if preflight.planner.zero.overlap_comm else "come on top"),
+        f"a checkpoint: {preflight.forecast.disk / 1e9:.1f} GB, {time.checkpoint_s:.0f} s of standstill at "
+        f"{speeds.disk_gb_s:g} GB/s; {config.checkpoint.keep_last + 2} of them at most",
+    ]
+    if preflight.num_images:
+        hours = time.epoch_s(preflight.num_images) / 3600
+        lines.append(
+            f"an epoch: {preflight.num_images:,} photos, {hours:.2f} h with its checkpoint, without evaluation"
+        )
+    return lines
+
+
+def _warnings(preflight: Preflight) -> list[str]:
+    sequences, data = preflight.sequences, preflight.planner.config.data
+    length = sequences.config_of(preflight.planner.model_config).num_patches + 3 + sequences.text_tokens
+    if length <= data.max_sequence_length:
+        return []
+    limit = data.max_sequence_length
+    return [f"every such photo would be refused: it takes {length} tokens, data.max_sequence_length={limit}"]

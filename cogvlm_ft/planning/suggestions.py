@@ -1,0 +1,114 @@
+"""What to change when a run does not fit, and how far it could go when it does: every suggestion is forecast itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cogvlm_ft.config import Config
+from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.memory import Planner, judge
+
+LARGEST_IMAGE_PX, LARGEST_BATCH, MOST_NODES = 2240, 256, 64
+OFFLOADS = ("configs/deepspeed/zero3_offload_optimizer.json", "configs/deepspeed/zero3_offload_all.json")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest values that fit, everything else as it is; 0: not even the smallest."""
+
+    micro_batch_size: int
+    image_size: int
+    evaluate_batch_size: int
+
+
+def find_limits(planner: Planner, sequences: PassSize) -> Limits:
+    patch = planner.model_config.vision["patch_size"]
+
+    def trains(shown: PassSize) -> bool:
+        forecast = planner.forecast(shown, evaluation=False)
+        return judge(forecast, planner.cluster, ("training",)).status == "fits"
+
+    def evaluates(batch_size: int) -> bool:
+        evaluate = replace(planner.config.evaluate, batch_size=batch_size)
+        forecast = planner.changed(replace(planner.config, evaluate=evaluate)).forecast(sequences)
+        return judge(forecast, planner.cluster, ("evaluation",)).status == "fits"
+
+    return Limits(
+        micro_batch_size=_largest(lambda n: trains(replace(sequences, num_images=n)), LARGEST_BATCH),
+        image_size=patch
+        * _largest(lambda n: trains(replace(sequences, image_size=n * patch)), LARGEST_IMAGE_PX // patch),
+        evaluate_batch_size=_largest(evaluates, LARGEST_BATCH),
+    )
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n up to `most` with fits(n), for a property that ends somewhere; 0 if it does not hold for 1."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def suggest_changes(planner: Planner, sequences: PassSize) -> list[str]:
+    """Each line alone makes the run fit; if none does, all the savings together are tried."""
+    config, cluster = planner.config, planner.cluster
+    found = [text for text, change in _savings(config) if _fits(planner.changed(change), sequences)]
+    for nodes in range(cluster.num_nodes + 1, MOST_NODES + 1):
+        more = replace(cluster, num_nodes=nodes)
+        if _fits(planner.changed(cluster=more), sequences):
+            found.append(f"{more.num_gpus} GPUs ({nodes} nodes of {cluster.gpus_per_node})")
+            break
+    if not found:
+        texts = [text for text, _ in _savings(config)]
+        if texts and _fits(planner.changed(_all_savings(config)), sequences):
+            found.append(" together with ".join(texts))
+    return found
+
+
+def cheaper_settings(planner: Planner, sequences: PassSize) -> list[tuple[str, int]]:
+    """(what to write, bytes at the peak with it) for each saving that helps at all, the best one first."""
+    peak = max(planner.forecast(sequences).peaks.values())
+    found = []
+    for text, change in _savings(planner.config):
+        shown = replace(sequences, num_images=change.train.micro_batch_size)
+        found.append((text, max(planner.changed(change).forecast(shown).peaks.values())))
+    return sorted([each for each in found if each[1] < peak], key=lambda each: each[1])
+
+
+def _fits(planner: Planner, sequences: PassSize) -> bool:
+    shown = replace(sequences, num_images=planner.config.train.micro_batch_size)
+    return judge(planner.forecast(shown), planner.cluster).status == "fits"
+
+
+def _savings(config: Config) -> list[tuple[str, Config]]:
+    """(what to write, the settings with it) for all that is not done yet."""
+    train, evaluate, model = config.train, config.evaluate, config.model
+    found = []
+    if evaluate.batch_size > 1:
+        small = replace(evaluate, batch_size=1)
+        found.append(("evaluate.batch_size=1", replace(config, evaluate=small)))
+    if train.micro_batch_size > 1:
+        one = replace(train, micro_batch_size=1)
+        found.append(("train.micro_batch_size=1", replace(config, train=one)))
+    if model.gradient_checkpointing not in ("all", "1"):
+        everything = replace(model, gradient_checkpointing="all")
+        found.append(("model.gradient_checkpointing=all", replace(config, model=everything)))
+    if train.precision != "bf16":
+        coarse = replace(train, precision="bf16")
+        found.append(("train.precision=bf16", replace(config, train=coarse)))
+    for path in OFFLOADS:
+        if config.deepspeed != path and "offload_all" not in config.deepspeed:
+            found.append((f"deepspeed={path}", replace(config, deepspeed=path)))
+    return found
+
+
+def _all_savings(config: Config) -> Config:
+    for _ in range(len(_savings(config))):
+        rest = _savings(config)
+        config = rest[0][1] if rest else config
+    return config

@@ -1,0 +1,268 @@
+"""Photos, folders and JSONL of questions -> predictions.jsonl and drawn pictures; a line for each question."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
+from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.grounding.targets import Turn
+from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies
+from cogvlm_ft.predict.steps import MAX_PHRASES, conversation_turns, target_turns
+
+PREDICTIONS_FILE, PICTURES_FOLDER = "predictions.jsonl", "pictures"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PROMPT_CHARACTERS = 4000
+MAX_FILE_BYTES = 500_000_000
+MAX_QUESTIONS = 64
+"""About one photo, before it is read and drawn again."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing that was given: a prompt, or targets to ask for; or why it cannot be asked.
+
+    name: what to call the photo in the results. in_steps: the prompt begins a conversation.
+    """
+
+    path: Path
+    name: str
+    prompt: str = ""
+    targets: tuple[str, ...] = ()
+    in_steps: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of questions: answered and failed are all that were given. reasons: how often each went wrong."""
+
+    answered: int
+    failed: int
+    reasons: dict[str, int]
+
+
+def read_questions(
+    source: Path, prompts: Sequence[str], targets: Sequence[str] = (), *, in_steps: bool = False
+) -> list[Question]:
+    """The questions about a photo, about every photo below a folder, or of a JSONL file.
+
+    Raises DataError if there is nothing to ask, ConfigError if it is not clear what.
+    """
+    if source.suffix.lower() == ".jsonl" and source.is_file():
+        if prompts or targets:
+            raise ConfigError(f"{source} brings its own questions: leave --prompt and --targets out")
+        lines = source.read_bytes().splitlines()
+        questions = [_read_line(source, line, number, in_steps) for number, line in enumerate(lines, 1) if line.strip()]
+        if not questions:
+            raise DataError(f'{source} holds no line such as {{"image": "a.jpg", "prompt": "..."}}')
+        return questions
+    if not prompts and not targets:
+        raise ConfigError("nothing is asked: give --prompt or --targets")
+    photos = _photos(source)
+    asked = [Question(*photo, targets=tuple(targets)) for photo in photos] if targets else []
+    asked += [Question(*photo, prompt=prompt, in_steps=in_steps) for photo in photos for prompt in prompts]
+    checked = [_checked(question) for question in asked]
+    return sorted(checked, key=lambda question: question.name)  # stable: all questions about a photo together
+
+
+def _photos(source: Path) -> list[tuple[Path, str]]:
+    if source.is_file():
+        return [(source, source.name)]
+    if not source.is_dir():
+        raise DataError(f"--image {source}: no such file")
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise DataError(f"--image {source}: no photo below it; wanted files that end in {', '.join(SUFFIXES)}")
+    return [(path, path.relative_to(source).as_posix()) for path in found]
+
+
+def _read_line(source: Path, line: bytes, number: int, in_steps: bool) -> Question:
+    """{"image", "prompt"} or {"image", "targets"}; the image relative to the file."""
+    where = f"line {number}"
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Question(source, where, problem=f"{where} is no JSON: {error}")
+    if not isinstance(fields, dict) or not isinstance(fields.get("image"), str) or not fields["image"].strip("\0 "):
+        return Question(source, where, problem=f"{where}: wanted an object with the name of its image")
+    name, prompt, targets = fields["image"], fields.get("prompt"), fields.get("targets")
+    if isinstance(prompt, str) and targets is None:
+        return _checked(Question(source.parent / name, name, prompt, in_steps=in_steps))
+    if isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets) and prompt is None:
+        return _checked(Question(source.parent / name, name, targets=tuple(targets)))
+    return Question(source.parent / name, name, problem=f"{where}: wanted a prompt (text) or targets (list of texts)")
+
+
+def question_of(prompt: str = "", targets: Sequence[str] = ()) -> Question:
+    """About a photo that comes from no file."""
+    return _checked(Question(Path(), "", prompt, tuple(targets)))
+
+
+def _checked(question: Question) -> Question:
+    """With its problem, if this cannot be asked."""
+    texts = question.targets or (question.prompt,)
+    length = sum(map(len, texts))
+    problem = ""
+    if not all(text.strip() for text in texts):
+        problem = "an empty prompt"
+    elif length > MAX_PROMPT_CHARACTERS or len(texts) > MAX_PHRASES:
+        problem = f"{len(texts)} text(s) of {length} characters; at most {MAX_PHRASES} of {MAX_PROMPT_CHARACTERS}"
+    elif any("\ud800" <= character <= "\udfff" for text in (*texts, question.name) for character in text):
+        problem = "half of a surrogate pair in its text"
+    return Question(question.path, question.name, problem=problem) if problem else question
+
+
+def load_photo(path: Path, *, upright: bool) -> Image.Image:
+    """Raises DataError, whatever is wrong with the file."""
+    try:
+        if not path.is_file():  # a device or a pipe may never end
+            raise BadSampleError(path.name, "no_such_file", str(path))
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise BadSampleError(path.name, "too_large", f"more than {MAX_FILE_BYTES} bytes")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # a name may hold what no file's name can
+        raise BadSampleError(path.name, "unreadable_file", str(error)) from None
+    return decode_image(data, path.name, MAX_PIXELS, upright=upright)
+
+
+def answer_questions(
+    predictor: Predictor, photos: Sequence[Image.Image], questions: Sequence[Sequence[Question]]
+) -> list[list[list[Reply]]]:
+    """For every photo, for every question about it, the replies: one, or one for each step. All are asked together."""
+    wording = predictor.wording
+    begun = [(n, question.prompt) for n, row in enumerate(questions) for question in row if question.in_steps]
+    conversations = iter(
+        conversation_turns(predictor, [photos[n] for n, _ in begun], [prompt for _, prompt in begun]) if begun else []
+    )
+    turns = [[_turns(question, conversations, wording) for question in row] for row in questions]
+    answered = predictor.ask_turns(photos, [[turn for part in row for turn in part] for row in turns])
+    replies = [iter(row) for row in answered]
+    return [[list(islice(replies[n], len(part))) for part in row] for n, row in enumerate(turns)]
+
+
+def _turns(question: Question, conversations: Iterator[list[Turn]], wording: Any) -> list[Turn]:
+    if question.in_steps:
+        return next(conversations)
+    return target_turns(question.targets, wording) if question.targets else [Turn(question.prompt, "")]
+
+
+def predict_files(
+    predictor: Predictor,
+    questions: Sequence[Question],
+    out: Path,
+    *,
+    batch_size: int,
+    upright: bool = True,
+    pictures: bool = True,
+) -> Counts:
+    """Write a line of predictions.jsonl for every question, in their order, and a picture for every photo.
+
+    A photo or a question that cannot be used has a line with the reason. Raises ConfigError if `out` has results.
+    """
+    if (out / PREDICTIONS_FILE).exists():
+        raise ConfigError(f"--out {out} holds predictions already: give another folder, or take them away")
+    (out / PICTURES_FOLDER if pictures else out).mkdir(parents=True, exist_ok=True)
+    reasons: dict[str, int] = {}
+    with (out / PREDICTIONS_FILE).open("w", encoding="utf-8") as file, tqdm(total=len(questions), unit="answer") as bar:
+        numbered = enumerate(_by_photo(questions))
+        while batch := list(islice(numbered, batch_size)):
+            for lines in _predict_batch(predictor, batch, out if pictures else None, upright):
+                for line in lines:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    if "error" in line:
+                        reasons[line["reason"]] = reasons.get(line["reason"], 0) + 1
+                bar.update(len(lines))
+            file.flush()
+    failed = sum(reasons.values())
+    return Counts(len(questions) - failed, failed, reasons)
+
+
+def _by_photo(questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """Neighbours about the same photo, at most MAX_QUESTIONS."""
+    for _, same in groupby(questions, key=lambda question: question.path):
+        while group := list(islice(same, MAX_QUESTIONS)):
+            yield group
+
+
+def _predict_batch(
+    predictor: Predictor, batch: Sequence[tuple[int, list[Question]]], out: Path | None, upright: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of each photo of the batch, after its picture is drawn."""
+    good: dict[int, Image.Image] = {}
+    bad: dict[int, DataError] = {}
+    for number, group in batch:
+        try:
+            if not all(question.problem for question in group):
+                good[number] = load_photo(group[0].path, upright=upright)
+        except DataError as error:
+            bad[number] = error
+    asked = [[question for question in group if not question.problem] for n, group in batch if n in good]
+    answers = dict(zip(good, answer_questions(predictor, list(good.values()), asked), strict=True))
+    for number, group in batch:
+        replies = iter(answers.get(number, ()))
+        found = [None if question.problem or number in bad else next(replies) for question in group]
+        picture = _draw(good[number], number, group[0], found, out) if number in good and out else None
+        yield [
+            _failure(question, bad.get(number)) if part is None else _line(question, good[number], part, picture)
+            for question, part in zip(group, found, strict=True)
+        ]
+
+
+def _draw(
+    photo: Image.Image, number: int, question: Question, found: Sequence[Sequence[Reply] | None], out: Path
+) -> str | None:
+    """The name of the picture; it holds nothing of the photo's name that could lead elsewhere."""
+    replies = [reply for part in found for reply in part or ()]
+    if not replies:
+        return None
+    stem = re.sub(r"[^\w-]+", "-", Path(question.name).stem)[:80].encode()[:120].decode(errors="ignore")
+    name = f"{PICTURES_FOLDER}/{number:06d}-{stem}.png"
+    draw_replies(photo, replies).save(out / name)
+    return name
+
+
+def _line(question: Question, photo: Image.Image, replies: Sequence[Reply], picture: str | None) -> dict[str, Any]:
+    line: dict[str, Any] = {"image": question.name, "image_size_px": photo.size}
+    line["answers"] = [reply_fields(reply) for reply in replies]
+    return line | ({"picture": picture} if picture else {})
+
+
+def _failure(question: Question, error: DataError | None) -> dict[str, Any]:
+    """What was asked is not repeated where that is what is wrong: it may be long, or no text."""
+    name = question.name.encode("utf-8", "backslashreplace").decode()
+    if question.problem:
+        return {"image": name, "error": question.problem, "reason": "bad_question"}
+    asked: dict[str, Any] = {"targets": question.targets} if question.targets else {"prompt": question.prompt}
+    reason = error.reason if isinstance(error, BadSampleError) else "bad_photo"
+    return {"image": name, **asked, "error": str(error), "reason": reason}
+
+
+def reply_fields(reply: Reply) -> dict[str, Any]:
+    """For JSON; boxes null where the answer holds none that can be read."""
+    boxes = [
+        {
+            "xyxy": [round(value, 2) for value in box.xyxy],
+            "confidence": None if box.confidence is None else round(box.confidence, 4),
+            **({"phrase": box.phrase} if box.phrase is not None else {}),
+            **({"zoomed": True} if box.zoomed else {}),
+        }
+        for box in reply.boxes or ()
+    ]
+    return {
+        "prompt": reply.prompt,
+        "answer": reply.text,
+        "boxes": None if reply.boxes is None else boxes,
+        "not_found": reply.not_found,
+        "not_found_prob": None if reply.not_found_prob is None else round(reply.not_found_prob, 4),
+    }

@@ -1,0 +1,73 @@
+"""report.html: one page about a run, or about one evaluation, that needs no network and no other file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.evaluate.results import load_report
+from cogvlm_ft.report.gallery import GALLERY_FILE
+from cogvlm_ft.report.page import render_page
+from cogvlm_ft.report.thumbnails import Photos
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.html"
+NUM_PHOTOS = 8
+"""Photos of each group, at most."""
+
+
+def write_report(
+    folder: Path,
+    reader: ShardReader | None,
+    *,
+    run_folder: Path | None = None,
+    train_reader: ShardReader | None = None,
+    num_photos: int = NUM_PHOTOS,
+) -> Path:
+    """report.html in an evaluation's folder; with `run_folder` about the whole run, and there too, until the next one.
+
+    reader: of the photos that were asked about; train_reader: of those it was trained on. Without them, the page shows
+    the photos that the evaluation kept. Raises DataError for files that cannot be read.
+    """
+    report = load_report(folder, run_folder)
+    photos, train_photos = Photos(reader, _kept_photos(folder)), Photos(train_reader)
+    page = render_page(report, photos, train_photos, num_photos).encode("utf-8", "backslashreplace")
+    path = folder / REPORT_FILE
+    _write(path, page)
+    if run_folder is not None:
+        path = run_folder / REPORT_FILE
+        _write(path, page)
+    return path
+
+
+def try_report(folder: Path, reader: ShardReader | None, **options: Any) -> Path | None:
+    """`write_report`, but whatever goes wrong is a warning: a page is no reason to end a training."""
+    try:
+        return write_report(folder, reader, **options)
+    except Exception:
+        logger.warning("no %s for %s", REPORT_FILE, folder, exc_info=True)
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Aside and renamed: somebody may be looking at it."""
+    partial = path.with_name(f".tmp-{path.name}")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _kept_photos(folder: Path) -> dict[str, Path]:
+    """Photos that evaluations of this run kept, by key."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.parent.glob(f"step-*/{GALLERY_FILE}")):
+        try:
+            photos = dict(json.loads(path.read_text(encoding="utf-8"))["photos"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read: {error!r}") from None
+        found |= {key: folder.parent / file for key, file in photos.items()}
+    return {key: path for key, path in found.items() if path.is_file()}

@@ -1,0 +1,128 @@
+"""What W&B shows of a run's folder, while it trains and afterwards."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cogvlm_ft.checkpoints.checkpoint import checkpoint_name
+from cogvlm_ft.config import WANDB_MODES
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.evaluate.evaluate import PREDICTIONS_FILE
+from cogvlm_ft.evaluate.results import EVALUATIONS, former_evaluation
+from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
+from cogvlm_ft.report.gallery import (
+    TABLE_COLUMNS,
+    choose,
+    load_pictures,
+    read_predictions,
+    save_gallery,
+    table_rows,
+)
+from cogvlm_ft.tracking.metrics_log import METRICS_FILE, read_rows
+from cogvlm_ft.tracking.tracker import read_run_file
+from cogvlm_ft.tracking.wandb_run import WandbRun
+
+logger = logging.getLogger(__name__)
+
+MAX_TABLE_ROWS = 200
+
+
+def evaluation_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / EVALUATIONS / checkpoint_name(step)
+
+
+def save_pictures(folder: Path, reader: ShardReader, num_photos: int) -> None:
+    """Beside the predictions of an evaluation, the photos to look at: `num_photos` of each group."""
+    before = former_evaluation(folder)
+    try:
+        former = read_predictions(before / PREDICTIONS_FILE) if before else []
+    except DataError as error:  # a picture is no reason to end a training
+        logger.warning("no newly lost photos: %s", error)
+        former = []
+    gallery = choose(read_predictions(folder / PREDICTIONS_FILE), former, num_photos)
+    save_gallery(gallery, folder, reader)
+
+
+def show_evaluation(wandb_run: WandbRun, folder: Path, epoch: float) -> None:
+    """The pictures and predictions that an evaluation left in its folder. Raises DataError."""
+    if not wandb_run.is_recording:
+        return
+    predictions = read_predictions(folder / PREDICTIONS_FILE)
+    wandb_run.log_pictures(epoch, load_pictures(folder, predictions))
+    wandb_run.log_table(epoch, TABLE_COLUMNS, table_rows(predictions, MAX_TABLE_ROWS))
+
+
+def replay(
+    run_folder: Path,
+    *,
+    mode: str = "auto",
+    project: str | None = None,
+    entity: str | None = None,
+    new_run: bool = False,
+) -> WandbRun:
+    """Send what a training left in its folder to W&B as one run, under the id it trained with; finished when returned.
+
+    new_run: under another id, for a run that W&B knows already, wholly or in part.
+    Raises DataError for files that cannot be read, ConfigError if W&B does not take the run.
+    """
+    if mode not in WANDB_MODES or mode == "disabled":
+        raise ConfigError(f"--mode: found {mode!r}, wanted auto, online or offline")
+    identity = read_run_file(run_folder)
+    rows = read_rows(run_folder / METRICS_FILE)
+    identity |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
+    if new_run:
+        identity["run_id"] = secrets.token_hex(4)
+    wandb_run = WandbRun(run_folder, mode=mode, is_new=True, lower_is_better=LOWER_IS_BETTER, **identity)
+    advice = "If it holds this run already, give --new-run; without a network, --mode offline"
+    _check(wandb_run, advice)
+    for row in tqdm(rows, desc="replay", unit="row", disable=None):
+        _send(wandb_run, run_folder, row)
+    wandb_run.finish()
+    _check(wandb_run, advice)
+    return wandb_run
+
+
+def _check(wandb_run: WandbRun, advice: str) -> None:
+    """Raises ConfigError if W&B did not take something, or nothing at all."""
+    if wandb_run.stopped_by is not None:
+        raise ConfigError(f"W&B did not take it ({wandb_run.stopped_by}). {advice}")
+    if not wandb_run.place:
+        raise ConfigError("W&B is switched off: found WANDB_MODE=disabled, wanted another one, or --mode")
+
+
+def _send(wandb_run: WandbRun, run_folder: Path, row: dict[str, Any]) -> None:
+    values = {name: value for name, value in row.items() if name not in ("kind", "step")}
+    if row["kind"] == "train":
+        wandb_run.log_train(row["step"], values)
+    elif row["kind"] == "val":
+        epoch = values.pop("epoch")
+        wandb_run.log_val(epoch, row["step"], values)
+        try:
+            show_evaluation(wandb_run, evaluation_folder(run_folder, row["step"]), epoch)
+        except DataError as error:  # the curves are worth sending without it
+            logger.warning("%s: sent without pictures and predictions", error)
+    elif row["kind"] == "summary":
+        wandb_run.summary(values)
+
+
+def note_export(run_folder: Path, export: Path, alias: str, *, mode: str = "auto") -> WandbRun:
+    """Note an exported model in the W&B run of its training: a reference, nothing is uploaded.
+
+    Raises DataError if one of the folders is something else, ConfigError if W&B does not take it.
+    """
+    weights = sorted(export.glob("*.safetensors"))
+    if not weights or not (export / "config.json").exists():
+        raise DataError(f"{export}: wanted a model folder with config.json and *.safetensors, as exports are")
+    wandb_run = WandbRun(run_folder, mode=mode, **read_run_file(run_folder))
+    _check(wandb_run, "Without a network, give --mode offline")
+    num_bytes = sum(path.stat().st_size for path in export.iterdir() if path.is_file())
+    wandb_run.log_export(export, alias, {"num_bytes": num_bytes, "num_weight_files": len(weights)})
+    wandb_run.finish()
+    _check(wandb_run, "Without a network, give --mode offline")
+    return wandb_run

@@ -1,0 +1,74 @@
+"""What this rank holds of the training state under ZeRO-3: its part of every parameter and of Adam's two moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from cogvlm_ft.runtime.distributed import rank
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def local_range(parameter: Any) -> tuple[int, int]:
+    """Return the elements [start, stop) of the flattened parameter that this rank holds, without ZeRO-3's padding."""
+    size = parameter.ds_tensor.numel()
+    return min(rank() * size, parameter.ds_numel), min((rank() + 1) * size, parameter.ds_numel)
+
+
+def local_weight(parameter: Any) -> Tensor:
+    """Return this rank's part in float32, padding included: the fp32 master weight, or the frozen weight itself."""
+    master = safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
+    return parameter.ds_tensor.data.float() if master is None else master
+
+
+def local_moment(parameter: Any, moment: str) -> Tensor:
+    """Return this rank's part of one of `MOMENTS` in float32, padding included."""
+    return safe_get_local_optimizer_state(parameter, moment)
+
+
+def set_local_weight(parameter: Any, values: Tensor) -> None:
+    """Overwrite this rank's part of the weight and of its fp32 master."""
+    if parameter.requires_grad:
+        safe_set_local_fp32_param(parameter, values)
+    parameter.ds_tensor.data.copy_(values)
+
+
+def set_local_moment(parameter: Any, values: Tensor, moment: str) -> None:
+    """Overwrite this rank's part of one of `MOMENTS`; `reset_moments` must have made it."""
+    safe_set_local_optimizer_state(parameter, values, moment)
+
+
+def reset_moments(engine: Any, step: int) -> None:
+    """Create Adam's state for every trained parameter, as if `step` updates had left moments of zero."""
+    optimizer = engine.optimizer.optimizer
+    is_torch = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's optimizers count in an int
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        optimizer.state[flat] = {
+            "step": torch.tensor(float(step), device=flat.device) if is_torch else step,
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+
+
+def optimizer_step(engine: Any) -> int:
+    """Return the number of updates Adam has made; it has no moments before the first."""
+    states = engine.optimizer.optimizer.state
+    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
+
+
+@contextlib.contextmanager
+def overwriting_state(engine: Any) -> Iterator[None]:
+    """Collective. Wrap changes to the local state; afterwards every copy that other ranks hold is current again."""
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()  # small weights that every rank holds whole, hpZ's copies

@@ -1,0 +1,109 @@
+"""The loss of every training sample in every epoch, one file per rank: who stays high is often labelled wrongly.
+
+sample_losses/rank-00000.jsonl      {"step": 7, "epoch": 0, "key": "photo-12", "loss": 31.4, "tokens": 25}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.tracking.metrics_log import append_text, json_value, open_metrics, truncate_after
+
+FOLDER = "sample_losses"
+NUM_EPOCHS = 3
+"""A loss is high if it was high in so many epochs, up to the last one."""
+
+
+@dataclass(frozen=True)
+class HighLoss:
+    """A training sample whose loss stays high.
+
+    ratio: the least that its loss per token was, in any of the epochs, as a multiple of that epoch's median.
+    per_token: [(epoch from 0, loss per token)], oldest first.
+    """
+
+    key: str
+    ratio: float
+    per_token: tuple[tuple[int, float], ...]
+
+
+class SampleLosses:
+    """Appends what this rank sees. No rank waits for another."""
+
+    def __init__(self, run_folder: Path, rank: int, world_size: int, step: int) -> None:
+        """step: where the training goes on; what an earlier attempt recorded after it is dropped, as it comes again.
+
+        That attempt may have had more ranks: each rank takes care of every world_size-th file.
+        """
+        self.path = run_folder / FOLDER / f"rank-{rank:05d}.jsonl"
+        open_metrics(self.path)
+        for path in sorted(self.path.parent.glob("rank-*.jsonl")):
+            if int(path.stem.removeprefix("rank-")) % world_size == rank:
+                open_metrics(path)
+                truncate_after(path, step)
+
+    def add(self, step: int, epoch: int, keys: Sequence[str], losses: Sequence[float], tokens: Sequence[int]) -> None:
+        """The sums over the answers' tokens, of one optimizer step. Samples without tokens, as fillers are, are left
+        out."""
+        rows = [
+            json.dumps({"step": step, "epoch": epoch, "key": key, "loss": json_value(loss), "tokens": num}) + "\n"
+            for key, loss, num in zip(keys, losses, tokens, strict=True)
+            if num
+        ]
+        append_text(self.path, "".join(rows))
+
+
+def read_sample_losses(run_folder: Path) -> dict[int, dict[str, float]]:
+    """Loss per token by epoch and key; a photo in several sequences of an epoch has one for all of them.
+
+    Empty if nothing was recorded. Raises DataError.
+    """
+    sums: dict[int, dict[str, tuple[float, int]]] = {}
+    for row in _rows(run_folder):
+        of_epoch = sums.setdefault(row["epoch"], {})
+        loss, tokens = of_epoch.get(row["key"], (0.0, 0))
+        of_epoch[row["key"]] = (loss + row["loss"], tokens + row["tokens"])
+    return {
+        epoch: {key: loss / tokens for key, (loss, tokens) in of_epoch.items()}
+        for epoch, of_epoch in sorted(sums.items())
+    }
+
+
+def _rows(run_folder: Path) -> Iterator[dict[str, Any]]:
+    """Those with a finite loss; the unfinished last line of a running training is not one."""
+    for path in sorted((run_folder / FOLDER).glob("rank-*.jsonl")):
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    row = json.loads(line) if line.endswith("\n") else {"loss": None}
+                    if row["loss"] is not None:
+                        yield row
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({error!r}); wanted the losses that a training records") from None
+
+
+def find_high_losses(losses: dict[int, dict[str, float]], num_samples: int) -> list[HighLoss]:
+    """The samples that were above the median in each of the last NUM_EPOCHS epochs they were seen in, worst first.
+
+    losses: as `read_sample_losses` gives them. After one epoch a high loss says little, so two are needed.
+    """
+    medians = {epoch: median(of_epoch.values()) for epoch, of_epoch in losses.items()}
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for epoch in sorted(losses, reverse=True):
+        for key, loss in losses[epoch].items():
+            of_key = seen.setdefault(key, [])
+            if len(of_key) < NUM_EPOCHS:
+                of_key.append((epoch, loss))
+    ratios = {
+        key: min(loss / max(medians[epoch], 1e-9) for epoch, loss in of_key)
+        for key, of_key in seen.items()
+        if len(of_key) > 1
+    }
+    worst = sorted((key for key, ratio in ratios.items() if ratio > 1), key=lambda key: (-ratios[key], key))
+    return [HighLoss(key, ratios[key], tuple(reversed(seen[key]))) for key in worst[:num_samples]]

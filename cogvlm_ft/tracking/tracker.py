@@ -1,0 +1,102 @@
+"""What a run measured: metrics.jsonl always (the truth), Weights & Biases beside it. Only rank 0 has a tracker."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.config import WANDB_MODES
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.tracking.metrics_log import METRICS_FILE, append_row, open_metrics, truncate_after
+from cogvlm_ft.tracking.provenance import without_passwords
+from cogvlm_ft.tracking.wandb_run import WandbRun
+
+RUN_FILE = "run.json"
+
+Values = Mapping[str, Any]
+
+
+class Tracker:
+    """Appends to metrics.jsonl in `output_dir` and mirrors to W&B, whose trouble never ends a training.
+
+    mode: as `WandbRun` describes it. In each, run.json holds what launch/wandb_sync.py needs to send it later.
+    run_id: of the run to go on with; None: the one in run.json, else a new one. So an attempt that is killed before its
+        first checkpoint goes on with the same run too.
+    config: shown in W&B as the configuration of the run. lower_is_better: as for `WandbRun`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        project: str = "cogvlm-ft",
+        entity: str | None = None,
+        name: str | None = None,
+        mode: str = "auto",
+        run_id: str | None = None,
+        config: Values | None = None,
+        lower_is_better: Collection[str] = (),
+    ) -> None:
+        if mode not in WANDB_MODES:
+            raise ConfigError(f"tracking mode: found {mode!r}, wanted one of {', '.join(WANDB_MODES)}")
+        folder = Path(output_dir)
+        self.metrics_path = folder / METRICS_FILE
+        open_metrics(self.metrics_path)
+        if run_id is None and (folder / RUN_FILE).exists():
+            run_id = read_run_file(folder)["run_id"]
+        self.run_id = run_id or secrets.token_hex(4)
+        identity: dict[str, Any] = {"run_id": self.run_id, "project": project, "entity": entity, "name": name}
+        identity["config"] = without_passwords(dict(config or {}))
+        _write_run_file(folder, identity)
+        self.wandb = WandbRun(folder, mode=mode, lower_is_better=lower_is_better, **identity)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder of the W&B run, for `wandb sync`; None without W&B."""
+        return self.wandb.run_dir
+
+    def log_train(self, step: int, values: Values) -> None:
+        """Record training values at a step."""
+        append_row(self.metrics_path, {"kind": "train", "step": step, **values})
+        self.wandb.log_train(step, values)
+
+    def log_val(self, epoch: float, step: int, values: Values) -> None:
+        """Record the values of one evaluation."""
+        append_row(self.metrics_path, {"kind": "val", "epoch": epoch, "step": step, **values})
+        self.wandb.log_val(epoch, step, values)
+
+    def summary(self, values: Values) -> None:
+        """Record the final values of the run."""
+        append_row(self.metrics_path, {"kind": "summary", **values})
+        self.wandb.summary(values)
+
+    def finish(self) -> None:
+        """Close the W&B run; later values go to metrics.jsonl only."""
+        self.wandb.finish()
+
+    def truncate_after(self, step: int, evaluated_step: int | None = None) -> None:
+        """Drop what metrics.jsonl holds after these: a run resumed there records it again."""
+        truncate_after(self.metrics_path, step, evaluated_step)
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """run.json: run_id, project, entity, name, config. Raises DataError."""
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in ("run_id", "project", "entity", "name", "config")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error!r}); wanted the {RUN_FILE} that a training writes. Without the file, a "
+            "training goes on with the W&B run of its checkpoint, or with a new one"
+        ) from None
+
+
+def _write_run_file(folder: Path, content: Values) -> None:
+    """Aside and renamed: a killed run must not lose its id."""
+    partial = folder / f".tmp-{RUN_FILE}"
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / RUN_FILE)

@@ -1,0 +1,288 @@
+"""The Weights & Biases side of a run: what it shows, and where. Trouble with W&B is a warning, never an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from typing import Any, Literal
+
+from cogvlm_ft.tracking.metrics_log import json_value
+from cogvlm_ft.tracking.provenance import git_state, has_password, without_passwords
+
+logger = logging.getLogger(__name__)
+
+INIT_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 120
+MAX_WAITING = 1000  # rows and pictures that are not recorded yet
+STEP, EPOCH = "train/step", "epoch"  # the axes: the step that wandb counts starts again at 0 in a resumed offline run
+PICTURES, TABLE = "pictures", "predictions/table"
+BOX_CLASSES = {0: "truth", 1: "right answer", 2: "wrong answer"}
+SLOWEST = ("slowest_rank", "slowest_rank_ratio", "slowest_rank_data_wait_s")
+RATES = ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "tflops", "mfu")
+SPEED = frozenset((*RATES, *SLOWEST, "memory_gib"))
+WORDS = {"@": "_at_", "<": "lt_", ">": "gt_", "+": "_plus", "%": "pct"}  # told apart: <1% and >1% are two metrics
+
+Box = tuple[float, float, float, float]
+Values = Mapping[str, Any]
+Action = Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A photo for the dashboard, with boxes in pixels of its file, xyxy.
+
+    photo: JPEG or PNG. truth: (box, its label). answers: (box, its label, whether it is right).
+    """
+
+    key: str
+    photo: Path
+    caption: str
+    truth: Sequence[tuple[Box, str]] = ()
+    answers: Sequence[tuple[Box, str, bool]] = ()
+
+
+class WandbRun:
+    """One training in W&B, however many attempts it takes: the same `run_id` goes on with it.
+
+    A thread of its own does the recording, in order: wandb hands every row to another process and waits for that, which
+    takes milliseconds where all cores are busy. `finish` waits for the thread; before it `stopped_by` may come late.
+
+    mode: "auto" is WANDB_MODE if set, else online when a W&B key is found, else offline; "online" becomes offline when
+    the server cannot be reached, unless `is_new`; "disabled" records nothing.
+    lower_is_better: names of validation metrics whose best value is the lowest.
+    is_new: the server must not know this run id yet.
+    place: its page, or offline its folder; empty without W&B. stopped_by: what ended the recording early.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mode: str,
+        project: str,
+        entity: str | None,
+        name: str | None,
+        run_id: str,
+        config: Values,
+        lower_is_better: Collection[str] = (),
+        is_new: bool = False,
+    ) -> None:
+        self.stopped_by: Exception | None = None
+        self.place = ""
+        self._run: Any = None
+        self._defined: set[str] = set()
+        self._lower_is_better = lower_is_better
+        identity = {"project": project, "entity": entity, "name": name, "id": run_id, "dir": str(folder)}
+        try:
+            self._run = _start_run(mode, is_new, **identity, config=without_passwords(dict(config)))
+            if self._run is not None:
+                self.place = str(self._run.settings.sync_dir if self._run.offline else self._run.url)
+                logger.info("W&B: %s", self.place)
+        except Exception as error:
+            self._give_up(error)
+        self._waiting: Queue[Action | None] = Queue(MAX_WAITING)
+        self._recorder = Thread(target=self._record, name="wandb-recorder", daemon=True)
+        self._recorder.start()
+
+    @property
+    def is_recording(self) -> bool:
+        return self._run is not None
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder of the W&B run, for `wandb sync`; None without W&B."""
+        return None if self._run is None else Path(self._run.settings.sync_dir)
+
+    def log_train(self, step: int, values: Values) -> None:
+        """Training values over the step: `train/<name>`, and `speed/<name>` for how fast it went."""
+        named = {train_key(name): value for name, value in values.items()}
+        self._with_run(lambda run: run.log({STEP: step, **_without_nulls(named)}))
+
+    def log_val(self, epoch: float, step: int, values: Values) -> None:
+        """The values of one evaluation over the epoch, named by `val_key`; W&B keeps the best of each."""
+
+        def log(run: Any) -> None:
+            named = {val_key(name): value for name, value in _without_nulls(values).items()}
+            for name in values:
+                self._define(run, name)
+            run.log({EPOCH: epoch, "val/step": step, **named})
+
+        self._with_run(log)
+
+    def log_pictures(self, epoch: float, pictures: Mapping[str, Sequence[Picture]]) -> None:
+        """Photos with boxes that can be toggled by class, as `pictures/<group>`; empty groups are left out."""
+
+        def log(run: Any) -> None:
+            shown = {f"{PICTURES}/{group}": [_image(picture) for picture in of] for group, of in pictures.items() if of}
+            if shown:
+                run.log({EPOCH: epoch, **shown})
+
+        self._with_run(log)
+
+    def log_table(self, epoch: float, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Predictions to read, as `predictions/table`."""
+
+        def log(run: Any) -> None:
+            import wandb
+
+            run.log({EPOCH: epoch, TABLE: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._with_run(log)
+
+    def log_export(self, folder: Path, alias: str, facts: Values) -> None:
+        """Note a model folder as an artifact of this run: where it lies and how large it is. Nothing is uploaded."""
+
+        def log(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=dict(facts))
+            artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+            run.log_artifact(artifact, aliases=["latest", alias])
+
+        self._with_run(log)
+
+    def summary(self, values: Values) -> None:
+        self._with_run(lambda run: run.summary.update(_without_nulls(values)))
+
+    def finish(self) -> None:
+        """Close the run, waiting at most two minutes for what is still to be recorded and two for its upload."""
+        self._with_run(lambda run: run.finish())
+        self._with_run(None)
+        self._recorder.join(2 * FINISH_TIMEOUT_S)
+        if self._recorder.is_alive():
+            self._give_up(TimeoutError("it did not finish in time"))
+        self._run = None
+
+    def _define(self, run: Any, name: str) -> None:
+        """Once per metric: its axis, and that the best value is kept; a count has no best."""
+        if name in self._defined:
+            return
+        self._defined.add(name)
+        metric = name.partition("/")[0]
+        best = "min" if metric in self._lower_is_better else "max"
+        kept = None if metric.startswith("num_") else f"{best},last"
+        run.define_metric(val_key(name), step_metric=EPOCH, summary=kept)
+
+    def _with_run(self, action: Action | None) -> None:
+        """Have something done with the run, after all that was asked for before; None: nothing comes any more."""
+        if self._run is None:
+            return
+        try:
+            self._waiting.put(action, timeout=FINISH_TIMEOUT_S)
+        except Full:
+            self._give_up(TimeoutError("it does not take what is recorded"))
+
+    def _record(self) -> None:
+        """The thread's work. Whatever goes wrong ends W&B, not the training."""
+        run = self._run
+        while run is not None and (action := self._waiting.get()) is not None:
+            try:
+                action(run)
+            except Exception as error:
+                self._give_up(error)
+                return
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("W&B stopped (%s: %s); going on without it", type(error).__name__, error)
+        self.stopped_by = error
+        self._run = None
+
+
+def train_key(name: str) -> str:
+    return f"{'speed' if name in SPEED else 'train'}/{_plain(name)}"
+
+
+def val_key(name: str) -> str:
+    """What a validation metric is called in W&B, whose sections are what stands before the first slash.
+
+    acc@0.5 -> val/acc_at_0_5; acc@0.5/size=small -> val_by_size/acc_at_0_5/small; probe/score -> val_probe/score.
+    """
+    metric, *splits = name.split("/")
+    if not splits:
+        return f"val/{_plain(metric)}"
+    if "=" not in name:
+        return "/".join([f"val_{_plain(metric)}", *map(_plain, splits)])
+    groups, values = zip(*(split.partition("=")[::2] for split in splits), strict=True)
+    return "/".join([f"val_by_{_plain('_'.join(groups))}", _plain(metric), *map(_plain, values)])
+
+
+def _plain(name: str) -> str:
+    """A name without the signs that W&B cannot sort, filter or define by: a dot, for one, reads as nesting."""
+    spelled = "".join(WORDS.get(sign, sign) for sign in name)
+    return re.sub(r"\W", "_", spelled)
+
+
+def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
+    """A W&B run as `WandbRun` describes its mode, or None if it is disabled; raises whatever wandb raises."""
+    wanted = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    if wanted == "disabled":
+        return None
+    import wandb  # slow to import: only who uses it pays
+
+    if wanted in ("auto", "online"):
+        try:
+            # Looked up first, because wandb.init would ask for a missing key on a terminal and wait.
+            if wandb.login(prompt=False, verify=False):
+                return _init_run("online", resume="never" if is_new else "allow", **arguments)
+            reason = "no API key found"
+        except Exception as error:
+            wandb.teardown()  # the failed attempt holds the run id in wandb's process until that ends
+            if is_new:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        logger.warning("W&B: recording offline (%s); send the run later with launch/wandb_sync.py", reason)
+    return _init_run("offline", **arguments)
+
+
+def _init_run(mode: Literal["online", "offline"], **arguments: Any) -> Any:
+    import wandb
+
+    code = git_state()
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        save_code=False,
+        reinit="create_new",
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        disable_git=code is None,  # else wandb looks for a repository around the working folder, which may be another
+        git_commit=code.commit if code else None,
+        git_remote_url=code.remote_url or "" if code else None,
+        x_disable_meta=has_password(),  # wandb writes the command line down as it is
+    )
+    run = wandb.init(mode=mode, settings=settings, **arguments)
+    for axis, sections in ((STEP, ("train/*", "speed/*")), (EPOCH, ("val/*", f"{PICTURES}/*", "predictions/*"))):
+        run.define_metric(axis)
+        for section in sections:
+            run.define_metric(section, step_metric=axis)
+    return run
+
+
+def _image(picture: Picture) -> Any:
+    import wandb
+
+    truth = [(box, label, 0) for box, label in picture.truth]
+    answers = [(box, label, 1 if is_right else 2) for box, label, is_right in picture.answers]
+    boxes = {"truth": _boxes(truth), "answers": _boxes(answers)}
+    return wandb.Image(str(picture.photo), caption=f"{picture.key}: {picture.caption}", boxes=boxes)
+
+
+def _boxes(labelled: Sequence[tuple[Box, str, int]]) -> dict[str, Any]:
+    """Boxes the way `wandb.Image` wants them, each with its class of `BOX_CLASSES`."""
+    box_data = []
+    for (x0, y0, x1, y1), label, class_id in labelled:
+        position = {"minX": float(x0), "minY": float(y0), "maxX": float(x1), "maxY": float(y1)}
+        box_data.append({"position": position, "domain": "pixel", "class_id": class_id, "box_caption": label})
+    return {"box_data": box_data, "class_labels": BOX_CLASSES}
+
+
+def _without_nulls(values: Values) -> dict[str, Any]:
+    """Values for W&B: what metrics.jsonl holds as null is left out."""
+    cleaned = {key: json_value(value) for key, value in values.items()}
+    return {key: value for key, value in cleaned.items() if value is not None}

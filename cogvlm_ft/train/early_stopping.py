@@ -1,0 +1,51 @@
+"""What a training is after: one validation metric or several with weights, which was best, and when to give up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from cogvlm_ft.checkpoints.checkpoint import Best
+from cogvlm_ft.config import TrainConfig
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.grounding.metrics import is_lower_better
+
+COMPOSITE = "monitor"
+"""What the weighted sum of several metrics is called among them."""
+
+
+def monitor_name(monitor: Any) -> str:
+    """The metric, or `monitor` for several."""
+    return monitor if isinstance(monitor, str) else COMPOSITE
+
+
+def monitor_value(metrics: Mapping[str, float], monitor: Any) -> float:
+    """The metric itself, or the sum of weight x metric, with a minus where lower is better.
+
+    Raises ConfigError for a metric that the evaluation does not have.
+    """
+    weights: Mapping[str, float] = {monitor: 1.0} if isinstance(monitor, str) else monitor
+    for name in weights:
+        if name not in metrics:
+            known = ", ".join(sorted(key for key in metrics if "/" not in key))
+            raise ConfigError(
+                f"train.monitor={monitor!r}: {name!r} is no validation metric; there are {known}, and these of each"
+                " group, such as acc@0.5/size=small (metrics.json of an evaluation has them all)"
+            )
+    if isinstance(monitor, str):
+        return metrics[monitor]
+    return sum(weight * metrics[name] * (-1 if is_lower_better(name) else 1) for name, weight in weights.items())
+
+
+def updated_best(best: Best | None, value: float, step: int, train: TrainConfig) -> Best:
+    """The best so far, after an evaluation at `step`; a gain of up to `train.min_gain` is none.
+
+    A run that goes on with another `train.monitor` begins to compare anew.
+    """
+    new = Best(value, step, monitor=str(train.monitor))
+    if best is None or best.monitor != new.monitor:
+        return new
+    lower = isinstance(train.monitor, str) and is_lower_better(train.monitor)
+    gain = best.value - value if lower else value - best.value
+    return new if gain > train.min_gain else replace(best, num_since=best.num_since + 1)

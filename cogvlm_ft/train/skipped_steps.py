@@ -1,0 +1,170 @@
+"""Steps that changed nothing, since their loss or gradient was not finite: their samples, and when it is enough.
+
+nonfinite/step-00000120.json    what `launch/replay_step.py` needs to run these samples again, one by one
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cogvlm_ft.checkpoints.checkpoint import TrainState, list_checkpoints, read_state
+from cogvlm_ft.data.plan import SamplePlan, rank_part
+from cogvlm_ft.errors import CheckpointError, DataError
+from cogvlm_ft.runtime.distributed import gather_to_main, world_size
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "nonfinite"
+MAX_NAMED = 8
+
+
+class DivergedError(CheckpointError):
+    """Too many steps in a row could not be made: the weights themselves are probably broken."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of a step. index, epoch, weight: as in `data.loader.Item`. loss: the sum over its answers' tokens;
+    "nan", "inf" or "-inf" where it is not finite."""
+
+    rank: int
+    key: str
+    index: int
+    epoch: int
+    weight: float
+    loss: float | str
+    tokens: int
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(float(self.loss))
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """step: as in metrics.jsonl, from 1."""
+
+    step: int
+    lr: float
+    world_size: int
+    rows: list[Row]
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> SkippedStep:
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error!r}); wanted a file that a training writes, such as "
+                "runs/x/nonfinite/step-00000120.json"
+            ) from None
+
+
+def step_file(run_folder: Path, step: int) -> Path:
+    return run_folder / FOLDER / f"step-{step:08d}.json"
+
+
+class SkippedSteps:
+    """Writes down what was skipped, and ends the run when it is `max_in_a_row` steps one after another."""
+
+    def __init__(
+        self, run_folder: Path, checkpoints: Path, model_path: str, plan: SamplePlan, max_in_a_row: int
+    ) -> None:
+        self._run_folder = run_folder
+        self._checkpoints = checkpoints
+        self._model_path = model_path
+        self._plan = plan
+        self._max_in_a_row = max_in_a_row
+        self._in_a_row: list[int] = []
+        self._is_save_due = False
+
+    def add(
+        self,
+        state: TrainState,
+        is_skipped: bool,
+        losses: tuple[Sequence[str], Sequence[float], Sequence[int]],
+        *,
+        lr: float,
+        micro_batch_size: int,
+    ) -> None:
+        """Collective where the step was skipped, as all ranks know. state: before it. losses: of `losses_by_row`."""
+        if not is_skipped:
+            self._in_a_row = []
+            return
+        self._in_a_row.append(state.step + 1)
+        gathered = gather_to_main(list(zip(*losses, strict=True)))
+        if gathered is not None:
+            rows = [
+                row for rank, found in enumerate(gathered) for row in self._rows(rank, found, state, micro_batch_size)
+            ]
+            self._write(SkippedStep(state.step + 1, lr, world_size(), rows))
+        if len(self._in_a_row) >= self._max_in_a_row:
+            raise DivergedError(self._describe())
+
+    def is_save_due(self, is_due: bool) -> bool:
+        """Not now, but later, while steps are skipped: checkpoints of weights that are perhaps broken would push the
+        last good one out."""
+        self._is_save_due |= is_due
+        if self._in_a_row:
+            return False
+        is_due, self._is_save_due = self._is_save_due, False
+        return is_due
+
+    def _rows(
+        self, rank: int, found: list[tuple[str, float, int]], state: TrainState, micro_batch_size: int
+    ) -> Iterator[Row]:
+        """A rank's (key, loss, tokens) with their places in the data, as `read_steps` dealt them out."""
+        batch = self._plan.global_batch(*self._plan.position(state.samples_consumed))
+        parts = rank_part(batch, rank=rank, world_size=world_size(), micro_batch_size=micro_batch_size)
+        items = [item for part in parts for item in zip(*(values.tolist() for values in part), strict=True)]
+        for (key, loss, tokens), (index, epoch, weight) in zip(found, items, strict=True):
+            yield Row(rank, key, index, epoch, weight, loss if math.isfinite(loss) else str(loss), tokens)
+
+    def _write(self, skipped: SkippedStep) -> None:
+        """Rank 0."""
+        path = step_file(self._run_folder, skipped.step)
+        try:
+            skipped.save(path)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", path, error)
+        broken = [row.key for row in skipped.rows if not row.is_finite]
+        named = ", ".join(broken[:MAX_NAMED]) + (", ..." if len(broken) > MAX_NAMED else "")
+        what = f"the loss of {named} is not finite" if broken else "all losses are finite, their gradient is not"
+        logger.warning(
+            "step %d is skipped on all ranks, weights and optimizer stay as they are: %s. Its %d samples are in %s; "
+            "look at them with: python launch/replay_step.py %s",
+            skipped.step, what, len(skipped.rows), path, path,
+        )  # fmt: skip
+
+    def _describe(self) -> str:
+        first, last = self._in_a_row[0], self._in_a_row[-1]
+        files = [str(step_file(self._run_folder, step)) for step in self._in_a_row]
+        good, doubtful = sort_checkpoints(self._checkpoints, first)
+        start = f"Last good checkpoint: {good}" if good else f"No checkpoint is known to be good, {self._model_path} is"
+        aside = f", move {', '.join(path.name for path in doubtful)} aside" if doubtful else ""
+        return (
+            f"steps {first} to {last} had no finite loss or gradient, and {self._max_in_a_row} in a row end the run "
+            f"(train.max_skipped_in_a_row): weights or samples are broken. {start}. To go on from there{aside}, lower "
+            f"train.lr and start again. Samples: {', '.join(files)}; run them one by one: "
+            f"python launch/replay_step.py {files[0]}"
+        )
+
+
+def sort_checkpoints(folder: Path, first_skipped: int) -> tuple[Path | None, list[Path]]:
+    """(the newest whose weights are known to be good, those that may be broken).
+
+    The last step that was made, `first_skipped` - 1, found the weights before it good; its update may have broken them.
+    """
+    checkpoints = list_checkpoints(folder)
+    good = [path for path in checkpoints if read_state(path).step <= first_skipped - 2]
+    return (good[-1] if good else None), [path for path in checkpoints if path not in good]

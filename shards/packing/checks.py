@@ -1,0 +1,118 @@
+"""Looks at the image of a candidate: what of it can be trained on?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from cogvlm_ft.data.reader import upright_size
+from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box
+from cogvlm_ft.data.tars import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES
+from cogvlm_ft.grounding.targets import Box, Target
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, Units, box_in_pixels, make_target
+from cogvlm_ft.shards.packing.files import read_embedded, read_inside
+from cogvlm_ft.shards.packing.verify import VERIFY, WholeImage, verify_image
+
+
+@dataclass(frozen=True)
+class CheckedSample:
+    """A sample that can be written. ext: lower case, without dot; image: the bytes of the file."""
+
+    record: Record
+    ext: str
+    image: bytes
+
+
+def check_candidate(
+    candidate: Candidate,
+    key: str,
+    images: Path,
+    max_pixels: int,
+    verify: str = VERIFY[0],
+    *,
+    apply_exif: bool = False,
+) -> tuple[CheckedSample | None, list[Problem]]:
+    """The sample without its bad parts (None if nothing is left), and every problem it has, also the reader's.
+
+    apply_exif: the boxes are drawn on the photo as its EXIF orientation turns it.
+    """
+    problems = list(candidate.problems)
+    try:
+        if not candidate.targets and not candidate.turns:
+            raise _nothing_left(candidate, problems)
+        ext, data = read_image(candidate, images)
+        stored = _verified(data, key, max_pixels, verify)
+        is_upright = not apply_exif or stored.orientation == 1
+        image_size_px = stored.size_px if is_upright else upright_size(*stored)
+        _check_stated_size(candidate, image_size_px, stored.size_px)
+        targets = [
+            _fit_target(target, candidate.units, candidate.source, image_size_px, problems)
+            for target in candidate.targets
+        ]
+        kept = tuple(target for target in targets if target)
+        if not kept and not candidate.turns:
+            raise _nothing_left(candidate, problems)
+    except Rejected as rejected:
+        return None, [*problems, rejected.problem(candidate.source)]
+    source = candidate.source.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no UTF-8
+    record = Record(key, image_size_px, source, kept, candidate.turns, upright=not is_upright)
+    return CheckedSample(record, ext, data), problems
+
+
+def read_image(candidate: Candidate, images: Path) -> tuple[str, bytes]:
+    """(extension, bytes) of the image file, or of the image inside the annotation. Raises Rejected."""
+    try:
+        return _extension(candidate.image), read_inside(images, candidate.image, "image", MAX_MEMBER_BYTES)
+    except Rejected as rejected:
+        if candidate.embedded_in is None or rejected.reason not in ("missing_image", "unsupported_extension"):
+            raise
+        return read_embedded(candidate.embedded_in)
+
+
+def _nothing_left(candidate: Candidate, problems: list[Problem]) -> Rejected:
+    if problems:
+        return Rejected("sample", "no_targets_left", f"all targets of {candidate.image} were rejected")
+    return Rejected("sample", "no_targets", f"nothing is annotated in {candidate.image}")
+
+
+def _extension(image: str) -> str:
+    ext = PurePosixPath(image).suffix[1:].lower()
+    if ext not in IMAGE_EXTENSIONS:
+        wanted = ", ".join(IMAGE_EXTENSIONS)
+        raise Rejected("sample", "unsupported_extension", f"{image!r:.200} is none of {wanted}")
+    return ext
+
+
+def _verified(data: bytes, key: str, max_pixels: int, verify: str) -> WholeImage:
+    try:
+        return verify_image(data, key, max_pixels, verify)
+    except BadSampleError as error:
+        raise Rejected("sample", error.reason, error.detail) from None
+
+
+def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int], stored_px: tuple[int, int]) -> None:
+    """Boxes made for another size (a resized copy) would point somewhere else; some tools state the size as stored
+    though they show the photo upright."""
+    if candidate.stated_size_px not in (None, image_size_px, stored_px):
+        detail = f"the annotation is for {candidate.stated_size_px}, {candidate.image} has {image_size_px} pixels"
+        raise Rejected("sample", "size_mismatch", detail)
+
+
+def _fit_target(
+    target: Target, units: Units, source: str, image_size_px: tuple[int, int], problems: list[Problem]
+) -> Target | None:
+    boxes: list[Box] = []
+    for found in target.boxes_xyxy:
+        box = box_in_pixels(found, units, image_size_px)
+        defect = box_defect(box, image_size_px)
+        if defect:
+            detail = f"box {list(box)} (x0, y0, x1, y1) of {target.phrase!r} in an image of {image_size_px}"
+            problems.append(Problem("box", defect, detail, source))
+        else:
+            boxes.append(clip_box(box, image_size_px))
+    try:
+        fitted = make_target(target.phrase, boxes, num_boxes_found=len(target.boxes_xyxy))
+    except Rejected as rejected:
+        problems.append(rejected.problem(source))
+        return None
+    return replace(target, boxes_xyxy=fitted.boxes_xyxy)

@@ -1,0 +1,111 @@
+"""Were the boxes of a source drawn on its photos as cameras turn them (EXIF orientation), or on the pixels as stored?
+
+Decided once for a source: photos of one tool are annotated in one way.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from cogvlm_ft.data.reader import read_orientation, upright_size
+from cogvlm_ft.data.record import box_defect
+from cogvlm_ft.shards.packing.candidates import Candidate, Rejected
+from cogvlm_ft.shards.packing.checks import read_image
+
+EXIF_MODES = ("auto", "apply", "ignore")
+MAX_PHOTOS = 1000
+"""How many photos are looked at."""
+
+UPRIGHT, STORED = "upright", "as stored"
+
+
+@dataclass(frozen=True)
+class ExifDecision:
+    """apply: turn photos upright, their boxes are drawn on them so. explanation: one line for people."""
+
+    apply: bool
+    explanation: str
+
+
+@dataclass
+class Evidence:
+    """What the photos say that their EXIF orientation turns.
+
+    boxes: how many photos have boxes that stay inside them in one way only. sizes: for how many the annotation states
+    the size that they have in one way only.
+    """
+
+    num_photos: int = 0
+    num_turned: int = 0
+    boxes: dict[str, int] = field(default_factory=lambda: {UPRIGHT: 0, STORED: 0})
+    sizes: dict[str, int] = field(default_factory=lambda: {UPRIGHT: 0, STORED: 0})
+
+    def add(self, candidate: Candidate, data: bytes) -> None:
+        """One more photo."""
+        self.num_photos += 1
+        orientation = read_orientation(data)
+        if orientation == 1:
+            return
+        self.num_turned += 1
+        with Image.open(io.BytesIO(data)) as image:
+            sizes = {UPRIGHT: upright_size(image.size, orientation), STORED: image.size}
+        if sizes[UPRIGHT] == sizes[STORED]:  # upside down or square
+            return
+        _count(self.sizes, {way for way, size in sizes.items() if candidate.stated_size_px == size})
+        if candidate.units == "pixels":
+            _count(self.boxes, {way for way, size in sizes.items() if _is_inside(candidate, size)})
+
+
+def decide_exif(candidates: Iterable[Candidate], images: Path, mode: str) -> ExifDecision:
+    """Looks at the first MAX_PHOTOS candidates if the mode is "auto"; candidates whose image cannot be read are passed
+    over. mode: one of EXIF_MODES."""
+    if mode != "auto":
+        done = "turned upright" if mode == "apply" else "taken as stored"
+        return ExifDecision(mode == "apply", f"EXIF: photos are {done}, as --exif {mode} says")
+    evidence = Evidence()
+    for candidate in islice(candidates, MAX_PHOTOS):
+        try:
+            _, data = read_image(candidate, images)
+        except Rejected:  # reported when the sample is made
+            continue
+        evidence.add(candidate, data)
+    return judge(evidence)
+
+
+def judge(evidence: Evidence) -> ExifDecision:
+    """By the boxes; if they do not tell, by the stated sizes; if they do not either, upright, as tools show photos."""
+    seen = f"EXIF: {evidence.num_turned} of {evidence.num_photos} photos looked at are turned by it"
+    if not evidence.num_turned:
+        return ExifDecision(True, f"{seen}; others, if there are any, are turned upright")
+    votes = f"{_words(evidence.boxes, 'fit only')}; {_words(evidence.sizes, 'state the size of')}"
+    for counts in (evidence.boxes, evidence.sizes):
+        if counts[UPRIGHT] != counts[STORED]:
+            apply = counts[UPRIGHT] > counts[STORED]
+            done = "photos are turned upright with their boxes" if apply else "photos are taken as stored"
+            return ExifDecision(apply, f"{seen}: {votes}: {done}")
+    return ExifDecision(
+        True,
+        f"{seen}: {votes}: nothing tells how they were annotated. They are turned upright, as most tools show them;"
+        " look at some, and build with --exif ignore if the boxes are wrong",
+    )
+
+
+def _words(counts: dict[str, int], what: str) -> str:
+    return f"{counts[UPRIGHT]} {what} the upright photo, {counts[STORED]} the stored one"
+
+
+def _count(counts: dict[str, int], ways: set[str]) -> None:
+    """Evidence is what speaks for one way only."""
+    if len(ways) == 1:
+        counts[ways.pop()] += 1
+
+
+def _is_inside(candidate: Candidate, size_px: tuple[int, int]) -> bool:
+    boxes = [box for target in candidate.targets for box in target.boxes_xyxy]
+    return all(box_defect(box, size_px) != "box_outside_image" for box in boxes)

@@ -1,0 +1,191 @@
+"""Checkpoint folders on disk: which count, which go, and what is said about broken ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import SHAPES, made_tensor, write_checkpoint
+
+from cogvlm_ft.checkpoints.checkpoint import (
+    STATE_FILE,
+    Best,
+    TrainState,
+    checkpoint_name,
+    list_checkpoints,
+    newest_intact,
+    prune_checkpoints,
+    read_state,
+    remove_leftovers,
+)
+from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
+from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
+from cogvlm_ft.config import CheckpointConfig
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.model.loading import read_whole
+
+STATE = TrainState(
+    step=12,
+    epoch=1,
+    samples_consumed=190,
+    evaluated_step=10,
+    best=Best(value=0.5, step=10, num_since=1),
+    wandb_run_id="abc",
+    config_sha256="c",
+    data_sha256="d",
+    world_size=2,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_whole_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
+    for step in (20, 3, 100, 7):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(7) / MANIFEST_FILE).unlink()
+    (tmp_path / checkpoint_name(500) / "ranks").mkdir(parents=True)
+    write_checkpoint(tmp_path, 200).rename(tmp_path / f".tmp-{checkpoint_name(200)}")
+    write_checkpoint(tmp_path, 300).rename(tmp_path / f".tmp-old-{checkpoint_name(300)}")
+    (tmp_path / "step-notes.txt").write_text("not a checkpoint")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000020", "step-00000100"]
+
+
+def test_a_folder_that_is_not_there_or_empty_has_none(tmp_path: Path) -> None:
+    assert list_checkpoints(tmp_path) == list_checkpoints(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best_step", "kept"),
+    [
+        (1, None, [5]),
+        (2, None, [4, 5]),
+        (2, 1, [1, 4, 5]),
+        (2, 5, [4, 5]),
+        (1, 3, [3, 5]),
+        (2, 77, [4, 5]),
+        (9, 1, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(
+    tmp_path: Path, keep_last: int, best_step: int | None, kept: list[int]
+) -> None:
+    for step in range(1, 6):
+        write_checkpoint(tmp_path, step)
+    for _ in range(2):
+        prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), best_step)
+        assert names(tmp_path) == [checkpoint_name(step) for step in kept]
+        for step in kept:
+            assert find_damage(tmp_path / checkpoint_name(step)) == []
+
+
+def test_the_first_of_every_so_many_steps_stays_for_good(tmp_path: Path) -> None:
+    """Epochs of 30 steps, and one checkpoint to keep from every 100 steps: each is pruned as soon as it may be."""
+    for step in range(30, 451, 30):
+        write_checkpoint(tmp_path, step)
+        prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=100), best_step=None)
+    assert names(tmp_path) == [checkpoint_name(step) for step in (120, 210, 300, 420, 450)]
+
+
+def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(0)).mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)
+    assert names(tmp_path) == ["notes.txt", checkpoint_name(0), checkpoint_name(2)]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    write_checkpoint(tmp_path, 2).rename(tmp_path / f".tmp-{checkpoint_name(2)}")
+    write_checkpoint(tmp_path, 3).rename(tmp_path / f".tmp-old-{checkpoint_name(3)}")
+    (tmp_path / "notes.txt").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["notes.txt", checkpoint_name(1)]
+    remove_leftovers(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("state", [STATE, TrainState(), dataclasses.replace(STATE, best=None, wandb_run_id=None)])
+def test_a_state_reads_back(tmp_path: Path, state: TrainState) -> None:
+    path = write_checkpoint(tmp_path, state.step, state, state.world_size)
+    assert read_state(path) == state
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"step": 12, "epo', id="cut off"),
+        pytest.param(b"\xff\xfe", id="no text"),
+        pytest.param(b"{}", id="no fields"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"[1, 2]", id="list"),
+        pytest.param(b'{"step": 12, "best": null, "speed": 3}', id="unknown field"),
+        pytest.param(b'{"step": 12, "best": {"value": 0.5}}', id="half a best"),
+        pytest.param(b'{"step": 12, "best": 0.5}', id="another best"),
+    ],
+)
+def test_a_state_that_cannot_be_read_names_its_file(tmp_path: Path, content: bytes) -> None:
+    path = write_checkpoint(tmp_path, 12)
+    (path / STATE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{path / STATE_FILE} cannot be read"):
+        read_state(path)
+
+
+def test_a_missing_state_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / STATE_FILE} cannot be read"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_slices_of_any_number_of_ranks_are_whole_again(tmp_path: Path, num_ranks: int) -> None:
+    path = write_checkpoint(tmp_path, 3, num_ranks=num_ranks)
+    for kind in (WEIGHT, *MOMENTS):
+        slices = open_slices(path, kind)
+        assert slices.keys() == SHAPES.keys()
+        for name, tensor in slices.items():
+            whole = made_tensor(kind, name, 3)
+            assert torch.equal(read_whole(tensor, torch.float32), whole)
+            for start, stop in ((0, 0), (0, 1), (1, whole.numel()), (2, 5)):
+                stop = min(stop, whole.numel())
+                assert torch.equal(tensor.read(min(start, stop), stop), whole.flatten()[start:stop])
+
+
+def test_damaged_checkpoints_are_passed_over_named_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (4, 6, 8, 10):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint_name(10) / rank_file(1)).unlink()
+    file = tmp_path / checkpoint_name(8) / rank_file(0)
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert newest_intact(tmp_path) == tmp_path / checkpoint_name(6)
+    assert f"{checkpoint_name(10)} is damaged and passed over: {rank_file(1)} cannot be read: No such" in caplog.text
+    assert f"{checkpoint_name(8)} is damaged and passed over: {rank_file(0)} is not what was written" in caplog.text
+    kept = [checkpoint_name(4), checkpoint_name(6)]
+    assert names(tmp_path) == [f"damaged-{checkpoint_name(step)}" for step in (8, 10)] + kept
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)  # damaged ones do not count
+    assert newest_intact(tmp_path) == tmp_path / checkpoint_name(6)
+
+
+def test_without_an_intact_one_nothing_is_begun_anew_or_renamed(tmp_path: Path) -> None:
+    assert newest_intact(tmp_path) is None
+    for step in (4, 6):
+        (write_checkpoint(tmp_path, step) / MANIFEST_FILE).unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint.*(\n.*step-0000000[46]: .*is missing.*){2}"):
+            newest_intact(tmp_path)
+    assert names(tmp_path) == [checkpoint_name(4), checkpoint_name(6)]
+
+
+def test_one_step_later() -> None:
+    later = STATE.advanced(num_samples=16, epoch=2)
+    assert later == dataclasses.replace(STATE, step=13, samples_consumed=206, epoch=2)
+
+
+def test_names_sort_as_their_steps_do() -> None:
+    steps = [0, 9, 10, 99, 12_345, 99_999_999]
+    assert sorted(map(checkpoint_name, reversed(steps))) == [checkpoint_name(step) for step in steps]

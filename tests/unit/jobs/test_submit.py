@@ -1,0 +1,167 @@
+"""What launch/submit.py would queue, and what it refuses to."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkpoint_files import write_checkpoint
+from omegaconf import OmegaConf
+
+from cogvlm_ft.checkpoints.checkpoint import Best, TrainState
+from cogvlm_ft.config import load_config
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.jobs.submit import SlurmCluster, best_checkpoint, check_plan, load_cluster
+from cogvlm_ft.launch.best import main as best
+from cogvlm_ft.launch.submit import main as submit
+from cogvlm_ft.model import CogVLMConfig
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("{partition: gpu, account: lab, gpus_per_node: 4, time: '48:00:00', options: [--exclusive]}")
+    return path
+
+
+@pytest.fixture
+def arguments(cluster: Path, tiny_folder: Path) -> list[str]:
+    settings = [f"model.path={tiny_folder}", "data.shards=s", "output_dir=runs/a"]
+    return ["--dry-run", "--cluster", str(cluster), *settings]
+
+
+def test_the_shipped_file_has_every_key_with_its_default() -> None:
+    shipped = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "slurm/cluster.yaml"))
+    assert shipped == dataclasses.asdict(SlurmCluster())
+
+
+def test_file_and_options_become_sbatch_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit([*arguments, "--nodes", "2", "--account", "other"]) == 0
+    summary, command = capsys.readouterr().out.splitlines()
+    assert summary.startswith("8 GPUs: fits:")
+    options, _, given = command.partition(" slurm/train.sbatch ")
+    for option in (
+        "--nodes=2 --time=48:00:00 --signal=B:USR1@300 --gres=gpu:4 --ntasks-per-node=4 --cpus-per-task=8",
+        "--partition=gpu --account=other --exclusive",
+    ):
+        assert option in options
+    assert given == " ".join(arguments[3:])
+
+
+def test_a_chain_and_what_comes_after(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit([*arguments, "--chain", "3", "--after"]) == 0
+    _, first, second, third, after = capsys.readouterr().out.splitlines()
+    assert "--dependency" not in first
+    assert "--dependency=afterany:JOB1 " in second and "--dependency=afterany:JOB2 " in third
+    assert "--dependency=afterok:JOB3 slurm/after.sbatch runs/a" in after
+    assert "--time=48" not in after, "it has a limit of its own"
+
+
+def test_a_sweep_is_an_array(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("- {name: a, settings: [train.lr=1e-4]}\n- {name: b, settings: [train.micro_batch_size=2]}")
+    assert submit([*arguments, "--sweep", str(sweep), "--after"]) == 0
+    *_, train, after = capsys.readouterr().out.splitlines()
+    for command in (train, after):
+        assert "--array=0-1 --output=slurm-%A_%a.log" in command and f"--sweep {sweep}" in command
+    assert "--dependency=aftercorr:JOB1" in after
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--nodes", "0"], "nodes=0"),
+        (["--chain", "0"], "--chain 0"),
+        (["train.lrr=1"], "train.lrr"),
+        (["train.global_batch_size=6"], "train.global_batch_size=6 is no multiple of 4"),
+        (["model.path=nowhere"], "nowhere"),
+        (["--sweep", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit([*arguments, *more]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "sbatch" not in said.out
+
+
+def test_what_cannot_fit_is_refused_unless_told(
+    arguments: list[str], cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.write_text("{gpus_per_node: 4, gpu_memory_gib: 0.001}")
+    assert submit(arguments) == 2
+    said = capsys.readouterr()
+    assert "this run cannot fit on 4 GPUs: too much" in said.err and not said.out
+    assert submit([*arguments, "plan=warn"]) == 0
+    assert "too much" in capsys.readouterr().out
+
+
+def test_too_little_time_to_save(
+    arguments: list[str], cluster: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.write_text("{gpus_per_node: 4, signal_s: 300}")
+    assert submit(arguments) == 0 and not caplog.text
+    found = SlurmCluster(gpus_per_node=4, signal_s=1)
+    sizes = CogVLMConfig(vision_config={"image_size": 490})
+    sizes.save_pretrained(arguments[3].partition("=")[2])  # the 17B model's sizes in place of the tiny ones
+    config = load_config(None, [*arguments[3:], "plan=warn"])
+    assert "too much" in check_plan(config, found)
+    assert "signal_s=1 leaves no time to save" in caplog.text
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "after"])
+def test_scripts_want_the_repository_root(script: str, tmp_path: Path) -> None:
+    command = ["bash", REPOSITORY / "slurm" / f"{script}.sbatch"]
+    done = subprocess.run(command, cwd=tmp_path, env={"SLURM_JOB_ID": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"submit from the repository root, which {tmp_path} is not" in done.stderr
+
+
+def test_without_slurm(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submit(arguments[1:]) == 2
+    assert "there is no sbatch here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node: 2", "node"),
+        ("time: 48:00:00", "time needs quotes"),
+        ("nodes: two", "nodes"),
+        ("nodes: [", "no valid YAML"),
+    ],
+)
+def test_mistakes_about_the_cluster(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_cluster(path, {})
+
+
+def test_the_best_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, best_step in ((4, 4), (8, 8), (12, 8)):
+        write_checkpoint(tmp_path / "run" / "checkpoints", step, TrainState(best=Best(value=0.5, step=best_step)))
+    assert best([str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/run/checkpoints/step-00000008"
+    assert not caplog.text
+    for step in (4, 8):
+        write_checkpoint(tmp_path / "poor" / "checkpoints", step, TrainState(best=Best(value=0.5, step=0)))
+    assert best_checkpoint(tmp_path / "poor").name == "step-00000008"
+    assert "nothing was better than what it started with" in caplog.text
+
+
+def test_no_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        best_checkpoint(tmp_path)
+    assert best([str(tmp_path)]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err

@@ -1,0 +1,210 @@
+"""Memory of a run: against anchors of the 17B model, against real tensors, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import Tensor, nn
+
+from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
+from cogvlm_ft.model.layout import build_layout
+from cogvlm_ft.planning.activations import PassSize, kept_bytes, peak_of, probe_stages
+from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge, read_zero_settings
+from cogvlm_ft.planning.preflight import check_fits
+from cogvlm_ft.planning.suggestions import find_limits, suggest_changes
+from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, play
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PARAMETERS_17B = 17_639_685_376
+OFFLOAD = "deepspeed=configs/deepspeed/zero3_offload_optimizer.json"
+SMALL = CogVLMConfig(
+    vocab_size=400,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    vision_config=dict(
+        hidden_size=48, num_heads=3, intermediate_size=96, num_hidden_layers=2, image_size=56, num_positions=17
+    ),
+)
+
+
+def config(*settings: str) -> Config:
+    return load_config(None, ["model.path=m", "data.shards=s", "output_dir=o", *settings])
+
+
+@pytest.fixture(scope="module")
+def planner_17b() -> Planner:
+    return Planner(config(), CogVLMConfig(), Cluster(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_on_gpus", "bytes_on_host"),
+    [
+        (["train.precision=bf16"], 16, 0),  # 2 weight + 2 gradient + 4 master + 8 Adam: 282 GB
+        (["train.precision=fp32"], 16, 0),  # 4 + 4 + 8
+        (["train.precision=bf16", OFFLOAD], 2, 18),
+        (["train.precision=fp32", OFFLOAD], 4, 20),
+        (["deepspeed=configs/deepspeed/zero3_offload_all.json"], 0, 24),
+    ],
+)
+def test_bytes_per_parameter_of_17b(
+    settings: list[str], bytes_on_gpus: int, bytes_on_host: int, planner_17b: Planner
+) -> None:
+    forecast = planner_17b.changed(config(*settings)).forecast(PassSize(), evaluation=False)
+    assert forecast.num_parameters == PARAMETERS_17B
+    assert forecast.lasting_bytes * 8 == bytes_on_gpus * PARAMETERS_17B
+    assert forecast.host["offloaded"] == bytes_on_host * PARAMETERS_17B
+    assert forecast.disk == 12 * PARAMETERS_17B  # 212 GB
+
+
+def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
+    multinode = planner_17b.changed(config("deepspeed=configs/deepspeed/zero3_multinode.json"), Cluster(2, 8))
+    assert multinode.forecast(PassSize(), evaluation=False).lasting["second copy (hpZ)"] == 4 * PARAMETERS_17B // 8
+    frozen = planner_17b.changed(config('model.freeze=["model.*"]')).forecast(PassSize(), evaluation=False)
+    assert frozen.lasting["Adam"] == 8 * 32000 * 4096 // 8 and frozen.lasting["weights"] == 4 * PARAMETERS_17B // 8
+    assert frozen.passing["activations"] < GIB // 20, "nothing before lm_head has a backward pass"
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_activations_are_the_tensors_that_autograd_saves(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real pass on CPU: all storages that are kept for the backward pass, without the parameters'."""
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)  # as in a process with an engine
+    sequences = PassSize(num_images=num_images, turns=3, turn_tokens=10, labelled_tokens=4)
+    planner = Planner(config("model.gradient_checkpointing=none"), SMALL, Cluster(1, 1))
+    stages = probe_stages(planner.model, sequences)
+    model = CogVLMForCausalLM(SMALL).train()
+    batch = small_batch(sequences)
+    ignored = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in ignored:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch, return_logits=False).loss
+    assert loss.requires_grad
+    assert kept_bytes(stages) == pytest.approx(sum(t.untyped_storage().nbytes() for t in saved.values()), rel=0.05)
+
+
+def small_batch(sequences: PassSize) -> dict[str, Tensor]:
+    layout = build_layout(SMALL.num_patches, [sequences.turn_tokens] * sequences.turns)
+    shape = (sequences.num_images, len(layout.block_ids))
+    labels = torch.full(shape, -100)
+    for turn in range(sequences.turns):
+        stop = SMALL.num_patches + 3 + (turn + 1) * sequences.turn_tokens
+        labels[:, stop - sequences.labelled_tokens : stop] = 5
+    return dict(
+        input_ids=torch.full(shape, 5),
+        pixel_values=torch.randn(sequences.num_images, 3, SMALL.image_size, SMALL.image_size),
+        position_ids=layout.position_ids.expand(shape),
+        block_ids=layout.block_ids.expand(shape),
+        labels=labels,
+    )
+
+
+def test_recomputing_keeps_less_and_takes_no_more_at_work() -> None:
+    kept = {}
+    for which in ("none", "vision", "language", "2", "all"):
+        model = Planner(config(f"model.gradient_checkpointing={which}"), SMALL, Cluster(1, 1)).model
+        kept[which] = kept_bytes(probe_stages(model, PassSize()))
+    assert kept["none"] > kept["vision"] > kept["2"] > kept["all"]
+    assert kept["none"] - kept["all"] == (kept["none"] - kept["vision"]) + (kept["none"] - kept["language"])
+
+
+def test_activations_grow_with_photos_and_resolution(planner_17b: Planner) -> None:
+    one, two = (kept_bytes(planner_17b.stages(PassSize(num_images=n))) for n in (1, 2))
+    assert two == pytest.approx(2 * one, rel=0.01)
+    small, large = (kept_bytes(planner_17b.stages(PassSize(image_size=px))) for px in (490, 980))
+    assert 3.2 < large / small < 4.0  # four times the patches, the same text
+    assert one == small, "490 px is the model's own size"
+    assert peak_of(planner_17b.stages(PassSize()))[2] in ("language layer", "logits")
+
+
+def test_gathering_by_hand() -> None:
+    """Three layers of 10, 20 and 30 elements and a norm of 1 that stays."""
+    a, b, c, norm = (nn.Parameter(torch.empty(n, device="meta")) for n in (10, 20, 30, 1))
+    once = [[a], [norm], [b], [c]]
+    one_by_one = GatherRules(prefetch=0, max_live=1000, max_reuse=0, persistence=1)
+    assert play(once, one_by_one) == Gathered(peak=30, persistent=1, largest_fetch=30, total=60)
+    assert play(once, replace(one_by_one, prefetch=1)).peak == 50  # b and c; each fetches the whole next one
+    assert play(once, replace(one_by_one, prefetch=1000)).peak == 60  # all three from the start
+    there_and_back = [*once, *once[::-1]]
+    assert play(there_and_back, one_by_one).total == 120
+    assert play(there_and_back, replace(one_by_one, max_reuse=1)).total == 90  # c is still there
+    assert play(there_and_back, replace(one_by_one, max_reuse=1000)) == Gathered(60, 1, 30, 60)
+
+
+def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
+    forecast = planner_17b.forecast(PassSize())
+    peak, lasting = max(forecast.peaks.values()) / GIB, forecast.lasting_bytes / GIB
+
+    def status(gpu_gib: float, host_gib: float | None = None) -> str:
+        return judge(forecast, Cluster(1, 8, gpu_gib, host_gib)).status
+
+    assert status(peak - 0.01) == status(peak + 1) == "tight", "an estimate just above or below proves nothing"
+    assert status(lasting) == "too much" and status(2 * peak) == "fits"
+    assert status(2 * peak, host_gib=100) == "tight", "copies of checkpoints need more host memory"
+    offloaded = planner_17b.changed(config(OFFLOAD)).forecast(PassSize())
+    assert judge(offloaded, Cluster(1, 8, 79, host_gib=300)).status == "too much"
+
+
+def test_every_suggestion_fits(planner_17b: Planner) -> None:
+    planner = planner_17b.changed(cluster=Cluster(1, 4))
+    assert judge(planner.forecast(PassSize()), planner.cluster).status == "too much"
+    changes = suggest_changes(planner, PassSize())
+    assert OFFLOAD in changes and changes[-1].startswith("8 GPUs")
+    for change in changes[:-1]:
+        other = planner.changed(config(change))
+        assert judge(other.forecast(PassSize()), other.cluster).status == "fits"
+
+
+def test_limits_are_the_last_that_fit() -> None:
+    planner = Planner(config(), SMALL, Cluster(1, 1, gpu_gib=0.02, reserved_bytes=0))
+    limits = find_limits(planner, PassSize())
+
+    def verdict(sequences: PassSize) -> Verdict:
+        return judge(planner.forecast(sequences, evaluation=False), planner.cluster, ("training",))
+
+    assert 1 < limits.micro_batch_size < 256 and 56 < limits.image_size < 2240
+    assert verdict(PassSize(num_images=limits.micro_batch_size)).status == "fits"
+    assert verdict(PassSize(num_images=limits.micro_batch_size + 1)).status != "fits"
+    assert verdict(PassSize(image_size=limits.image_size)).status == "fits"
+    assert verdict(PassSize(image_size=limits.image_size + 14)).status != "fits"
+
+
+def test_an_impossible_run_is_refused_with_the_arithmetic(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A vocabulary of a billion words: no machine has the memory, and on CPU offloading would not move it."""
+    giant = CogVLMConfig.from_dict({**SMALL.to_dict(), "vocab_size": 10**9})
+    giant.save_pretrained(tmp_path)
+    settings = [f"model.path={tmp_path}", OFFLOAD]
+    with pytest.raises(
+        ConfigError, match=r"cannot fit on 1 ranks: too much: .*476\.\d weights .*953\.\d Adam.*plan=warn"
+    ):
+        check_fits(config(*settings))
+    check_fits(config(*settings, "plan=ignore"))
+    assert not caplog.records
+    check_fits(config(*settings, "plan=warn"))
+    assert "too much" in caplog.text
+    with pytest.raises(ConfigError, match="plan='maybe': wanted one of refuse, warn, ignore"):
+        config("plan=maybe")
+
+
+def test_defaults_and_mistakes_in_the_deepspeed_json(tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    zero = read_zero_settings(config(f"deepspeed={path}"), 8)
+    assert zero.rules == GatherRules() and zero.reduce_bucket == 500_000_000 and not zero.offload_optimizer
+    path.write_text("[]")
+    for wrong in (path, tmp_path / "absent.json"):
+        with pytest.raises(ConfigError, match=str(wrong)):
+            read_zero_settings(config(f"deepspeed={wrong}"), 8)

@@ -1,0 +1,73 @@
+"""What is said when memory runs out: the arithmetic, and a setting that would have fitted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from cogvlm_ft.config import Config, ModelConfig, TrainConfig
+from cogvlm_ft.model import CogVLMForCausalLM
+from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.memory import GIB, Cluster, Planner
+from cogvlm_ft.planning.out_of_memory import explain_out_of_memory, is_out_of_memory, memory_limit
+
+PRESET = "configs/deepspeed/zero3_tiny.json"
+
+
+def config_of(micro_batch_size: int, precision: str = "fp32") -> Config:
+    train = TrainConfig(micro_batch_size=micro_batch_size, global_batch_size=512, precision=precision)
+    return Config(deepspeed=PRESET, train=train, model=ModelConfig(path="m", gradient_checkpointing="all"))
+
+
+def cluster_of(gpu_gib: float) -> Cluster:
+    return Cluster(num_nodes=1, gpus_per_node=1, gpu_gib=gpu_gib, reserved_bytes=0, on_cpu=True)
+
+
+def peak_gib(config: Config, model: CogVLMForCausalLM) -> float:
+    sequences = PassSize(num_images=config.train.micro_batch_size, turns=1)
+    return max(Planner(config, model.config, cluster_of(1)).forecast(sequences).peaks.values()) / GIB
+
+
+def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
+    config = config_of(256)
+    small, large = peak_gib(config_of(32), tiny_model), peak_gib(config, tiny_model)
+    text = explain_out_of_memory("OutOfMemoryError: x", config, tiny_model.config, cluster_of((small + large) / 2), 1)
+    assert text.startswith(
+        "rank 0 ran out of memory (OutOfMemoryError: x). By the arithmetic of launch/plan.py, training"
+    )
+    assert f"takes {large:.1f} GiB of a rank (" in text
+    [largest] = re.findall(r"What would fit: train\.micro_batch_size=(\d+)", text)
+    assert 32 <= int(largest) < 256
+    assert peak_gib(config_of(int(largest)), tiny_model) < (small + large) / 2
+
+
+def test_what_takes_less_is_named_where_it_should_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
+    config = config_of(64)
+    text = explain_out_of_memory("MemoryError: no details", config, tiny_model.config, cluster_of(500), 1)
+    assert "So it should fit with 1 short turns per photo" in text
+    peak, less = re.findall(r"train\.micro_batch_size=1 \((\S+) -> (\S+) GiB\)", text)[0]
+    assert float(less) < float(peak)
+
+
+def test_nothing_that_helps_is_said_too(tiny_model: CogVLMForCausalLM) -> None:
+    text = explain_out_of_memory("x", config_of(1, "bf16"), tiny_model.config, cluster_of(1e-6), 1)
+    assert "What would fit" not in text and text.endswith("more GPUs")
+
+
+def test_real_errors_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(MemoryError) as without:
+        bytearray(1 << 60)
+    assert is_out_of_memory(without.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not is_out_of_memory(other.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_there_is_a_limit_here() -> None:
+    assert 2**28 < memory_limit() < 2**50

@@ -1,0 +1,113 @@
+"""The tar of a shard: the bytes that tarfile and webdataset would write, and offsets that lead to them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from photo_builds import image_bytes
+from webdataset.writer import TarWriter
+
+from cogvlm_ft.data.record import record_to_json
+from cogvlm_ft.data.tars import scan_tar
+from cogvlm_ft.grounding.targets import Target
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.staging import Spool, read_slice
+from cogvlm_ft.shards.packing.tar_writing import (
+    PackSettings,
+    _header,
+    is_written,
+    prepare_sample,
+    rejection,
+    shard_paths,
+    to_json_bytes,
+    write_shard,
+)
+
+NAMES = ["a", "x" * 80, "照片" * 10, "é"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> PackSettings:
+    """Four photos under short, long and Chinese names."""
+    for seed, name in enumerate(NAMES):
+        (tmp_path / f"{name}.{'jpg' if seed % 2 else 'png'}").write_bytes(
+            image_bytes(30 + seed, 20, seed, "JPEG" if seed % 2 else "PNG")
+        )
+    (tmp_path / "out").mkdir()
+    return PackSettings(tmp_path / "spool.sqlite", tmp_path, tmp_path / "out", max_pixels=10**6)
+
+
+def candidates(settings: PackSettings) -> list[Candidate]:
+    images = [path.name for path in sorted(settings.images.glob("*.*g"))]
+    target = Target("一只狗", "zh", ((1.0, 2.0, 3.0, 4.0),))
+    return [Candidate(image, None, "s", (target, Target("cat", "en", ()))) for image in [*images, "gone.jpg"]]
+
+
+def spooled(settings: PackSettings, parts: list[Candidate]) -> Spool:
+    spool = Spool(settings.spool, seed=0)
+    for part in parts:
+        spool.add(part)
+    return spool
+
+
+def test_the_tar_has_the_bytes_that_webdataset_writes(settings: PackSettings) -> None:
+    spool = spooled(settings, candidates(settings))
+    [part] = spool.slices(val_fraction=0.0, samples_per_shard=10)
+    spool.finish()
+    assert write_shard(part, settings) == 5 and is_written(part, settings.out)
+    tar_path, offsets_path = shard_paths(part.name, settings.out)
+
+    by_key = {spooled.key: spooled for spooled in read_slice(spool.path, part)}
+    content = json.loads(offsets_path.read_bytes())
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, mtime=0, user="shards", group="shards", mode=0o444) as writer:
+        for row in content["samples"]:
+            sample, problems = prepare_sample(by_key[row["key"]], settings, Counter())
+            assert sample and not problems
+            writer.write({"__key__": row["key"], sample.ext: sample.image, "json": record_to_json(sample.record)})
+    assert tar_path.read_bytes() == buffer.getvalue()
+    entries, losses = scan_tar(tar_path)
+    assert not losses and [(e.key, e.ext, [e.image_offset, e.image_size]) for e in entries] == [
+        (row["key"], row["ext"], row["image"]) for row in content["samples"]
+    ]
+    assert content["sha256"] == hashlib.sha256(buffer.getvalue()).hexdigest()
+    assert content["size"] == len(buffer.getvalue())
+    counts = {name: value for name, value in content.items() if name.startswith("num_")}
+    assert counts == {"num_samples": 4, "num_targets": 8, "num_boxes": 4, "num_absent": 4, "num_turns": 0}
+    assert [row["num_questions"] for row in content["samples"]] == [[2, 0]] * 4
+    assert [row["reason"] for row in content["rejected"]] == ["missing_image"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 10**9, 8**11 - 1, 8**11])
+@pytest.mark.parametrize("name", ["a.jpg", "x" * 95 + ".jpeg", "照片.png"])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime, info.uname, info.gname = size, 0o444, 0, "shards", "shards"
+    assert _header(name, size) == info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def test_a_shard_without_its_offsets_is_not_written(settings: PackSettings) -> None:
+    spool = spooled(settings, candidates(settings))
+    [part] = spool.slices(val_fraction=0.0, samples_per_shard=10)
+    spool.finish()
+    assert not is_written(part, settings.out)
+    write_shard(part, settings)
+    for path in shard_paths(part.name, settings.out):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert not is_written(part, settings.out)
+        path.write_bytes(whole)
+    assert is_written(part, settings.out)
+
+
+def test_a_rejection_keeps_bytes_that_are_no_text() -> None:
+    row = rejection(Problem("box", "crowd", "detail \udcff", "source"), "\udce4.jpg", "k")
+    assert to_json_bytes(row) == (
+        rb'{"level":"box","reason":"crowd","image":"\udce4.jpg","key":"k","source":"source","detail":"detail \udcff"}'
+    )
