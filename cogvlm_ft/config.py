@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cogvlm_ft.errors import ConfigError
 
+PACKAGE = Path(__file__).resolve().parent  # holds configs/ and slurm/, in a checkout by links
+RUN_PRESETS, ENGINE_PRESETS = "configs/*.yaml", "configs/deepspeed/*.json"
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 RESIZES = ("squash", "letterbox")
@@ -159,7 +161,7 @@ class Config:
     output_dir: str = MISSING
     seed: int = 0
     resume: bool = True  # go on from the newest checkpoint in output_dir, if there is one
-    deepspeed: str = "configs/deepspeed/zero3.json"
+    deepspeed: str = "zero3"  # DeepSpeed JSON: a path, or the name of a preset in configs/deepspeed/
     plan: str = "refuse"  # a run whose memory cannot suffice (launch/plan.py): refuse to start it | warn | ignore
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -169,13 +171,30 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def find_preset(given: str | Path, presets: str, key: str) -> Path:
+    """Return the file at a path if it exists, else the packaged preset of that name or relative path.
+
+    presets: a glob within the package. key: the setting or option, for the ConfigError that lists the names.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    packaged = sorted(PACKAGE.glob(presets))
+    for file in packaged:
+        if str(given) in (file.stem, file.relative_to(PACKAGE).as_posix()):
+            return file
+    names = ", ".join(file.stem for file in packaged)
+    raise ConfigError(f"{key}{given}: no such file or preset; expected a path or one of {names}")
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Merge defaults, YAML and overrides; a ConfigError names the source and the key and suggests the nearest."""
+    """Merge defaults, YAML (a path or the name of a preset) and overrides.
+
+    A ConfigError names the source and the key and suggests the nearest.
+    """
     merged = OmegaConf.structured(Config)
     if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"--config {path}: no such file")
-        merged = _merge(merged, lambda: OmegaConf.load(path), f"--config {path}")
+        file = find_preset(path, RUN_PRESETS, "--config ")
+        merged = _merge(merged, lambda: OmegaConf.load(file), f"--config {path}")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(

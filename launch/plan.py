@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import RUN_PRESETS, Config, find_preset, load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 
 NOT_NEEDED = ("model.path", "data.shards", "output_dir")  # of the settings that a training must have
@@ -96,7 +96,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _stand_ins(args: argparse.Namespace) -> list[str]:
     """For settings that a forecast can do without."""
-    written = OmegaConf.load(args.config) if args.config and Path(args.config).is_file() else OmegaConf.create()
+    written = OmegaConf.load(find_preset(args.config, RUN_PRESETS, "--config ")) if args.config else OmegaConf.create()
     return [f"{key}=unset" for key in NOT_NEEDED if OmegaConf.select(written, key, throw_on_missing=False) is None]
 
 

@@ -64,7 +64,7 @@ def _judge_pass(examination: Examination, found: str, rates: Rates) -> Finding:
     return yellow(
         f"{found}, warned about above {PASS_S:g} s",
         "see that NCCL takes the fast network (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME); take a larger "
-        "train.micro_batch_size, train.precision=bf16, or configs/deepspeed/zero3_multinode.json",
+        "train.micro_batch_size, train.precision=bf16, or deepspeed=zero3_multinode",
     )
 
 

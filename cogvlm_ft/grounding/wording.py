@@ -108,6 +108,8 @@ def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
         raw = built_in[str(name_or_path)].read_bytes()
     elif path.is_file():
         raw = path.read_bytes()
+    elif (packaged := resources.files("cogvlm_ft") / str(name_or_path)).is_file():  # configs/demo_wording.yaml
+        raw = packaged.read_bytes()
     else:
         names = ", ".join(sorted(built_in))
         raise ConfigError(f"wording {name_or_path}: neither built in ({names}) nor a YAML file that exists")

@@ -10,12 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from cogvlm_ft.config import Config
+from cogvlm_ft.config import ENGINE_PRESETS, Config, find_preset
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.planning.activations import PassSize, Stage, forward_peak, kept_bytes, peak_of, probe_stages
@@ -67,7 +66,7 @@ class ZeroSettings:
 
 def read_zero_settings(config: Config, gpus_per_node: int) -> ZeroSettings:
     """Of `config.deepspeed`, with DeepSpeed's defaults for what it leaves out."""
-    path = Path(config.deepspeed)
+    path = find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         zero = settings["zero_optimization"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.planning.activations import PassSize
 from cogvlm_ft.planning.memory import Planner, judge
 
 LARGEST_IMAGE_PX, LARGEST_BATCH, MOST_NODES = 2240, 256, 64
-OFFLOADS = ("configs/deepspeed/zero3_offload_optimizer.json", "configs/deepspeed/zero3_offload_all.json")
+OFFLOADS = ("zero3_offload_optimizer", "zero3_offload_all")
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def _savings(config: Config) -> list[tuple[str, Config]]:
     if train.precision != "bf16":
         coarse = replace(train, precision="bf16")
         found.append(("train.precision=bf16", replace(config, train=coarse)))
-    for path in OFFLOADS:
-        if config.deepspeed != path and "offload_all" not in config.deepspeed:
-            found.append((f"deepspeed={path}", replace(config, deepspeed=path)))
+    for preset in OFFLOADS:
+        if Path(config.deepspeed).stem != preset and "offload_all" not in config.deepspeed:
+            found.append((f"deepspeed={preset}", replace(config, deepspeed=preset)))
     return found
 
 

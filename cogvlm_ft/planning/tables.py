@@ -14,9 +14,9 @@ from cogvlm_ft.planning.suggestions import OFFLOADS
 IMAGE_SIZES_PX = (490, 756, 980)
 CLUSTERS = ((1, 4), (1, 8), (2, 8), (4, 8))  # nodes, GPUs of each
 PRESETS = (
-    ("fp32", "configs/deepspeed/zero3.json", "GPU"),
+    ("fp32", "zero3", "GPU"),
     ("fp32", OFFLOADS[0], "host"),
-    ("bf16", "configs/deepspeed/zero3_bf16.json", "GPU"),
+    ("bf16", "zero3_bf16", "GPU"),
     ("bf16", OFFLOADS[0], "host"),
 )
 MARKS = {"fits": "", "tight": " ?", "too much": " ✗"}

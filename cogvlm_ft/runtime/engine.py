@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cogvlm_ft.config import Config
+from cogvlm_ft.config import ENGINE_PRESETS, Config, find_preset
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.param_gathering import attach_offload
@@ -43,9 +42,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
     Its key "//" is for readers: JSON has no comments.
     """
-    path = Path(config.deepspeed)
-    if not path.is_file():
-        raise ConfigError(f"deepspeed={path}: no such file")
+    path = find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

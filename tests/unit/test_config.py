@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvlm_ft.config import Config, config_sha256, load_config, save_config
+from cogvlm_ft.config import ENGINE_PRESETS, Config, config_sha256, find_preset, load_config, save_config
 from cogvlm_ft.errors import ConfigError
 
 MANDATORY = ["output_dir=runs/x", "model.path=models/tiny", "data.shards=shards_out"]
@@ -248,3 +248,21 @@ def test_two_configs_share_nothing() -> None:
     first.model.freeze.append("x")
     first.train.lr = 7
     assert (second.model.freeze, second.train.lr) == ([], 5e-5)
+
+
+def test_presets_are_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config("grounding_980", MANDATORY).model.image_size == 980
+    shipped = find_preset("zero3", ENGINE_PRESETS, "deepspeed=")
+    assert shipped.name == "zero3.json" and Config().deepspeed == "zero3"
+    monkeypatch.chdir(tmp_path)  # away from the checkout, also with the path that older configs hold
+    assert load_config("configs/grounding_980.yaml", MANDATORY).model.image_size == 980
+    assert find_preset("configs/deepspeed/zero3.json", ENGINE_PRESETS, "deepspeed=") == shipped
+    Path("zero3").write_text("{}")
+    assert find_preset("zero3", ENGINE_PRESETS, "deepspeed=") == Path("zero3")  # a file that exists wins
+
+
+def test_an_unknown_preset_lists_the_names() -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed=zero4: no such file or preset; .*one of zero3, zero3_bf16, "):
+        find_preset("zero4", ENGINE_PRESETS, "deepspeed=")
+    with pytest.raises(ConfigError, match=r"--config absent: no such file or preset; .*grounding_490"):
+        load_config("absent", MANDATORY)

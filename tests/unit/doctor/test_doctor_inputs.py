@@ -46,7 +46,7 @@ def test_no_model_at_all(run_checks: Examine, tmp_path: Path) -> None:
 
 def test_an_engine_preset_that_is_not_there(run_checks: Examine) -> None:
     num_red, said = run_checks([MODEL, PLAN, ENGINE], "deepspeed=nosuch.json")
-    assert num_red == 1 and "red     engine: deepspeed=nosuch.json: no such file" in said
+    assert num_red == 1 and "red     engine: deepspeed=nosuch.json: no such file or preset" in said
     assert "green   model: " in said and "yellow  plan: cannot be told" in said
 
 
