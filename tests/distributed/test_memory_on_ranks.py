@@ -30,7 +30,7 @@ def both(
     size: str, num_images: int, precision: str, checkpointing: str, deepspeed: Path, num_ranks: int, logs: Path
 ) -> tuple[dict[str, int], Planner]:
     """(what rank 0 measured, what foretells it)"""
-    output = run([PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs)
+    output = run([PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs, fresh=True)
     measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"measured"')))["measured"]
     config = settings(num_images, precision, checkpointing, str(deepspeed), num_ranks)
     return measured, Planner(config, SIZES[size], Cluster(1, num_ranks, on_cpu=True))

@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_undisturbed(
     for number in range(NUM_KILLS):
         moment = MOMENTS_TO_KILL[number % len(MOMENTS_TO_KILL)]
         is_due, deadline = moment(folder, chance), time.monotonic() + PATIENCE_S
-        with started(arguments, 2, tmp_path / "logs") as ranks:
+        with started(arguments, 2, tmp_path / "logs", fresh=moment is starting) as ranks:  # imports too
             while not is_due() and time.monotonic() < deadline:
                 if any(process.poll() is not None for process in ranks.processes):
                     break  # it came to its end first
