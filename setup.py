@@ -1,16 +1,37 @@
 """Package metadata. Tool settings live in pyproject.toml, tested versions in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "cogvlm_ft/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
+
 setup(
     name="cogvlm-ft",
-    version="0.1.0",
+    version=VERSION[1],  # read, not imported: nothing is installed yet
     description="Full-parameter fine-tuning of CogVLM for visual grounding, with DeepSpeed ZeRO-3 and WebDataset",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10,<3.13",
+    author="cogvlm-ft contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10,<3.14",
     # launch, shards, configs and slurm are links inside cogvlm_ft/: as top-level packages their names could clash.
     packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*"]),
     package_data={
@@ -35,6 +56,7 @@ setup(
         "pillow>=10.1",
         "safetensors>=0.5",
         "PyYAML>=6",
+        "jinja2>=3.1",
         "requests>=2.28",
         "psutil>=5.9",
         "packaging>=22",
@@ -44,6 +66,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff",
             "mypy",
@@ -63,10 +86,16 @@ setup(
             "cogvlm-evaluate = cogvlm_ft.launch.evaluate:main",
             "cogvlm-plan = cogvlm_ft.launch.plan:main",
             "cogvlm-doctor = cogvlm_ft.launch.doctor:main",
-            "cogvlm-wandb-sync = cogvlm_ft.launch.wandb_sync:main",
-            "cogvlm-workspace = cogvlm_ft.launch.workspace:main",
             "cogvlm-predict = cogvlm_ft.launch.predict:main",
             "cogvlm-export = cogvlm_ft.launch.export:main",
+            "cogvlm-report = cogvlm_ft.launch.report:main",
+            "cogvlm-best = cogvlm_ft.launch.best:main",
+            "cogvlm-submit = cogvlm_ft.launch.submit:main",
+            "cogvlm-replay-step = cogvlm_ft.launch.replay_step:main",
+            "cogvlm-wandb-sync = cogvlm_ft.launch.wandb_sync:main",
+            "cogvlm-workspace = cogvlm_ft.launch.workspace:main",
+            "cogvlm-demo = cogvlm_ft.launch.demo:main",
+            "cogvlm-replay = cogvlm_ft.launch.replay:main",  # the former name of cogvlm-wandb-sync, for one version
             "cogvlm-build-shards = cogvlm_ft.shards.build:main",
             "cogvlm-review = cogvlm_ft.shards.review:main",
         ]
