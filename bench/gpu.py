@@ -26,10 +26,11 @@ from torch import nn
 
 from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.layout import image_span
-from cogvlm_ft.planning.activations import PassSize, peak_of, probe_stages
+from cogvlm_ft.planning.activations import MicroBatchShape, peak_of, probe_stages
 
 NUM_LANGUAGE_LAYERS, NUM_VISION_LAYERS = 2, 4  # nearly the model's 32 to 63
 PROMPT_TOKENS, ANSWER_TOKENS = 24, 24
@@ -189,7 +190,7 @@ def planned_bytes(config: CogVLMConfig, case: Case) -> int:
     nn.Module.to(model, DTYPES[case.precision])
     enable_gradient_checkpointing(model, case.checkpointing)
     turn = PROMPT_TOKENS + ANSWER_TOKENS
-    kept, working, _ = peak_of(probe_stages(model.train(), PassSize(1, case.num_turns, turn, ANSWER_TOKENS)))
+    kept, working, _ = peak_of(probe_stages(model.train(), MicroBatchShape(1, case.num_turns, turn, ANSWER_TOKENS)))
     return kept + working
 
 
@@ -207,7 +208,13 @@ def batch_of(config: CogVLMConfig, num_turns: int) -> Batch:
     """One photo with turns of random words."""
     turns = [Turn(words(f"q{k}", PROMPT_TOKENS), words(f"a{k}", ANSWER_TOKENS - 1)) for k in range(num_turns)]
     image = torch.randn(config.vision["in_channels"], config.image_size, config.image_size)
-    return collate([Example("photo", image, encode_turns(turns, Words(config.vocab_size), config), 1.0, num_turns)])
+    return collate(
+        [
+            Example(
+                "photo", Item(0, 0, 1.0), image, encode_turns(turns, Words(config.vocab_size), config), 1.0, num_turns
+            )
+        ]
+    )
 
 
 def words(start: str, count: int) -> str:

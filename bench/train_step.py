@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_ft.model.layout import LANGUAGE, VISION, image_span
@@ -92,7 +93,10 @@ def words(start: str, count: int) -> str:
 
 def batch_of(image: Tensor, rows: list[list[Turn]]) -> Batch:
     return collate(
-        [Example(str(i), image, encode_turns(row, Words(), CONFIG), 1.0, len(row)) for i, row in enumerate(rows)]
+        [
+            Example(str(i), Item(0, i, 1.0), image, encode_turns(row, Words(), CONFIG), 1.0, len(row))
+            for i, row in enumerate(rows)
+        ]
     )
 
 

@@ -8,17 +8,25 @@ from typing import Any
 
 from transformers import initialization
 
+from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.config import Config, save_config
 from cogvlm_ft.data.augment import draft_side
-from cogvlm_ft.data.index import ShardIndex, load_index
+from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
 from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_photos
-from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.grounding.wording import Wording, load_wording
-from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_config
+from cogvlm_ft.model import (
+    CogVLMConfig,
+    CogVLMForCausalLM,
+    CogVLMTokenizer,
+    enable_gradient_checkpointing,
+    model_config_of,
+)
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
 from cogvlm_ft.tracking.provenance import without_passwords
@@ -34,7 +42,7 @@ class Run:
     dataset: GroundingDataset
     val_reader: ShardReader
     plan: SamplePlan
-    output_dir: Path
+    folder: RunFolder
 
     @property
     def model(self) -> Any:
@@ -46,6 +54,10 @@ class Run:
         """Optimizer steps of the whole training."""
         num_steps = self.config.train.epochs * self.plan.steps_per_epoch
         return min(num_steps, self.config.train.max_steps or num_steps)
+
+    def epochs_done(self, state: TrainState) -> float:
+        """Epochs of training behind a state, with the fraction of the current one."""
+        return state.samples_consumed / self.plan.num_samples
 
     def save_model_files(self, folder: Path) -> None:
         """config.json, tokenizer, and what else an export needs besides the weights."""
@@ -59,8 +71,8 @@ class Run:
 def build_run(config: Config) -> Run:
     """Collective. Data and wording first: what is wrong with them is told before the weights are read."""
     data = config.data
-    train_index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
-    val_index = load_index(data.shards, data.val_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    train_index = open_split(config, data.train_split).index
+    val_reader = open_split(config, data.val_split)
     wording = load_wording(config.data.wording)
     parts = split_index(train_index, wording, data.max_turns_per_image)
     if parts is not None:  # a position in these sequences means nothing in others
@@ -71,15 +83,15 @@ def build_run(config: Config) -> Run:
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
     )
-    output_dir = Path(config.output_dir)
+    folder = RunFolder(Path(config.output_dir))
     if is_main():
-        output_dir.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         shown = replace(data, shards=without_passwords(data.shards))  # a run's folder is for others to read, too
-        save_config(replace(config, data=shown), output_dir / "config.yaml")
+        save_config(replace(config, data=shown), folder.config)
     barrier()
     engine, tokenizer = build_model_engine(config)
     dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
-    return Run(config, engine, tokenizer, dataset, ShardReader(val_index), plan, output_dir)
+    return Run(config, engine, tokenizer, dataset, val_reader, plan, folder)
 
 
 def build_dataset(
@@ -116,9 +128,7 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     """Collective. The model folder's weights in a ZeRO-3 engine, each rank reading only what it owns."""
     settings = deepspeed_settings(config)
     tokenizer = CogVLMTokenizer.from_folder(config.model.path)
-    model_config = load_config(config.model.path, config.model.image_size)
-    if config.data.resize:
-        model_config.image_resize = config.data.resize  # stays with the weights, in their config.json
+    model_config = model_config_of(config)
     if len(tokenizer) != model_config.vocab_size:
         raise CheckpointError(
             f"{config.model.path}: tokenizer.model has {len(tokenizer)} pieces, config.json says vocab_size="

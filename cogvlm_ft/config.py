@@ -186,6 +186,19 @@ def find_preset(given: str | Path, presets: str, key: str) -> Path:
     raise ConfigError(f"{key}{given}: no such file or preset; expected a path or one of {names}")
 
 
+def num_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Return the micro-batches per optimizer step of one rank; ConfigError where the sizes do not divide."""
+    per_pass = world_size * micro_batch_size
+    if global_batch_size % per_pass:
+        below = global_batch_size // per_pass * per_pass
+        nearest = " or ".join(str(size) for size in (below, below + per_pass) if size)
+        raise ConfigError(
+            f"train.global_batch_size: {global_batch_size} is not a multiple of {world_size} ranks x "
+            f"train.micro_batch_size={micro_batch_size}; expected {nearest}"
+        )
+    return global_batch_size // per_pass
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults, YAML (a path or the name of a preset) and overrides.
 

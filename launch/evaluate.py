@@ -40,8 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: Config, args: argparse.Namespace) -> None:
     from cogvlm_ft.build import build_model_engine
     from cogvlm_ft.checkpoints.checkpoint import load_checkpoint
-    from cogvlm_ft.data.index import load_index
-    from cogvlm_ft.data.reader import ShardReader
+    from cogvlm_ft.data.reader import open_split
     from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
     from cogvlm_ft.evaluate.fingerprint import fingerprint
     from cogvlm_ft.evaluate.probe import run_probe
@@ -52,7 +51,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     init_distributed()
     data = config.data
     split = args.split or data.val_split
-    reader = ShardReader(load_index(data.shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib))
+    reader = open_split(config, split)
     wording = load_wording(config.data.wording)
     engine, tokenizer = build_model_engine(config)
     if args.checkpoint is not None:

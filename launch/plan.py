@@ -62,14 +62,14 @@ def plan(args: argparse.Namespace) -> str:
     _check_numbers(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # none is needed here, and DeepSpeed warns where it finds none
     config = load_config(args.config, [*_stand_ins(args), *args.settings])
-    from cogvlm_ft.planning.activations import PassSize
+    from cogvlm_ft.planning.activations import MicroBatchShape
     from cogvlm_ft.planning.memory import Cluster
     from cogvlm_ft.planning.preflight import as_json, as_text, count_images, inspect_run
     from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
     from cogvlm_ft.planning.tables import write_tables
 
     turns = min(args.turns, config.data.max_turns_per_image or args.turns)
-    sequences = PassSize(config.train.micro_batch_size, turns, args.turn_tokens, args.answer_tokens)
+    sequences = MicroBatchShape(config.train.micro_batch_size, turns, args.turn_tokens, args.answer_tokens)
     speeds = Speeds(
         tflops=args.tflops or H100_TFLOPS[number_format(config)],
         mfu=args.mfu,

@@ -41,11 +41,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> Path:
-    from cogvlm_ft.evaluate.results import CONFIG_FILE, find_evaluation
+    from cogvlm_ft.evaluate.results import find_evaluation
     from cogvlm_ft.report.report import write_report
+    from cogvlm_ft.run_folder import RunFolder
 
     evaluation = find_evaluation(args.folder, args.step)
-    path = args.config or args.folder / CONFIG_FILE
+    path = args.config or RunFolder(args.folder).config
     config = load_config(path, args.settings) if path.is_file() or args.config else None
     return write_report(
         evaluation,
@@ -56,19 +57,16 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def open_reader(config: Config | None, split: str) -> ShardReader | None:
-    """None, with a warning, if the shards are not there any more."""
-    from cogvlm_ft.data.index import load_index
-    from cogvlm_ft.data.reader import ShardReader
+    """Open a split; None, with a warning, if the shards are not there any more."""
+    from cogvlm_ft.data.reader import open_split
 
     if config is None:
         return None
-    data = config.data
     try:
-        index = load_index(data.shards, getattr(data, split), cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+        return open_split(config, getattr(config.data, split))
     except DataError as error:
         logging.getLogger(__name__).warning("without photos of data.%s: %s", split, error)
         return None
-    return ShardReader(index)
 
 
 if __name__ == "__main__":

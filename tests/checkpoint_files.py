@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState, checkpoint_name
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState
 from cogvlm_ft.checkpoints.manifest import write_manifest
 from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, Layout, rank_file
+from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.safetensors_io import TensorSpec, hash_file, write_tensors
 
 SHAPES = {"embed": (7, 3), "norm": (5,), "scale": (1,)}
@@ -24,7 +25,7 @@ def made_tensor(kind: str, name: str, step: int) -> torch.Tensor:
 
 def write_checkpoint(folder: Path, step: int, state: TrainState | None = None, num_ranks: int = 2) -> Path:
     """As CheckpointSaver leaves it."""
-    path = folder / checkpoint_name(step)
+    path = folder / step_name(step)
     (path / MODEL_FOLDER).mkdir(parents=True)
     (path / MODEL_FOLDER / "config.json").write_text('{"hidden_size": 3}\n')
     state = dataclasses.replace(state or TrainState(), step=step, world_size=num_ranks)

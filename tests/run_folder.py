@@ -11,12 +11,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState, checkpoint_name
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, TrainState
 from cogvlm_ft.checkpoints.manifest import write_manifest
 from cogvlm_ft.checkpoints.slices import WEIGHT, Layout, rank_file
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.loading import StoredTensor, read_whole
+from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.safetensors_io import TensorSpec, hash_file, write_tensors
 
 STEP = 7
@@ -31,7 +32,7 @@ def write_run(
     num_ranks: int = 2,
 ) -> Path:
     """The checkpoint's path. settings: of config.yaml, by their dotted names. Adam's moments are left out."""
-    checkpoint = run / "checkpoints" / checkpoint_name(STEP)
+    checkpoint = run / "checkpoints" / step_name(STEP)
     (checkpoint / MODEL_FOLDER).mkdir(parents=True)
     config.architectures = ["CogVLMForCausalLM"]
     config.save_pretrained(checkpoint / MODEL_FOLDER)

@@ -24,11 +24,11 @@ from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"  # in the output_dir of a run
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 
@@ -65,10 +65,6 @@ class TrainState:
         return dataclasses.replace(
             self, step=self.step + 1, samples_consumed=self.samples_consumed + num_samples, epoch=epoch
         )
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -112,7 +108,7 @@ def newest_intact(folder: Path) -> Path | None:
 def _misplaced(checkpoint: Path) -> list[str]:
     """A copy under another step's name."""
     step = read_state(checkpoint).step
-    return [] if checkpoint.name == checkpoint_name(step) else [f"{STATE_FILE} is that of step {step}"]
+    return [] if checkpoint.name == step_name(step) else [f"{STATE_FILE} is that of step {step}"]
 
 
 def _set_aside(damaged: list[Path]) -> None:
@@ -147,7 +143,7 @@ def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int |
     checkpoints = list_checkpoints(folder)
     kept = {*checkpoints[-settings.keep_last :], *_milestones(checkpoints, settings.keep_every_steps)}
     for path in checkpoints:
-        if path not in kept and (best_step is None or path.name != checkpoint_name(best_step)):
+        if path not in kept and (best_step is None or path.name != step_name(best_step)):
             doomed = path.with_name(f".tmp-old-{path.name}")
             path.rename(doomed)
             shutil.rmtree(doomed)

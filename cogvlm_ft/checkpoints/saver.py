@@ -18,7 +18,6 @@ from cogvlm_ft.checkpoints.checkpoint import (
     MODEL_FOLDER,
     STATE_FILE,
     TrainState,
-    checkpoint_name,
     prune_checkpoints,
     remove_leftovers,
 )
@@ -26,6 +25,7 @@ from cogvlm_ft.checkpoints.manifest import write_manifest
 from cogvlm_ft.checkpoints.slices import LAYOUT_FILE, Layout, layout_of, local_slices, local_specs, rank_file
 from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import all_reduce_sum, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.outcome import write_outcome
 from cogvlm_ft.runtime.watchdog import progress
@@ -96,7 +96,7 @@ class CheckpointSaver:
         if problem:
             self._report(problem)
             return None
-        return self._folder / checkpoint_name(self._state.step)
+        return self._folder / step_name(self._state.step)
 
     def close(self, step: int) -> None:
         """Collective. Finish; a run's last state that is not saved is an error, whatever settings.on_error says."""
@@ -157,7 +157,7 @@ class CheckpointSaver:
     def _publish(self, everywhere: list[dict[str, FileRecord] | str]) -> str:
         """Rank 0. Manifest, then one rename; why it cannot be, or nothing."""
         problems = [found for found in everywhere if isinstance(found, str)]
-        partial, final = self._partial, self._folder / checkpoint_name(self._state.step)
+        partial, final = self._partial, self._folder / step_name(self._state.step)
         try:
             if problems:
                 shutil.rmtree(partial, ignore_errors=True)  # room for the next one
@@ -198,7 +198,7 @@ class CheckpointSaver:
 
     @property
     def _partial(self) -> Path:
-        return self._folder / f".tmp-{checkpoint_name(self._state.step)}"
+        return self._folder / f".tmp-{step_name(self._state.step)}"
 
 
 def _seen_by_watchdog(slices: Iterable[Tensor]) -> Iterator[Tensor]:

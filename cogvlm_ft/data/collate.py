@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cogvlm_ft.data.encode import Sequences
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.model.cogvlm import IGNORE_INDEX
 from cogvlm_ft.model.layout import PAD_BLOCK
 
@@ -25,12 +26,15 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Example:
-    """One image float[3, S, S] with all its turns. weight 0: fills a batch up, and has no labels.
+    """One image with all its turns.
 
+    item: what the loader was asked for. pixel_values: float[3, S, S].
+    weight: that of the item, or 0 where a neighbour takes the place of an unusable sample; such a row has no labels.
     num_cut_boxes: boxes that its answers leave out, because the list would be too long.
     """
 
     key: str
+    item: Item
     pixel_values: Tensor
     sequences: Sequences
     weight: float
@@ -41,8 +45,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples: pixel_values float[B, 3, S, S]; input_ids, labels, position_ids i64[B, L]; block_ids i32[B, L];
-    weight float[B]; the keys; samples that could not be used."""
+    """B examples of up to L tokens.
+
+    pixel_values: float[B, 3, S, S]. input_ids, labels, position_ids: int64[B, L]. block_ids: int32[B, L].
+    weight: float[B]. keys, items: of the rows. row_target_tokens: labelled tokens of each row, 0 where weight is 0.
+    bad: samples that could not be used.
+    """
 
     pixel_values: Tensor
     input_ids: Tensor
@@ -51,11 +59,14 @@ class Batch:
     block_ids: Tensor
     weight: Tensor
     keys: list[str]
+    items: list[Item]
+    row_target_tokens: list[int]
     num_turns: int
     bad: list[BadSample]
     num_cut_boxes: int = 0
 
     def to(self, device: torch.device) -> Batch:
+        """Return the same batch with its tensors on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -63,25 +74,30 @@ class Batch:
 
     @property
     def num_target_tokens(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
+        """Labelled tokens."""
+        return sum(self.row_target_tokens)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens without padding."""
         return int((self.block_ids != PAD_BLOCK).sum())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pads are block -1 and unlabelled; examples of weight 0 lose their labels."""
+    """Pad to the longest example: pads are block -1 and unlabelled; examples of weight 0 lose their labels."""
     weight = torch.tensor([example.weight for example in examples])
     labels = _pad([example.sequences.labels for example in examples], IGNORE_INDEX)
+    labels = labels.masked_fill((weight == 0)[:, None], IGNORE_INDEX)
     return Batch(
         pixel_values=torch.stack([example.pixel_values for example in examples]),
         input_ids=_pad([example.sequences.input_ids for example in examples], 0),
-        labels=labels.masked_fill((weight == 0)[:, None], IGNORE_INDEX),
+        labels=labels,
         position_ids=_pad([example.sequences.position_ids for example in examples], 0),
         block_ids=_pad([example.sequences.block_ids for example in examples], PAD_BLOCK),
         weight=weight,
         keys=[example.key for example in examples],
+        items=[example.item for example in examples],
+        row_target_tokens=(labels != IGNORE_INDEX).sum(dim=1).tolist(),
         num_turns=sum(example.num_turns for example in examples if example.weight > 0),
         bad=[example.bad for example in examples if example.bad is not None],
         num_cut_boxes=sum(example.num_cut_boxes for example in examples if example.weight > 0),

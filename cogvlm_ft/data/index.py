@@ -32,7 +32,7 @@ class ShardIndex:
 
     keys, exts: bytes; `key(i)` gives text. With several sources a key starts with the name of its source.
     shard_number: which of `shard_paths`.
-    image_offset, image_size, json_offset, json_size: of the data bytes in that tar.
+    image_offset, image_num_bytes, json_offset, json_num_bytes: of the data bytes in that tar.
     num_targets, num_turns: of the record; -1 where only the record itself tells, as in shards of others.
     source_sizes, source_weights: how many samples come from each source, one after another, and how often they are
         drawn per epoch.
@@ -46,9 +46,9 @@ class ShardIndex:
     exts: NDArray[np.bytes_]
     shard_number: NDArray[np.int32]
     image_offset: NDArray[np.int64]
-    image_size: NDArray[np.int64]
+    image_num_bytes: NDArray[np.int64]
     json_offset: NDArray[np.int64]
-    json_size: NDArray[np.int64]
+    json_num_bytes: NDArray[np.int64]
     num_targets: NDArray[np.int32]
     num_turns: NDArray[np.int32]
     source_sizes: tuple[int, ...]
@@ -268,9 +268,12 @@ def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Sha
         good = isinstance(entry.key, str) and entry.ext in IMAGE_EXTENSIONS
         if not good or any(type(number) is not int for number in entry[2:]):
             raise ValueError(f"samples[{i}] is not described by a key, an extension and four whole numbers")
-        if min(entry[2:]) < 0 or max(entry.image_offset + entry.image_size, entry.json_offset + entry.json_size) > size:
+        if (
+            min(entry[2:]) < 0
+            or max(entry.image_offset + entry.image_num_bytes, entry.json_offset + entry.json_num_bytes) > size
+        ):
             raise ValueError(f"sample {entry.key!r} lies outside the tar")
-        if max(entry.image_size, entry.json_size) > MAX_MEMBER_BYTES:
+        if max(entry.image_num_bytes, entry.json_num_bytes) > MAX_MEMBER_BYTES:
             raise ValueError(f"sample {entry.key!r} is larger than {MAX_MEMBER_BYTES} bytes")
     questions = [_num_questions(row, i) for i, row in enumerate(content["samples"])]
     return _shard_of_entries(path, entries, questions, [], sha256)
@@ -319,9 +322,9 @@ def _join(split: str, names: list[str], weights: list[float], sources: list[list
         exts=np.concatenate([np.zeros(0, np.bytes_), *(shard.exts for shard in shards)]),
         shard_number=np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.keys) for shard in shards]),
         image_offset=places[:, 0].copy(),
-        image_size=places[:, 1].copy(),
+        image_num_bytes=places[:, 1].copy(),
         json_offset=places[:, 2].copy(),
-        json_size=places[:, 3].copy(),
+        json_num_bytes=places[:, 3].copy(),
         num_targets=questions[:, 0].copy(),
         num_turns=questions[:, 1].copy(),
         source_sizes=tuple(sizes[number] for number in filled),

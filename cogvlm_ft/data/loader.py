@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,15 @@ from cogvlm_ft.config import AugmentConfig
 from cogvlm_ft.data.augment import Colours, augments, choose_look
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
-from cogvlm_ft.data.plan import PhotoParts, SamplePlan, TurnsPart, rank_part
+from cogvlm_ft.data.plan import Item, PhotoParts, SamplePlan, TurnsPart, rank_items
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
-from cogvlm_ft.data.transforms import Frame, move_record, resize_of, whole_frame
+from cogvlm_ft.data.transforms import Frame, model_input, move_record, resize_of, whole_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.turns import build_turns, most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
@@ -54,19 +53,6 @@ def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
     return worded[places] + num_turns
 
 
-@dataclass(frozen=True)
-class Item:
-    """What a loader process is asked for: a sequence, and whether it counts.
-
-    epoch: how often the sequences of its source were all seen before, so that a photo never looks the same twice.
-    index: of the photo; with `GroundingDataset.parts` of a part of its turns.
-    """
-
-    epoch: int
-    index: int
-    weight: float
-
-
 @dataclass
 class GroundingDataset(Dataset):
     """Item -> Example. A pure function, so that a resumed run sees the very same examples.
@@ -84,27 +70,31 @@ class GroundingDataset(Dataset):
     parts: PhotoParts | None = None
 
     def __getitem__(self, item: Item) -> Example:
-        """An unusable sample is reported in `bad`, and its place filled by a neighbour of weight 0."""
+        """Return the item's sample; an unusable one is reported in `bad` and replaced by a neighbour of weight 0.
+
+        Raises DataError where MAX_REPLACEMENTS samples in a row cannot be used.
+        """
         bad = None
         first, part = self.parts.find(item.index) if self.parts is not None else (item.index, TurnsPart(0, 1))
         for step in range(MAX_REPLACEMENTS):
             index = (first + step) % len(self.reader)
-            weight = item.weight if step == 0 else 0.0
             if step > 0 and self.parts is not None:
                 part = self.parts.part(index, 0)
             try:
-                return self._encode(index, part, item.epoch, weight, bad)
+                example = self._encode(index, part, item)
             except BadSampleError as error:
                 if step == 0 and item.weight > 0:  # neighbours and fillers are reported in their own place
                     bad = BadSample(error.key, error.reason)
+            else:
+                return example if step == 0 else replace(example, weight=0.0, bad=bad)
         raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the first being {bad}")
 
-    def _encode(self, index: int, part: TurnsPart, epoch: int, weight: float, bad: BadSample | None) -> Example:
+    def _encode(self, index: int, part: TurnsPart, item: Item) -> Example:
         sample = self.reader.read(index)
         key = sample.record.key
         try:
-            frame, colours = self._look(sample.record, epoch)
-            turns = turns_of(move_record(sample.record, frame), self.wording, seed=self.seed, epoch=epoch)
+            frame, colours, turns = self._look(sample.record, item.epoch)
+            weight = item.weight
             if part.number >= max(1, len(turns)):  # fewer turns than there may be: nothing is left for this part
                 turns, weight = turns[:1], 0.0
             else:
@@ -119,18 +109,27 @@ class GroundingDataset(Dataset):
             raise BadSampleError(
                 key, "too_long", f"{length} tokens, data.max_sequence_length={self.max_sequence_length}"
             )
-        seen = colours.apply(frame.apply_image(sample.image, self.config.image_size))
-        pixels = preprocess_image(seen, self.config.image_size)
-        num_cut_boxes = sum(turn.num_cut_boxes for turn in turns)
-        return Example(key, pixels, sequences, weight, len(turns), bad, num_cut_boxes)
+        return Example(
+            key=key,
+            item=item,
+            pixel_values=model_input(sample.image, frame, self.config.image_size, colours.apply),
+            sequences=sequences,
+            weight=weight,
+            num_turns=len(turns),
+            num_cut_boxes=sum(turn.num_cut_boxes for turn in turns),
+        )
 
-    def _look(self, record: Record, epoch: int) -> tuple[Frame, Colours]:
-        """Which part of the photo the model sees, and in which colours."""
-        resize = resize_of(self.config)
-        if not augments(self.augment):
-            return whole_frame(record, resize), Colours()
-        turns = turns_of(record, self.wording, seed=self.seed, epoch=epoch)
-        return choose_look(record, turns, self.augment, resize, seed=self.seed, epoch=epoch)
+    def _look(self, record: Record, epoch: int) -> tuple[Frame, Colours, list[Turn]]:
+        """Choose which part of the photo the model sees and in which colours, and build the turns about it."""
+        frame, colours, turns = whole_frame(record, resize_of(self.config)), Colours(), None
+        if augments(self.augment):  # what may be changed depends on the words
+            turns = turns_of(record, self.wording, seed=self.seed, epoch=epoch)
+            frame, colours = choose_look(
+                record, turns, self.augment, resize_of(self.config), seed=self.seed, epoch=epoch
+            )
+        if turns is None or not frame.is_whole_photo:  # the words again, with boxes in the frame
+            turns = turns_of(move_record(record, frame), self.wording, seed=self.seed, epoch=epoch)
+        return frame, colours, turns
 
 
 def read_steps(
@@ -149,9 +148,9 @@ def read_steps(
     num_accum_steps = 1
     for start in range(offset, plan.num_samples, plan.global_batch_size):
         batch = plan.global_batch(epoch, start)
-        parts = rank_part(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
-        num_accum_steps = len(parts)
-        micro_batches += [[Item(int(p), int(i), float(w)) for i, p, w in zip(*part, strict=True)] for part in parts]
+        items = rank_items(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+        num_accum_steps = len(items)
+        micro_batches += items
     loader = DataLoader(dataset, batch_sampler=micro_batches, num_workers=num_workers, collate_fn=collate)  # type: ignore[arg-type]
     step: list[Batch] = []
     for batch in loader:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cogvlm_ft.config import num_accum_steps
 from cogvlm_ft.errors import ConfigError
 
 
@@ -29,6 +30,19 @@ class Part(NamedTuple):
     indices: NDArray[np.int64]
     passes: NDArray[np.int64]
     weights: NDArray[np.float32]
+
+
+class Item(NamedTuple):
+    """One sequence of an epoch, as a loader process is asked for it.
+
+    epoch: how often all sequences of its source were seen before, so that augmentation differs every time.
+    index: of the photo, or of the sequence where photos are split into several (`PhotoParts`).
+    weight: 1, or 0 for a sequence that only fills the last batch.
+    """
+
+    epoch: int
+    index: int
+    weight: float
 
 
 class TurnsPart(NamedTuple):
@@ -139,29 +153,15 @@ def plan_samples(sizes: Sequence[int], weights: Sequence[float], *, global_batch
     return SamplePlan(sum(drawn), global_batch_size, seed, () if once else sources)
 
 
-def rank_part(
-    batch: Part,
-    *,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-) -> list[Part]:
-    """A rank's part of a global batch, one entry of `micro_batch_size` samples per accumulation step.
+def rank_items(batch: Part, *, rank: int, world_size: int, micro_batch_size: int) -> list[list[Item]]:
+    """Return a rank's part of a global batch: one list of `micro_batch_size` items per accumulation step.
 
     Raises ConfigError if the global batch cannot be dealt out evenly.
     """
-    num_samples = len(batch.indices)
-    per_step = world_size * micro_batch_size
-    if num_samples % per_step:
-        below = num_samples // per_step * per_step
-        nearest = " or ".join(str(size) for size in (below, below + per_step) if size)
-        raise ConfigError(
-            f"global_batch_size={num_samples} is no multiple of world_size * micro_batch_size = "
-            f"{world_size} * {micro_batch_size} = {per_step}; set it to {nearest}"
-        )
-    starts = range(rank * micro_batch_size, num_samples, per_step)
-    cuts = [slice(start, start + micro_batch_size) for start in starts]
-    return [Part(batch.indices[cut], batch.passes[cut], batch.weights[cut]) for cut in cuts]
+    num_steps = num_accum_steps(len(batch.indices), micro_batch_size, world_size)
+    items = [Item(int(p), int(i), float(w)) for i, p, w in zip(*batch, strict=True)]
+    starts = [(step * world_size + rank) * micro_batch_size for step in range(num_steps)]
+    return [items[start : start + micro_batch_size] for start in starts]
 
 
 @lru_cache(maxsize=2)  # one for training, one for evaluation

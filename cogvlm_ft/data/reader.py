@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from cogvlm_ft.data.index import ShardIndex
+from cogvlm_ft.config import Config
+from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.grounding.targets import Target
@@ -67,7 +68,7 @@ class ShardReader:
         key = index.key(i)
         shard = int(index.shard_number[i])
         record = self.read_record(i)
-        image_bytes = self._read_bytes(key, shard, int(index.image_offset[i]), int(index.image_size[i]))
+        image_bytes = self._read_bytes(key, shard, int(index.image_offset[i]), int(index.image_num_bytes[i]))
         image, shrink = _decode(image_bytes, key, self.max_pixels, record.upright, self.draft_side)
         return Sample(_fit_record(record, (image.width * shrink, image.height * shrink)), image)
 
@@ -75,7 +76,8 @@ class ShardReader:
         """What is asked about sample i, not checked against the picture. Raises BadSampleError."""
         index = self.index
         key, shard = index.key(i), int(index.shard_number[i])
-        return record_from_json(self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_size[i])), key)
+        data = self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_num_bytes[i]))
+        return record_from_json(data, key)
 
     def _read_bytes(self, key: str, shard: int, offset: int, size: int) -> bytes:
         path = self.index.shard_paths[shard]
@@ -106,6 +108,13 @@ class ShardReader:
             self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def open_split(config: Config, split: str, *, draft_side: int | None = None) -> ShardReader:
+    """Open one split of `data.shards`, such as `config.data.val_split`; DataError if it is missing or unreadable."""
+    data = config.data
+    index = load_index(data.shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    return ShardReader(index, draft_side=draft_side)
 
 
 def decode_image(data: bytes, key: str, max_pixels: int, *, upright: bool = False) -> Image.Image:

@@ -28,9 +28,9 @@ class Entry(NamedTuple):
     key: str
     ext: str
     image_offset: int
-    image_size: int
+    image_num_bytes: int
     json_offset: int
-    json_size: int
+    json_num_bytes: int
 
 
 class Loss(NamedTuple):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from PIL import Image
+from torch import Tensor
 
 from cogvlm_ft.config import RESIZES
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.model.preprocess import MEAN
+from cogvlm_ft.model.preprocess import MEAN, preprocess_image
 
 GRID_PX = 8
 """Frames lie on this grid, or on an edge of the photo: whole pixels also of a JPEG decoded at 1/2, 1/4 or 1/8."""
@@ -73,6 +74,17 @@ class Frame:
         if self.mirrored:
             return tuple((right - x1, y0 + top, right - x0, y1 + top) for x0, y0, x1, y1 in boxes)
         return tuple((x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in boxes)
+
+
+def model_input(
+    image: Image.Image, frame: Frame, image_size: int, recolour: Callable[[Image.Image], Image.Image] | None = None
+) -> Tensor:
+    """Return float32[3, S, S]: what the model sees of a photo (RGB, or its exact half, quarter or eighth) in a frame.
+
+    recolour: changes the S x S image before it is normalised.
+    """
+    seen = frame.apply_image(image, image_size)
+    return preprocess_image(recolour(seen) if recolour else seen, image_size)
 
 
 def resize_of(config: CogVLMConfig) -> str:

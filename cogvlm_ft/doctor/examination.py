@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
-from cogvlm_ft.model import load_config
+from cogvlm_ft.model import model_config_of
 from cogvlm_ft.planning.memory import Cluster, Forecast, Planner
 from cogvlm_ft.planning.preflight import cluster_of, machine_facts, smallest_pass
 from cogvlm_ft.runtime.bandwidth import SideChannel
@@ -64,7 +64,7 @@ class Examination:
     def planner(self) -> Planner | None:
         """None where the model or the engine's settings cannot be read, which is a finding elsewhere."""
         try:
-            model_config = load_config(self.config.model.path, self.config.model.image_size)
+            model_config = model_config_of(self.config)
             return Planner(self.config, model_config, self.cluster)
         except (ConfigError, CheckpointError, OSError, ValueError):
             return None

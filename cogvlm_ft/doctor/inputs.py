@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cogvlm_ft.build import build_dataset
-from cogvlm_ft.data.index import ShardIndex, load_index, read_json_file
+from cogvlm_ft.data.index import ShardIndex, read_json_file
 from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of
 from cogvlm_ft.data.plan import PhotoParts, split_photos
-from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import CogVLMTokenizer, load_config
+from cogvlm_ft.model import CogVLMTokenizer, model_config_of
 from cogvlm_ft.model.loading import load_weights, parameter_shapes
 from cogvlm_ft.planning.memory import build_on_meta, judge
 from cogvlm_ft.planning.preflight import what_would_fit
@@ -40,7 +40,7 @@ class Model(NamedTuple):
 def look_at_model(examination: Examination) -> Model:
     """Every tensor's name and shape, from the files' headers; no values are read."""
     model = examination.config.model
-    config = load_config(model.path, model.image_size)
+    config = model_config_of(examination.config)
     tokenizer = CogVLMTokenizer.from_folder(model.path)
     shapes = parameter_shapes(build_on_meta(examination.config, config).named_parameters())
     load_weights(model.path, shapes, lambda name, fetch, num_rows: None)
@@ -82,7 +82,7 @@ def look_at_shards(examination: Examination) -> Shards:
     """This rank's part of the samples, made ready for the model as a training would."""
     data = examination.config.data
     indexes = {
-        name: load_index(data.shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+        name: open_split(examination.config, split).index
         for name, split in (("train", data.train_split), ("val", data.val_split))
     }
     num_read, bad = {}, {}
@@ -112,9 +112,7 @@ def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset 
         parts = split_photos(most_turns_of(reader, wording), data.max_turns_per_image)
     if examination.planner is None or not Path(model.path, "tokenizer.model").is_file():
         return None
-    model_config = load_config(model.path, model.image_size)
-    if data.resize:
-        model_config.image_resize = data.resize
+    model_config = model_config_of(examination.config)
     tokenizer = CogVLMTokenizer.from_folder(model.path)
     return build_dataset(examination.config, reader.index, wording, parts, tokenizer, model_config)
 

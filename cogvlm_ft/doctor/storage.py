@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from cogvlm_ft.checkpoints.checkpoint import CHECKPOINTS, list_checkpoints
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
 from cogvlm_ft.planning.memory import GIB
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import is_main
 
 PROBE_BYTES = 256 * 2**20
@@ -148,7 +149,7 @@ def _judge_room(examination: Examination, free: int) -> list[Finding]:
     config, forecast = examination.config, examination.forecast
     if forecast is None:
         return [green(f"{free / GIB:.1f} GiB free")]
-    there = len(list_checkpoints(Path(config.output_dir) / CHECKPOINTS))
+    there = len(list_checkpoints(RunFolder(Path(config.output_dir)).checkpoints))
     number = max(1, config.checkpoint.keep_last + 2 - there)
     needed = number * forecast.disk
     found = f"{free / GIB:.2f} GiB free, {number} more checkpoints take {needed / GIB:.2f}"
@@ -168,7 +169,7 @@ class Leftovers(NamedTuple):
 
 
 def look_for_leftovers(examination: Examination) -> Leftovers:
-    checkpoints = Path(examination.config.output_dir) / CHECKPOINTS
+    checkpoints = RunFolder(Path(examination.config.output_dir)).checkpoints
     return Leftovers(
         sorted(path.name for path in checkpoints.glob(".tmp-*")),
         sorted(path.name for path in checkpoints.glob("damaged-*")),
@@ -177,7 +178,7 @@ def look_for_leftovers(examination: Examination) -> Leftovers:
 
 def judge_leftovers(examination: Examination, seen: list[Seen]) -> list[Finding]:
     found: Leftovers = seen[0].facts
-    folder = Path(examination.config.output_dir) / CHECKPOINTS
+    folder = RunFolder(Path(examination.config.output_dir)).checkpoints
     findings = []
     if found.unfinished:
         to_do = "if no training is at work there, nothing: the next one removes it"

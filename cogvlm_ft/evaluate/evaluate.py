@@ -19,7 +19,7 @@ from cogvlm_ft.config import EvaluateConfig
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record, detect_language
-from cogvlm_ft.data.transforms import Frame, move_record, resize_of, whole_frame
+from cogvlm_ft.data.transforms import Frame, model_input, move_record, resize_of, whole_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.draw import draw_boxes
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
@@ -33,7 +33,6 @@ from cogvlm_ft.grounding.protocols import PROTOCOLS, Protocol
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
@@ -205,12 +204,11 @@ def _answer(
     """Collective. A rank without questions asks one about a blank picture, so that all ranks make the same calls."""
     size, not_found = model.config.image_size, wording.not_found_sentences
     protocol = PROTOCOLS[settings.protocol]
-    seen = [question.frame.apply_image(question.image, size) for question in questions]
-    pixels = [preprocess_image(image, size) for image in seen] or [torch.zeros(3, size, size)]
+    pixels = [model_input(question.image, question.frame, size) for question in questions]
     answers = generate_answers(
         model,
         tokenizer,
-        torch.stack(pixels).to(device()),
+        torch.stack(pixels or [torch.zeros(3, size, size)]).to(device()),
         [[turn.prompt for turn in question.turns] for question in questions] or [["?"]],
         settings.max_new_tokens,
         [[turn.history for turn in question.turns] for question in questions] or [[()]],

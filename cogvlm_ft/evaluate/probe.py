@@ -19,19 +19,19 @@ from PIL import Image
 
 from cogvlm_ft.config import Config, EvaluateConfig
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
-from cogvlm_ft.data.transforms import photo_frame, resize_of
+from cogvlm_ft.data.transforms import model_input, photo_frame, resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.generate import generate_answers
 from cogvlm_ft.grounding.descriptions import corpus_chrf
-from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
 
 logger = logging.getLogger(__name__)
 
-UNTOUCHED_FILE, ANSWERS_FILE = "probe_untouched.jsonl", "probe.jsonl"
+ANSWERS_FILE = "probe.jsonl"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def ask_probe(
 
 def _pixels(model: Any, question: ProbeQuestion) -> torch.Tensor:
     image, size = _read_image(question), model.config.image_size
-    return preprocess_image(photo_frame(image.size, resize_of(model.config)).apply_image(image, size), size)
+    return model_input(image, photo_frame(image.size, resize_of(model.config)), size)
 
 
 def probe_metrics(
@@ -138,7 +138,7 @@ def run_probe(
         return {}
     questions = load_probe(Path(config.evaluate.probe))
     answers = ask_probe(model, tokenizer, questions, config.evaluate)
-    untouched_file = Path(config.output_dir) / UNTOUCHED_FILE
+    untouched_file = RunFolder(Path(config.output_dir)).untouched_probe
     if is_main():
         _write(folder / ANSWERS_FILE, questions, answers)
         if is_untouched:

@@ -10,18 +10,17 @@ from typing import Any
 
 from cogvlm_ft.data.transforms import photo_frame
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.evaluate.evaluate import ABOUT, CURVES_FILE, PREDICTIONS_FILE
-from cogvlm_ft.evaluate.evaluate import METRICS_FILE as RESULTS_FILE
+from cogvlm_ft.evaluate.evaluate import ABOUT, CURVES_FILE, METRICS_FILE, PREDICTIONS_FILE
 from cogvlm_ft.grounding.ceiling import best_answer_iou
 from cogvlm_ft.grounding.metrics import ABSENT, HIT, PRESENT, AnswerScore
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
-from cogvlm_ft.tracking.metrics_log import METRICS_FILE, Row, read_rows
+from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.tracking.metrics_log import Row, read_rows
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.sample_losses import HighLoss, find_high_losses, read_sample_losses
-from cogvlm_ft.tracking.tracker import RUN_FILE, read_run_file
+from cogvlm_ft.tracking.tracker import read_run_file
 
-CONFIG_FILE, EVALUATIONS = "config.yaml", "evaluations"
 NUM_SUSPECTS = 12
 _MAX_CONFIG = 20_000  # characters
 
@@ -77,7 +76,7 @@ def find_evaluation(folder: Path, step: int | None = None) -> Path:
     """The evaluation's folder: of a run the last one, or that at a step; else the folder itself. Raises DataError."""
     if step is None and (folder / PREDICTIONS_FILE).is_file():
         return folder
-    found = sorted(path.parent for path in folder.glob(f"{EVALUATIONS}/step-*/{PREDICTIONS_FILE}"))
+    found = sorted(path.parent for path in RunFolder(folder).evaluations.glob(f"step-*/{PREDICTIONS_FILE}"))
     steps = {int(path.name.partition("-")[2]): path for path in found}
     if not steps or step not in (None, *steps):
         wanted = f"an evaluation at step {step}" if step is not None else "a run with evaluations, or an evaluation"
@@ -103,28 +102,28 @@ def load_report(folder: Path, run_folder: Path | None = None) -> Report:
     if run_folder is None:
         return report
     losses = read_sample_losses(run_folder)
-    config = run_folder / CONFIG_FILE
+    run = RunFolder(run_folder)
     return replace(
         report,
-        rows=read_rows(run_folder / METRICS_FILE) if (run_folder / METRICS_FILE).exists() else [],
+        rows=read_rows(run.metrics_log) if run.metrics_log.exists() else [],
         high_losses=find_high_losses(losses, NUM_SUSPECTS) if len(losses) > 1 else None,
-        config=without_passwords(config.read_text(encoding="utf-8")[:_MAX_CONFIG]) if config.exists() else "",
-        facts=_run_facts(run_folder),
+        config=without_passwords(run.config.read_text(encoding="utf-8")[:_MAX_CONFIG]) if run.config.exists() else "",
+        facts=_run_facts(run),
     )
 
 
-def _run_facts(run_folder: Path) -> dict[str, Any]:
+def _run_facts(run: RunFolder) -> dict[str, Any]:
     """What run.json says beside the settings: how, on what and with which code it was trained."""
-    if not (run_folder / RUN_FILE).exists():
+    if not run.run_file.exists():
         return {}
-    config = read_run_file(run_folder)["config"]
+    config = read_run_file(run.path)["config"]
     names = ("command", "code", "world_size", "num_samples", "config_sha256", "data_sha256", "val_data_sha256")
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def load_results(folder: Path) -> Results:
     """Raises DataError."""
-    metrics = dict(_read_json(folder / RESULTS_FILE, {}))
+    metrics = dict(_read_json(folder / METRICS_FILE, {}))
     about = metrics.pop(ABOUT, None) or {}
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     curves = dict(_read_json(folder / CURVES_FILE, {}))

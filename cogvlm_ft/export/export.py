@@ -17,7 +17,6 @@ from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
-from cogvlm_ft.evaluate.results import CONFIG_FILE
 from cogvlm_ft.export.model_card import write_model_card
 from cogvlm_ft.export.proof_samples import read_samples
 from cogvlm_ft.export.verification import Proof, prove_export
@@ -26,6 +25,7 @@ from cogvlm_ft.model import load_config as load_model_config
 from cogvlm_ft.model.decoder import inverse_frequencies
 from cogvlm_ft.model.loading import Weight, check_keys, parameter_shapes, save_weights
 from cogvlm_ft.model.streamed import meta_model
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.safetensors_io import sync, sync_tree
 
 PROOF_FILE = "proof.json"
@@ -109,7 +109,7 @@ def _prove(
 def _run_config(checkpoint: Path) -> Config | None:
     """The settings of the run that the checkpoint lies in; None if they are not there."""
     try:
-        return load_config(checkpoint.resolve().parents[1] / CONFIG_FILE)
+        return load_config(RunFolder.containing(checkpoint).config)
     except (ConfigError, OSError, IndexError):
         return None
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import yaml
 
-from cogvlm_ft.checkpoints.checkpoint import TrainState, checkpoint_name, read_state
+from cogvlm_ft.checkpoints.checkpoint import TrainState, read_state
 from cogvlm_ft.config import Config
 from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
 from cogvlm_ft.evaluate.fingerprint import fingerprint
-from cogvlm_ft.evaluate.results import EVALUATIONS
 from cogvlm_ft.export.verification import Proof
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.prompt import render_prompt
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.provenance import git_state
 from cogvlm_ft.tracking.tracker import read_run_file
 
@@ -177,7 +177,7 @@ def _front_matter(hub_name: str | None) -> str:
 def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
     """What the training noted of itself in run.json, if that is there."""
     try:
-        return dict(read_run_file(checkpoint.resolve().parents[1])["config"])
+        return dict(read_run_file(RunFolder.containing(checkpoint).path)["config"])
     except (DataError, TypeError, ValueError):
         return {}
 
@@ -189,7 +189,7 @@ def _code_version(state: Mapping[str, Any] | None) -> str:
 
 def _evaluation(checkpoint: Path, state: TrainState) -> str:
     """A short table of what the run measured at this step."""
-    path = checkpoint.resolve().parents[1] / EVALUATIONS / checkpoint_name(state.step) / METRICS_FILE
+    path = RunFolder.containing(checkpoint).evaluation(state.step) / METRICS_FILE
     try:
         metrics: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows = [(name, metrics[name]) for name in SHOWN_METRICS if isinstance(metrics.get(name), (int, float))]

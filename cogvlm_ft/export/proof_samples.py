@@ -15,6 +15,7 @@ from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.data.reader import Sample, ShardReader
 from cogvlm_ft.data.record import Record
 from cogvlm_ft.data.transforms import move_record, resize_of, whole_frame
@@ -81,7 +82,7 @@ def _examples(
             continue
         if turns:
             pixels = preprocess_image(frame.apply_image(sample.image, model.image_size), model.image_size)
-            yield Example(sample.record.key, pixels, sequences, 1.0, len(turns))
+            yield Example(sample.record.key, Item(0, 0, 1.0), pixels, sequences, 1.0, len(turns))
 
 
 def _make_sample(number: int) -> Sample:

@@ -14,12 +14,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cogvlm_ft.checkpoints.checkpoint import CHECKPOINTS, checkpoint_name, list_checkpoints, read_state
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import judge_start, smallest_pass
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
+from cogvlm_ft.run_folder import RunFolder, step_name
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +141,13 @@ def run_sbatch(command: Sequence[str]) -> str:
 
 def best_checkpoint(run: Path) -> Path:
     """Of a training's folder; where the untouched model was best, which is no checkpoint, the newest one."""
-    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
     if not checkpoints:
-        raise CheckpointError(f"{run / CHECKPOINTS} holds no checkpoint: is {run} the output_dir of a training?")
+        raise CheckpointError(
+            f"{RunFolder(run).checkpoints} holds no checkpoint: is {run} the output_dir of a training?"
+        )
     best = read_state(checkpoints[-1]).best
-    found = [path for path in checkpoints if best is not None and path.name == checkpoint_name(best.step)]
+    found = [path for path in checkpoints if best is not None and path.name == step_name(best.step)]
     if not found:
         logger.warning("%s: nothing was better than what it started with; this is its last checkpoint", run)
     return found[0] if found else checkpoints[-1]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import initialization
 
+from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
@@ -46,25 +47,35 @@ class StoredTensor(Protocol):
 Weight = StoredTensor | Tensor
 
 
-def load_config(folder: str | Path, image_size: int | None = None) -> CogVLMConfig:
-    """The folder's config, for an input of `image_size` pixels if that is given."""
+def model_config_of(config: Config) -> CogVLMConfig:
+    """Return the config of the model that a run trains: that of `model.path` with the run's resolution and resizing."""
+    return load_config(config.model.path, config.model.image_size, config.data.resize)
+
+
+def load_config(folder: str | Path, image_size: int | None = None, resize: str | None = None) -> CogVLMConfig:
+    """Return the folder's config, for inputs of `image_size` pixels and one of `config.RESIZES` if these are given."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
     config = CogVLMConfig.from_pretrained(folder)
-    if image_size is None or image_size == config.image_size:
-        return config
-    try:
-        return config.at_image_size(image_size)
-    except ValueError as error:
-        raise ConfigError(f"model.image_size: {error}") from error
+    if image_size is not None and image_size != config.image_size:
+        try:
+            config = config.at_image_size(image_size)
+        except ValueError as error:
+            raise ConfigError(f"model.image_size: {error}") from error
+    if resize is not None:
+        config.image_resize = resize  # stays with the weights, in their config.json
+    return config
 
 
 def load_model(
-    folder: str | Path, image_size: int | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    resize: str | None = None,
 ) -> CogVLMForCausalLM:
     """A whole model in this process, tensor by tensor; raises CheckpointError naming every key that does not fit."""
-    config = load_config(folder, image_size)
+    config = load_config(folder, image_size, resize)
     with initialization.no_init_weights():
         model = CogVLMForCausalLM(config)
     nn.Module.to(model, dtype)

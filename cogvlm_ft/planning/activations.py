@@ -26,7 +26,7 @@ from cogvlm_ft.model.vision import PatchEmbedding
 
 
 @dataclass(frozen=True)
-class PassSize:
+class MicroBatchShape:
     """What one pass of one rank looks at. num_images: photos together (the micro-batch).
 
     turns: per photo. turn_tokens: of one turn, prompt and answer. labelled_tokens: of these, the answer's.
@@ -144,7 +144,7 @@ class AsInTraining(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def probe_stages(model: CogVLMForCausalLM, sequences: PassSize) -> list[Stage]:
+def probe_stages(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> list[Stage]:
     """The parts of a model on the meta device in the order of its forward pass, the inputs of the pass first.
 
     Reads which parameters are trained and which layers recompute (model.freeze, model.gradient_checkpointing).

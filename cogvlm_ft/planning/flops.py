@@ -11,7 +11,7 @@ import torch
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import build_on_meta
 from cogvlm_ft.planning.step_time import count_flops, number_format
 from cogvlm_ft.runtime.distributed import device, world_size
@@ -59,7 +59,7 @@ def step_flops(config: Config, model_config: CogVLMConfig) -> StepFlops:
     model = build_on_meta(config, model_config)
 
     def count(turn_tokens: int, labelled_tokens: int = 0) -> float:
-        sequence = PassSize(num_images=1, turns=1, turn_tokens=turn_tokens, labelled_tokens=labelled_tokens)
+        sequence = MicroBatchShape(num_images=1, turns=1, turn_tokens=turn_tokens, labelled_tokens=labelled_tokens)
         return (1 + BACKWARD) * count_flops(model, sequence)[0]
 
     prefix = model_config.num_patches + 3

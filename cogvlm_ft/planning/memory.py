@@ -6,7 +6,6 @@ the code of the model and the rules of DeepSpeed, and is within 15 % of what was
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,12 +13,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from cogvlm_ft.config import ENGINE_PRESETS, Config, find_preset
-from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
-from cogvlm_ft.planning.activations import PassSize, Stage, forward_peak, kept_bytes, peak_of, probe_stages
+from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, play
-from cogvlm_ft.runtime.engine import freeze, parameter_groups
+from cogvlm_ft.runtime.engine import freeze, parameter_groups, read_deepspeed_json
 from cogvlm_ft.runtime.param_gathering import FREE_SHARE
 
 GIB = 2**30
@@ -66,14 +64,8 @@ class ZeroSettings:
 
 def read_zero_settings(config: Config, gpus_per_node: int) -> ZeroSettings:
     """Of `config.deepspeed`, with DeepSpeed's defaults for what it leaves out."""
-    path = find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        zero = settings["zero_optimization"]
-    except OSError as error:
-        raise ConfigError(f"deepspeed={path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"deepspeed={path} is no DeepSpeed JSON with zero_optimization: {error!r}") from error
+    settings = read_deepspeed_json(config)
+    zero = settings["zero_optimization"]
     accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
     secondary = zero.get("zero_hpz_partition_size", 1)
     return ZeroSettings(
@@ -144,7 +136,7 @@ class Planner:
     def __init__(self, config: Config, model_config: CogVLMConfig, cluster: Cluster) -> None:
         self.config, self.model_config, self.cluster = config, model_config, cluster
         self.zero = read_zero_settings(config, cluster.gpus_per_node)
-        self._stages: dict[PassSize, list[Stage]] = {}
+        self._stages: dict[MicroBatchShape, list[Stage]] = {}
 
     def changed(self, config: Config | None = None, cluster: Cluster | None = None) -> Planner:
         """For other settings or another cluster, with what stays the same taken over."""
@@ -165,7 +157,7 @@ class Planner:
     def gathered(self) -> Gathered:
         return play(module_order(self.model, self.zero.rules), self.zero.rules)
 
-    def forecast(self, sequences: PassSize, *, evaluation: bool = True) -> Forecast:
+    def forecast(self, sequences: MicroBatchShape, *, evaluation: bool = True) -> Forecast:
         """evaluation: whether that is of interest too; without, it counts as nothing."""
         zero, cluster = self.zero, self.cluster
         stages = self.stages(sequences)
@@ -188,7 +180,7 @@ class Planner:
             gathered=self.gathered,
         )
 
-    def stages(self, sequences: PassSize) -> list[Stage]:
+    def stages(self, sequences: MicroBatchShape) -> list[Stage]:
         if sequences not in self._stages:
             self._stages[sequences] = probe_stages(self.model, sequences)
         return self._stages[sequences]
@@ -261,7 +253,7 @@ class Planner:
         bucket = min(zero.reduce_bucket, self._shares(1, trained_only=True)) * element_bytes(self.config)
         return largest * per_element + bucket + self.gathered.persistent * element_bytes(self.config)
 
-    def _evaluation(self, sequences: PassSize, lasting: int) -> dict[str, int]:
+    def _evaluation(self, sequences: MicroBatchShape, lasting: int) -> dict[str, int]:
         """At evaluate.batch_size photos."""
         config, element = self.config, element_bytes(self.config)
         model = sequences.config_of(self.model_config)

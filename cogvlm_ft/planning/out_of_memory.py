@@ -11,12 +11,12 @@ import psutil
 import torch
 
 from cogvlm_ft.config import Config
-from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.turns import most_turns
 from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import CogVLMConfig, load_config
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.model import CogVLMConfig, model_config_of
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
 from cogvlm_ft.planning.preflight import cgroup_limit, this_cluster
 from cogvlm_ft.planning.suggestions import cheaper_settings, find_limits, suggest_changes
@@ -45,7 +45,7 @@ def memory_errors_explained(config: Config) -> Iterator[None]:
         # The traceback's frames hold the tensors; what follows needs memory too.
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
         error.__traceback__ = None
-        model_config = load_config(config.model.path, config.model.image_size)
+        model_config = model_config_of(config)
         message = explain_out_of_memory(found, config, model_config, cluster, most_turns_of(config))
     else:
         return
@@ -56,7 +56,7 @@ def explain_out_of_memory(found: str, config: Config, model_config: CogVLMConfig
     """`found` is the error's own words, `cluster` what this rank may really use, `turns` those of the photo that has
     most: all rows of a pass are as long as the longest."""
     planner = Planner(config, model_config, cluster)
-    sequences = PassSize(num_images=config.train.micro_batch_size, turns=turns)
+    sequences = MicroBatchShape(num_images=config.train.micro_batch_size, turns=turns)
     forecast = planner.forecast(sequences)
     verdict = judge(forecast, cluster)
     text = f"rank {rank()} ran out of memory ({found}). By the arithmetic of launch/plan.py, {verdict.why}"
@@ -84,7 +84,7 @@ def most_turns_of(config: Config) -> int:
     """The most turns in a sequence, as far as the index of the shards knows; 1 where it cannot be read."""
     data = config.data
     try:
-        index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+        index = open_split(config, data.train_split).index
         worded = most_turns(max(0, int(index.num_targets.max())), load_wording(data.wording))
     except (ConfigError, DataError, OSError):
         return 1

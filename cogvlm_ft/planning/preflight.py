@@ -14,11 +14,11 @@ import psutil
 import torch
 
 from cogvlm_ft.config import Config
-from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.plan import plan_samples
+from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.model import CogVLMConfig, load_config
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.model import CogVLMConfig, model_config_of
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, Forecast, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, find_limits, suggest_changes
@@ -34,7 +34,7 @@ class Preflight:
     """All that is foretold of a run. num_images: of an epoch, None where nobody knows."""
 
     planner: Planner
-    sequences: PassSize
+    sequences: MicroBatchShape
     forecast: Forecast
     verdict: Verdict
     limits: Limits
@@ -48,7 +48,7 @@ def inspect_run(
     config: Config,
     model_config: CogVLMConfig,
     cluster: Cluster,
-    sequences: PassSize,
+    sequences: MicroBatchShape,
     speeds: Speeds,
     num_images: int | None = None,
 ) -> Preflight:
@@ -71,9 +71,8 @@ def inspect_run(
 
 def count_images(config: Config) -> int | None:
     """Photos of a training epoch, where the shards can be read from here."""
-    data = config.data
     try:
-        index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+        index = open_split(config, config.data.train_split).index
     except (DataError, ConfigError):
         return None
     plan = plan_samples(index.source_sizes, index.source_weights, global_batch_size=1, seed=config.seed)
@@ -94,7 +93,7 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, Forecast, Ve
 
     Refused is only what would not fit with 15 % less of all that is estimated, with one short turn per photo.
     """
-    planner = Planner(config, load_config(config.model.path, config.model.image_size), cluster)
+    planner = Planner(config, model_config_of(config), cluster)
     forecast = planner.forecast(smallest_pass(config))
     verdict = judge(forecast, cluster)
     if verdict.status == "too much" and config.plan == "refuse":
@@ -106,9 +105,9 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, Forecast, Ve
     return planner, forecast, verdict
 
 
-def smallest_pass(config: Config) -> PassSize:
+def smallest_pass(config: Config) -> MicroBatchShape:
     """One short turn per photo."""
-    return PassSize(num_images=config.train.micro_batch_size, turns=1)
+    return MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
 
 
 def what_would_fit(planner: Planner) -> str:

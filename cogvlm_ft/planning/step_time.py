@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cogvlm_ft.config import Config
-from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.config import Config, num_accum_steps
 from cogvlm_ft.model import CogVLMForCausalLM
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import Forecast, Planner, element_bytes
 
 GIGA = 1e9
@@ -68,11 +67,11 @@ def number_format(config: Config) -> str:
     return "bf16" if config.train.precision == "bf16" else "tf32" if config.train.tf32 else "fp32"
 
 
-def time_step(planner: Planner, forecast: Forecast, sequences: PassSize, speeds: Speeds) -> StepTime:
+def time_step(planner: Planner, forecast: Forecast, sequences: MicroBatchShape, speeds: Speeds) -> StepTime:
     """Messages hide behind the computation if the DeepSpeed JSON says overlap_comm; copies to the host never do."""
     config, zero, cluster = planner.config, planner.zero, planner.cluster
     images, ranks = config.train.global_batch_size, cluster.num_gpus
-    num_micro_batches = _num_micro_batches(config, ranks)
+    num_micro_batches = num_accum_steps(images, config.train.micro_batch_size, ranks)
     forward, recomputed = count_flops(planner.model, sequences)
     per_image = forward / sequences.num_images
     compute_s = 3 * per_image * images / (ranks * speeds.tflops * 1e12 * speeds.mfu)
@@ -104,17 +103,6 @@ def time_step(planner: Planner, forecast: Forecast, sequences: PassSize, speeds:
     )
 
 
-def _num_micro_batches(config: Config, num_ranks: int) -> int:
-    train = config.train
-    if train.global_batch_size % (num_ranks * train.micro_batch_size):
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is no multiple of {num_ranks} GPUs x "
-            f"train.micro_batch_size={train.micro_batch_size}: give one that is, such as "
-            f"train.global_batch_size={num_ranks * train.micro_batch_size}"
-        )
-    return train.global_batch_size // (num_ranks * train.micro_batch_size)
-
-
 def _update_s(planner: Planner, forecast: Forecast, trained: int, num_micro_batches: int, speeds: Speeds) -> float:
     """The optimizer, and what is copied between GPU and host in a step where either is offloaded."""
     zero, cluster, element = planner.zero, planner.cluster, element_bytes(planner.config)
@@ -130,7 +118,7 @@ def _update_s(planner: Planner, forecast: Forecast, trained: int, num_micro_batc
     return (update + copied / speeds.pcie_gb_s) / GIGA
 
 
-def count_flops(model: CogVLMForCausalLM, sequences: PassSize) -> tuple[float, float]:
+def count_flops(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> tuple[float, float]:
     """(forward pass of `sequences`, what its backward pass recomputes)."""
     config, recomputed = sequences.config_of(model.config), 0.0
     total = 0.0
@@ -152,7 +140,7 @@ def count_flops(model: CogVLMForCausalLM, sequences: PassSize) -> tuple[float, f
     return total * sequences.num_images, recomputed * sequences.num_images
 
 
-def _tokens_through(name: str, num_patches: int, sequences: PassSize) -> int:
+def _tokens_through(name: str, num_patches: int, sequences: MicroBatchShape) -> int:
     """Of one image with its turns, through the linear layer of this name."""
     if name == "lm_head":
         return sequences.turns * sequences.labelled_tokens

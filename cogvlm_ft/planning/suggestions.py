@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cogvlm_ft.config import Config
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import Planner, judge
 
 LARGEST_IMAGE_PX, LARGEST_BATCH, MOST_NODES = 2240, 256, 64
@@ -23,10 +23,10 @@ class Limits:
     evaluate_batch_size: int
 
 
-def find_limits(planner: Planner, sequences: PassSize) -> Limits:
+def find_limits(planner: Planner, sequences: MicroBatchShape) -> Limits:
     patch = planner.model_config.vision["patch_size"]
 
-    def trains(shown: PassSize) -> bool:
+    def trains(shown: MicroBatchShape) -> bool:
         forecast = planner.forecast(shown, evaluation=False)
         return judge(forecast, planner.cluster, ("training",)).status == "fits"
 
@@ -55,7 +55,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def suggest_changes(planner: Planner, sequences: PassSize) -> list[str]:
+def suggest_changes(planner: Planner, sequences: MicroBatchShape) -> list[str]:
     """Each line alone makes the run fit; if none does, all the savings together are tried."""
     config, cluster = planner.config, planner.cluster
     found = [text for text, change in _savings(config) if _fits(planner.changed(change), sequences)]
@@ -71,7 +71,7 @@ def suggest_changes(planner: Planner, sequences: PassSize) -> list[str]:
     return found
 
 
-def cheaper_settings(planner: Planner, sequences: PassSize) -> list[tuple[str, int]]:
+def cheaper_settings(planner: Planner, sequences: MicroBatchShape) -> list[tuple[str, int]]:
     """(what to write, bytes at the peak with it) for each saving that helps at all, the best one first."""
     peak = max(planner.forecast(sequences).peaks.values())
     found = []
@@ -81,7 +81,7 @@ def cheaper_settings(planner: Planner, sequences: PassSize) -> list[tuple[str, i
     return sorted([each for each in found if each[1] < peak], key=lambda each: each[1])
 
 
-def _fits(planner: Planner, sequences: PassSize) -> bool:
+def _fits(planner: Planner, sequences: MicroBatchShape) -> bool:
     shown = replace(sequences, num_images=planner.config.train.micro_batch_size)
     return judge(planner.forecast(shown), planner.cluster).status == "fits"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
 from cogvlm_ft.planning.suggestions import OFFLOADS
@@ -23,7 +23,7 @@ MARKS = {"fits": "", "tight": " ?", "too much": " ✗"}
 HEAD = "| px | precision | Adam on the | " + " | ".join(f"{nodes * gpus}" for nodes, gpus in CLUSTERS) + " |"
 
 
-def write_tables(config: Config, sequences: PassSize, speeds: Speeds, gpu_gib: float) -> str:
+def write_tables(config: Config, sequences: MicroBatchShape, speeds: Speeds, gpu_gib: float) -> str:
     """Markdown: memory of training, memory of evaluation, and time of a step, each for 4 to 32 GPUs.
 
     The batch is one photo per GPU and pass, 32 per step, whatever `config` says.

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cogvlm_ft.data.record import clip_box
-from cogvlm_ft.data.transforms import Frame, fit, photo_frame, resize_of
+from cogvlm_ft.data.transforms import Frame, fit, model_input, photo_frame, resize_of
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.evaluate.draw import draw_boxes
 from cogvlm_ft.evaluate.evaluate import build_grammar
@@ -22,7 +22,7 @@ from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
 from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import CogVLMTokenizer, load_model, preprocess_image
+from cogvlm_ft.model import CogVLMTokenizer, load_model
 from cogvlm_ft.runtime.distributed import device
 
 MAX_TURNS = 16
@@ -155,7 +155,7 @@ class Predictor:
 
     def _generate(self, looks: Sequence[_Look], some: slice) -> list[list[Answer]]:
         size = self.model.config.image_size
-        pixels = [preprocess_image(look.frame.apply_image(look.photo, size), size) for look in looks]
+        pixels = [model_input(look.photo, look.frame, size) for look in looks]
         with torch.no_grad():
             return generate_answers(
                 self.model,

@@ -13,6 +13,7 @@ from cogvlm_ft.evaluate.results import load_report
 from cogvlm_ft.report.gallery import GALLERY_FILE
 from cogvlm_ft.report.page import render_page
 from cogvlm_ft.report.thumbnails import Photos
+from cogvlm_ft.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def write_report(
     path = folder / REPORT_FILE
     _write(path, page)
     if run_folder is not None:
-        path = run_folder / REPORT_FILE
+        path = RunFolder(run_folder).report
         _write(path, page)
     return path
 

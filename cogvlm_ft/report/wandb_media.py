@@ -9,12 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cogvlm_ft.checkpoints.checkpoint import checkpoint_name
 from cogvlm_ft.config import WANDB_MODES
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import PREDICTIONS_FILE
-from cogvlm_ft.evaluate.results import EVALUATIONS, former_evaluation
+from cogvlm_ft.evaluate.results import former_evaluation
 from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.report.gallery import (
     TABLE_COLUMNS,
@@ -24,17 +23,14 @@ from cogvlm_ft.report.gallery import (
     save_gallery,
     table_rows,
 )
-from cogvlm_ft.tracking.metrics_log import METRICS_FILE, read_rows
+from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import read_run_file
 from cogvlm_ft.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
 MAX_TABLE_ROWS = 200
-
-
-def evaluation_folder(run_folder: Path, step: int) -> Path:
-    return run_folder / EVALUATIONS / checkpoint_name(step)
 
 
 def save_pictures(folder: Path, reader: ShardReader, num_photos: int) -> None:
@@ -74,7 +70,7 @@ def replay(
     if mode not in WANDB_MODES or mode == "disabled":
         raise ConfigError(f"--mode: found {mode!r}, wanted auto, online or offline")
     identity = read_run_file(run_folder)
-    rows = read_rows(run_folder / METRICS_FILE)
+    rows = read_rows(RunFolder(run_folder).metrics_log)
     identity |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
     if new_run:
         identity["run_id"] = secrets.token_hex(4)
@@ -104,7 +100,7 @@ def _send(wandb_run: WandbRun, run_folder: Path, row: dict[str, Any]) -> None:
         epoch = values.pop("epoch")
         wandb_run.log_val(epoch, row["step"], values)
         try:
-            show_evaluation(wandb_run, evaluation_folder(run_folder, row["step"]), epoch)
+            show_evaluation(wandb_run, RunFolder(run_folder).evaluation(row["step"]), epoch)
         except DataError as error:  # the curves are worth sending without it
             logger.warning("%s: sent without pictures and predictions", error)
     elif row["kind"] == "summary":

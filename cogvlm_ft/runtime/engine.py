@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cogvlm_ft.config import ENGINE_PRESETS, Config, find_preset
+from cogvlm_ft.config import ENGINE_PRESETS, Config, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.param_gathering import attach_offload
@@ -23,18 +23,21 @@ from cogvlm_ft.runtime.partitions import local_range
 from cogvlm_ft.runtime.watchdog import progress
 
 
-def num_accum_steps(config: Config) -> int:
-    """Micro-batches per optimizer step of one rank; ConfigError where the batch sizes do not divide."""
-    train = config.train
-    per_pass = world_size() * train.micro_batch_size
-    if train.global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is no multiple of {world_size()} ranks x "
-            f"train.micro_batch_size={train.micro_batch_size}; the nearest that fit are "
-            f"{max(1, train.global_batch_size // per_pass) * per_pass} and "
-            f"{(train.global_batch_size // per_pass + 1) * per_pass}"
-        )
-    return train.global_batch_size // per_pass
+def deepspeed_file(config: Config) -> Path:
+    """Return the file that `deepspeed` names: a path, or the name of a preset."""
+    return find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
+
+
+def read_deepspeed_json(config: Config) -> dict[str, Any]:
+    """Return the settings in that file as they are; ConfigError if they cannot be read or are not for ZeRO-3."""
+    path = deepspeed_file(config)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed={path}: {error}; expected a DeepSpeed JSON") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError(f"deepspeed={path}: no zero_optimization in it; expected a DeepSpeed JSON for ZeRO-3")
+    return settings
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -42,19 +45,16 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
     Its key "//" is for readers: JSON has no comments.
     """
-    path = find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"deepspeed={path} is no valid JSON: {error}") from error
+    path, train, settings = deepspeed_file(config), config.train, read_deepspeed_json(config)
     settings.pop("//", None)
+    num_steps = num_accum_steps(train.global_batch_size, train.micro_batch_size, world_size())
     ours: dict[str, tuple[str, Any]] = {
-        "train_batch_size": ("train.global_batch_size", config.train.global_batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
-        "gradient_accumulation_steps": ("train.global_batch_size", num_accum_steps(config)),
+        "train_batch_size": ("train.global_batch_size", train.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": ("train.global_batch_size", num_steps),
         # 0 switches clipping off; left out, DeepSpeed would clip at 1.0.
-        "gradient_clipping": ("train.max_grad_norm", config.train.max_grad_norm),
-        "bf16": ("train.precision", {"enabled": config.train.precision == "bf16"}),
+        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
+        "bf16": ("train.precision", {"enabled": train.precision == "bf16"}),
     }
     for key, (our_key, value) in ours.items():
         if settings.get(key, "auto") not in ("auto", value):
@@ -70,7 +70,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     ):
         if key in settings:
             raise ConfigError(f"{path}: {key} is set by {our_key}; leave it out here")
-    zero = settings.get("zero_optimization", {})
+    zero = settings["zero_optimization"]
     if zero.get("stage") != 3:
         raise ConfigError(
             f"{path}: zero_optimization.stage must be 3: model folders are read into partitioned parameters"

@@ -18,7 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-FOLDER = "stacks"
+from cogvlm_ft.run_folder import RunFolder
+
 EXIT_CODE = 1
 TICK_S = 1.0
 """Between two looks. A thread that was itself away for much longer, in a suspended job, takes it for one tick."""
@@ -38,7 +39,7 @@ def watched(run_folder: Path, rank: int, timeout_s: float | None) -> Iterator[No
     if timeout_s is None:
         yield
         return
-    path = run_folder / FOLDER / f"rank-{rank:05d}.txt"
+    path = RunFolder(run_folder).stacks / f"rank-{rank:05d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
     progress()

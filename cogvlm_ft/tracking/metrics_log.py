@@ -16,7 +16,6 @@ from cogvlm_ft.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 FULL_DISK_PATIENCE_S = 60
 
 Row = dict[str, Any]
@@ -80,7 +79,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}; wanted the {METRICS_FILE} of a run") from None
+        raise DataError(f"{path} cannot be read: {error}; expected the metrics.jsonl of a run") from None
     rows: dict[tuple[float, str], Row] = {}
     for number, line in enumerate(lines[:-1], 1):
         try:

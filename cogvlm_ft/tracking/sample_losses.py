@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import append_text, json_value, open_metrics, truncate_after
 
-FOLDER = "sample_losses"
 NUM_EPOCHS = 3
 """A loss is high if it was high in so many epochs, up to the last one."""
 
@@ -41,7 +41,7 @@ class SampleLosses:
 
         That attempt may have had more ranks: each rank takes care of every world_size-th file.
         """
-        self.path = run_folder / FOLDER / f"rank-{rank:05d}.jsonl"
+        self.path = RunFolder(run_folder).sample_losses / f"rank-{rank:05d}.jsonl"
         open_metrics(self.path)
         for path in sorted(self.path.parent.glob("rank-*.jsonl")):
             if int(path.stem.removeprefix("rank-")) % world_size == rank:
@@ -77,7 +77,7 @@ def read_sample_losses(run_folder: Path) -> dict[int, dict[str, float]]:
 
 def _rows(run_folder: Path) -> Iterator[dict[str, Any]]:
     """Those with a finite loss; the unfinished last line of a running training is not one."""
-    for path in sorted((run_folder / FOLDER).glob("rank-*.jsonl")):
+    for path in sorted(RunFolder(run_folder).sample_losses.glob("rank-*.jsonl")):
         try:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:

@@ -10,11 +10,10 @@ from typing import Any
 
 from cogvlm_ft.config import WANDB_MODES
 from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.tracking.metrics_log import METRICS_FILE, append_row, open_metrics, truncate_after
+from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.tracking.metrics_log import append_row, open_metrics, truncate_after
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.wandb_run import WandbRun
-
-RUN_FILE = "run.json"
 
 Values = Mapping[str, Any]
 
@@ -43,9 +42,10 @@ class Tracker:
         if mode not in WANDB_MODES:
             raise ConfigError(f"tracking mode: found {mode!r}, wanted one of {', '.join(WANDB_MODES)}")
         folder = Path(output_dir)
-        self.metrics_path = folder / METRICS_FILE
+        run = RunFolder(folder)
+        self.metrics_path = run.metrics_log
         open_metrics(self.metrics_path)
-        if run_id is None and (folder / RUN_FILE).exists():
+        if run_id is None and run.run_file.exists():
             run_id = read_run_file(folder)["run_id"]
         self.run_id = run_id or secrets.token_hex(4)
         identity: dict[str, Any] = {"run_id": self.run_id, "project": project, "entity": entity, "name": name}
@@ -84,19 +84,20 @@ class Tracker:
 
 def read_run_file(folder: Path) -> dict[str, Any]:
     """run.json: run_id, project, entity, name, config. Raises DataError."""
-    path = folder / RUN_FILE
+    path = RunFolder(folder).run_file
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in ("run_id", "project", "entity", "name", "config")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} cannot be read ({error!r}); wanted the {RUN_FILE} that a training writes. Without the file, a "
+            f"{path} cannot be read ({error!r}); expected the run.json that a training writes. Without the file, a "
             "training goes on with the W&B run of its checkpoint, or with a new one"
         ) from None
 
 
 def _write_run_file(folder: Path, content: Values) -> None:
     """Aside and renamed: a killed run must not lose its id."""
-    partial = folder / f".tmp-{RUN_FILE}"
+    path = RunFolder(folder).run_file
+    partial = path.with_name(f".tmp-{path.name}")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / RUN_FILE)
+    partial.replace(path)

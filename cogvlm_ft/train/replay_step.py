@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from cogvlm_ft.build import build_dataset, split_index
-from cogvlm_ft.checkpoints.checkpoint import CHECKPOINTS, MODEL_FOLDER, list_checkpoints, read_state
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.data.collate import Example, collate
-from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, Item
-from cogvlm_ft.evaluate.results import CONFIG_FILE
+from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing, load_model
 from cogvlm_ft.model import load_config as load_model_config
 from cogvlm_ft.model.cogvlm import IGNORE_INDEX
 from cogvlm_ft.model.loading import check_keys, parameter_shapes, read_whole
 from cogvlm_ft.model.preprocess import MEAN, STD
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.engine import freeze
 from cogvlm_ft.train.skipped_steps import Row, SkippedStep
@@ -76,23 +76,23 @@ def open_replay(file: Path, model_folder: Path | None = None, out: Path | None =
     model_folder: instead of that checkpoint. Without a checkpoint it is the model that the run began with.
     """
     step = SkippedStep.load(file)
-    run_folder = file.resolve().parents[1]
-    config = load_config(run_folder / CONFIG_FILE)
+    run_folder = RunFolder.containing(file)
+    config = load_config(run_folder.config)
     weights = model_folder or weights_before(run_folder, step.step) or Path(config.model.path)
     model = load_weights_of(weights, config)
     files = weights / MODEL_FOLDER if (weights / MODEL_FOLDER).is_dir() else weights
     tokenizer = CogVLMTokenizer.from_folder(files)
     data = config.data
-    index = load_index(data.shards, data.train_split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    index = open_split(config, data.train_split).index
     wording = load_wording(data.wording)
     parts = split_index(index, wording, data.max_turns_per_image)
     dataset = build_dataset(config, index, wording, parts, tokenizer, model.config)
     return Replay(weights, model, dataset, tokenizer, step, out or file.with_suffix(""))
 
 
-def weights_before(run_folder: Path, step: int) -> Path | None:
+def weights_before(run_folder: RunFolder, step: int) -> Path | None:
     """The newest checkpoint that the step may have begun with."""
-    found = [path for path in list_checkpoints(run_folder / CHECKPOINTS) if read_state(path).step < step]
+    found = [path for path in list_checkpoints(run_folder.checkpoints) if read_state(path).step < step]
     return found[-1] if found else None
 
 
@@ -102,9 +102,7 @@ def load_weights_of(source: Path, config: Config) -> CogVLMForCausalLM:
     if (source / MODEL_FOLDER).is_dir():
         model = load_checkpoint_model(source, dtype)
     else:
-        model = load_model(source, config.model.image_size, dtype)
-        if config.data.resize:
-            model.config.image_resize = config.data.resize
+        model = load_model(source, config.model.image_size, dtype, config.data.resize)
     freeze(model, config.model.freeze)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     nn.Module.to(model, device())

@@ -8,18 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cogvlm_ft.checkpoints.checkpoint import TrainState, list_checkpoints, read_state
-from cogvlm_ft.data.plan import SamplePlan, rank_part
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.errors import CheckpointError, DataError
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import gather_to_main, world_size
+from cogvlm_ft.train.step import RowLoss
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "nonfinite"
 MAX_NAMED = 8
 
 
@@ -70,69 +70,39 @@ class SkippedStep:
             ) from None
 
 
-def step_file(run_folder: Path, step: int) -> Path:
-    return run_folder / FOLDER / f"step-{step:08d}.json"
-
-
 class SkippedSteps:
-    """Writes down what was skipped, and ends the run when it is `max_in_a_row` steps one after another."""
+    """Records the samples of skipped steps, and ends the run after `max_in_a_row` of them."""
 
-    def __init__(
-        self, run_folder: Path, checkpoints: Path, model_path: str, plan: SamplePlan, max_in_a_row: int
-    ) -> None:
+    def __init__(self, run_folder: RunFolder, model_path: str, max_in_a_row: int) -> None:
         self._run_folder = run_folder
-        self._checkpoints = checkpoints
         self._model_path = model_path
-        self._plan = plan
         self._max_in_a_row = max_in_a_row
         self._in_a_row: list[int] = []
-        self._is_save_due = False
 
-    def add(
-        self,
-        state: TrainState,
-        is_skipped: bool,
-        losses: tuple[Sequence[str], Sequence[float], Sequence[int]],
-        *,
-        lr: float,
-        micro_batch_size: int,
-    ) -> None:
-        """Collective where the step was skipped, as all ranks know. state: before it. losses: of `losses_by_row`."""
+    @property
+    def hold_checkpoints(self) -> bool:
+        """Whether the last step was skipped: the weights may be broken, and would push out the last good checkpoint."""
+        return bool(self._in_a_row)
+
+    def add(self, step: int, is_skipped: bool, losses: Sequence[RowLoss], lr: float) -> None:
+        """Collective where the step was skipped, which all ranks know. losses: of this rank's rows.
+
+        Raises DivergedError on every rank after too many skipped steps in a row.
+        """
         if not is_skipped:
             self._in_a_row = []
             return
-        self._in_a_row.append(state.step + 1)
-        gathered = gather_to_main(list(zip(*losses, strict=True)))
+        self._in_a_row.append(step)
+        gathered = gather_to_main(losses)
         if gathered is not None:
-            rows = [
-                row for rank, found in enumerate(gathered) for row in self._rows(rank, found, state, micro_batch_size)
-            ]
-            self._write(SkippedStep(state.step + 1, lr, world_size(), rows))
+            rows = [_row(rank, loss) for rank, found in enumerate(gathered) for loss in found]
+            self._write(SkippedStep(step, lr, world_size(), rows))
         if len(self._in_a_row) >= self._max_in_a_row:
             raise DivergedError(self._describe())
 
-    def is_save_due(self, is_due: bool) -> bool:
-        """Not now, but later, while steps are skipped: checkpoints of weights that are perhaps broken would push the
-        last good one out."""
-        self._is_save_due |= is_due
-        if self._in_a_row:
-            return False
-        is_due, self._is_save_due = self._is_save_due, False
-        return is_due
-
-    def _rows(
-        self, rank: int, found: list[tuple[str, float, int]], state: TrainState, micro_batch_size: int
-    ) -> Iterator[Row]:
-        """A rank's (key, loss, tokens) with their places in the data, as `read_steps` dealt them out."""
-        batch = self._plan.global_batch(*self._plan.position(state.samples_consumed))
-        parts = rank_part(batch, rank=rank, world_size=world_size(), micro_batch_size=micro_batch_size)
-        items = [item for part in parts for item in zip(*(values.tolist() for values in part), strict=True)]
-        for (key, loss, tokens), (index, epoch, weight) in zip(found, items, strict=True):
-            yield Row(rank, key, index, epoch, weight, loss if math.isfinite(loss) else str(loss), tokens)
-
     def _write(self, skipped: SkippedStep) -> None:
         """Rank 0."""
-        path = step_file(self._run_folder, skipped.step)
+        path = self._run_folder.skipped_step(skipped.step)
         try:
             skipped.save(path)
         except OSError as error:
@@ -148,8 +118,8 @@ class SkippedSteps:
 
     def _describe(self) -> str:
         first, last = self._in_a_row[0], self._in_a_row[-1]
-        files = [str(step_file(self._run_folder, step)) for step in self._in_a_row]
-        good, doubtful = sort_checkpoints(self._checkpoints, first)
+        files = [str(self._run_folder.skipped_step(step)) for step in self._in_a_row]
+        good, doubtful = sort_checkpoints(self._run_folder.checkpoints, first)
         start = f"Last good checkpoint: {good}" if good else f"No checkpoint is known to be good, {self._model_path} is"
         aside = f", move {', '.join(path.name for path in doubtful)} aside" if doubtful else ""
         return (
@@ -168,3 +138,9 @@ def sort_checkpoints(folder: Path, first_skipped: int) -> tuple[Path | None, lis
     checkpoints = list_checkpoints(folder)
     good = [path for path in checkpoints if read_state(path).step <= first_skipped - 2]
     return (good[-1] if good else None), [path for path in checkpoints if path not in good]
+
+
+def _row(rank: int, found: RowLoss) -> Row:
+    epoch, index, weight = found.item
+    loss = found.loss if math.isfinite(found.loss) else str(found.loss)
+    return Row(rank, found.key, index, epoch, weight, loss, found.num_target_tokens)

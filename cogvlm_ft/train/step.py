@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.data.collate import Batch
-from cogvlm_ft.model.cogvlm import IGNORE_INDEX
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
 from cogvlm_ft.runtime.watchdog import progress
 
@@ -41,6 +41,16 @@ class StepStats:
     is_skipped: bool = False
 
 
+@dataclass(frozen=True)
+class RowLoss:
+    """One row of a step. loss: the sum over its labelled tokens. num_target_tokens: 0 for a row without labels."""
+
+    key: str
+    item: Item
+    loss: float
+    num_target_tokens: int
+
+
 def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, step: int) -> StepStats:
     """Collective. `batches` are the micro-batches of this rank, as many on every rank.
 
@@ -67,7 +77,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
     scale = world_size() * len(batches) / num_target_tokens
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    loss_sum, row_losses = torch.zeros((), device=device()), []
+    loss_sum, losses = torch.zeros((), device=device()), []
     for batch in (batch.to(device()) for batch in batches):
         out = engine(
             input_ids=batch.input_ids,
@@ -79,14 +89,14 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
             return_logits=False,
         )
         loss = out.loss.detach()
-        engine.backward(out.loss * (loss - loss + 1))  # times 1, or NaN where the loss is NaN or infinite
+        engine.backward(out.loss * torch.where(loss.isfinite(), 1.0, torch.nan))
         engine.step()
         progress()
         loss_sum += loss / scale
-        row_losses.append(out.row_losses)
+        losses.append(out.row_losses)
     return StepStats(
         loss_sum=loss_sum,
-        row_losses=torch.cat(row_losses),
+        row_losses=torch.cat(losses),
         num_target_tokens=int(counts[0]),
         num_images=int(counts[1]),
         num_turns=int(counts[2]),
@@ -100,8 +110,9 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
     )
 
 
-def losses_by_row(batches: Sequence[Batch], stats: StepStats) -> tuple[list[str], list[float], list[int]]:
-    """Of this rank's rows: key, sum of the losses of its labelled tokens, and their number, 0 for a filler."""
+def row_losses(batches: Sequence[Batch], stats: StepStats) -> list[RowLoss]:
+    """Return what the step found for each row of this rank's micro-batches, in their order."""
     keys = [key for batch in batches for key in batch.keys]
-    tokens = [num for batch in batches for num in (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()]
-    return keys, stats.row_losses.tolist(), tokens
+    items = [item for batch in batches for item in batch.items]
+    tokens = [num for batch in batches for num in batch.row_target_tokens]
+    return [RowLoss(*row) for row in zip(keys, items, stats.row_losses.tolist(), tokens, strict=True)]

@@ -96,8 +96,8 @@ def _has_samples(folder: Path, split: str) -> bool:
 def _stored_item(index: ShardIndex, i: int) -> Item | Problem:
     key = index.key(i)
     tar = Path(str(index.shard_paths[int(index.shard_number[i])]))
-    place = Place(str(tar.parent), tar.name, int(index.image_offset[i]), int(index.image_size[i]))
-    record_place = Place(str(tar.parent), tar.name, int(index.json_offset[i]), int(index.json_size[i]))
+    place = Place(str(tar.parent), tar.name, int(index.image_offset[i]), int(index.image_num_bytes[i]))
+    record_place = Place(str(tar.parent), tar.name, int(index.json_offset[i]), int(index.json_num_bytes[i]))
     source = f"{tar.name} {key}"
     try:
         record = record_from_json(read_photo(record_place), key)

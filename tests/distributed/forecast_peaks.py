@@ -21,7 +21,7 @@ from transformers import initialization
 from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.layout import build_layout
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.runtime.distributed import init_distributed, rank, shut_down, world_size
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partitioned
 
@@ -59,7 +59,7 @@ def main() -> None:
     init_distributed()
     config = settings(int(num_images), precision, checkpointing, deepspeed, world_size())
     engine = engine_of(SIZES[size], config)
-    batch = batch_of(engine.module.config, PassSize(num_images=int(num_images)))
+    batch = batch_of(engine.module.config, MicroBatchShape(num_images=int(num_images)))
     counter = GatheredNow(engine)
     for _ in range(NUM_WARM_STEPS):
         step(engine, batch)
@@ -81,7 +81,7 @@ def engine_of(model_config: CogVLMConfig, config: Config) -> Any:
     return build_engine(model, config, ready)
 
 
-def batch_of(config: CogVLMConfig, sequences: PassSize) -> dict[str, Any]:
+def batch_of(config: CogVLMConfig, sequences: MicroBatchShape) -> dict[str, Any]:
     """Random tokens and pictures, every turn with its labels at the end."""
     layout = build_layout(config.num_patches, [sequences.turn_tokens] * sequences.turns)
     shape = (sequences.num_images, len(layout.block_ids))

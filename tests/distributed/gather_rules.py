@@ -21,6 +21,7 @@ from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.evaluate.evaluate import evaluate
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
@@ -100,7 +101,7 @@ def ids_of(answers: list[list[Answer]]) -> list[list[tuple[int, ...]]]:
 def batch_of(tokenizer: CogVLMTokenizer, config: Any, step: int) -> Batch:
     image = torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(100 * step + rank()))
     turns = [Turn("dog", "[[001,002,003,004]]"), Turn("a" * (1 + step), "No.")][: 1 + rank()]
-    return collate([Example("x", image, encode_turns(turns, tokenizer, config), 1.0, len(turns))])
+    return collate([Example("x", Item(0, 0, 1.0), image, encode_turns(turns, tokenizer, config), 1.0, len(turns))])
 
 
 def step(engine: Any, tokenizer: CogVLMTokenizer, number: int) -> float:

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from cogvlm_ft.build import build_run
-from cogvlm_ft.checkpoints.checkpoint import TrainState, checkpoint_name, load_checkpoint
+from cogvlm_ft.checkpoints.checkpoint import TrainState, load_checkpoint
 from cogvlm_ft.checkpoints.saver import CheckpointSaver
 from cogvlm_ft.config import CheckpointConfig, load_config
 from cogvlm_ft.data.loader import read_steps
+from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import all_reduce_sum, init_distributed, is_main, rank, shut_down, world_size
 from cogvlm_ft.train.step import train_step
 
@@ -27,7 +28,7 @@ def losses(settings: list[str], checkpoints: Path, first_step: int = 0) -> list[
     run = build_run(config)
     saver = CheckpointSaver(run.engine, checkpoints, run.save_model_files, CheckpointConfig())
     if first_step:
-        load_checkpoint(run.engine, checkpoints / checkpoint_name(first_step))
+        load_checkpoint(run.engine, checkpoints / step_name(first_step))
     steps = read_steps(
         run.dataset,
         run.plan,

@@ -18,10 +18,11 @@ from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.slices import MOMENTS, open_slices, rank_file
 from cogvlm_ft.model.loading import read_whole
-from cogvlm_ft.tracking.sample_losses import FOLDER as SAMPLE_LOSSES
 
 pytestmark = pytest.mark.slow
 NUM_STEPS = 13
+
+SAMPLE_LOSSES = "sample_losses"
 
 
 def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:

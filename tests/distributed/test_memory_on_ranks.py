@@ -9,7 +9,7 @@ import pytest
 from forecast_peaks import SIZES, settings
 from ranks import REPOSITORY, run
 
-from cogvlm_ft.planning.activations import PassSize, kept_bytes, probe_stages
+from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, probe_stages
 from cogvlm_ft.planning.memory import Cluster, Planner
 
 PROGRAM = Path(__file__).with_name("forecast_peaks.py")
@@ -50,7 +50,7 @@ def test_what_lasts_and_what_is_gathered_on_two_ranks(
     """Odd sizes, so that the parts of the ranks are padded."""
     deepspeed = preset(tmp_path, stage3_param_persistence_threshold=100, reduce_bucket_size=10_000, **limits)
     measured, planner = both("tiny", 2, precision, checkpointing, deepspeed, 2, tmp_path / "logs")
-    forecast = planner.forecast(PassSize(num_images=2))
+    forecast = planner.forecast(MicroBatchShape(num_images=2))
     assert {kind: forecast.lasting[kind] for kind in LASTING} == {kind: measured[kind] for kind in LASTING}
     assert (measured["master weights"] > 0) == (precision == "bf16")
     assert forecast.gathered.peak == pytest.approx(measured["gathered"], rel=TOLERANCE)
@@ -65,10 +65,10 @@ def test_activations_of_a_middle_sized_model(
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     deepspeed = preset(tmp_path, reduce_bucket_size=1_000_000)
     measured, planner = both("middle", 1, "fp32", checkpointing, deepspeed, 1, tmp_path / "logs")
-    forecast = planner.forecast(PassSize())
+    forecast = planner.forecast(MicroBatchShape())
     assert {kind: forecast.lasting[kind] for kind in LASTING} == {kind: measured[kind] for kind in LASTING}
     passing = forecast.passing["activations"] + forecast.passing["layer at work"]
     assert passing == pytest.approx(measured["peak"], rel=TOLERANCE)
-    kept = kept_bytes(probe_stages(planner.model, PassSize()))
+    kept = kept_bytes(probe_stages(planner.model, MicroBatchShape()))
     assert kept == pytest.approx(measured["kept"], rel=TOLERANCE)
     assert measured["peak"] > 50 * 2**20, "too little to tell from noise"

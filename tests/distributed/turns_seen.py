@@ -32,7 +32,7 @@ def main() -> None:
     init_distributed()
     run = build_run(load_config(None, settings))
     state, _ = start_or_resume(run)
-    steps = [[turn for batch in step for turn in turns_of(batch)] for step in epoch_steps(run, state)]
+    steps = [[turn for batch in step for turn in turns_of(batch)] for step in epoch_steps(run, state.samples_consumed)]
     out.mkdir(parents=True, exist_ok=True)
     (out / f"rank-{rank()}.json").write_text(json.dumps({"num_samples": run.plan.num_samples, "steps": steps}))
     shut_down()

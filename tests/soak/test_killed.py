@@ -21,13 +21,14 @@ from ranks import Ranks, read_metrics, run, started
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices
 from cogvlm_ft.model.loading import read_whole
-from cogvlm_ft.tracking.sample_losses import FOLDER as SAMPLE_LOSSES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 NUM_KILLS = int(os.environ.get("SOAK_KILLS", "8"))
 NUM_STEPS = 12 + NUM_KILLS
 START_UP_S, PATIENCE_S, AFTERMATH_S = 12, 120, 60
 VOLATILE = ("_per_s", "_s", "_fraction", "tflops", "mfu", "memory", "slowest")
+
+SAMPLE_LOSSES = "sample_losses"
 
 
 def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:

@@ -13,7 +13,6 @@ from cogvlm_ft.checkpoints.checkpoint import (
     STATE_FILE,
     Best,
     TrainState,
-    checkpoint_name,
     list_checkpoints,
     newest_intact,
     prune_checkpoints,
@@ -25,6 +24,7 @@ from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
 from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import read_whole
+from cogvlm_ft.run_folder import step_name
 
 STATE = TrainState(
     step=12,
@@ -46,10 +46,10 @@ def names(folder: Path) -> list[str]:
 def test_only_whole_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
     for step in (20, 3, 100, 7):
         write_checkpoint(tmp_path, step)
-    (tmp_path / checkpoint_name(7) / MANIFEST_FILE).unlink()
-    (tmp_path / checkpoint_name(500) / "ranks").mkdir(parents=True)
-    write_checkpoint(tmp_path, 200).rename(tmp_path / f".tmp-{checkpoint_name(200)}")
-    write_checkpoint(tmp_path, 300).rename(tmp_path / f".tmp-old-{checkpoint_name(300)}")
+    (tmp_path / step_name(7) / MANIFEST_FILE).unlink()
+    (tmp_path / step_name(500) / "ranks").mkdir(parents=True)
+    write_checkpoint(tmp_path, 200).rename(tmp_path / f".tmp-{step_name(200)}")
+    write_checkpoint(tmp_path, 300).rename(tmp_path / f".tmp-old-{step_name(300)}")
     (tmp_path / "step-notes.txt").write_text("not a checkpoint")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000020", "step-00000100"]
 
@@ -77,9 +77,9 @@ def test_the_newest_and_the_best_are_kept(
         write_checkpoint(tmp_path, step)
     for _ in range(2):
         prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), best_step)
-        assert names(tmp_path) == [checkpoint_name(step) for step in kept]
+        assert names(tmp_path) == [step_name(step) for step in kept]
         for step in kept:
-            assert find_damage(tmp_path / checkpoint_name(step)) == []
+            assert find_damage(tmp_path / step_name(step)) == []
 
 
 def test_the_first_of_every_so_many_steps_stays_for_good(tmp_path: Path) -> None:
@@ -87,25 +87,25 @@ def test_the_first_of_every_so_many_steps_stays_for_good(tmp_path: Path) -> None
     for step in range(30, 451, 30):
         write_checkpoint(tmp_path, step)
         prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=100), best_step=None)
-    assert names(tmp_path) == [checkpoint_name(step) for step in (120, 210, 300, 420, 450)]
+    assert names(tmp_path) == [step_name(step) for step in (120, 210, 300, 420, 450)]
 
 
 def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
     for step in (1, 2):
         write_checkpoint(tmp_path, step)
-    (tmp_path / checkpoint_name(0)).mkdir()
+    (tmp_path / step_name(0)).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)
-    assert names(tmp_path) == ["notes.txt", checkpoint_name(0), checkpoint_name(2)]
+    assert names(tmp_path) == ["notes.txt", step_name(0), step_name(2)]
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
-    write_checkpoint(tmp_path, 2).rename(tmp_path / f".tmp-{checkpoint_name(2)}")
-    write_checkpoint(tmp_path, 3).rename(tmp_path / f".tmp-old-{checkpoint_name(3)}")
+    write_checkpoint(tmp_path, 2).rename(tmp_path / f".tmp-{step_name(2)}")
+    write_checkpoint(tmp_path, 3).rename(tmp_path / f".tmp-old-{step_name(3)}")
     (tmp_path / "notes.txt").write_text("mine")
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["notes.txt", checkpoint_name(1)]
+    assert names(tmp_path) == ["notes.txt", step_name(1)]
     remove_leftovers(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
@@ -159,16 +159,16 @@ def test_slices_of_any_number_of_ranks_are_whole_again(tmp_path: Path, num_ranks
 def test_damaged_checkpoints_are_passed_over_named_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (4, 6, 8, 10):
         write_checkpoint(tmp_path, step)
-    (tmp_path / checkpoint_name(10) / rank_file(1)).unlink()
-    file = tmp_path / checkpoint_name(8) / rank_file(0)
+    (tmp_path / step_name(10) / rank_file(1)).unlink()
+    file = tmp_path / step_name(8) / rank_file(0)
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    assert newest_intact(tmp_path) == tmp_path / checkpoint_name(6)
-    assert f"{checkpoint_name(10)} is damaged and passed over: {rank_file(1)} cannot be read: No such" in caplog.text
-    assert f"{checkpoint_name(8)} is damaged and passed over: {rank_file(0)} is not what was written" in caplog.text
-    kept = [checkpoint_name(4), checkpoint_name(6)]
-    assert names(tmp_path) == [f"damaged-{checkpoint_name(step)}" for step in (8, 10)] + kept
+    assert newest_intact(tmp_path) == tmp_path / step_name(6)
+    assert f"{step_name(10)} is damaged and passed over: {rank_file(1)} cannot be read: No such" in caplog.text
+    assert f"{step_name(8)} is damaged and passed over: {rank_file(0)} is not what was written" in caplog.text
+    kept = [step_name(4), step_name(6)]
+    assert names(tmp_path) == [f"damaged-{step_name(step)}" for step in (8, 10)] + kept
     prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)  # damaged ones do not count
-    assert newest_intact(tmp_path) == tmp_path / checkpoint_name(6)
+    assert newest_intact(tmp_path) == tmp_path / step_name(6)
 
 
 def test_without_an_intact_one_nothing_is_begun_anew_or_renamed(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_without_an_intact_one_nothing_is_begun_anew_or_renamed(tmp_path: Path) 
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"no intact checkpoint.*(\n.*step-0000000[46]: .*is missing.*){2}"):
             newest_intact(tmp_path)
-    assert names(tmp_path) == [checkpoint_name(4), checkpoint_name(6)]
+    assert names(tmp_path) == [step_name(4), step_name(6)]
 
 
 def test_one_step_later() -> None:
@@ -188,4 +188,4 @@ def test_one_step_later() -> None:
 
 def test_names_sort_as_their_steps_do() -> None:
     steps = [0, 9, 10, 99, 12_345, 99_999_999]
-    assert sorted(map(checkpoint_name, reversed(steps))) == [checkpoint_name(step) for step in steps]
+    assert sorted(map(step_name, reversed(steps))) == [step_name(step) for step in steps]

@@ -7,6 +7,7 @@ import torch
 
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import Sequences
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.model.layout import build_layout
 
 IGNORED = -100
@@ -22,7 +23,7 @@ def example(key: str, turn_lengths: list[int], weight: float = 1.0, bad: BadSamp
         labels[end - 1] = ids[end - 1]
     pixels = torch.full((3, 14, 14), float(length))
     sequences = Sequences(ids, labels, layout.position_ids, layout.block_ids)
-    return Example(key, pixels, sequences, weight, len(turn_lengths), bad)
+    return Example(key, Item(0, 0, weight), pixels, sequences, weight, len(turn_lengths), bad)
 
 
 @pytest.fixture

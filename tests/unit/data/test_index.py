@@ -70,7 +70,7 @@ def built(tmp_path: Path) -> Path:
 
 
 def same_samples(a: ShardIndex, b: ShardIndex) -> bool:
-    names = ("keys", "exts", "shard_number", "image_offset", "image_size", "json_offset", "json_size")
+    names = ("keys", "exts", "shard_number", "image_offset", "image_num_bytes", "json_offset", "json_num_bytes")
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
@@ -185,7 +185,7 @@ def test_keys_end_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
         ("c.json", record),
     ]
     entries, losses = scan_tar(write_tar(tmp_path / "x.tar", members))
-    assert [(entry.key, entry.ext, entry.image_size) for entry in entries] == [
+    assert [(entry.key, entry.ext, entry.image_num_bytes) for entry in entries] == [
         ("dir.x/a", "jpg", 700),
         ("b", "png", 700),
         ("c", "webp", 700),
@@ -201,14 +201,14 @@ def test_every_tar_format_with_long_and_chinese_names(tmp_path: Path, tar_format
     assert [entry.key for entry in entries] == [long, "b"] and not losses
     data = path.read_bytes()
     for entry in entries:
-        assert data[entry.image_offset : entry.image_offset + entry.image_size] == entry.key.encode() * 600
-        assert data[entry.json_offset : entry.json_offset + entry.json_size] == RECORD
+        assert data[entry.image_offset : entry.image_offset + entry.image_num_bytes] == entry.key.encode() * 600
+        assert data[entry.json_offset : entry.json_offset + entry.json_num_bytes] == RECORD
 
 
 def test_incomplete_samples_are_losses(tmp_path: Path) -> None:
     members = [*samples("a"), ("b.jpg", b"x"), ("c.json", RECORD), *samples("d"), ("a.jpg", b"again")]
     entries, losses = scan_tar(write_tar(tmp_path / "x.tar", members))
-    assert [entry.key for entry in entries] == ["a", "d"] and entries[0].image_size == 600
+    assert [entry.key for entry in entries] == ["a", "d"] and entries[0].image_num_bytes == 600
     assert losses == [
         ("x.tar", "a", "duplicate_member"),
         ("x.tar", "b", "no_json"),
@@ -268,7 +268,9 @@ def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path: Path, cut: int) ->
     whole, _ = scan_tar(path)
     path.write_bytes(path.read_bytes()[:cut])
     entries, _ = scan_tar(path)
-    assert entries == [e for e in whole if max(e.image_offset + e.image_size, e.json_offset + e.json_size) <= cut]
+    assert entries == [
+        e for e in whole if max(e.image_offset + e.image_num_bytes, e.json_offset + e.json_num_bytes) <= cut
+    ]
 
 
 def test_tars_written_one_after_another_into_one_file(tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ def test_random_damage_never_stops_a_scan_and_never_invents_a_sample(tmp_path: P
         data[places] = rng.integers(0, 256, len(places))
         path.write_bytes(data[: rng.integers(1, len(data))].tobytes())
         for entry in scan_tar(path)[0]:
-            ends = entry.image_offset + entry.image_size, entry.json_offset + entry.json_size
+            ends = entry.image_offset + entry.image_num_bytes, entry.json_offset + entry.json_num_bytes
             assert max(ends) <= path.stat().st_size
 
 

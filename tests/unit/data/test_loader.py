@@ -60,7 +60,7 @@ def own_shards(shards: Path, tmp_path: Path) -> Path:
 def overwrite(shards: Path, i: int, part: str, data: bytes) -> str:
     """Put `data` over the "image" or "json" bytes of training sample i; returns its key."""
     index = load_index(shards, "train")
-    offset, size = (int(getattr(index, f"{part}_{what}")[i]) for what in ("offset", "size"))
+    offset, size = (int(getattr(index, f"{part}_{what}")[i]) for what in ("offset", "num_bytes"))
     assert len(data) <= size
     with index.shard_paths[index.shard_number[i]].open("r+b") as file:
         file.seek(offset)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cogvlm_ft.data.plan import SamplePlan, plan_samples, rank_part
+from cogvlm_ft.data.plan import SamplePlan, plan_samples, rank_items
 from cogvlm_ft.errors import ConfigError
 
 SIZES = list(itertools.product([1, 2, 7, 16, 100], [1, 4, 12, 128]))
@@ -54,15 +54,16 @@ def test_the_union_over_ranks_is_the_global_batch_for_every_world_size(world_siz
         whole = plan.global_batch(0, offset)
         for micro_batch_size in (1, 2):
             parts = [
-                rank_part(whole, rank=r, world_size=world_size, micro_batch_size=micro_batch_size)
+                rank_items(whole, rank=r, world_size=world_size, micro_batch_size=micro_batch_size)
                 for r in range(world_size)
             ]
             num_micro_steps = 24 // (world_size * micro_batch_size)
             assert [len(part) for part in parts] == [num_micro_steps] * world_size
-            assert all(len(each) == micro_batch_size for part in parts for micro in part for each in micro)
-            in_order = [part[m] for m in range(num_micro_steps) for part in parts]
-            for found, wanted in zip(zip(*in_order, strict=True), whole, strict=True):
-                assert np.concatenate(found).tolist() == wanted.tolist()
+            assert all(len(micro) == micro_batch_size for part in parts for micro in part)
+            in_order = [item for m in range(num_micro_steps) for part in parts for item in part[m]]
+            assert [item.index for item in in_order] == whole.indices.tolist()
+            assert [item.epoch for item in in_order] == whole.passes.tolist()
+            assert [item.weight for item in in_order] == whole.weights.tolist()
 
 
 def test_a_run_resumed_anywhere_sees_what_it_would_have_seen() -> None:
@@ -94,10 +95,10 @@ def test_the_cached_order_cannot_be_spoiled() -> None:
 
 def test_a_batch_that_cannot_be_dealt_out_names_the_nearest_sizes() -> None:
     batch = SamplePlan(100, 30, 0).global_batch(0, 0)
-    with pytest.raises(ConfigError, match=r"global_batch_size=30 .* 4 \* 2 = 8; set it to 24 or 32"):
-        rank_part(batch, rank=0, world_size=4, micro_batch_size=2)
-    with pytest.raises(ConfigError, match=r"set it to 32$"):
-        rank_part(SamplePlan(3, 3, 0).global_batch(0, 0), rank=0, world_size=16, micro_batch_size=2)
+    with pytest.raises(ConfigError, match=r"global_batch_size: 30 .* 4 ranks x .*=2; expected 24 or 32"):
+        rank_items(batch, rank=0, world_size=4, micro_batch_size=2)
+    with pytest.raises(ConfigError, match=r"expected 32$"):
+        rank_items(SamplePlan(3, 3, 0).global_batch(0, 0), rank=0, world_size=16, micro_batch_size=2)
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])

@@ -22,6 +22,7 @@ from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
 from cogvlm_ft.config import load_config as load_settings
 from cogvlm_ft.data.collate import Example, collate
 from cogvlm_ft.data.encode import encode_turns
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.export.export import check_room, checkpoint_contents, export_checkpoint, rejected_path
 from cogvlm_ft.export.proof_samples import ProofSamples, read_samples
@@ -127,7 +128,7 @@ def test_boxes_of_answers_are_compared(tokenizer: CogVLMTokenizer, tmp_path: Pat
     turns = lessons()
     sequences = encode_turns(turns, tokenizer, config)
     size = config.image_size
-    example = Example("lessons", torch.zeros(3, size, size), sequences, 1.0, len(turns))
+    example = Example("lessons", Item(0, 0, 1.0), torch.zeros(3, size, size), sequences, 1.0, len(turns))
     samples = ProofSamples([collate([example])], "lessons")
     same = compare_answers(folder, folder, weights, weights, samples)
     num_with_boxes = sum("[[" in turn.answer for turn in turns)

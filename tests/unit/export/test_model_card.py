@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 from run_folder import STEP, write_run
 
-from cogvlm_ft.checkpoints.checkpoint import checkpoint_name
 from cogvlm_ft.config import load_config as load_settings
 from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.export.model_card import SHOWN_METRICS, find_hub_name
 from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMTokenizer, load_model
+from cogvlm_ft.run_folder import step_name
 
 BASE = "models/THUDM/cogvlm-grounding-generalist-hf"
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -58,7 +58,7 @@ def test_what_it_says(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     facts = {"num_samples": 33, "code": {"commit": "fed321", "dirty": False}}
     identity = {"run_id": "a", "project": "p", "entity": SECRET, "name": None, "config": facts}
     (checkpoint.parents[1] / "run.json").write_text(json.dumps(identity))
-    evaluation = checkpoint.parents[1] / "evaluations" / checkpoint_name(STEP)
+    evaluation = checkpoint.parents[1] / "evaluations" / step_name(STEP)
     evaluation.mkdir(parents=True)
     (evaluation / "metrics.json").write_text(json.dumps({**metrics, "about": {"split": "val"}}))
     out = tmp_path / "exported"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import Sequences, encode_turns
+from cogvlm_ft.data.plan import Item
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, enable_gradient_checkpointing
 from cogvlm_ft.model.prompt import build_conversation
@@ -41,7 +42,7 @@ def batch_of(*examples: tuple[Tensor, Sequences], weights: Iterable[float] | Non
     weights = weights or [1.0] * len(examples)
     return collate(
         [
-            Example(f"s{i}", pixels, sequences, weight, num_turns=1)
+            Example(f"s{i}", Item(0, i, weight), pixels, sequences, weight, num_turns=1)
             for i, ((pixels, sequences), weight) in enumerate(zip(examples, weights, strict=True))
         ]
     )

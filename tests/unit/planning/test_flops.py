@@ -7,7 +7,7 @@ import torch
 
 from cogvlm_ft.config import Config, ModelConfig
 from cogvlm_ft.model import CogVLMForCausalLM
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.flops import PEAK_TFLOPS, StepFlops, step_flops
 from cogvlm_ft.planning.step_time import count_flops
 from cogvlm_ft.runtime.distributed import device
@@ -24,7 +24,7 @@ def flops(tiny_model: CogVLMForCausalLM) -> StepFlops:
 def test_the_sum_of_the_parts_is_the_count(
     flops: StepFlops, tiny_model: CogVLMForCausalLM, images: int, turns: int, turn_tokens: int, labelled: int
 ) -> None:
-    size = PassSize(num_images=images, turns=turns, turn_tokens=turn_tokens, labelled_tokens=labelled)
+    size = MicroBatchShape(num_images=images, turns=turns, turn_tokens=turn_tokens, labelled_tokens=labelled)
     num_turns, prefix = images * turns, tiny_model.config.num_patches + 3
     found = flops.of(images, num_turns, images * prefix + num_turns * turn_tokens, num_turns * labelled)
     assert found == pytest.approx(3 * count_flops(tiny_model, size)[0], rel=1e-9)

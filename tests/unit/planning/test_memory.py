@@ -15,7 +15,7 @@ from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_ft.model.layout import build_layout
-from cogvlm_ft.planning.activations import PassSize, kept_bytes, peak_of, probe_stages
+from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge, read_zero_settings
 from cogvlm_ft.planning.preflight import check_fits
 from cogvlm_ft.planning.suggestions import find_limits, suggest_changes
@@ -58,7 +58,7 @@ def planner_17b() -> Planner:
 def test_bytes_per_parameter_of_17b(
     settings: list[str], bytes_on_gpus: int, bytes_on_host: int, planner_17b: Planner
 ) -> None:
-    forecast = planner_17b.changed(config(*settings)).forecast(PassSize(), evaluation=False)
+    forecast = planner_17b.changed(config(*settings)).forecast(MicroBatchShape(), evaluation=False)
     assert forecast.num_parameters == PARAMETERS_17B
     assert forecast.lasting_bytes * 8 == bytes_on_gpus * PARAMETERS_17B
     assert forecast.host["offloaded"] == bytes_on_host * PARAMETERS_17B
@@ -67,8 +67,10 @@ def test_bytes_per_parameter_of_17b(
 
 def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
     multinode = planner_17b.changed(config("deepspeed=configs/deepspeed/zero3_multinode.json"), Cluster(2, 8))
-    assert multinode.forecast(PassSize(), evaluation=False).lasting["second copy (hpZ)"] == 4 * PARAMETERS_17B // 8
-    frozen = planner_17b.changed(config('model.freeze=["model.*"]')).forecast(PassSize(), evaluation=False)
+    assert (
+        multinode.forecast(MicroBatchShape(), evaluation=False).lasting["second copy (hpZ)"] == 4 * PARAMETERS_17B // 8
+    )
+    frozen = planner_17b.changed(config('model.freeze=["model.*"]')).forecast(MicroBatchShape(), evaluation=False)
     assert frozen.lasting["Adam"] == 8 * 32000 * 4096 // 8 and frozen.lasting["weights"] == 4 * PARAMETERS_17B // 8
     assert frozen.passing["activations"] < GIB // 20, "nothing before lm_head has a backward pass"
 
@@ -77,7 +79,7 @@ def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
 def test_activations_are_the_tensors_that_autograd_saves(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real pass on CPU: all storages that are kept for the backward pass, without the parameters'."""
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)  # as in a process with an engine
-    sequences = PassSize(num_images=num_images, turns=3, turn_tokens=10, labelled_tokens=4)
+    sequences = MicroBatchShape(num_images=num_images, turns=3, turn_tokens=10, labelled_tokens=4)
     planner = Planner(config("model.gradient_checkpointing=none"), SMALL, Cluster(1, 1))
     stages = probe_stages(planner.model, sequences)
     model = CogVLMForCausalLM(SMALL).train()
@@ -96,7 +98,7 @@ def test_activations_are_the_tensors_that_autograd_saves(num_images: int, monkey
     assert kept_bytes(stages) == pytest.approx(sum(t.untyped_storage().nbytes() for t in saved.values()), rel=0.05)
 
 
-def small_batch(sequences: PassSize) -> dict[str, Tensor]:
+def small_batch(sequences: MicroBatchShape) -> dict[str, Tensor]:
     layout = build_layout(SMALL.num_patches, [sequences.turn_tokens] * sequences.turns)
     shape = (sequences.num_images, len(layout.block_ids))
     labels = torch.full(shape, -100)
@@ -116,18 +118,18 @@ def test_recomputing_keeps_less_and_takes_no_more_at_work() -> None:
     kept = {}
     for which in ("none", "vision", "language", "2", "all"):
         model = Planner(config(f"model.gradient_checkpointing={which}"), SMALL, Cluster(1, 1)).model
-        kept[which] = kept_bytes(probe_stages(model, PassSize()))
+        kept[which] = kept_bytes(probe_stages(model, MicroBatchShape()))
     assert kept["none"] > kept["vision"] > kept["2"] > kept["all"]
     assert kept["none"] - kept["all"] == (kept["none"] - kept["vision"]) + (kept["none"] - kept["language"])
 
 
 def test_activations_grow_with_photos_and_resolution(planner_17b: Planner) -> None:
-    one, two = (kept_bytes(planner_17b.stages(PassSize(num_images=n))) for n in (1, 2))
+    one, two = (kept_bytes(planner_17b.stages(MicroBatchShape(num_images=n))) for n in (1, 2))
     assert two == pytest.approx(2 * one, rel=0.01)
-    small, large = (kept_bytes(planner_17b.stages(PassSize(image_size=px))) for px in (490, 980))
+    small, large = (kept_bytes(planner_17b.stages(MicroBatchShape(image_size=px))) for px in (490, 980))
     assert 3.2 < large / small < 4.0  # four times the patches, the same text
     assert one == small, "490 px is the model's own size"
-    assert peak_of(planner_17b.stages(PassSize()))[2] in ("language layer", "logits")
+    assert peak_of(planner_17b.stages(MicroBatchShape()))[2] in ("language layer", "logits")
 
 
 def test_gathering_by_hand() -> None:
@@ -145,7 +147,7 @@ def test_gathering_by_hand() -> None:
 
 
 def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
-    forecast = planner_17b.forecast(PassSize())
+    forecast = planner_17b.forecast(MicroBatchShape())
     peak, lasting = max(forecast.peaks.values()) / GIB, forecast.lasting_bytes / GIB
 
     def status(gpu_gib: float, host_gib: float | None = None) -> str:
@@ -154,32 +156,32 @@ def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
     assert status(peak - 0.01) == status(peak + 1) == "tight", "an estimate just above or below proves nothing"
     assert status(lasting) == "too much" and status(2 * peak) == "fits"
     assert status(2 * peak, host_gib=100) == "tight", "copies of checkpoints need more host memory"
-    offloaded = planner_17b.changed(config(OFFLOAD)).forecast(PassSize())
+    offloaded = planner_17b.changed(config(OFFLOAD)).forecast(MicroBatchShape())
     assert judge(offloaded, Cluster(1, 8, 79, host_gib=300)).status == "too much"
 
 
 def test_every_suggestion_fits(planner_17b: Planner) -> None:
     planner = planner_17b.changed(cluster=Cluster(1, 4))
-    assert judge(planner.forecast(PassSize()), planner.cluster).status == "too much"
-    changes = suggest_changes(planner, PassSize())
+    assert judge(planner.forecast(MicroBatchShape()), planner.cluster).status == "too much"
+    changes = suggest_changes(planner, MicroBatchShape())
     assert OFFLOAD in changes and changes[-1].startswith("8 GPUs")
     for change in changes[:-1]:
         other = planner.changed(config(change))
-        assert judge(other.forecast(PassSize()), other.cluster).status == "fits"
+        assert judge(other.forecast(MicroBatchShape()), other.cluster).status == "fits"
 
 
 def test_limits_are_the_last_that_fit() -> None:
     planner = Planner(config(), SMALL, Cluster(1, 1, gpu_gib=0.02, reserved_bytes=0))
-    limits = find_limits(planner, PassSize())
+    limits = find_limits(planner, MicroBatchShape())
 
-    def verdict(sequences: PassSize) -> Verdict:
+    def verdict(sequences: MicroBatchShape) -> Verdict:
         return judge(planner.forecast(sequences, evaluation=False), planner.cluster, ("training",))
 
     assert 1 < limits.micro_batch_size < 256 and 56 < limits.image_size < 2240
-    assert verdict(PassSize(num_images=limits.micro_batch_size)).status == "fits"
-    assert verdict(PassSize(num_images=limits.micro_batch_size + 1)).status != "fits"
-    assert verdict(PassSize(image_size=limits.image_size)).status == "fits"
-    assert verdict(PassSize(image_size=limits.image_size + 14)).status != "fits"
+    assert verdict(MicroBatchShape(num_images=limits.micro_batch_size)).status == "fits"
+    assert verdict(MicroBatchShape(num_images=limits.micro_batch_size + 1)).status != "fits"
+    assert verdict(MicroBatchShape(image_size=limits.image_size)).status == "fits"
+    assert verdict(MicroBatchShape(image_size=limits.image_size + 14)).status != "fits"
 
 
 def test_an_impossible_run_is_refused_with_the_arithmetic(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cogvlm_ft.config import Config, ModelConfig, TrainConfig
 from cogvlm_ft.model import CogVLMForCausalLM
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner
 from cogvlm_ft.planning.out_of_memory import explain_out_of_memory, is_out_of_memory, memory_limit
 
@@ -26,7 +26,7 @@ def cluster_of(gpu_gib: float) -> Cluster:
 
 
 def peak_gib(config: Config, model: CogVLMForCausalLM) -> float:
-    sequences = PassSize(num_images=config.train.micro_batch_size, turns=1)
+    sequences = MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
     return max(Planner(config, model.config, cluster_of(1)).forecast(sequences).peaks.values()) / GIB
 
 

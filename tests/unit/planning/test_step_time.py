@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.launch.plan import main
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
-from cogvlm_ft.planning.activations import PassSize
+from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import Cluster, Planner
 from cogvlm_ft.planning.step_time import Speeds, StepTime, count_flops, time_step
 from cogvlm_ft.planning.tables import HEAD
@@ -21,7 +21,7 @@ from cogvlm_ft.planning.tables import HEAD
 
 def test_multiplications_are_those_of_a_real_pass() -> None:
     """torch counts the products of a forward pass on CPU; attention, which it counts with its masked half, is ours."""
-    sequences = PassSize(num_images=2, turns=3, turn_tokens=10, labelled_tokens=4)
+    sequences = MicroBatchShape(num_images=2, turns=3, turn_tokens=10, labelled_tokens=4)
     model = CogVLMForCausalLM(SMALL).train()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**small_batch(sequences), return_logits=False)
@@ -37,7 +37,7 @@ def test_recomputed_multiplications() -> None:
     counts = {}
     for which in ("none", "vision", "language", "all"):
         planner = Planner(config(f"model.gradient_checkpointing={which}"), SMALL, Cluster(1, 1))
-        counts[which] = count_flops(planner.model, PassSize())
+        counts[which] = count_flops(planner.model, MicroBatchShape())
     forward = counts["none"][0]
     assert counts["none"][1] == 0 and counts["all"][0] == forward
     assert counts["vision"][1] + counts["language"][1] == pytest.approx(counts["all"][1])
@@ -50,8 +50,8 @@ def planner_17b() -> Planner:
 
 
 def step_of(planner: Planner, **speeds: float) -> StepTime:
-    forecast = planner.forecast(PassSize(), evaluation=False)
-    return time_step(planner, forecast, PassSize(), Speeds(**{"tflops": 989.0, **speeds}))
+    forecast = planner.forecast(MicroBatchShape(), evaluation=False)
+    return time_step(planner, forecast, MicroBatchShape(), Speeds(**{"tflops": 989.0, **speeds}))
 
 
 def test_time_follows_the_speeds(planner_17b: Planner) -> None:

@@ -27,7 +27,8 @@ from cogvlm_ft.report.gallery import (
     save_gallery,
     table_rows,
 )
-from cogvlm_ft.report.wandb_media import evaluation_folder, save_pictures
+from cogvlm_ft.report.wandb_media import save_pictures
+from cogvlm_ft.run_folder import RunFolder
 
 BOX = (10.0, 10.0, 30.0, 30.0)
 
@@ -185,16 +186,16 @@ def test_without_a_gallery_the_drawn_pictures_are_shown(tmp_path: Path) -> None:
 def test_photos_that_the_evaluation_before_had_right_are_found(reader: ShardReader, tmp_path: Path) -> None:
     keys = [reader.index.key(i) for i in range(3)]
     for step, ious in ((0, [0.9, 0.9, 0.1]), (10, [0.8, 0.2, 0.1]), (20, [0.3, 0.9, 0.9])):
-        folder = evaluation_folder(tmp_path, step)
+        folder = RunFolder(tmp_path).evaluation(step)
         predictions = [prediction(key, AnswerScore("present", iou)) for key, iou in zip(keys, ious, strict=True)]
         save_evaluation(Evaluation({}, predictions, []), folder)
         save_pictures(folder, reader, num_photos=1)
-    found = [json.loads((evaluation_folder(tmp_path, step) / "gallery.json").read_text()) for step in (0, 10, 20)]
+    found = [json.loads((RunFolder(tmp_path).evaluation(step) / "gallery.json").read_text()) for step in (0, 10, 20)]
     assert [gallery["groups"]["newly_lost"] for gallery in found] == [[], [keys[1]], [keys[0]]]
     assert [gallery["groups"]["same"] for gallery in found] == [[keys[0]]] * 3
-    (evaluation_folder(tmp_path, 10) / "predictions.jsonl").write_text("{")
-    save_pictures(evaluation_folder(tmp_path, 20), reader, num_photos=1)  # a broken file ends nothing
-    gallery = json.loads((evaluation_folder(tmp_path, 20) / "gallery.json").read_text())
+    (RunFolder(tmp_path).evaluation(10) / "predictions.jsonl").write_text("{")
+    save_pictures(RunFolder(tmp_path).evaluation(20), reader, num_photos=1)  # a broken file ends nothing
+    gallery = json.loads((RunFolder(tmp_path).evaluation(20) / "gallery.json").read_text())
     assert gallery["groups"]["newly_lost"] == []
 
 

@@ -101,7 +101,7 @@ def test_offsets_lead_to_the_same_samples(photos: Path, tmp_path: Path) -> None:
     assert sorted(index.key(i) for i in range(len(index))) == list("abcde")
     for i in range(len(index)):
         path = index.shard_paths[index.shard_number[i]]
-        start, size = int(index.image_offset[i]), int(index.image_size[i])
+        start, size = int(index.image_offset[i]), int(index.image_num_bytes[i])
         assert path.read_bytes()[start : start + size] == (photos / f"{index.key(i)}.jpg").read_bytes()
         assert ShardReader(index).read(i).record.targets[0].boxes_xyxy == ((1.0, 2.0, 20.0, 15.0),)
 

@@ -1,0 +1,90 @@
+"""Every path inside a run's output_dir: who writes a file there, and who reads it, find it by the same name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def step_name(step: int) -> str:
+    """Return the name of a checkpoint's or an evaluation's folder; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output_dir of a run, and the paths in it. Nothing is created, nothing is checked."""
+
+    path: Path
+
+    @classmethod
+    def containing(cls, path: Path) -> RunFolder:
+        """Return the run folder that a checkpoint, an evaluation or a skipped step is in."""
+        return cls(path.resolve().parents[1])
+
+    @property
+    def config(self) -> Path:
+        """The settings, complete."""
+        return self.path / "config.yaml"
+
+    @property
+    def run_file(self) -> Path:
+        """The W&B id, commit, command and hashes."""
+        return self.path / "run.json"
+
+    @property
+    def metrics_log(self) -> Path:
+        """Every step and every evaluation, one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint, named by `step_name`."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """One folder per evaluation, named by `step_name`, and the images they share."""
+        return self.path / "evaluations"
+
+    @property
+    def sample_losses(self) -> Path:
+        """One file per rank: the loss of every training sample."""
+        return self.path / "sample_losses"
+
+    @property
+    def stacks(self) -> Path:
+        """One file per rank that hung: where its threads were."""
+        return self.path / "stacks"
+
+    @property
+    def skipped_steps(self) -> Path:
+        """One file per step that was skipped, as its loss or gradient was not finite."""
+        return self.path / "nonfinite"
+
+    @property
+    def untouched_probe(self) -> Path:
+        """Answers of the model before its first step to the questions of `evaluate.probe`."""
+        return self.path / "probe_untouched.jsonl"
+
+    @property
+    def wandb(self) -> Path:
+        """The offline and online runs of W&B."""
+        return self.path / "wandb"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint at a step."""
+        return self.checkpoints / step_name(step)
+
+    def evaluation(self, step: int) -> Path:
+        """Return the folder of the evaluation at a step."""
+        return self.evaluations / step_name(step)
+
+    def skipped_step(self, step: int) -> Path:
+        """Return the file of a skipped step."""
+        return self.skipped_steps / f"{step_name(step)}.json"

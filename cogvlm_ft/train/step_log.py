@@ -1,0 +1,115 @@
+"""What is recorded of every step: sample losses, skipped steps, unusable samples, warnings, the log line."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from cogvlm_ft.build import Run
+from cogvlm_ft.checkpoints.checkpoint import TrainState
+from cogvlm_ft.data.collate import BadSample, Batch
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.planning.flops import step_flops
+from cogvlm_ft.runtime.distributed import from_main, gather_to_main, rank, world_size
+from cogvlm_ft.tracking.sample_losses import SampleLosses
+from cogvlm_ft.tracking.tracker import Tracker
+from cogvlm_ft.train.health import Health
+from cogvlm_ft.train.meter import Meter
+from cogvlm_ft.train.skipped_steps import SkippedSteps
+from cogvlm_ft.train.step import StepStats, row_losses
+
+logger = logging.getLogger(__name__)
+
+
+class StepLog:
+    """Takes every step in turn; writes a log line every `train.log_every` steps."""
+
+    def __init__(self, run: Run, state: TrainState, tracker: Tracker | None) -> None:
+        self._run = run
+        self._tracker = tracker
+        self._meter = Meter(step_flops(run.config, run.model.config))
+        self._health = Health()
+        self._bad_samples = BadSamples(run, state.epoch)
+        self._sample_losses = SampleLosses(run.folder.path, rank(), world_size(), state.step)
+        self.skipped = SkippedSteps(run.folder, run.config.model.path, run.config.train.max_skipped_in_a_row)
+
+    def add(
+        self,
+        before: TrainState,
+        after: TrainState,
+        batches: Sequence[Batch],
+        stats: StepStats,
+        *,
+        lr: float,
+        data_wait_s: float,
+    ) -> None:
+        """Collective. before, after: the states around the step.
+
+        Raises DivergedError or DataError on every rank where the run cannot continue.
+        """
+        losses = row_losses(batches, stats)
+        keys = [row.key for row in losses]
+        tokens = [row.num_target_tokens for row in losses]
+        self._sample_losses.add(after.step, before.epoch, keys, [row.loss for row in losses], tokens)
+        self.skipped.add(after.step, stats.is_skipped, losses, lr)
+        self._health.add(keys)
+        self._meter.add(stats, data_wait_s)
+        self._bad_samples.add(before.epoch, batches, stats.num_bad)
+        if after.step % self._run.config.train.log_every == 0:
+            self._write_line(after, lr)
+
+    def _write_line(self, state: TrainState, lr: float) -> None:
+        """Collective. metrics.jsonl, W&B, and a line to read."""
+        report = self._meter.report()
+        values = {"lr": lr, **report.values, **self._health.report(report, state.step)}
+        if self._tracker:
+            self._tracker.log_train(state.step, {**values, "epoch": self._run.epochs_done(state)})
+            tqdm.write(log_line(self._run, state, values))
+
+
+def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
+    bad = f"  bad {values['num_bad']:.0f}" if values["num_bad"] else ""
+    cut = f"  boxes cut {values['num_cut_boxes']:.0f}" if values["num_cut_boxes"] else ""
+    skipped = f"  skipped {values['num_skipped']:.0f}" if values["num_skipped"] else ""
+    return (
+        f"step {state.step}/{run.num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+        f"grad {values['grad_norm']:.3f}  {values['images_per_s']:.1f} images/s  "
+        f"{values['tokens_per_s']:.0f} tokens/s  data wait {values['data_wait_fraction']:.0%}  "
+        f"{values['memory_gib']:.2f} GiB{bad}{cut}{skipped}"
+    )
+
+
+class BadSamples:
+    """Counts the samples of an epoch that could not be used, and ends the run when they are too many."""
+
+    def __init__(self, run: Run, epoch: int) -> None:
+        self._epoch = epoch
+        self._limit = run.config.data.max_bad_fraction * run.plan.num_samples
+        self._num_everywhere = 0
+        self._here: list[BadSample] = []
+
+    def add(self, epoch: int, batches: Sequence[Batch], num_bad_everywhere: int) -> None:
+        """Collective once the limit is passed. num_bad_everywhere: the step's count over all ranks."""
+        if epoch != self._epoch:
+            self._epoch, self._num_everywhere, self._here = epoch, 0, []
+        for bad in (bad for batch in batches for bad in batch.bad):
+            logger.warning("sample %s cannot be used: %s", bad.key, bad.reason)
+            self._here.append(bad)
+        self._num_everywhere += num_bad_everywhere
+        if self._num_everywhere > self._limit:
+            raise DataError(from_main(self._describe(gather_to_main(self._here))))
+
+    def _describe(self, gathered: list[list[BadSample]] | None) -> str:
+        if gathered is None:
+            return ""
+        bad = [sample for part in gathered for sample in part]
+        reasons = ", ".join(
+            f"{reason} {count}x" for reason, count in Counter(sample.reason for sample in bad).most_common(5)
+        )
+        return (
+            f"{self._num_everywhere} samples cannot be used ({reasons}; first: {', '.join(s.key for s in bad[:5])}), "
+            f"more than data.max_bad_fraction allows ({self._limit:g}). Fix or rebuild the shards, or raise it"
+        )
