@@ -24,15 +24,15 @@ from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
 from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
-from cogvlm_ft.shards.negatives.in_build import Absence, gather_vocabulary, is_exhaustive
+from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run_first_pass
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
-from cogvlm_ft.shards.packing.splits import SPLITS, Slice
-from cogvlm_ft.shards.packing.staging import Spool
+from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan
+from cogvlm_ft.shards.packing.staging import StagingDatabase
 from cogvlm_ft.shards.packing.summary import summarize
 from cogvlm_ft.shards.packing.tar_writing import (
-    PackSettings,
+    WriteSettings,
     is_written,
     rejection,
     shard_paths,
@@ -44,7 +44,8 @@ from cogvlm_ft.shards.packing.verify import VERIFY
 from cogvlm_ft.shards.packing.workers import warm_up, write_shards
 
 _COUNTS = ("num_samples", "num_targets", "num_boxes", "num_absent", "num_turns")
-_SPOOL = ".spool.sqlite"
+_STAGING = ".staging.sqlite"
+_FORMER_STAGING = ".spool.sqlite"  # left by a killed build of version 0.1
 
 Parts = Iterator[Candidate | Problem]
 
@@ -73,45 +74,45 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
     signature = _signature(settings)
     found = _check_folder(out, signature, overwrite)
     warm_up(num_workers)
-    spool = Spool(out / _SPOOL, settings.seed)
+    staging = StagingDatabase(out / _STAGING, settings.seed)
     try:
-        for part in tqdm(_parts(settings, spool), unit="", desc="annotations"):
-            spool.add(part)
-        signature["annotations_sha256"] = spool.sha256
-        exif = decide_exif(spool.candidates(), settings.images, settings.exif)
+        for part in tqdm(_parts(settings, staging), unit="", desc="annotations"):
+            staging.add(part)
+        signature["annotations_sha256"] = staging.sha256
+        exif = decide_exif(staging.candidates(), settings.images, settings.exif)
         signature["exif"] = {"mode": settings.exif, "applied": exif.apply}
         _begin(out, signature, found)
-        slices = spool.slices(val_fraction=settings.val_fraction, samples_per_shard=settings.samples_per_shard)
-        vocabulary, absence = _vocabulary(settings, spool)
-        spool.finish()
-        packing = PackSettings(
-            spool.path,
+        plans = staging.plan_shards(val_fraction=settings.val_fraction, samples_per_shard=settings.samples_per_shard)
+        vocabulary, second_pass = _first_pass(settings, staging)
+        staging.commit()
+        packing = WriteSettings(
+            staging.path,
             settings.images,
             out,
             settings.max_pixels,
             settings.verify,
             exif.apply,
             settings.max_side,
-            absence,
+            second_pass,
         )
-        _write_missing_shards(slices, packing, num_workers)
-        index, examples = _finish(out, slices, signature, spool, vocabulary, settings.negatives)
+        _write_missing_shards(plans, packing, num_workers)
+        index, examples = _finish(out, plans, signature, staging, vocabulary, settings.negatives)
     except sqlite3.Error as error:  # no room for it, or another build is writing there
-        raise DataError(f"{spool.path}: {error}; is there room, and does no other build write to {out}?") from None
+        raise DataError(f"{staging.path}: {error}; is there room, and does no other build write to {out}?") from None
     finally:
-        spool.close()
+        staging.close()
     return f"{exif.explanation}\n\n{summarize(index, examples, out)}"
 
 
-def _parts(settings: BuildSettings, spool: Spool) -> Parts:
+def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
     """What the annotations say, one stage after another."""
     parts = FORMATS[settings.format].read(settings.annotations, settings.images)
     if settings.decisions:
-        parts = _decided(parts, load_decisions(settings.decisions), spool)
+        parts = _decided(parts, load_decisions(settings.decisions), staging)
     return parts
 
 
-def _decided(parts: Parts, decisions: Decisions, spool: Spool) -> Parts:
+def _decided(parts: Parts, decisions: Decisions, staging: StagingDatabase) -> Parts:
     for part in parts:
         if isinstance(part, Problem):
             yield part
@@ -121,14 +122,15 @@ def _decided(parts: Parts, decisions: Decisions, spool: Spool) -> Parts:
         if kept:
             yield kept
         else:
-            spool.remember(part)
+            staging.add_context(part)
     yield from decisions.unmet()
 
 
-def _vocabulary(settings: BuildSettings, spool: Spool) -> tuple[Vocabulary | None, Absence | None]:
+def _first_pass(settings: BuildSettings, staging: StagingDatabase) -> tuple[Vocabulary | None, SecondPass | None]:
     if not settings.negatives:
         return None, None
-    return gather_vocabulary(spool, settings.negatives, is_exhaustive(settings.negatives, settings.format))
+    exhaustive = is_exhaustive(settings.negatives, settings.format)
+    return run_first_pass(staging, settings.negatives, exhaustive=exhaustive)
 
 
 def _check_settings(settings: BuildSettings) -> None:
@@ -190,7 +192,7 @@ def _begin(out: Path, signature: dict[str, Any], found: dict[str, Any] | None) -
     else:
         for path in _own_files(out):
             path.unlink()
-    for path in out.glob("*.[0-9]*.tmp"):  # left by a killed build
+    for path in (*out.glob("*.[0-9]*.tmp"), out / _FORMER_STAGING):  # left by a killed build
         path.unlink(missing_ok=True)
     write_atomically(out / "build.json", to_json_bytes(signature))
 
@@ -204,9 +206,9 @@ def _own_files(out: Path) -> Iterator[Path]:
             yield from out.glob(f"{split}-{'[0-9]' * 6}{suffix}")
 
 
-def _write_missing_shards(slices: list[Slice], settings: PackSettings, num_workers: int) -> None:
-    missing = [part for part in slices if not is_written(part, settings.out)]
-    total = sum(len(part) for part in slices)
+def _write_missing_shards(plans: list[ShardPlan], settings: WriteSettings, num_workers: int) -> None:
+    missing = [plan for plan in plans if not is_written(plan, settings.out)]
+    total = sum(len(plan) for plan in plans)
     with tqdm(total=total, initial=total - sum(map(len, missing)), unit="image", desc="shards") as bar:
         for num_candidates in write_shards(missing, settings, num_workers):
             bar.update(num_candidates)
@@ -214,9 +216,9 @@ def _write_missing_shards(slices: list[Slice], settings: PackSettings, num_worke
 
 def _finish(
     out: Path,
-    slices: list[Slice],
+    plans: list[ShardPlan],
     signature: dict[str, Any],
-    spool: Spool,
+    staging: StagingDatabase,
     vocabulary: Vocabulary | None,
     negatives: NegativeSettings | None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -227,7 +229,7 @@ def _finish(
     examples: dict[str, dict[str, Any]] = {}
     unfinished = unfinished_path(out / "rejected.jsonl")
     with unfinished.open("wb") as file:
-        for row in _rejected(out, slices, spool, splits, num_added):
+        for row in _rejected(out, plans, staging, splits, num_added):
             file.write(to_json_bytes(row) + b"\n")
             reasons[row["reason"]] += 1
             examples.setdefault(row["reason"], row)
@@ -248,15 +250,15 @@ def _finish(
 
 
 def _rejected(
-    out: Path, slices: list[Slice], spool: Spool, splits: dict[str, Any], num_added: Counter[str]
+    out: Path, plans: list[ShardPlan], staging: StagingDatabase, splits: dict[str, Any], num_added: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """The lines of rejected.jsonl; on the way, every shard is counted in its split, and its absent targets by kind."""
-    for problem, image in spool.problems():
+    for problem, image in staging.problems():
         yield rejection(problem, image)
-    for part in slices:
-        tar_path, offsets_path = shard_paths(part.name, out)
+    for plan in plans:
+        tar_path, offsets_path = shard_paths(plan.name, out)
         content = read_json_file(offsets_path)
-        split = splits[part.name.partition("-")[0]]
+        split = splits[plan.name.partition("-")[0]]
         shard = {name: content[name] for name in ("num_samples", "size", "sha256")}
         split["shards"].append({"path": tar_path.name, **shard})
         for name in _COUNTS:

@@ -24,7 +24,7 @@ from cogvlm_ft.shards.packing.candidates import (
     four_numbers,
     image_path,
     make_targets,
-    want,
+    require,
 )
 from cogvlm_ft.shards.packing.files import read_ends
 
@@ -100,8 +100,8 @@ def _category_names(categories: list[Any], problems: list[Problem]) -> dict[Any,
         try:
             number = _id(category, "target")
             name = category.get("name")
-            want(isinstance(name, str), "target", '"name"', name, "a string")
-            want(number not in names, "target", '"id"', number, "an id that no other category has")
+            require(isinstance(name, str), "target", '"name"', name, "a string")
+            require(number not in names, "target", '"id"', number, "an id that no other category has")
             names[number] = name
         except Rejected as rejected:
             problems.append(rejected.problem(f"categories[{i}]"))
@@ -114,7 +114,7 @@ def _images(entries: list[Any], problems: list[Problem]) -> dict[Any, _Image | N
     for i, entry in enumerate(entries):
         try:
             number = _id(entry, "sample")
-            want(number not in images, "sample", '"id"', number, "an id that no other image has")
+            require(number not in images, "sample", '"id"', number, "an id that no other image has")
             images[number] = None
             images[number] = _Image(entry, f"image id {number}")
         except Rejected as rejected:
@@ -127,7 +127,7 @@ def _add_annotation(
 ) -> None:
     """Put the box where it belongs, or a problem where it can be found."""
     try:
-        want(isinstance(annotation, dict), "box", "the annotation", annotation, "an object")
+        require(isinstance(annotation, dict), "box", "the annotation", annotation, "an object")
         image_id, category_id = _hashable(annotation.get("image_id")), _hashable(annotation.get("category_id"))
         if image_id not in images:
             raise Rejected("box", "unknown_image_id", f'image_id {image_id!r:.80} is not in "images"')
@@ -160,9 +160,9 @@ def _candidate(image: _Image) -> Candidate:
 
 
 def _id(entry: Any, level: str) -> Any:
-    want(isinstance(entry, dict), level, "the entry", entry, "an object")
+    require(isinstance(entry, dict), level, "the entry", entry, "an object")
     number = _hashable(entry.get("id"))
-    want(number is not None, level, '"id"', entry.get("id"), "a number or a string")
+    require(number is not None, level, '"id"', entry.get("id"), "a number or a string")
     return number
 
 

@@ -17,7 +17,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.shards.formats.conversations import questions_and_answers, verbatim_turn
 from cogvlm_ft.shards.formats.rows import parse_object, read_head
-from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, want
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, require
 from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_inside
 
 LABEL_FOLDERS = ("labels_zh", "labels_en", "labels")
@@ -103,7 +103,7 @@ def _candidate(paths: list[Path], annotations: Path, pictures: dict[str, str]) -
 
 def _turns(content: dict[str, Any], source: str, problems: list[Problem]) -> list[Turn]:
     messages = content.get("conversations", content.get("captions"))
-    want(isinstance(messages, list), "turn", '"conversations" or "captions"', messages, "a list")
+    require(isinstance(messages, list), "turn", '"conversations" or "captions"', messages, "a list")
     turns: list[Turn] = []
     earlier: tuple[tuple[str, str], ...] = ()
     for prompt, answer in _pairs(messages or [], source, problems):

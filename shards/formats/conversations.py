@@ -7,7 +7,7 @@ from typing import Any
 
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.shards.formats.box_text import check_box_text
-from cogvlm_ft.shards.packing.candidates import Problem, Rejected, shown, want
+from cogvlm_ft.shards.packing.candidates import Problem, Rejected, require, shown
 
 Message = tuple[Any, Any]
 """Who speaks, and the text."""
@@ -22,17 +22,17 @@ def questions_and_answers(messages: Iterable[Message], source: str, problems: li
     question: str | None = None
     for i, (role, text) in enumerate(messages):
         try:
-            want(isinstance(role, str), "turn", "the speaker", role, '"user" or "assistant"')
+            require(isinstance(role, str), "turn", "the speaker", role, '"user" or "assistant"')
             if role == "system":
                 continue
-            want(isinstance(text, str), "turn", f"what {role!r:.20} says", text, "a string")
+            require(isinstance(text, str), "turn", f"what {role!r:.20} says", text, "a string")
             if role in _ASKS:
                 if question is not None:
                     problems.append(_unanswered(question, source))
                 question = text
             else:
-                want(role in _ANSWERS, "turn", "the speaker", role, '"user" or "assistant"')
-                want(question is not None, "turn", "the answer", text, "a question before it")
+                require(role in _ANSWERS, "turn", "the speaker", role, '"user" or "assistant"')
+                require(question is not None, "turn", "the answer", text, "a question before it")
                 pairs.append((str(question), text))
                 question = None
         except Rejected as rejected:
@@ -49,7 +49,7 @@ def verbatim_turn(prompt: str, answer: str, earlier: tuple[tuple[str, str], ...]
     earlier: the pairs before it in the same conversation.
     """
     for name, text in (("the prompt", prompt), ("the answer", answer)):
-        want(bool(text.strip()), "turn", name, text, "a text that is not empty")
+        require(bool(text.strip()), "turn", name, text, "a text that is not empty")
         check_box_text(text, name, is_prompt=name == "the prompt")
     if len(earlier) > MAX_EARLIER:
         raise Rejected("turn", "long_conversation", f"more than {MAX_EARLIER} questions and answers before it")

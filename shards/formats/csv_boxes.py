@@ -37,7 +37,7 @@ from cogvlm_ft.shards.packing.candidates import (
     image_path,
     make_targets,
     number,
-    want,
+    require,
 )
 
 _CORNERS = (
@@ -223,7 +223,7 @@ def _words(cells: list[str], layout: _Layout) -> tuple[str, str]:
     if not phrase:
         raise Rejected("target", "empty_phrase", "the phrase is empty")
     language = layout.cell(cells, "language").lower()
-    want(language in ("", "zh", "en"), "target", "the language", language, "zh, en or nothing")
+    require(language in ("", "zh", "en"), "target", "the language", language, "zh, en or nothing")
     return phrase, language
 
 

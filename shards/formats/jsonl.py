@@ -23,7 +23,7 @@ from cogvlm_ft.shards.packing.candidates import (
     four_numbers,
     image_path,
     make_target,
-    want,
+    require,
 )
 
 
@@ -70,9 +70,9 @@ def _image(line: dict[str, Any]) -> Any:
 def _candidate(line: dict[str, Any], source: str) -> Candidate:
     key = line.get("key")
     good_key = key is None or (isinstance(key, str) and bool(key.strip()))
-    want(good_key, "sample", '"key"', key, "a string that is not empty")
+    require(good_key, "sample", '"key"', key, "a string that is not empty")
     for name in ("targets", "turns"):
-        want(isinstance(line.get(name, []), list), "sample", f'"{name}"', line.get(name), "a list")
+        require(isinstance(line.get(name, []), list), "sample", f'"{name}"', line.get(name), "a list")
     problems: list[Problem] = []
     targets = [_target(value, f"{source} targets[{i}]", problems) for i, value in enumerate(line.get("targets", []))]
     turns = [_turn(value, f"{source} turns[{i}]", problems) for i, value in enumerate(line.get("turns", []))]
@@ -90,14 +90,14 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
 
 def _target(value: Any, source: str, problems: list[Problem]) -> Target | None:
     try:
-        want(isinstance(value, dict), "target", "the target", value, 'an object with "phrase" and "boxes"')
+        require(isinstance(value, dict), "target", "the target", value, 'an object with "phrase" and "boxes"')
         name = "boxes_xyxy" if "boxes_xyxy" in value else "boxes"
         raw_boxes = value.get(name)
         wanted = "a list of boxes (empty = not in the picture)"
-        want(isinstance(raw_boxes, list), "target", f'"{name}"', raw_boxes, wanted)
+        require(isinstance(raw_boxes, list), "target", f'"{name}"', raw_boxes, wanted)
         language, description = value.get("language"), value.get("description")
-        want(language in (None, "zh", "en"), "target", '"language"', language, '"zh" or "en"')
-        want(description is None or isinstance(description, str), "target", '"description"', description, "a string")
+        require(language in (None, "zh", "en"), "target", '"language"', language, '"zh" or "en"')
+        require(description is None or isinstance(description, str), "target", '"description"', description, "a string")
         return make_target(
             value.get("phrase"),
             _boxes(raw_boxes, f"{source}.{name}", problems),
@@ -122,19 +122,21 @@ def _boxes(raw_boxes: list[Any], source: str, problems: list[Problem]) -> list[B
 
 def _turn(value: Any, source: str, problems: list[Problem]) -> Turn | None:
     try:
-        want(isinstance(value, dict), "turn", "the turn", value, 'an object with "prompt" and "answer"')
+        require(isinstance(value, dict), "turn", "the turn", value, 'an object with "prompt" and "answer"')
         for name in ("prompt", "answer"):
             text = value.get(name)
-            want(isinstance(text, str) and bool(text.strip()), "turn", f'"{name}"', text, "a string that is not empty")
+            require(
+                isinstance(text, str) and bool(text.strip()), "turn", f'"{name}"', text, "a string that is not empty"
+            )
         history = value.get("history") or []
-        want(isinstance(history, list), "turn", '"history"', history, "a list of [prompt, answer]")
+        require(isinstance(history, list), "turn", '"history"', history, "a list of [prompt, answer]")
         for pair in history:
             good = (
                 isinstance(pair, list)
                 and len(pair) == 2
                 and all(isinstance(text, str) and text.strip() for text in pair)
             )
-            want(good, "turn", '"history"', pair, "a list of [prompt, answer], none empty")
+            require(good, "turn", '"history"', pair, "a list of [prompt, answer], none empty")
         return Turn(value["prompt"], value["answer"], history=tuple((pair[0], pair[1]) for pair in history))
     except Rejected as rejected:
         problems.append(rejected.problem(source))
@@ -147,8 +149,8 @@ def _pair(line: dict[str, Any], source: str, problems: list[Problem]) -> Turn | 
         texts = []
         for wanted in ("prompt", "label"):
             names = [name for name in line if name.lower() == wanted]
-            want(len(names) == 1, "turn", "the keys", names, f'"{wanted.capitalize()}" only once')
-            want(isinstance(line[names[0]], str), "turn", f'"{names[0]}"', line[names[0]], "a string")
+            require(len(names) == 1, "turn", "the keys", names, f'"{wanted.capitalize()}" only once')
+            require(isinstance(line[names[0]], str), "turn", f'"{names[0]}"', line[names[0]], "a string")
             texts.append(line[names[0]])
         return verbatim_turn(texts[0], texts[1], ())
     except Rejected as rejected:

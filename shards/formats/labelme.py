@@ -29,8 +29,8 @@ from cogvlm_ft.shards.packing.candidates import (
     four_numbers,
     image_path,
     make_targets,
+    require,
     shown,
-    want,
 )
 from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_ends, read_inside
 
@@ -79,7 +79,7 @@ class _Boxes:
 
     def add(self, shape: Any) -> None:
         """Raises Rejected if the shape cannot be used, or becomes part of a box that is there."""
-        want(isinstance(shape, dict), "box", "the shape", shape, "an object")
+        require(isinstance(shape, dict), "box", "the shape", shape, "an object")
         phrase = _phrase(shape)
         boxes = self.of.setdefault(phrase, [])
         boxes.append(None)
@@ -98,7 +98,7 @@ class _Boxes:
 
 def _candidate(content: dict[str, Any], root: Path, source: str, photos: Photos) -> Candidate:
     shapes: Any = content.get("shapes")
-    want(isinstance(shapes, list), "sample", '"shapes"', shapes, "a list")
+    require(isinstance(shapes, list), "sample", '"shapes"', shapes, "a list")
     problems: list[Problem] = []
     boxes = _Boxes()
     for i, shape in enumerate(shapes):
@@ -120,7 +120,7 @@ def _candidate(content: dict[str, Any], root: Path, source: str, photos: Photos)
 
 def _phrase(shape: dict[str, Any]) -> str:
     label, description = shape.get("label"), shape.get("description")
-    want(isinstance(label, str), "box", '"label"', label, "a string")
+    require(isinstance(label, str), "box", '"label"', label, "a string")
     if label in _IGNORED:
         raise Rejected("box", "ignored_label", f"label {label} marks what is not annotated")
     phrase = " ".join((description if isinstance(description, str) else "").split()) or " ".join(str(label).split())
@@ -132,14 +132,14 @@ def _phrase(shape: dict[str, Any]) -> str:
 def _box(shape: dict[str, Any]) -> Box:
     """Around the points, or around the circle. Raises Rejected."""
     kind = shape.get("shape_type") or "polygon"
-    want(isinstance(kind, str), "box", '"shape_type"', kind, "a string")
+    require(isinstance(kind, str), "box", '"shape_type"', kind, "a string")
     if kind not in _MIN_POINTS:
         raise Rejected("box", "no_area", f"shape_type {shown(kind)} has none; wanted {', '.join(_MIN_POINTS)}")
     points: Any = shape.get("points")
-    want(isinstance(points, list), "box", '"points"', points, "a list of [x, y]")
+    require(isinstance(points, list), "box", '"points"', points, "a list of [x, y]")
     for point in points:
         good = isinstance(point, list) and len(point) == 2 and all(is_finite_number(place) for place in point)
-        want(good, "box", "a point", point, "two finite numbers [x, y]")
+        require(good, "box", "a point", point, "two finite numbers [x, y]")
     num_points, least = len(points), _MIN_POINTS[kind]
     if num_points < least or (kind == "circle" and num_points != 2):
         detail = f"{num_points} points, wanted {least} {'' if kind == 'circle' else 'or more '}for a {kind}"

@@ -20,8 +20,8 @@ from cogvlm_ft.shards.packing.candidates import (
     four_numbers,
     image_path,
     make_target,
+    require,
     shown,
-    want,
 )
 from cogvlm_ft.shards.packing.files import read_ends
 
@@ -36,7 +36,7 @@ class _Entry:
         check_text(value.get("file_name"), "sample")
         self.image = image_path(value.get("file_name"), '"file_name"')
         caption = value.get("caption")
-        want(isinstance(caption, str), "sample", '"caption"', caption, "the words that name the target")
+        require(isinstance(caption, str), "sample", '"caption"', caption, "the words that name the target")
         self.caption = str(caption)
         self.source = source
         self.size = stated_size(value)
@@ -77,10 +77,10 @@ def _entries(values: list[Any], problems: list[Problem]) -> dict[Any, _Entry | N
     entries: dict[Any, _Entry | None] = {}
     for i, value in enumerate(values):
         try:
-            want(isinstance(value, dict), "sample", "the entry", value, "an object")
+            require(isinstance(value, dict), "sample", "the entry", value, "an object")
             number = value.get("id")
-            want(isinstance(number, (int, str)), "sample", '"id"', number, "a number or a string")
-            want(number not in entries, "sample", '"id"', number, "an id that no other entry has")
+            require(isinstance(number, (int, str)), "sample", '"id"', number, "a number or a string")
+            require(number not in entries, "sample", '"id"', number, "an id that no other entry has")
             entries[number] = None
             entries[number] = _Entry(value, f"images[{i}]")
         except Rejected as rejected:
@@ -90,7 +90,7 @@ def _entries(values: list[Any], problems: list[Problem]) -> dict[Any, _Entry | N
 
 def _add_annotation(annotation: Any, source: str, entries: dict[Any, _Entry | None], problems: list[Problem]) -> None:
     try:
-        want(isinstance(annotation, dict), "box", "the annotation", annotation, "an object")
+        require(isinstance(annotation, dict), "box", "the annotation", annotation, "an object")
         number = annotation.get("image_id")
         if not isinstance(number, (int, str)) or number not in entries:
             raise Rejected("box", "unknown_image_id", f'image_id {shown(number)} is not in "images"')
@@ -110,11 +110,11 @@ def _words(spans: Any, caption: str) -> str:
     """The part of the caption that a box belongs to; the whole of it if the annotation does not say."""
     if spans is None:
         return caption
-    want(isinstance(spans, list), "box", '"tokens_positive"', spans, "a list of [start, end]")
+    require(isinstance(spans, list), "box", '"tokens_positive"', spans, "a list of [start, end]")
     parts = []
     for span in spans:
         good = isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
-        want(good and 0 <= span[0] < span[1], "box", '"tokens_positive"', spans, "a list of [start, end]")
+        require(good and 0 <= span[0] < span[1], "box", '"tokens_positive"', spans, "a list of [start, end]")
         parts.append(caption[span[0] : span[1]].strip())
     return " ".join(parts)
 

@@ -20,8 +20,8 @@ from cogvlm_ft.shards.packing.candidates import (
     four_numbers,
     image_path,
     make_target,
+    require,
     shown,
-    want,
 )
 
 _CORNERS = "[x0, y0, x1, y1]"
@@ -59,7 +59,7 @@ def _label_map(path: Path) -> dict[str, str]:
 
 def _image(line: dict[str, Any]) -> str:
     found = [part for part in ("grounding", "detection") if isinstance(line.get(part), dict)]
-    want(bool(found), "sample", "the line", line, 'an object called "grounding" or "detection"')
+    require(bool(found), "sample", "the line", line, 'an object called "grounding" or "detection"')
     return image_path(line.get("filename"), '"filename"')
 
 
@@ -92,7 +92,7 @@ def _add_entry(
     entry: Any, names: dict[str, str], source: str, boxes_of: dict[str, list[Box | None]], problems: list[Problem]
 ) -> None:
     try:
-        want(isinstance(entry, dict), "target", "the entry", entry, 'an object with "bbox"')
+        require(isinstance(entry, dict), "target", "the entry", entry, 'an object with "bbox"')
         phrase = _phrase(entry, names)
         raw_boxes = entry.get("bbox")
         several = isinstance(raw_boxes, list) and bool(raw_boxes) and isinstance(raw_boxes[0], list)
@@ -112,8 +112,8 @@ def _phrase(entry: dict[str, Any], names: dict[str, str]) -> str:
     if phrase is None and "label" in entry:
         label = entry["label"]
         phrase = names.get(str(label)) if isinstance(label, (int, str)) else None
-        want(phrase is not None, "target", '"label"', label, 'a "category" beside it, or its name in label_map.json')
-    want(isinstance(phrase, str), "target", '"phrase" or "category"', phrase, "a string")
+        require(phrase is not None, "target", '"label"', label, 'a "category" beside it, or its name in label_map.json')
+    require(isinstance(phrase, str), "target", '"phrase" or "category"', phrase, "a string")
     return str(phrase)
 
 

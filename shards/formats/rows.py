@@ -15,7 +15,7 @@ import numpy as np
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, check_text, shown, want
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, check_text, require, shown
 
 MAX_LINE_BYTES = 64 * 2**20
 _HEAD_BYTES = 2**20
@@ -235,7 +235,7 @@ def _equal(hashes: array[int]) -> Iterator[list[int]]:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    want(isinstance(value, dict), "sample", "the JSON", value, "an object")
+    require(isinstance(value, dict), "sample", "the JSON", value, "an object")
     return value
 
 

@@ -31,8 +31,8 @@ from cogvlm_ft.shards.packing.candidates import (
     four_numbers,
     image_path,
     make_target,
+    require,
     shown,
-    want,
 )
 
 _UNITS: dict[str, Units] = {
@@ -93,17 +93,18 @@ class _Objects:
         self.in_pairs = isinstance(value, list)
         if self.in_pairs:
             for one in value:
-                want(isinstance(one, dict), "sample", '"objects"', one, 'objects with "caption" and "bbox"')
+                require(isinstance(one, dict), "sample", '"objects"', one, 'objects with "caption" and "bbox"')
             self.refs = [one.get("caption") for one in value]
             self.boxes = [one.get("bbox") for one in value]
             types = {str(one.get("bbox_type", "real")) for one in value} or {"real"}
             numbers = [one.get("image", 0) for one in value]
         else:
-            want(isinstance(value, dict), "sample", '"objects"', value, 'an object with "ref" and "bbox"')
+            require(isinstance(value, dict), "sample", '"objects"', value, 'an object with "ref" and "bbox"')
             self.refs, self.boxes, numbers = (_list(value, name) for name in ("ref", "bbox", "image_id"))
             types = {str(value.get("bbox_type") or "real")}
-        want(not any(numbers), "sample", '"image_id"', numbers, "one image per conversation")
-        want(len(types) == 1 and types <= set(_UNITS), "sample", '"bbox_type"', sorted(types), f"one of {list(_UNITS)}")
+        require(not any(numbers), "sample", '"image_id"', numbers, "one image per conversation")
+        is_known = len(types) == 1 and types <= set(_UNITS)
+        require(is_known, "sample", '"bbox_type"', sorted(types), f"one of {list(_UNITS)}")
         self.units = _UNITS[types.pop()]
         self.num_refs = self.num_boxes = 0
 
@@ -113,7 +114,7 @@ class _Objects:
         if self.num_refs > len(self.refs):
             raise self._mismatch()
         text = self.refs[self.num_refs - 1]
-        want(isinstance(text, str), "sample", '"ref"', text, "a string")
+        require(isinstance(text, str), "sample", '"ref"', text, "a string")
         return _Phrase(text)
 
     def next_boxes(self) -> list[_Region]:
@@ -281,14 +282,14 @@ def _messages(row: dict[str, Any]) -> list[Message]:
         if name in row:
             messages = _list(row, name)
             for message in messages:
-                want(isinstance(message, dict), "sample", f'"{name}"', message, "objects with a speaker and a text")
+                require(isinstance(message, dict), "sample", f'"{name}"', message, "objects with a speaker and a text")
             return [
                 (message.get("role", message.get("from")), message.get("content", message.get("value")))
                 for message in messages
             ]
     history = _list(row, "history")
     for pair in history:
-        want(isinstance(pair, list) and len(pair) == 2, "sample", '"history"', pair, "[question, answer]")
+        require(isinstance(pair, list) and len(pair) == 2, "sample", '"history"', pair, "[question, answer]")
     pairs = [*history, [row.get("query"), row.get("response")]]
     return [message for question, answer in pairs for message in (("user", question), ("assistant", answer))]
 
@@ -296,7 +297,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
 def _image(row: dict[str, Any]) -> str:
     """The one image that a row is about."""
     texts = [text for _, text in _messages(row) if isinstance(text, str)]
-    want(bool(texts), "sample", "the row", row, '"messages", "conversations" or "query" and "response"')
+    require(bool(texts), "sample", "the row", row, '"messages", "conversations" or "query" and "response"')
     found = row.get("images", row.get("image"))
     images = [] if found is None else list(found) if isinstance(found, list) else [found]
     images += dict.fromkeys(path.strip() for text in texts for path in _IMG.findall(text))
@@ -311,7 +312,7 @@ def _image(row: dict[str, Any]) -> str:
 
 def _list(value: dict[str, Any], name: str) -> list[Any]:
     found = value.get(name)
-    want(found is None or isinstance(found, list), "sample", f'"{name}"', found, "a list")
+    require(found is None or isinstance(found, list), "sample", f'"{name}"', found, "a list")
     return found or []
 
 

@@ -1,10 +1,11 @@
-"""Absent targets: questions about what is not in the picture, so that a model learns to say so.
+"""Absent targets: questions about objects that are not in the image, so that a model learns to report them as absent.
 
-A first pass over all candidates fills a `Vocabulary`; in a second one `choose_absent` picks for each photo.
+`two_passes` runs both passes of a build: the first gathers a `Vocabulary` from all candidates, the second chooses
+absent targets for each image (`absent`). `lexicon`, `meaning` and `photo` decide what is certainly absent.
 """
 
-from cogvlm_ft.shards.negatives.absent import KINDS, NegativeSettings, add_absent, choose_absent, negatives_report
-from cogvlm_ft.shards.negatives.lexicon import load_words
+from cogvlm_ft.shards.negatives.absent import KINDS, NegativeSettings, choose_absent, negatives_report
+from cogvlm_ft.shards.negatives.lexicon import load_lexicon
 from cogvlm_ft.shards.negatives.vocabulary import Vocabulary
 
-__all__ = ["KINDS", "NegativeSettings", "Vocabulary", "add_absent", "choose_absent", "load_words", "negatives_report"]
+__all__ = ["KINDS", "NegativeSettings", "Vocabulary", "choose_absent", "load_lexicon", "negatives_report"]

@@ -7,14 +7,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.shards.negatives.lexicon import load_words
+from cogvlm_ft.shards.negatives.lexicon import load_lexicon
 from cogvlm_ft.shards.negatives.meaning import read_meaning
 from cogvlm_ft.shards.negatives.photo import Photo, read_photo
 from cogvlm_ft.shards.negatives.swaps import swapped_phrases
@@ -53,7 +53,7 @@ class NegativeSettings:
         good = all(0 <= weight < math.inf for weight in self.kinds.values())
         if not good or not any(self.kinds.values()):
             raise DataError(f"negatives kinds is {dict(self.kinds)}, wanted weights of 0 or more, not all of them 0")
-        load_words(self.synonyms)
+        load_lexicon(self.synonyms)
 
     def signature(self) -> dict[str, Any]:
         """All that decides which targets are added, as JSON: the words by their hash, not by their path."""
@@ -65,19 +65,6 @@ class NegativeSettings:
             digest.update(self.synonyms.read_bytes())
         kinds = {kind: float(self.kinds.get(kind, 0)) for kind in KINDS}
         return {"share": self.share, "kinds": kinds, "seed": self.seed, "words_sha256": digest.hexdigest()}
-
-
-def add_absent(
-    candidate: Candidate,
-    vocabulary: Vocabulary,
-    settings: NegativeSettings,
-    counts: Counter[str],
-    others: Sequence[Candidate] = (),
-) -> Candidate:
-    """The candidate with its absent targets after its own; the rest as `choose_absent`."""
-    return replace(
-        candidate, targets=candidate.targets + choose_absent(candidate, vocabulary, settings, counts, others)
-    )
 
 
 def choose_absent(
@@ -97,7 +84,7 @@ def choose_absent(
     wanted = _number(len(present) * _absent_per_present(vocabulary, settings.share), draw())
     if not wanted:
         return ()
-    photo = read_photo(candidate, others, vocabulary.exhaustive, vocabulary.words)
+    photo = read_photo(candidate, others, vocabulary.exhaustive, vocabulary.lexicon)
     if isinstance(photo, str):
         return ()
     chosen = _choose(wanted, present, candidate, photo, vocabulary, settings, draw)
@@ -139,7 +126,7 @@ def _choose(
     draw: Callable[[], float],
 ) -> list[tuple[Target, str]]:
     """At most `wanted` targets with their kinds. A kind that has nothing left gives way to the others."""
-    swaps = swapped_phrases(candidate, photo, vocabulary.words) if settings.kinds.get("attribute") else []
+    swaps = swapped_phrases(candidate, photo, vocabulary.lexicon) if settings.kinds.get("attribute") else []
     from_others = "class" if photo.exhaustive else "phrase"
     weights = {kind: settings.kinds.get(kind, 0) for kind in (from_others, "attribute")}
     chosen: list[tuple[Target, str]] = []
@@ -154,7 +141,7 @@ def _choose(
             target = _draw_absent(language, photo, vocabulary, taken, draw)
         if target is None:
             weights[kind] = 0
-        elif (name := read_meaning(target.phrase, vocabulary.words).whole) not in taken:
+        elif (name := read_meaning(target.phrase, vocabulary.lexicon).whole) not in taken:
             taken.add(name)
             chosen.append((target, kind))
     return chosen
@@ -164,13 +151,13 @@ def _draw_absent(
     language: str, photo: Photo, vocabulary: Vocabulary, taken: set[str], draw: Callable[[], float]
 ) -> Target | None:
     """A phrase of the vocabulary of which this photo shows nothing."""
-    words = vocabulary.words
+    lexicon = vocabulary.lexicon
     for _ in range(_DRAWS):
         phrase = vocabulary.draw(language, draw())
         if phrase is None:
             return None
-        meaning = read_meaning(phrase, words)
-        if meaning.whole not in taken and not photo.may_show(meaning, words):
+        meaning = read_meaning(phrase, lexicon)
+        if meaning.whole not in taken and not photo.may_show(meaning, lexicon):
             return Target(phrase, language, ())
     return None
 

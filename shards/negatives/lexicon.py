@@ -79,7 +79,7 @@ class Grammar:
         return token if token.endswith(("ss", "us", "is")) or not token.endswith("s") else token[:-1]
 
 
-class Words:
+class Lexicon:
     """What the names of things mean, from the built-in table and, after it, the user's. A thing is one of its names.
 
     names: every name -> its thing; English ones as singular words with blanks between.
@@ -95,18 +95,18 @@ class Words:
         mentioned = [[name] for group in [*parents, *together, commonplace] for name in group]
         self.names = _join_groups([[self.name(name) for name in group] for group in [*groups, *mentioned]])
         self.longest_chinese = max(len(name) for name in self.names if not name.isascii())
-        self.joined = {name.replace(" ", ""): thing for name, thing in self.names.items() if " " in name}
+        self.joined = {name.replace(" ", ""): concept for name, concept in self.names.items() if " " in name}
         long_names = [name for name in self.names if name.isascii() and name.isalpha() and len(name) > 4]
         self._misspelled = {form: self.names[name] for name in reversed(long_names) for form in _shortened(name)}
         self._longest_slip = max(map(len, long_names)) + 1
         own = [self.name(name) for table in tables[1:] for group in table.get("synonyms", []) for name in group]
         self._parents: dict[str, set[str]] = defaultdict(set)
         self._children: dict[str, set[str]] = defaultdict(set)
-        for parent, child in [*((self.thing(a), self.thing(b)) for a, b in parents), *self._parents_by_ending(own)]:
+        for parent, child in [*((self.concept(a), self.concept(b)) for a, b in parents), *self._parents_by_ending(own)]:
             self._parents[child].add(parent)
             self._children[parent].add(child)
-        self._together = [frozenset(self.thing(name) for name in group) for group in together]
-        self.commonplace = frozenset(self.thing(name) for name in commonplace)
+        self._together = [frozenset(self.concept(name) for name in group) for group in together]
+        self.commonplace = frozenset(self.concept(name) for name in commonplace)
         self._relatives: dict[str, frozenset[str]] = {}
         self._company: dict[str, frozenset[str]] = {}
 
@@ -114,30 +114,30 @@ class Words:
         """A name as it stands in `names`."""
         return " ".join(self.grammar.tokens(word))
 
-    def thing(self, word: str) -> str:
+    def concept(self, word: str) -> str:
         """The thing of a name that the tables hold."""
         return self.names[self.name(word)]
 
-    def relatives(self, things: Iterable[str]) -> frozenset[str]:
+    def relatives(self, concepts: Iterable[str]) -> frozenset[str]:
         """The things themselves, all they are kinds of, and all that are kinds of them."""
-        return frozenset[str]().union(*(self._relatives_of(thing) for thing in things))
+        return frozenset[str]().union(*(self._relatives_of(concept) for concept in concepts))
 
-    def company(self, things: Iterable[str]) -> frozenset[str]:
+    def company(self, concepts: Iterable[str]) -> frozenset[str]:
         """The relatives, and what is met together with these things or a kind of them."""
-        return frozenset[str]().union(*(self._company_of(thing) for thing in things))
+        return frozenset[str]().union(*(self._company_of(concept) for concept in concepts))
 
-    def _relatives_of(self, thing: str) -> frozenset[str]:
-        if thing not in self._relatives:
-            self._relatives[thing] = _reach(thing, self._parents) | _reach(thing, self._children)
-        return self._relatives[thing]
+    def _relatives_of(self, concept: str) -> frozenset[str]:
+        if concept not in self._relatives:
+            self._relatives[concept] = _reach(concept, self._parents) | _reach(concept, self._children)
+        return self._relatives[concept]
 
-    def _company_of(self, thing: str) -> frozenset[str]:
-        if thing not in self._company:
-            kinds = _reach(thing, self._children)
+    def _company_of(self, concept: str) -> frozenset[str]:
+        if concept not in self._company:
+            kinds = _reach(concept, self._children)
             met = {other for group in self._together if not group.isdisjoint(kinds) for other in group}
             wider = [_reach(other, self._parents) | self._children.get(other, set()) for other in met]
-            self._company[thing] = self._relatives_of(thing).union(*wider)
-        return self._company[thing]
+            self._company[concept] = self._relatives_of(concept).union(*wider)
+        return self._company[concept]
 
     def misspelled(self, word: str) -> str | None:
         """The thing whose name this is with one letter missing, added, changed or two exchanged."""
@@ -156,14 +156,14 @@ class Words:
 
 
 @cache
-def load_words(path: Path | None) -> Words:
+def load_lexicon(path: Path | None) -> Lexicon:
     """The built-in words with those of a YAML file of the same form; raises DataError. Each file is read once."""
     folder = resources.files("cogvlm_ft.shards.negatives")
     grammar = Grammar(yaml.safe_load((folder / "grammar.yaml").read_text(encoding="utf-8")))
     tables = [yaml.safe_load((folder / "lexicon.yaml").read_text(encoding="utf-8"))]
     if path is not None:
         tables.append(_load_table(path))
-    return Words(grammar, tables)
+    return Lexicon(grammar, tables)
 
 
 def _load_table(path: Path) -> dict[str, Any]:
@@ -208,11 +208,11 @@ def _join_groups(groups: list[list[str]]) -> dict[str, str]:
     members: dict[str, list[str]] = {}
     for group in groups:
         found = list(dict.fromkeys(names[name] for name in group if name in names))
-        thing = found[0] if found else group[0]
+        concept = found[0] if found else group[0]
         fresh = [name for name in group if name not in names]
         moved = [name for other in found[1:] for name in members.pop(other)]
-        members.setdefault(thing, []).extend(fresh + moved)
-        names.update(dict.fromkeys(fresh + moved, thing))
+        members.setdefault(concept, []).extend(fresh + moved)
+        names.update(dict.fromkeys(fresh + moved, concept))
     return names
 
 

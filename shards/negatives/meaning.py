@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cogvlm_ft.data.record import detect_language
-from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.lexicon import Lexicon
 
 _LONGEST_CACHED = 100  # letters: phrases come again, long texts do not
 _MOST_WORDS = 4  # of a name
@@ -39,7 +39,7 @@ class Meaning:
     """
 
     language: str
-    things: frozenset[str]
+    concepts: frozenset[str]
     num_names: int
     complete: bool
     content: frozenset[str]
@@ -52,29 +52,29 @@ class Meaning:
     vague: bool
 
 
-def read_meaning(text: str, words: Words) -> Meaning:
+def read_meaning(text: str, lexicon: Lexicon) -> Meaning:
     """Of a phrase, or of a longer text, which is seldom complete."""
-    return _cached(text, words) if len(text) <= _LONGEST_CACHED else _read(text, words)
+    return _cached(text, lexicon) if len(text) <= _LONGEST_CACHED else _read(text, lexicon)
 
 
 @lru_cache(maxsize=8192)
-def _cached(text: str, words: Words) -> Meaning:
-    return _read(text, words)
+def _cached(text: str, lexicon: Lexicon) -> Meaning:
+    return _read(text, lexicon)
 
 
-def _read(text: str, words: Words) -> Meaning:
-    tokens = words.grammar.tokens(text)
-    pieces = _pieces(tokens, words)
+def _read(text: str, lexicon: Lexicon) -> Meaning:
+    tokens = lexicon.grammar.tokens(text)
+    pieces = _pieces(tokens, lexicon)
     kinds = {piece.kind for piece in pieces}
     content = [piece for piece in pieces if piece.kind in ("name", "unknown")]
     head = _head(pieces)
     is_question = "?" in text or "？" in text
     complete = any(piece.kind == "name" for piece in head) and not is_question and not kinds & {"unknown", "vague"}
-    things = frozenset(piece.value for piece in pieces if piece.kind == "name")
+    concepts = frozenset(piece.value for piece in pieces if piece.kind == "name")
     about = [piece.text for piece in head if piece in content]
     return Meaning(
         language=detect_language(text),
-        things=things if complete else things | frozenset(_possible_things(tokens, words)),
+        concepts=concepts if complete else concepts | frozenset(_possible_concepts(tokens, lexicon)),
         num_names=sum(piece.kind == "name" for piece in pieces),
         complete=complete,
         content=frozenset(word for piece in content for word in piece.text.split(" ")),
@@ -113,49 +113,51 @@ def _head(pieces: Sequence[Piece]) -> list[Piece]:
     return head
 
 
-def _pieces(tokens: Sequence[str], words: Words) -> list[Piece]:
+def _pieces(tokens: Sequence[str], lexicon: Lexicon) -> list[Piece]:
     pieces: list[Piece] = []
     i = 0
     while i < len(tokens):
         if is_chinese(tokens[i]):
-            _add_chinese(pieces, tokens[i], words)
+            _add_chinese(pieces, tokens[i], lexicon)
             i += 1
         else:
-            piece = _english_piece(tokens[i : i + _MOST_WORDS + 1], words)
+            piece = _english_piece(tokens[i : i + _MOST_WORDS + 1], lexicon)
             pieces.append(piece)
             i += piece.text.count(" ") + 1
     return pieces
 
 
-def _english_piece(tokens: Sequence[str], words: Words) -> Piece:
+def _english_piece(tokens: Sequence[str], lexicon: Lexicon) -> Piece:
     """The longest one that starts here."""
     token = tokens[0]
-    kind, value = words.grammar.kinds.get(token, ("", ""))
-    name = _name(tokens, words)
-    if name and not (kind == "colour" and name.text == token and _name(tokens[1:], words)):  # the orange cup
+    kind, value = lexicon.grammar.kinds.get(token, ("", ""))
+    name = _name(tokens, lexicon)
+    if name and not (kind == "colour" and name.text == token and _name(tokens[1:], lexicon)):  # the orange cup
         return name
-    if token in words.vague:
+    if token in lexicon.vague:
         return Piece("vague", "", token)
     if kind:
         return Piece(kind, value, token)
-    is_plain = len(token) > 5 and token.endswith(_SAYS_HOW) and not words.misspelled(token)
+    is_plain = len(token) > 5 and token.endswith(_SAYS_HOW) and not lexicon.misspelled(token)
     return Piece("plain" if is_plain else "unknown", "", token)
 
 
-def _name(tokens: Sequence[str], words: Words) -> Piece | None:
+def _name(tokens: Sequence[str], lexicon: Lexicon) -> Piece | None:
     for count in range(min(_MOST_WORDS, len(tokens)), 0, -1):
         name = " ".join(tokens[:count])
         joined = name.replace(" ", "")  # lap top, hotdog
-        thing = words.names.get(name) or words.joined.get(joined) or (words.names.get(joined) if count == 2 else None)
-        if thing:
-            return Piece("name", thing, name)
+        concept = (
+            lexicon.names.get(name) or lexicon.joined.get(joined) or (lexicon.names.get(joined) if count == 2 else None)
+        )
+        if concept:
+            return Piece("name", concept, name)
     return None
 
 
-def _add_chinese(pieces: list[Piece], run: str, words: Words) -> None:
+def _add_chinese(pieces: list[Piece], run: str, lexicon: Lexicon) -> None:
     i = 0
     while i < len(run):
-        found, length = _chinese_piece(run, i, pieces[-1] if pieces else None, words)
+        found, length = _chinese_piece(run, i, pieces[-1] if pieces else None, lexicon)
         last = pieces[-1] if pieces else None
         if found.kind == "unknown" and last and last.kind == "unknown" and is_chinese(last.text) and i:
             pieces[-1] = Piece("unknown", "", last.text + found.text)
@@ -164,21 +166,21 @@ def _add_chinese(pieces: list[Piece], run: str, words: Words) -> None:
         i += length
 
 
-def _chinese_piece(run: str, start: int, before: Piece | None, words: Words) -> tuple[Piece, int]:
+def _chinese_piece(run: str, start: int, before: Piece | None, lexicon: Lexicon) -> tuple[Piece, int]:
     """The longest one that starts here, and its length; a colour may take 色 with it."""
-    kinds, rest = words.grammar.kinds, len(run) - start
-    for length in range(min(words.longest_chinese, rest), 0, -1):
+    kinds, rest = lexicon.grammar.kinds, len(run) - start
+    for length in range(min(lexicon.longest_chinese, rest), 0, -1):
         text, end = run[start : start + length], start + length
-        if length == 1 and end < len(run) and text in words.grammar.measures and _is_counted(before):  # 一头牛
+        if length == 1 and end < len(run) and text in lexicon.grammar.measures and _is_counted(before):  # 一头牛
             return Piece("articles", "", text), length
-        if text in words.names:
-            return Piece("name", words.names[text], text), length
-        if text in words.vague:
+        if text in lexicon.names:
+            return Piece("name", lexicon.names[text], text), length
+        if text in lexicon.vague:
             return Piece("vague", "", text), length
         kind, value = kinds.get(text, ("", ""))
-        if kind == "colour" and (run[end : end + 1] in ("色", "的") or _starts_with_name(run, end, words)):
+        if kind == "colour" and (run[end : end + 1] in ("色", "的") or _starts_with_name(run, end, lexicon)):
             return Piece(kind, value, text), length + run.startswith("色", end)
-        if kind == "number" and run[end : end + 1] in words.grammar.measures:
+        if kind == "number" and run[end : end + 1] in lexicon.grammar.measures:
             return Piece(kind, value, text), length
         if kind and kind not in ("colour", "number"):
             return Piece(kind, value, text), length
@@ -189,26 +191,26 @@ def _is_counted(before: Piece | None) -> bool:
     return before is not None and (before.kind == "number" or (before.kind == "articles" and before.text != "的"))
 
 
-def _starts_with_name(run: str, start: int, words: Words) -> bool:
+def _starts_with_name(run: str, start: int, lexicon: Lexicon) -> bool:
     return any(
-        run[start:end] in words.names for end in range(start + 1, min(start + words.longest_chinese, len(run)) + 1)
+        run[start:end] in lexicon.names for end in range(start + 1, min(start + lexicon.longest_chinese, len(run)) + 1)
     )
 
 
-def _possible_things(tokens: Sequence[str], words: Words) -> Iterator[str]:
+def _possible_concepts(tokens: Sequence[str], lexicon: Lexicon) -> Iterator[str]:
     """Of every name that is a part of the text, and of those that a word may be a slip for."""
     for i, token in enumerate(tokens):
         if is_chinese(token):
             for start in range(len(token)):
                 texts = (
-                    token[start:end] for end in range(start + 1, min(start + words.longest_chinese, len(token)) + 1)
+                    token[start:end] for end in range(start + 1, min(start + lexicon.longest_chinese, len(token)) + 1)
                 )
-                yield from (words.names[text] for text in texts if text in words.names)
+                yield from (lexicon.names[text] for text in texts if text in lexicon.names)
             continue
         for count in range(1, _MOST_WORDS + 1):
             name = " ".join(tokens[i : i + count])
             joined = name.replace(" ", "")
-            found = (words.names.get(name), words.joined.get(joined), words.names.get(joined))
-            yield from (thing for thing in found if thing)
-        if token not in words.names and token not in words.grammar.kinds and (thing := words.misspelled(token)):
-            yield thing
+            found = (lexicon.names.get(name), lexicon.joined.get(joined), lexicon.names.get(joined))
+            yield from (concept for concept in found if concept)
+        if token not in lexicon.names and token not in lexicon.grammar.kinds and (concept := lexicon.misspelled(token)):
+            yield concept

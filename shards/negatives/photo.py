@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.lexicon import Lexicon
 from cogvlm_ft.shards.negatives.meaning import Meaning, read_meaning
 from cogvlm_ft.shards.packing.candidates import Candidate
 
@@ -28,21 +28,21 @@ class Photo:
     understood: bool
     spoken_of: frozenset[str]
 
-    def may_show(self, phrase: Meaning, words: Words) -> bool:
+    def may_show(self, phrase: Meaning, lexicon: Lexicon) -> bool:
         """Could the phrase name something of which this photo speaks? True when in doubt."""
-        if not self.spoken_of.isdisjoint(phrase.things):
+        if not self.spoken_of.isdisjoint(phrase.concepts):
             return True
         if phrase.complete and self.understood:
             return False
-        found = any(could_be(phrase, name, words, trusted=self.exhaustive) for name, _ in self.names)
-        return found or self.mentions(phrase, words)
+        found = any(could_be(phrase, name, lexicon, trusted=self.exhaustive) for name, _ in self.names)
+        return found or self.mentions(phrase, lexicon)
 
-    def mentions(self, phrase: Meaning, words: Words) -> bool:
+    def mentions(self, phrase: Meaning, lexicon: Lexicon) -> bool:
         """Does a text besides the names speak of it?"""
-        return any(_is_mentioned(phrase, text, words) for text in self.texts)
+        return any(_is_mentioned(phrase, text, lexicon) for text in self.texts)
 
 
-def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bool, words: Words) -> Photo | str:
+def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bool, lexicon: Lexicon) -> Photo | str:
     """What is said about the photo, or in a word why nothing can be called absent from it.
 
     others: the other candidates of the same image.
@@ -50,25 +50,25 @@ def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bo
     everything = (candidate, *others)
     if any(problem.reason not in _LOSES_NOTHING for part in everything for problem in part.problems):
         return "photos_with_losses"  # what was lost is in the picture, and its name may be lost too
-    names: list[tuple[Meaning, Target | None]] = [pair for part in everything for pair in _names(part, words)]
+    names: list[tuple[Meaning, Target | None]] = [pair for part in everything for pair in _names(part, lexicon)]
     crowds = [problem.detail for part in everything for problem in part.problems if problem.reason == _CROWD]
-    names += [(read_meaning(detail.rpartition(":")[0] or detail, words), None) for detail in crowds]
+    names += [(read_meaning(detail.rpartition(":")[0] or detail, lexicon), None) for detail in crowds]
     understood = all(name.complete for name, _ in names)
     if not exhaustive and not understood:
         return "photos_not_understood"
-    texts = tuple(read_meaning(text, words) for part in everything for text in _texts(part))
-    things = {thing for name, _ in names for thing in name.things}
-    named = words.relatives(things) if exhaustive else words.company(things)
-    mentioned = words.relatives(thing for text in texts for thing in text.things)
+    texts = tuple(read_meaning(text, lexicon) for part in everything for text in _texts(part))
+    concepts = {concept for name, _ in names for concept in name.concepts}
+    named = lexicon.relatives(concepts) if exhaustive else lexicon.company(concepts)
+    mentioned = lexicon.relatives(concept for text in texts for concept in text.concepts)
     return Photo(tuple(names), texts, exhaustive, understood, named | mentioned)
 
 
-def could_be(phrase: Meaning, name: Meaning, words: Words, *, trusted: bool) -> bool:
+def could_be(phrase: Meaning, name: Meaning, lexicon: Lexicon, *, trusted: bool) -> bool:
     """Could both name the same kind of thing? True when in doubt.
 
     trusted: they are names of one data set that gives different things different names.
     """
-    if name.vague or not words.relatives(phrase.things).isdisjoint(name.things):
+    if name.vague or not lexicon.relatives(phrase.concepts).isdisjoint(name.concepts):
         return True
     if phrase.complete and name.complete:
         return False
@@ -90,13 +90,13 @@ def _holds(text: Meaning, phrase: Meaning) -> bool:
     return bool(phrase.core) and (phrase.core in text.whole or phrase.content <= text.content)
 
 
-def _is_mentioned(phrase: Meaning, text: Meaning, words: Words) -> bool:
-    return not words.relatives(phrase.things).isdisjoint(text.things) or _holds(text, phrase)
+def _is_mentioned(phrase: Meaning, text: Meaning, lexicon: Lexicon) -> bool:
+    return not lexicon.relatives(phrase.concepts).isdisjoint(text.concepts) or _holds(text, phrase)
 
 
-def _names(candidate: Candidate, words: Words) -> Iterator[tuple[Meaning, Target]]:
+def _names(candidate: Candidate, lexicon: Lexicon) -> Iterator[tuple[Meaning, Target]]:
     """The phrases with boxes. What one phrase of a box says clearly, its others need not: "the right one"."""
-    present = [(read_meaning(target.phrase, words), target) for target in candidate.targets if target.boxes_xyxy]
+    present = [(read_meaning(target.phrase, lexicon), target) for target in candidate.targets if target.boxes_xyxy]
     clear = {target.boxes_xyxy for meaning, target in present if meaning.complete}
     for meaning, target in present:
         yield replace(meaning, complete=True, vague=False) if target.boxes_xyxy in clear else meaning, target

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.lexicon import Lexicon
 from cogvlm_ft.shards.negatives.meaning import Meaning, Piece, is_chinese, read_meaning
 from cogvlm_ft.shards.negatives.photo import Photo, could_be
 from cogvlm_ft.shards.packing.candidates import Candidate
@@ -23,20 +23,21 @@ _GO_WITH_A_SIDE = {"on", "at", "in", "side"}
 _HIGHEST_NUMBER, _MOST_ADDED = 9, 3
 
 
-def swapped_phrases(candidate: Candidate, photo: Photo, words: Words) -> list[Target]:
+def swapped_phrases(candidate: Candidate, photo: Photo, lexicon: Lexicon) -> list[Target]:
     """Every one that can be made of this photo, as an absent target."""
     found: dict[str, Target] = {}
     for i, (meaning, target) in enumerate(photo.names):
         if target is None or target not in candidate.targets or not _is_simple(meaning, most_attributes=1):
             continue
-        if photo.mentions(meaning, words) or not (photo.exhaustive or words.commonplace.isdisjoint(meaning.things)):
+        is_commonplace = not lexicon.commonplace.isdisjoint(meaning.concepts)
+        if photo.mentions(meaning, lexicon) or (is_commonplace and not photo.exhaustive):
             continue
         others = [(name, of) for j, (name, of) in enumerate(photo.names) if j != i]
-        family = [(name, of) for name, of in others if could_be(meaning, name, words, trusted=photo.exhaustive)]
+        family = [(name, of) for name, of in others if could_be(meaning, name, lexicon, trusted=photo.exhaustive)]
         for attribute in meaning.attributes:
-            for new in _replacements(attribute, meaning, target, family, photo, candidate, words):
+            for new in _replacements(attribute, meaning, target, family, photo, candidate, lexicon):
                 phrase = _replace_word(target.phrase, attribute.text, new)
-                if phrase and _differs_in(attribute, meaning, read_meaning(phrase, words)):
+                if phrase and _differs_in(attribute, meaning, read_meaning(phrase, lexicon)):
                     found.setdefault(phrase, Target(phrase, target.language, ()))
     return list(found.values())
 
@@ -55,22 +56,22 @@ def _replacements(
     family: list[tuple[Meaning, Target | None]],
     photo: Photo,
     candidate: Candidate,
-    words: Words,
+    lexicon: Lexicon,
 ) -> Iterator[str]:
     """Words to put in the place of the old one."""
-    if old.kind == "colour" and words.relatives([words.thing("person")]).isdisjoint(meaning.things):
-        yield from _other_colours(old, target, family, photo.exhaustive, words)
+    if old.kind == "colour" and lexicon.relatives([lexicon.concept("person")]).isdisjoint(meaning.concepts):
+        yield from _other_colours(old, target, family, photo.exhaustive, lexicon)
     elif old.kind == "number" and not family and len(target.boxes_xyxy) == int(old.value):
-        (row,) = (row for row in words.grammar.numbers if old.text in row)
+        (row,) = (row for row in lexicon.grammar.numbers if old.text in row)
         yield from row[int(old.value) : min(int(old.value) + _MOST_ADDED, _HIGHEST_NUMBER)]
     elif old.kind == "side" and not family and photo.exhaustive and _lies_on(old.value, candidate, target):
-        yield _opposite_word(old, words)
+        yield _opposite_word(old, lexicon)
 
 
 def _other_colours(
-    old: Piece, target: Target, family: list[tuple[Meaning, Target | None]], exhaustive: bool, words: Words
+    old: Piece, target: Target, family: list[tuple[Meaning, Target | None]], exhaustive: bool, lexicon: Lexicon
 ) -> Iterator[str]:
-    colours = words.grammar.colours
+    colours = lexicon.grammar.colours
     taken = {old.value}
     for name, of in family:
         said = {piece.value for piece in name.attributes}
@@ -97,10 +98,10 @@ def _lies_on(side: str, candidate: Candidate, target: Target) -> bool:
     return {"left": x1 <= half_x, "right": x0 >= half_x, "top": y1 <= half_y, "bottom": y0 >= half_y}[side]
 
 
-def _opposite_word(old: Piece, words: Words) -> str:
+def _opposite_word(old: Piece, lexicon: Lexicon) -> str:
     language = "zh" if is_chinese(old.text) else "en"
-    sides = words.grammar.side_words
-    return sides[words.grammar.opposites[old.value]][language][sides[old.value][language].index(old.text)]
+    sides = lexicon.grammar.side_words
+    return sides[lexicon.grammar.opposites[old.value]][language][sides[old.value][language].index(old.text)]
 
 
 def _replace_word(phrase: str, old: str, new: str) -> str | None:
@@ -117,6 +118,6 @@ def _replace_word(phrase: str, old: str, new: str) -> str | None:
 
 def _differs_in(attribute: Piece, old: Meaning, new: Meaning) -> bool:
     """Does the new phrase read as the old one with another attribute of the same kind, and nothing else?"""
-    same = (new.complete, new.things, new.core, new.others) == (old.complete, old.things, old.core, old.others)
+    same = (new.complete, new.concepts, new.core, new.others) == (old.complete, old.concepts, old.core, old.others)
     values = [(piece.kind, piece.value) for piece in new.attributes]
     return same and len(values) == 1 and values[0][0] == attribute.kind and values[0][1] != attribute.value

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.shards.negatives.lexicon import Words
+from cogvlm_ft.shards.negatives.lexicon import Lexicon
 from cogvlm_ft.shards.negatives.meaning import Meaning, read_meaning
 from cogvlm_ft.shards.negatives.photo import read_photo
 from cogvlm_ft.shards.packing.candidates import Candidate
@@ -58,8 +58,8 @@ class Vocabulary:
     exhaustive: every thing in a photo that the data set has a name for is annotated, as in detection data.
     """
 
-    def __init__(self, words: Words, *, exhaustive: bool) -> None:
-        self.words = words
+    def __init__(self, lexicon: Lexicon, *, exhaustive: bool) -> None:
+        self.lexicon = lexicon
         self.exhaustive = exhaustive
         self.totals: Counter[str] = Counter()
         self._phrases: dict[str, BoundedCounts] = {}
@@ -72,7 +72,7 @@ class Vocabulary:
         present = [target for target in candidate.targets if target.boxes_xyxy]
         self.totals["present"] += len(present)
         self.totals["absent"] += len(candidate.targets) - len(present)
-        photo = read_photo(candidate, others, self.exhaustive, self.words) if present else None
+        photo = read_photo(candidate, others, self.exhaustive, self.lexicon) if present else None
         if isinstance(photo, str):
             self.totals[photo] += 1
         elif photo:
@@ -81,8 +81,8 @@ class Vocabulary:
             self._add_phrase(target)
 
     def _add_phrase(self, target: Target) -> None:
-        meaning = read_meaning(target.phrase, self.words)
-        reason = why_never_absent(target.phrase, meaning, self.exhaustive, self.words)
+        meaning = read_meaning(target.phrase, self.lexicon)
+        reason = why_never_absent(target.phrase, meaning, self.exhaustive, self.lexicon)
         if reason:
             self.totals[reason] += 1
         else:
@@ -113,20 +113,20 @@ class Vocabulary:
         }
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], words: Words) -> Vocabulary:
+    def from_json(cls, content: dict[str, Any], lexicon: Lexicon) -> Vocabulary:
         """What `to_json` gave."""
-        vocabulary = cls(words, exhaustive=content["exhaustive"])
+        vocabulary = cls(lexicon, exhaustive=content["exhaustive"])
         vocabulary.totals.update(content["totals"])
         vocabulary._phrases = {name: BoundedCounts(MAX_PHRASES, items) for name, items in content["phrases"].items()}
         vocabulary._unknown = BoundedCounts(_MAX_UNKNOWN_WORDS, content["unknown_words"])
         return vocabulary
 
 
-def why_never_absent(phrase: str, meaning: Meaning, exhaustive: bool, words: Words) -> str | None:
+def why_never_absent(phrase: str, meaning: Meaning, exhaustive: bool, lexicon: Lexicon) -> str | None:
     """In a word why this phrase is never called absent from any photo."""
-    negations = words.grammar.negations
+    negations = lexicon.grammar.negations
     chinese = any(word in phrase for word in negations["zh"])
-    if chinese or not negations["en"].isdisjoint(words.grammar.tokens(phrase)):
+    if chinese or not negations["en"].isdisjoint(lexicon.grammar.tokens(phrase)):
         return "phrases_with_a_negation"
     if len(phrase) > MAX_PHRASE_LETTERS:
         return "phrases_too_long"
@@ -134,7 +134,7 @@ def why_never_absent(phrase: str, meaning: Meaning, exhaustive: bool, words: Wor
         return "phrases_without_a_thing" if meaning.vague or not meaning.content else None
     if not meaning.complete:
         return "phrases_not_understood"
-    return "phrases_about_commonplace_things" if not words.commonplace.isdisjoint(meaning.things) else None
+    return "phrases_about_commonplace_things" if not lexicon.commonplace.isdisjoint(meaning.concepts) else None
 
 
 def _hash(text: str) -> int:

@@ -75,7 +75,7 @@ class Rejected(Exception):
         return Problem(self.level, self.reason, self.detail, source)
 
 
-def want(ok: bool, level: str, field: str, value: object, wanted: str) -> None:
+def require(ok: bool, level: str, field: str, value: object, wanted: str) -> None:
     """Raises Rejected (reason bad_field) unless `ok`."""
     if not ok:
         raise Rejected(level, "bad_field", f"{field} is {shown(value)}, wanted {wanted}")
@@ -109,13 +109,13 @@ def _strings(value: Any) -> Iterator[str]:
 
 def image_path(value: Any, field: str) -> str:
     """The normalised path, also of one written on Windows; raises Rejected if it is none."""
-    want(isinstance(value, str) and bool(value.strip()), "sample", field, value, "the path of an image")
+    require(isinstance(value, str) and bool(value.strip()), "sample", field, value, "the path of an image")
     return posixpath.normpath(value.replace("\\", "/"))
 
 
 def four_numbers(box: Any, meaning: str) -> Box:
     """The coordinates as floats; raises Rejected if they are not four finite numbers."""
-    want(isinstance(box, list), "box", "the box", box, f"a list {meaning}")
+    require(isinstance(box, list), "box", "the box", box, f"a list {meaning}")
     if len(box) != 4:
         raise Rejected("box", "wrong_number_of_coordinates", f"{shown(box)} has {len(box)}, wanted {meaning}")
     for number in box:
@@ -152,7 +152,7 @@ def make_target(
 
     Such a target must not be kept: without boxes it would claim that the thing is not in the picture.
     """
-    want(isinstance(phrase, str), "target", "phrase", phrase, "a string")
+    require(isinstance(phrase, str), "target", "phrase", phrase, "a string")
     check_text(phrase, "target")
     phrase = phrase.strip()
     if not phrase:

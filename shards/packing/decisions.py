@@ -233,22 +233,22 @@ def _parse_cell(text: str, place: str) -> Any:
 
 
 def _decision(row: Any, place: str) -> Decision:
-    _want(isinstance(row, dict), place, "the row", row, 'an object with "id" and "decision"')
+    _require(isinstance(row, dict), place, "the row", row, 'an object with "id" and "decision"')
     name, decision = row.get("id"), row.get("decision")
-    _want(isinstance(name, str), place, "id", name, "the id of a suspect, as the review shows it")
+    _require(isinstance(name, str), place, "id", name, "the id of a suspect, as the review shows it")
     part = name.partition(".")[0]  # the id of a suspect is that of its part, a dot and the kind of suspicion
     level, _, digest = part.partition("-")
     known = level in EDITABLE and len(digest) == 16 and set(digest) <= set("0123456789abcdef")
-    _want(known, place, "id", name, "the id of a suspect, as the review shows it, such as box-0123456789abcdef")
-    _want(decision in DECISIONS, place, "decision", decision, " or ".join(DECISIONS))
+    _require(known, place, "id", name, "the id of a suspect, as the review shows it, such as box-0123456789abcdef")
+    _require(decision in DECISIONS, place, "decision", decision, " or ".join(DECISIONS))
     given = {field: value for field, value in row.items() if field not in ("id", "decision", *_FOR_PEOPLE)}
     if decision != "edit":
-        _want(not given, place, f"{decision} with", sorted(given), f"no new values; for these take {DECISIONS[2]}")
+        _require(not given, place, f"{decision} with", sorted(given), f"no new values; for these take {DECISIONS[2]}")
         return Decision(part, decision, {}, place)
     allowed = EDITABLE[level]
-    _want(bool(allowed), place, "edit of", name, "a target, box or turn; a sample can be accepted or dropped")
+    _require(bool(allowed), place, "edit of", name, "a target, box or turn; a sample can be accepted or dropped")
     good_names = bool(given) and set(given) <= set(allowed)
-    _want(good_names, place, "edit with", sorted(given), f"new values for {', '.join(allowed)}")
+    _require(good_names, place, "edit with", sorted(given), f"new values for {', '.join(allowed)}")
     return Decision(part, decision, {field: _new_value(field, given[field], level, place) for field in given}, place)
 
 
@@ -256,21 +256,21 @@ def _new_value(field: str, value: Any, level: str, place: str) -> Any:
     if field == "boxes":
         return _new_boxes(value, level, place)
     good = isinstance(value, str) and bool(value.strip())
-    _want(good or (field == "description" and value is None), place, field, value, "a text")
+    _require(good or (field == "description" and value is None), place, field, value, "a text")
     _check_text(value, place, field)
-    _want(field != "language" or value in ("zh", "en"), place, field, value, '"zh" or "en"')
+    _require(field != "language" or value in ("zh", "en"), place, field, value, '"zh" or "en"')
     return value if field in ("prompt", "answer") or value is None else value.strip()
 
 
 def _new_boxes(value: Any, level: str, place: str) -> tuple[Box, ...]:
     good = isinstance(value, list) and (bool(value) or level == "target")
-    _want(good, place, "boxes", value, "such as [[10, 20, 300, 400]]; to lose a box, take drop")
+    _require(good, place, "boxes", value, "such as [[10, 20, 300, 400]]; to lose a box, take drop")
     try:
         boxes = tuple(four_numbers(box, "[x0, y0, x1, y1]") for box in value)
     except Rejected as rejected:
         raise DataError(f"{place}: boxes: {rejected.detail}") from None
     for x0, y0, x1, y1 in boxes:
-        _want(x0 < x1 and y0 < y1, place, "boxes", [x0, y0, x1, y1], "x0 < x1 and y0 < y1")
+        _require(x0 < x1 and y0 < y1, place, "boxes", [x0, y0, x1, y1], "x0 < x1 and y0 < y1")
     return boxes
 
 
@@ -281,6 +281,6 @@ def _check_text(value: Any, place: str, field: str) -> None:
         raise DataError(f"{place}: {field}: {rejected.detail}") from None
 
 
-def _want(ok: bool, place: str, field: str, value: object, wanted: str) -> None:
+def _require(ok: bool, place: str, field: str, value: object, wanted: str) -> None:
     if not ok:
         raise DataError(f"{place}: {field} {value!r:.80}, wanted {wanted}")

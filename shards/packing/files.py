@@ -46,8 +46,8 @@ def read_inside(folder: Path, name: str, what: str, max_bytes: int) -> bytes:
         raise _unreadable(folder, name, what, error) from None
 
 
-def expect(folder: Path, name: str) -> None:
-    """Tell the disk that `read_inside` will come for this file. Whatever is wrong with it shows then."""
+def prefetch(folder: Path, name: str) -> None:
+    """Ask the disk to read a file ahead of `read_inside`. Errors are ignored; `read_inside` reports them."""
     with suppress(OSError, ValueError):
         file = _open_at_once(_path_inside(folder, name), os.O_RDONLY | os.O_CLOEXEC)
         try:

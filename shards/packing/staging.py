@@ -1,4 +1,4 @@
-"""The candidates of a build, on disk: a million of them need no more memory than a thousand."""
+"""Keep the candidates of a build in an SQLite file, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
-from cogvlm_ft.shards.packing.splits import Slice, cut_into_slices, key_of, key_with_hash, shuffle_rank
+from cogvlm_ft.shards.packing.splits import ShardPlan, key_of, key_with_hash, plan_shards, shuffle_rank
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -22,19 +22,22 @@ PRAGMA cache_size = -32768;
 CREATE TABLE candidates (
     number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, rank BLOB NOT NULL, content TEXT NOT NULL
 );
-CREATE TABLE remembered (number INTEGER PRIMARY KEY, rank BLOB NOT NULL, content TEXT NOT NULL);
+CREATE TABLE context (number INTEGER PRIMARY KEY, rank BLOB NOT NULL, content TEXT NOT NULL);
 CREATE TABLE problems (number INTEGER PRIMARY KEY, is_duplicate INTEGER NOT NULL, content TEXT NOT NULL);
-CREATE TABLE places (place INTEGER PRIMARY KEY, number INTEGER NOT NULL);
+CREATE TABLE positions (position INTEGER PRIMARY KEY, number INTEGER NOT NULL);
 CREATE TABLE notes (name TEXT PRIMARY KEY, content TEXT NOT NULL);
 """
 _INDEXES = """
 CREATE INDEX candidates_by_rank ON candidates (rank, key);
-CREATE INDEX remembered_by_rank ON remembered (rank);
+CREATE INDEX context_by_rank ON context (rank);
 """
 
 
-class Spool:
-    """Written by one process in one go; what a killed build leaves is thrown away. `sha256` identifies its content."""
+class StagingDatabase:
+    """Candidates, problems and notes of one build.
+
+    One process writes it in one transaction; a file left by a killed build is replaced.
+    """
 
     def __init__(self, path: Path, seed: int) -> None:
         path.unlink(missing_ok=True)
@@ -47,45 +50,45 @@ class Spool:
 
     @property
     def sha256(self) -> str:
-        """Of everything that was added, in that order."""
+        """Return the hash of everything that was added, in that order."""
         return self._hash.hexdigest()
 
     def add(self, part: Candidate | Problem) -> None:
-        """Keep a candidate under a key of its own, or lose it as duplicate_key; keep a problem."""
+        """Store a problem, or a candidate under a unique key; a candidate whose key is taken becomes duplicate_key."""
         content = _to_json(part)
         self._hash.update(content.encode())
         self._hash.update(b"\n")
         if isinstance(part, Problem):
-            self._lose(part, None)
+            self._add_problem(part, None)
             return
         key, owner = key_of(part), None
         if not self._insert(key, part, content):
             owner = self._owner(key)
-            if part.key is None and owner.image != part.image:  # a.jpg and a.png are two photos
+            if part.key is None and owner.image != part.image:  # a.jpg and a.png are two images
                 key = key_with_hash(key, part.image)
                 owner = None if self._insert(key, part, content) else self._owner(key)
         if owner:
-            hint = 'give it another "key", or put all targets of one image on one line'
-            detail = f"key {key!r} is taken by {owner.image} ({owner.source}); {hint}"
+            hint = 'Give it another "key", or put all targets of one image on one line.'
+            detail = f"key {key!r} is already used by {owner.image} ({owner.source}). {hint}"
             for problem in (*part.problems, Problem("sample", "duplicate_key", detail, part.source)):
-                self._lose(problem, part.image)
-            self.remember(part)
+                self._add_problem(problem, part.image)
+            self.add_context(part)
 
-    def remember(self, candidate: Candidate) -> None:
-        """What a candidate that becomes no sample says about its image: nothing of it is absent there."""
+    def add_context(self, candidate: Candidate) -> None:
+        """Store a candidate that becomes no sample: its targets are still present in its image."""
         row = shuffle_rank(candidate.image, self._seed), _to_json(candidate)
-        self._database.execute("INSERT INTO remembered (rank, content) VALUES (?, ?)", row)
+        self._database.execute("INSERT INTO context (rank, content) VALUES (?, ?)", row)
 
-    def note(self, name: str, content: Any) -> None:
-        """JSON for those who read the spool."""
+    def add_note(self, name: str, content: Any) -> None:
+        """Store a JSON value under a name, for `read_note`."""
         self._database.execute("INSERT INTO notes VALUES (?, ?)", (name, json.dumps(content)))
 
-    def slices(self, *, val_fraction: float, samples_per_shard: int) -> list[Slice]:
-        """Split by image, shuffle and cut. All candidates of one image are on the same side. To be asked once."""
+    def plan_shards(self, *, val_fraction: float, samples_per_shard: int) -> list[ShardPlan]:
+        """Split by image, shuffle, and cut into shards; an image has all its candidates in one split. Call it once."""
         execute = self._database.execute
         for statement in _INDEXES.splitlines():
             execute(statement)
-        execute("INSERT INTO places SELECT row_number() OVER (ORDER BY rank, key) - 1, number FROM candidates")
+        execute("INSERT INTO positions SELECT row_number() OVER (ORDER BY rank, key) - 1, number FROM candidates")
         num_images, num_samples = execute("SELECT count(DISTINCT rank), count(*) FROM candidates").fetchone()
         num_val_images = round(val_fraction * num_images)
         border = execute(
@@ -94,30 +97,30 @@ class Spool:
         num_val = num_samples
         if border:
             (num_val,) = execute("SELECT count(*) FROM candidates WHERE rank < ?", border).fetchone()
-        return cut_into_slices(num_val, num_samples, samples_per_shard)
+        return plan_shards(num_val, num_samples, samples_per_shard)
 
     def candidates(self) -> Iterator[Candidate]:
-        """Those that have a key of their own, in the order they came."""
+        """Yield the candidates with a unique key, in the order they were added."""
         for (content,) in self._database.execute("SELECT content FROM candidates ORDER BY number"):
             yield _candidate(json.loads(content))
 
-    def photos(self) -> Iterator[tuple[list[Candidate], list[Candidate]]]:
-        """For each image its candidates, and those that are only remembered. After `slices`."""
+    def by_image(self) -> Iterator[tuple[list[Candidate], list[Candidate]]]:
+        """Yield for each image its candidates, and those of `add_context`. Call `plan_shards` first."""
         for (rank,) in self._database.execute("SELECT DISTINCT rank FROM candidates ORDER BY rank"):
             yield _of_image(self._database, rank)
 
-    def finish(self) -> None:
-        """Nothing more is written; from now on others may read."""
+    def commit(self) -> None:
+        """End writing; from now on other processes may read."""
         self._database.execute("COMMIT")
 
     def problems(self) -> Iterator[tuple[Problem, str | None]]:
-        """What was lost so far, with its image if it had one; candidates with a taken key come last."""
+        """Yield the problems so far, with the image if it is known; duplicate keys come last."""
         for (content,) in self._database.execute("SELECT content FROM problems ORDER BY is_duplicate, number"):
             problem, image = json.loads(content)
             yield Problem(**problem), image
 
     def close(self) -> None:
-        """Delete the file."""
+        """Close and delete the file."""
         self._database.close()
         self.path.unlink(missing_ok=True)
 
@@ -126,7 +129,7 @@ class Spool:
         sql = "INSERT INTO candidates (key, rank, content) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
         return self._database.execute(sql, row).rowcount == 1
 
-    def _lose(self, problem: Problem, image: str | None) -> None:
+    def _add_problem(self, problem: Problem, image: str | None) -> None:
         sql = "INSERT INTO problems (is_duplicate, content) VALUES (?, ?)"
         self._database.execute(sql, (image is not None, _to_json([problem, image])))
 
@@ -135,29 +138,32 @@ class Spool:
         return _candidate(json.loads(content))
 
 
-class Spooled(NamedTuple):
-    """others: everything else that is said about the image, if that was asked for."""
+class StagedSample(NamedTuple):
+    """A candidate with its unique key.
+
+    others: all other candidates of the same image, if requested.
+    """
 
     key: str
     candidate: Candidate
     others: list[Candidate]
 
 
-def read_slice(path: Path, part: Slice, *, with_others: bool = False) -> Iterator[Spooled]:
-    """The samples of a shard in their order, from a finished spool. For any process."""
-    rows = "SELECT key, rank, content FROM places JOIN candidates USING (number) WHERE place BETWEEN ? AND ?"
+def read_staged_samples(path: Path, plan: ShardPlan, *, with_others: bool = False) -> Iterator[StagedSample]:
+    """Yield the samples of a shard in order, from a committed file. Any process may call it."""
+    rows = "SELECT key, rank, content FROM positions JOIN candidates USING (number) WHERE position BETWEEN ? AND ?"
     with closing(_connect(path)) as database:
         known, everything = b"", list[Candidate]()
-        for key, rank, content in database.execute(f"{rows} ORDER BY place", (part.first, part.last - 1)):
+        for key, rank, content in database.execute(f"{rows} ORDER BY position", (plan.first, plan.last - 1)):
             candidate = _candidate(json.loads(content))
             if with_others and rank != known:
-                known, (kept, remembered) = rank, _of_image(database, rank)
-                everything = [*kept, *remembered]
-            yield Spooled(key, candidate, [other for other in everything if other != candidate])
+                known, (kept, context) = rank, _of_image(database, rank)
+                everything = [*kept, *context]
+            yield StagedSample(key, candidate, [other for other in everything if other != candidate])
 
 
 def read_note(path: Path, name: str) -> Any:
-    """What was noted."""
+    """Return the value of `StagingDatabase.add_note`."""
     with closing(_connect(path)) as database:
         return json.loads(database.execute("SELECT content FROM notes WHERE name = ?", (name,)).fetchone()[0])
 
@@ -168,8 +174,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _of_image(database: sqlite3.Connection, rank: bytes) -> tuple[list[Candidate], list[Candidate]]:
     kept = database.execute("SELECT content FROM candidates WHERE rank = ? ORDER BY key", (rank,))
-    remembered = database.execute("SELECT content FROM remembered WHERE rank = ? ORDER BY number", (rank,))
-    return [_candidate(json.loads(row[0])) for row in kept], [_candidate(json.loads(row[0])) for row in remembered]
+    context = database.execute("SELECT content FROM context WHERE rank = ? ORDER BY number", (rank,))
+    return [_candidate(json.loads(row[0])) for row in kept], [_candidate(json.loads(row[0])) for row in context]
 
 
 def _fields(value: object) -> Any:
@@ -183,7 +189,7 @@ _to_json = json.JSONEncoder(default=_fields).encode
 
 
 def _candidate(fields: dict[str, Any]) -> Candidate:
-    """As it was before `_to_json`: JSON knows neither tuples nor paths."""
+    """Undo `_to_json`: JSON has neither tuples nor paths."""
     size, embedded_in = fields["stated_size_px"], fields["embedded_in"]
     fields["targets"] = tuple(_target(target) for target in fields["targets"])
     fields["turns"] = tuple(_turn(turn) for turn in fields["turns"])

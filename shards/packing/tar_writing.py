@@ -1,4 +1,4 @@
-"""Writes one shard: a tar and, beside it, its offsets file."""
+"""Write one shard: a tar, and next to it a JSON file with the offsets of its samples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
-from cogvlm_ft.shards.negatives.in_build import Absence, with_absent
+from cogvlm_ft.shards.negatives.two_passes import SecondPass, add_absent_targets
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate
-from cogvlm_ft.shards.packing.files import expect
+from cogvlm_ft.shards.packing.files import prefetch
 from cogvlm_ft.shards.packing.shrink import shrink_sample
-from cogvlm_ft.shards.packing.splits import Slice
-from cogvlm_ft.shards.packing.staging import Spooled, read_slice
+from cogvlm_ft.shards.packing.splits import ShardPlan
+from cogvlm_ft.shards.packing.staging import StagedSample, read_staged_samples
 from cogvlm_ft.shards.packing.verify import VERIFY
 
 _NUM_AHEAD = 64
@@ -29,90 +29,90 @@ _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 
 @dataclass(frozen=True)
-class PackSettings:
-    """What a worker needs besides its slice."""
+class WriteSettings:
+    """What a worker needs besides the plan of a shard. staging: path of the staging database."""
 
-    spool: Path
+    staging: Path
     images: Path
     out: Path
     max_pixels: int
     verify: str = VERIFY[0]
     apply_exif: bool = False
     max_side: int | None = None
-    absence: Absence | None = None
+    negatives: SecondPass | None = None
 
 
-def write_shard(part: Slice, settings: PackSettings) -> int:
-    """Check the candidates and write the good ones; the number of candidates. Same slice, same bytes."""
-    tar_path, offsets_path = shard_paths(part.name, settings.out)
+def write_shard(plan: ShardPlan, settings: WriteSettings) -> int:
+    """Check the candidates, write the valid ones, and return the number of candidates. Same plan, same bytes."""
+    tar_path, offsets_path = shard_paths(plan.name, settings.out)
     unfinished = unfinished_path(tar_path)
     records: list[Record] = []
     rejected: list[dict[str, Any]] = []
     num_added: Counter[str] = Counter()
     with unfinished.open("wb", buffering=0) as file:
         tar = _Tar(file)
-        spooled_parts = read_slice(settings.spool, part, with_others=settings.absence is not None)
-        for spooled in _asked_for_ahead(spooled_parts, settings.images):
-            sample, problems = prepare_sample(spooled, settings, num_added)
-            rejected.extend(rejection(problem, spooled.candidate.image, spooled.key) for problem in problems)
+        staged_samples = read_staged_samples(settings.staging, plan, with_others=settings.negatives is not None)
+        for staged in _prefetched(staged_samples, settings.images):
+            sample, problems = prepare_sample(staged, settings, num_added)
+            rejected.extend(rejection(problem, staged.candidate.image, staged.key) for problem in problems)
             if sample:
                 tar.add_sample(sample)
                 records.append(sample.record)
         tar.finish()
     unfinished.replace(tar_path)
     content = {**tar.identity(), **_counts(records), "samples": tar.samples, "rejected": rejected}
-    if settings.absence:
+    if settings.negatives:
         content["negatives"] = dict(sorted(num_added.items()))
     write_atomically(offsets_path, to_json_bytes(content))
-    return len(part)
+    return len(plan)
 
 
-def _asked_for_ahead(parts: Iterable[Spooled], images: Path) -> Iterator[Spooled]:
-    """The same parts; the disk reads the photos of the next ones meanwhile."""
-    ahead: deque[Spooled] = deque()
-    for spooled in parts:
-        expect(images, spooled.candidate.image)
-        ahead.append(spooled)
+def _prefetched(samples: Iterable[StagedSample], images: Path) -> Iterator[StagedSample]:
+    """Yield the same samples while the disk reads the images of the next ones."""
+    ahead: deque[StagedSample] = deque()
+    for staged in samples:
+        prefetch(images, staged.candidate.image)
+        ahead.append(staged)
         if len(ahead) > _NUM_AHEAD:
             yield ahead.popleft()
     yield from ahead
 
 
 def prepare_sample(
-    spooled: Spooled, settings: PackSettings, num_added: Counter[str]
+    staged: StagedSample, settings: WriteSettings, num_added: Counter[str]
 ) -> tuple[CheckedSample | None, list[Problem]]:
-    """From what the annotation says to what the shard gets, one stage after another. num_added: absent targets."""
-    candidate, key = spooled.candidate, spooled.key
+    """Check a candidate, add absent targets and shrink its image. num_added: counts the absent targets by kind."""
+    candidate, key = staged.candidate, staged.key
     sample, problems = check_candidate(
         candidate, key, settings.images, settings.max_pixels, settings.verify, apply_exif=settings.apply_exif
     )
-    if sample and settings.absence:
-        sample = with_absent(sample, spooled, settings.spool, settings.absence, num_added)
+    if sample and settings.negatives:
+        sample = add_absent_targets(sample, staged, settings.staging, settings.negatives, num_added)
     if sample and settings.max_side:
         try:
             sample = shrink_sample(sample, settings.max_side)
-        except BadSampleError as error:  # its structure was good, but it cannot be decoded
+        except BadSampleError as error:  # its structure is valid, but it cannot be decoded
             return None, [*problems, Problem("sample", error.reason, error.detail, candidate.source)]
     return sample, problems
 
 
 def shard_paths(name: str, out: Path) -> tuple[Path, Path]:
-    """(tar, offsets file)"""
+    """Return the paths of the tar and its offsets file."""
     return out / f"{name}.tar", out / f"{name}.json"
 
 
-def is_written(part: Slice, out: Path) -> bool:
-    """True if an earlier run has finished this shard, and its offsets file says all that it should."""
-    tar_path, offsets_path = shard_paths(part.name, out)
+def is_written(plan: ShardPlan, out: Path) -> bool:
+    """Return whether an earlier run finished this shard and its offsets file is complete."""
+    tar_path, offsets_path = shard_paths(plan.name, out)
     try:
         content = json.loads(offsets_path.read_bytes())
-        return bool(content["size"] == tar_path.stat().st_size) and _is_whole(content, len(part))
+        return bool(content["size"] == tar_path.stat().st_size) and _is_complete(content, len(plan))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 
-def _is_whole(content: dict[str, Any], num_candidates: int) -> bool:
-    """Raises nearly anything if it is not even of this form."""
+def _is_complete(content: dict[str, Any], num_candidates: int) -> bool:
+    """Return whether the offsets file is consistent; raises many kinds of exception if its form differs."""
     rows = content["rejected"]
     names = rejection(Problem("", "", "", "")).keys()
     numbers = [*(content[name] for name in _counts([])), *content.get("negatives", {}).values()]
@@ -126,7 +126,7 @@ def _is_whole(content: dict[str, Any], num_candidates: int) -> bool:
 
 
 def rejection(problem: Problem, image: str | None = None, key: str | None = None) -> dict[str, Any]:
-    """A line of rejected.jsonl."""
+    """Return a line of rejected.jsonl."""
     return {
         "level": problem.level,
         "reason": problem.reason,
@@ -138,28 +138,28 @@ def rejection(problem: Problem, image: str | None = None, key: str | None = None
 
 
 def to_json_bytes(content: object) -> bytes:
-    """Compact UTF-8 JSON. Bytes of the input that were no UTF-8 come out as JSON escapes."""
+    """Return compact UTF-8 JSON. Input bytes that are not valid UTF-8 become JSON escapes."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where a file is while it is written; each process has its own, so that two never write into one."""
+    """Return the temporary path of a file being written; it contains the process id, so that two never share one."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none."""
+    """Write the complete file or leave the old one."""
     unfinished = unfinished_path(path)
     unfinished.write_bytes(data)
     unfinished.replace(path)
 
 
 class _Tar:
-    """A plain WebDataset tar: per sample its image and its record, the same bytes on every machine.
+    """A plain WebDataset tar: an image and a record per sample, the same bytes on every machine.
 
-    samples: what the offsets file says about each.
+    samples: their rows in the offsets file.
 
-    Written here and not by webdataset's TarWriter, because that needs torch (seconds) and does not tell the offsets.
+    webdataset's TarWriter is not used: it imports torch (seconds) and does not report offsets.
     """
 
     def __init__(self, file: RawIOBase) -> None:
@@ -169,7 +169,7 @@ class _Tar:
         self.samples: list[dict[str, Any]] = []
 
     def add_sample(self, sample: CheckedSample) -> None:
-        """Members in alphabetical order, as WebDataset writes them; all of a sample in one write."""
+        """Write the members of a sample in alphabetical order, as WebDataset does, in a single write."""
         key = sample.record.key
         data = {sample.ext: sample.image, "json": record_to_json(sample.record)}
         parts: list[bytes] = []
@@ -185,29 +185,29 @@ class _Tar:
         self.samples.append(row | {"num_questions": [len(sample.record.targets), len(sample.record.turns)]})
 
     def finish(self) -> None:
-        """Two empty blocks, then zeros up to a whole record."""
+        """Write two empty blocks, then zeros up to a full tar record."""
         end = self._size + 2 * _BLOCK
         self._write(bytes(-(-end // _RECORD) * _RECORD - self._size))
 
     def identity(self) -> dict[str, Any]:
-        """Of the finished file."""
+        """Return the hash and the number of bytes of the finished file."""
         return {"sha256": self._sha256.hexdigest(), "size": self._size}
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)
-        while left:  # a file without a buffer may take less than all
+        while left:  # an unbuffered file may write fewer bytes
             left = left[self._file.write(left) :]
         self._sha256.update(data)
         self._size += len(data)
 
 
 def _header(name: str, size: int) -> bytes:
-    """The blocks before the data of a member."""
-    if name.isascii() and size < 8**11:  # as tarfile does it, ten times faster
+    """Return the header blocks of a member."""
+    if name.isascii() and size < 8**11:  # same bytes as tarfile, ten times faster
         start = b"%s%07o\0%s%011o\0" % (name.encode().ljust(100, b"\0"), 0o444, b"0000000\0" * 2, size)
-        block = bytearray(_HEADER_OF_NOTHING)
+        block = bytearray(_EMPTY_HEADER)
         block[: len(start)] = start
-        block[148:156] = b"        "  # the place of the checksum counts as blanks
+        block[148:156] = b"        "  # the checksum field counts as blanks
         block[148:156] = b"%06o\0 " % sum(block)
         return bytes(block)
     return _slow_header(name, size)
@@ -219,7 +219,7 @@ def _slow_header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-_HEADER_OF_NOTHING = _slow_header("", 0)
+_EMPTY_HEADER = _slow_header("", 0)
 
 
 def _counts(records: list[Record]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from cogvlm_ft.config import Config, load_config
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
-from cogvlm_ft.shards.negatives import load_words
+from cogvlm_ft.shards.negatives import load_lexicon
 from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.packing.decisions import load_decisions
 
@@ -197,7 +197,7 @@ def test_the_other_examples_about_data_can_be_used(tmp_path: Path) -> None:
         assert load_wording(tmp_path / name).max_boxes in (20, 30)
     (synonyms,) = (block for block in blocks if block.startswith("synonyms:"))
     (tmp_path / "mine.yaml").write_text(synonyms, encoding="utf-8")
-    words = load_words(tmp_path / "mine.yaml")
+    words = load_lexicon(tmp_path / "mine.yaml")
     assert words.thing("叉车") == words.thing("forklift") and words.thing("forklift") in words.relatives(["vehicle"])
     decisions = [block for block in blocks if block.startswith('{"decisions"')]
     for block in decisions:

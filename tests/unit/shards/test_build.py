@@ -180,10 +180,10 @@ def test_a_build_killed_while_it_reads_the_annotations(photos: Path, tmp_path: P
     with annotations.open("w") as pipe:  # waits for the other side
         pipe.write(json.dumps(dog("a.jpg")) + "\n")
         pipe.flush()
-        assert (out / ".spool.sqlite").exists()
+        assert (out / ".staging.sqlite").exists()
         process.kill()
         process.wait()
-    assert [path.name for path in out.iterdir()] == [".spool.sqlite"]
+    assert [path.name for path in out.iterdir()] == [".staging.sqlite"]
     annotations.unlink()
     write_lines(annotations, [dog(f"{name}.jpg") for name in "abcde"])
     assert main(arguments) == 0

@@ -13,7 +13,7 @@ from photo_builds import image_bytes
 
 from cogvlm_ft.grounding.targets import Box, Target
 from cogvlm_ft.shards.packing import files
-from cogvlm_ft.shards.packing.candidates import Candidate, Rejected, box_in_pixels, check_text, want
+from cogvlm_ft.shards.packing.candidates import Candidate, Rejected, box_in_pixels, check_text, require
 from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate, read_image
 from cogvlm_ft.shards.packing.files import read_embedded, read_inside
 
@@ -144,7 +144,7 @@ def test_messages_are_short_whatever_is_found() -> None:
         deep = [deep]
     for value in (deep, {"a": deep}, ["x" * 10**6] * 10**5, "y" * 10**6):
         with pytest.raises(Rejected) as error:
-            want(False, "box", "the box", value, "four numbers")
+            require(False, "box", "the box", value, "four numbers")
         assert len(error.value.detail) < 150
     check_text(deep, "sample")
     with pytest.raises(Rejected):

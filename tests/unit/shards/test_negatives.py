@@ -13,15 +13,21 @@ import pytest
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target, Turn
-from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, choose_absent, load_words, negatives_report
-from cogvlm_ft.shards.negatives.absent import add_absent
+from cogvlm_ft.shards.negatives import (
+    KINDS,
+    NegativeSettings,
+    Vocabulary,
+    choose_absent,
+    load_lexicon,
+    negatives_report,
+)
 from cogvlm_ft.shards.negatives.meaning import read_meaning
 from cogvlm_ft.shards.negatives.photo import read_photo
 from cogvlm_ft.shards.negatives.swaps import swapped_phrases
 from cogvlm_ft.shards.negatives.vocabulary import BoundedCounts
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
-WORDS = load_words(None)
+WORDS = load_lexicon(None)
 LEFT, RIGHT, WIDE = (0.0, 0.0, 20.0, 20.0), (70.0, 0.0, 90.0, 20.0), (40.0, 0.0, 90.0, 20.0)
 
 
@@ -329,8 +335,9 @@ def test_the_share_is_reached(share: float, exhaustive: bool) -> None:
         NegativeSettings(share=share),
         Counter[str](),
     )
-    done = [add_absent(candidate, vocabulary, settings, counts) for candidate in candidates]
-    targets = [target for candidate in done for target in candidate.targets]
+    targets = [
+        target for each in candidates for target in (*each.targets, *choose_absent(each, vocabulary, settings, counts))
+    ]
     reached = sum(not target.boxes_xyxy for target in targets) / len(targets)
     assert reached == pytest.approx(share, abs=0.02)
     report = negatives_report(vocabulary, settings, counts)
@@ -347,8 +354,12 @@ def test_absent_targets_of_the_user_and_photos_that_take_none_are_made_up_for() 
         for i in range(1500)
     ]
     vocabulary, settings = gather(candidates, exhaustive=True), NegativeSettings(share=0.3)
-    targets = [t for each in candidates for t in add_absent(each, vocabulary, settings, Counter()).targets]
-    assert sum(not t.boxes_xyxy for t in targets) / len(targets) == pytest.approx(0.3, abs=0.02)
+    targets = [
+        target
+        for each in candidates
+        for target in (*each.targets, *choose_absent(each, vocabulary, settings, Counter()))
+    ]
+    assert sum(not target.boxes_xyxy for target in targets) / len(targets) == pytest.approx(0.3, abs=0.02)
     assert not any(choose_absent(each, vocabulary, settings, Counter()) for each in candidates if each.problems)
 
 
@@ -402,7 +413,7 @@ def test_order_workers_and_a_restart_make_no_difference() -> None:
     vocabulary, reversed_vocabulary = gather(candidates), gather(candidates[::-1])
     stored = json.dumps(vocabulary.to_json(), ensure_ascii=False)
     assert stored == json.dumps(reversed_vocabulary.to_json(), ensure_ascii=False)
-    again = Vocabulary.from_json(json.loads(stored), load_words(None))
+    again = Vocabulary.from_json(json.loads(stored), load_lexicon(None))
     assert json.dumps(again.to_json(), ensure_ascii=False) == stored
     first = {each.image: choose_absent(each, vocabulary, settings, Counter()) for each in candidates}
     assert first == {each.image: choose_absent(each, again, settings, Counter()) for each in reversed(candidates)}
@@ -413,7 +424,7 @@ def test_order_workers_and_a_restart_make_no_difference() -> None:
 def test_none_are_added_by_default() -> None:
     candidates = referring_set(20)
     vocabulary, settings = gather(candidates), NegativeSettings()
-    assert all(add_absent(each, vocabulary, settings, Counter()) == each for each in candidates)
+    assert not any(choose_absent(each, vocabulary, settings, Counter()) for each in candidates)
 
 
 def test_counts_in_bounded_memory_do_not_depend_on_the_order() -> None:
@@ -455,7 +466,7 @@ def test_words_of_the_user(tmp_path: Path) -> None:
         "parents:\n  rolling stock: [train, bogie]\ntogether:\n  - [coupler, train]\n",
         encoding="utf-8",
     )
-    words = load_words(path)
+    words = load_lexicon(path)
 
     def absent(there: str, phrase: str) -> bool:
         photo = read_photo(photo_of(there), (), False, words)

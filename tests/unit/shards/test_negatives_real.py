@@ -14,11 +14,11 @@ import pytest
 
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.shards.formats.coco import read_coco
-from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_words, negatives_report
+from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_lexicon, negatives_report
 from cogvlm_ft.shards.packing.candidates import Candidate
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
-WORDS = load_words(None)
+WORDS = load_lexicon(None)
 BOX = (0.0, 0.0, 9.0, 9.0)
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA}")

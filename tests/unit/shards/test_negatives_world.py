@@ -11,11 +11,11 @@ from typing import NamedTuple
 import pytest
 
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_words
+from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_lexicon
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 SIZE_PX = (200, 100)
-WORDS = load_words(None)
+WORDS = load_lexicon(None)
 
 # Names (English, Chinese) and the kinds of things they are true of.
 NOUNS: dict[str, tuple[str, ...]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cogvlm_ft.shards.packing.candidates import Candidate
-from cogvlm_ft.shards.packing.splits import Slice, cut_into_slices, key_of, key_with_hash, safe_key, shuffle_rank
+from cogvlm_ft.shards.packing.splits import ShardPlan, key_of, key_with_hash, plan_shards, safe_key, shuffle_rank
 
 
 def test_keys_have_no_dots_and_no_slashes_and_are_short() -> None:
@@ -53,11 +53,11 @@ def test_the_order_depends_on_the_seed_and_never_changes() -> None:
 
 
 def test_slices_are_whole_but_for_the_last() -> None:
-    assert cut_into_slices(num_val=3, num_samples=8, samples_per_shard=2) == [
-        Slice("train-000000", 3, 5),
-        Slice("train-000001", 5, 7),
-        Slice("train-000002", 7, 8),
-        Slice("val-000000", 0, 2),
-        Slice("val-000001", 2, 3),
+    assert plan_shards(num_val=3, num_samples=8, samples_per_shard=2) == [
+        ShardPlan("train-000000", 3, 5),
+        ShardPlan("train-000001", 5, 7),
+        ShardPlan("train-000002", 7, 8),
+        ShardPlan("val-000000", 0, 2),
+        ShardPlan("val-000001", 2, 3),
     ]
-    assert cut_into_slices(num_val=0, num_samples=0, samples_per_shard=2) == []
+    assert plan_shards(num_val=0, num_samples=0, samples_per_shard=2) == []

@@ -14,7 +14,7 @@ from photo_builds import image_bytes
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.splits import shuffle_rank
-from cogvlm_ft.shards.packing.staging import Spool, read_note, read_slice
+from cogvlm_ft.shards.packing.staging import StagingDatabase, read_note, read_staged_samples
 
 ROOT = Path(__file__).parents[3]
 FULL = Candidate(
@@ -37,36 +37,36 @@ FULL = Candidate(
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Spool:
-    return Spool(tmp_path / "spool.sqlite", seed=3)
+def staging(tmp_path: Path) -> StagingDatabase:
+    return StagingDatabase(tmp_path / "staging.sqlite", seed=3)
 
 
 def content_of(
-    spool: Spool, val_fraction: float = 0.0, samples_per_shard: int = 100
+    staging: StagingDatabase, val_fraction: float = 0.0, samples_per_shard: int = 100
 ) -> dict[str, list[tuple[str, Candidate]]]:
-    slices = spool.slices(val_fraction=val_fraction, samples_per_shard=samples_per_shard)
-    spool.finish()
-    return {part.name: [(key, candidate) for key, candidate, _ in read_slice(spool.path, part)] for part in slices}
+    plans = staging.plan_shards(val_fraction=val_fraction, samples_per_shard=samples_per_shard)
+    staging.commit()
+    return {plan.name: [row[:2] for row in read_staged_samples(staging.path, plan)] for plan in plans}
 
 
-def test_every_field_comes_back(spool: Spool) -> None:
+def test_every_field_comes_back(staging: StagingDatabase) -> None:
     empty = Candidate("b.jpg", None, "")
     for full, plain in ((FULL, empty), (FULL.turns[1], Turn("", "")), (FULL.targets[0], Target("", "", ()))):
         assert all(getattr(full, field.name) != getattr(plain, field.name) for field in fields(plain)), (
             "not all is tried"
         )
-    spool.add(FULL)
-    spool.add(empty)
-    found = dict(content_of(spool)["train-000000"])
+    staging.add(FULL)
+    staging.add(empty)
+    found = dict(content_of(staging)["train-000000"])
     assert found == {"mine": FULL, "b": empty}
     assert isinstance(found["mine"].targets[0].boxes_xyxy[0], tuple)
 
 
-def test_the_order_is_by_image_and_then_by_key(spool: Spool) -> None:
+def test_the_order_is_by_image_and_then_by_key(staging: StagingDatabase) -> None:
     candidates = [Candidate(f"{i % 10}.jpg", f"key{i:02d}", "") for i in range(30)]
     for candidate in reversed(candidates):
-        spool.add(candidate)
-    found = content_of(spool, val_fraction=0.25, samples_per_shard=7)
+        staging.add(candidate)
+    found = content_of(staging, val_fraction=0.25, samples_per_shard=7)
     images = sorted({candidate.image for candidate in candidates}, key=lambda image: shuffle_rank(image, 3))
     wanted = sorted(candidates, key=lambda candidate: (images.index(candidate.image), candidate.key))
     assert [len(part) for part in found.values()] == [7, 7, 7, 3, 6]
@@ -76,15 +76,15 @@ def test_the_order_is_by_image_and_then_by_key(spool: Spool) -> None:
 
 
 @pytest.mark.parametrize(("val_fraction", "num_val"), [(0.0, 0), (0.04, 0), (0.5, 5), (0.99, 10)])
-def test_the_share_of_val_is_rounded(spool: Spool, val_fraction: float, num_val: int) -> None:
+def test_the_share_of_val_is_rounded(staging: StagingDatabase, val_fraction: float, num_val: int) -> None:
     for i in range(10):
-        spool.add(Candidate(f"{i}.jpg", None, ""))
-    slices = spool.slices(val_fraction=val_fraction, samples_per_shard=100)
-    assert sum(len(part) for part in slices if part.name.startswith("val")) == num_val
-    assert sum(len(part) for part in slices) == 10
+        staging.add(Candidate(f"{i}.jpg", None, ""))
+    plans = staging.plan_shards(val_fraction=val_fraction, samples_per_shard=100)
+    assert sum(len(plan) for plan in plans if plan.name.startswith("val")) == num_val
+    assert sum(map(len, plans)) == 10
 
 
-def test_a_taken_key_is_lost_unless_it_was_made_from_another_image(spool: Spool) -> None:
+def test_a_taken_key_is_lost_unless_it_was_made_from_another_image(staging: StagingDatabase) -> None:
     first, problem = Candidate("a.jpg", None, "1"), Problem("box", "crowd", "d", "s")
     parts = [
         first,
@@ -95,10 +95,10 @@ def test_a_taken_key_is_lost_unless_it_was_made_from_another_image(spool: Spool)
         problem,
     ]
     for part in parts:
-        spool.add(part)
-    keys = [key for key, _ in content_of(spool)["train-000000"]]
+        staging.add(part)
+    keys = [key for key, _ in content_of(staging)["train-000000"]]
     assert len(keys) == 2 and "a" in keys
-    found = list(spool.problems())
+    found = list(staging.problems())
     assert found[0] == (problem, None)  # what belongs to no candidate comes first
     assert found[1] == (problem, "a.jpg")
     assert [(lost.reason, lost.source, image) for lost, image in found[2:]] == [
@@ -106,22 +106,23 @@ def test_a_taken_key_is_lost_unless_it_was_made_from_another_image(spool: Spool)
         ("duplicate_key", "4", "a.png"),
         ("duplicate_key", "5", "b.jpg"),
     ]
-    assert "taken by a.png (2)" in found[3][0].detail
+    assert "already used by a.png (2)" in found[3][0].detail
 
 
-def test_what_else_is_said_about_an_image(spool: Spool) -> None:
+def test_what_else_is_said_about_an_image(staging: StagingDatabase) -> None:
     parts = [Candidate(f"{i % 3}.jpg", f"k{i}", str(i)) for i in range(9)]
     duplicate, dropped = Candidate("0.jpg", "k1", "duplicate"), Candidate("2.jpg", "k99", "dropped")
     for part in (*parts, duplicate):
-        spool.add(part)
-    spool.remember(dropped)
-    slices = spool.slices(val_fraction=0.0, samples_per_shard=2)  # images are cut in two
-    remembered = {kept[0].image: others for kept, others in spool.photos()}
-    assert remembered == {"0.jpg": [duplicate], "1.jpg": [], "2.jpg": [dropped]}
-    spool.note("n", {"a": [1]})
-    spool.finish()
-    assert read_note(spool.path, "n") == {"a": [1]}
-    found = {row.candidate: row.others for part in slices for row in read_slice(spool.path, part, with_others=True)}
+        staging.add(part)
+    staging.add_context(dropped)
+    plans = staging.plan_shards(val_fraction=0.0, samples_per_shard=2)  # images are cut in two
+    context = {kept[0].image: others for kept, others in staging.by_image()}
+    assert context == {"0.jpg": [duplicate], "1.jpg": [], "2.jpg": [dropped]}
+    staging.add_note("n", {"a": [1]})
+    staging.commit()
+    assert read_note(staging.path, "n") == {"a": [1]}
+    rows = [row for plan in plans for row in read_staged_samples(staging.path, plan, with_others=True)]
+    found = {row.candidate: row.others for row in rows}
     assert set(found) == set(parts)
     for candidate, others in found.items():
         wanted = {part for part in (*parts, duplicate, dropped) if part.image == candidate.image} - {candidate}
@@ -130,11 +131,11 @@ def test_what_else_is_said_about_an_image(spool: Spool) -> None:
 
 def test_the_hash_is_of_everything(tmp_path: Path) -> None:
     def sha256(*parts: Candidate | Problem) -> str:
-        spool = Spool(tmp_path / "spool.sqlite", seed=0)
+        staging = StagingDatabase(tmp_path / "staging.sqlite", seed=0)
         for part in parts:
-            spool.add(part)
-        spool.close()
-        return spool.sha256
+            staging.add(part)
+        staging.close()
+        return staging.sha256
 
     problem = FULL.problems[0]
     variants = [(), (FULL,), (problem,), (FULL, problem), (replace(FULL, source="x"),), (FULL, FULL)]
@@ -143,13 +144,13 @@ def test_the_hash_is_of_everything(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_build_left_is_thrown_away(tmp_path: Path) -> None:
-    path = tmp_path / "spool.sqlite"
+    path = tmp_path / "staging.sqlite"
     for rubbish in (b"", b"no database", b"SQLite format 3\0" + bytes(5000)):
         path.write_bytes(rubbish)
-        spool = Spool(path, seed=0)
-        spool.add(FULL)
-        assert len(content_of(spool)["train-000000"]) == 1
-        spool.close()
+        staging = StagingDatabase(path, seed=0)
+        staging.add(FULL)
+        assert len(content_of(staging)["train-000000"]) == 1
+        staging.close()
         assert not path.exists()
 
 

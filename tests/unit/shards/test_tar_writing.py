@@ -17,9 +17,9 @@ from cogvlm_ft.data.record import record_to_json
 from cogvlm_ft.data.tars import scan_tar
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
-from cogvlm_ft.shards.packing.staging import Spool, read_slice
+from cogvlm_ft.shards.packing.staging import StagingDatabase, read_staged_samples
 from cogvlm_ft.shards.packing.tar_writing import (
-    PackSettings,
+    WriteSettings,
     _header,
     is_written,
     prepare_sample,
@@ -33,37 +33,37 @@ NAMES = ["a", "x" * 80, "照片" * 10, "é"]
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> PackSettings:
+def settings(tmp_path: Path) -> WriteSettings:
     """Four photos under short, long and Chinese names."""
     for seed, name in enumerate(NAMES):
         (tmp_path / f"{name}.{'jpg' if seed % 2 else 'png'}").write_bytes(
             image_bytes(30 + seed, 20, seed, "JPEG" if seed % 2 else "PNG")
         )
     (tmp_path / "out").mkdir()
-    return PackSettings(tmp_path / "spool.sqlite", tmp_path, tmp_path / "out", max_pixels=10**6)
+    return WriteSettings(tmp_path / "staging.sqlite", tmp_path, tmp_path / "out", max_pixels=10**6)
 
 
-def candidates(settings: PackSettings) -> list[Candidate]:
+def candidates(settings: WriteSettings) -> list[Candidate]:
     images = [path.name for path in sorted(settings.images.glob("*.*g"))]
     target = Target("一只狗", "zh", ((1.0, 2.0, 3.0, 4.0),))
     return [Candidate(image, None, "s", (target, Target("cat", "en", ()))) for image in [*images, "gone.jpg"]]
 
 
-def spooled(settings: PackSettings, parts: list[Candidate]) -> Spool:
-    spool = Spool(settings.spool, seed=0)
+def staged(settings: WriteSettings, parts: list[Candidate]) -> StagingDatabase:
+    staging = StagingDatabase(settings.staging, seed=0)
     for part in parts:
-        spool.add(part)
-    return spool
+        staging.add(part)
+    return staging
 
 
-def test_the_tar_has_the_bytes_that_webdataset_writes(settings: PackSettings) -> None:
-    spool = spooled(settings, candidates(settings))
-    [part] = spool.slices(val_fraction=0.0, samples_per_shard=10)
-    spool.finish()
+def test_the_tar_has_the_bytes_that_webdataset_writes(settings: WriteSettings) -> None:
+    staging = staged(settings, candidates(settings))
+    [part] = staging.plan_shards(val_fraction=0.0, samples_per_shard=10)
+    staging.commit()
     assert write_shard(part, settings) == 5 and is_written(part, settings.out)
     tar_path, offsets_path = shard_paths(part.name, settings.out)
 
-    by_key = {spooled.key: spooled for spooled in read_slice(spool.path, part)}
+    by_key = {staged.key: staged for staged in read_staged_samples(staging.path, part)}
     content = json.loads(offsets_path.read_bytes())
     buffer = io.BytesIO()
     with TarWriter(buffer, encoder=False, mtime=0, user="shards", group="shards", mode=0o444) as writer:
@@ -92,10 +92,10 @@ def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
     assert _header(name, size) == info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-def test_a_shard_without_its_offsets_is_not_written(settings: PackSettings) -> None:
-    spool = spooled(settings, candidates(settings))
-    [part] = spool.slices(val_fraction=0.0, samples_per_shard=10)
-    spool.finish()
+def test_a_shard_without_its_offsets_is_not_written(settings: WriteSettings) -> None:
+    staging = staged(settings, candidates(settings))
+    [part] = staging.plan_shards(val_fraction=0.0, samples_per_shard=10)
+    staging.commit()
     assert not is_written(part, settings.out)
     write_shard(part, settings)
     for path in shard_paths(part.name, settings.out):
