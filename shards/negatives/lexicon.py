@@ -1,11 +1,11 @@
-"""Which names name one thing, which a kind of another: the built-in words and those of the user."""
+"""Which names mean the same, and which mean a kind of another: the built-in lexicon and the user's file."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -27,7 +27,7 @@ _LISTS_OF_LISTS, _LISTS = ("synonyms", "together"), ("commonplace", "vague")
 
 @dataclass(frozen=True)
 class Colour:
-    """words: by language, the usual one first. near: may be said of the same thing. swap: may replace one."""
+    """words: by language, the usual one first. near: colours of which both may be said. swap: may replace others."""
 
     name: str
     words: dict[str, list[str]]
@@ -36,7 +36,7 @@ class Colour:
 
 
 class Grammar:
-    """The words around the names of things."""
+    """The words around names: colours, sides, numbers, articles, negations."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.plurals: dict[str, str] = content["plurals"]
@@ -58,18 +58,18 @@ class Grammar:
         self._add("colour", ((word, c.name) for c in self.colours.values() for row in c.words.values() for word in row))
 
     def _add(self, kind: str, words: Iterable[tuple[str, str]]) -> None:
-        """A word that has more than one kind has the last: top is a side, no part of something."""
+        """Register words; a word with several kinds keeps the last: top is a side, not a part."""
         self.kinds.update({self.singular(word): (kind, value) for word, value in words})
 
     def tokens(self, text: str) -> list[str]:
-        """Words, small and in the singular, and runs of Chinese; width, accents and marks make no difference."""
+        """Return lower-case singular words and runs of Chinese; width, accents and punctuation are ignored."""
         if not text.isascii():
             text = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
             text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
         return [self.singular(token) for token in _TOKEN.findall(_POSSESSIVE.sub(" ", text.casefold()))]
 
     def singular(self, token: str) -> str:
-        """One form for both numbers; not always a word, but always the same one."""
+        """Return one form for singular and plural; it is not always a word, but always the same."""
         if token in self.plurals or len(token) < 4 or not token.isascii():
             return self.plurals.get(token, token)
         if token.endswith("ies") and len(token) > 4:
@@ -80,84 +80,105 @@ class Grammar:
 
 
 class Lexicon:
-    """What the names of things mean, from the built-in table and, after it, the user's. A thing is one of its names.
+    """What names mean, from the built-in table followed by the user's.
 
-    names: every name -> its thing; English ones as singular words with blanks between.
+    names: every name -> its concept, which is one of its names; English names are singular words joined by blanks.
+    joined: English names of several words, written without blanks -> their concepts.
     """
 
     def __init__(self, grammar: Grammar, tables: list[dict[str, Any]]) -> None:
         self.grammar = grammar
-        groups = [group for table in tables for group in table.get("synonyms", [])]
-        parents = [pair for table in tables for pair in _pairs(table)]
-        together = [group for table in tables for group in table.get("together", [])]
-        commonplace = [name for table in tables for name in table.get("commonplace", [])]
-        self.vague = frozenset(self.name(word) for table in tables for word in table.get("vague", []))
-        mentioned = [[name] for group in [*parents, *together, commonplace] for name in group]
-        self.names = _join_groups([[self.name(name) for name in group] for group in [*groups, *mentioned]])
-        self.longest_chinese = max(len(name) for name in self.names if not name.isascii())
+        parents = [pair for table in tables for pair in _parent_pairs(table)]
+        together, commonplace = _entries(tables, "together"), _entries(tables, "commonplace")
+        mentioned = [name for group in (*parents, *together, commonplace) for name in group]
+        groups = [*_entries(tables, "synonyms"), *([name] for name in mentioned)]
+        self.names = _join_groups([[self.name(name) for name in group] for group in groups])
         self.joined = {name.replace(" ", ""): concept for name, concept in self.names.items() if " " in name}
-        long_names = [name for name in self.names if name.isascii() and name.isalpha() and len(name) > 4]
-        self._misspelled = {form: self.names[name] for name in reversed(long_names) for form in _shortened(name)}
-        self._longest_slip = max(map(len, long_names)) + 1
-        own = [self.name(name) for table in tables[1:] for group in table.get("synonyms", []) for name in group]
-        self._parents: dict[str, set[str]] = defaultdict(set)
-        self._children: dict[str, set[str]] = defaultdict(set)
-        for parent, child in [*((self.concept(a), self.concept(b)) for a, b in parents), *self._parents_by_ending(own)]:
-            self._parents[child].add(parent)
-            self._children[parent].add(child)
-        self._together = [frozenset(self.concept(name) for name in group) for group in together]
+        self.longest_chinese = max(len(name) for name in self.names if not name.isascii())
+        self.vague = frozenset(self.name(word) for word in _entries(tables, "vague"))
         self.commonplace = frozenset(self.concept(name) for name in commonplace)
-        self._relatives: dict[str, frozenset[str]] = {}
-        self._company: dict[str, frozenset[str]] = {}
+        user_names = [self.name(name) for group in _entries(tables[1:], "synonyms") for name in group]
+        self._relations = _Relations(
+            [*((self.concept(parent), self.concept(child)) for parent, child in parents), *self._by_ending(user_names)],
+            [frozenset(map(self.concept, group)) for group in together],
+        )
+        self._misspellings = _Misspellings(self.names)
 
     def name(self, word: str) -> str:
-        """A name as it stands in `names`."""
+        """Return the form of a name that `names` holds."""
         return " ".join(self.grammar.tokens(word))
 
     def concept(self, word: str) -> str:
-        """The thing of a name that the tables hold."""
+        """Return the concept of a name that the tables hold."""
         return self.names[self.name(word)]
 
     def relatives(self, concepts: Iterable[str]) -> frozenset[str]:
-        """The things themselves, all they are kinds of, and all that are kinds of them."""
-        return frozenset[str]().union(*(self._relatives_of(concept) for concept in concepts))
+        """Return the concepts, everything they are a kind of, and everything that is a kind of them."""
+        return frozenset[str]().union(*map(self._relations.relatives, concepts))
 
     def company(self, concepts: Iterable[str]) -> frozenset[str]:
-        """The relatives, and what is met together with these things or a kind of them."""
-        return frozenset[str]().union(*(self._company_of(concept) for concept in concepts))
+        """Return the relatives, and what is usually seen together with these concepts or a kind of them."""
+        return frozenset[str]().union(*map(self._relations.company, concepts))
 
-    def _relatives_of(self, concept: str) -> frozenset[str]:
+    def misspelled(self, word: str) -> str | None:
+        """Return the concept whose name has one letter more, less or changed, or two letters exchanged."""
+        return self._misspellings.concept(word)
+
+    def _by_ending(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Yield (parent, child): a police dog is a dog, 工程车 is a 车."""
+        for name in names:
+            parent = next((self.names[end] for end in _endings(name) if end in self.names), None)
+            if parent:
+                yield parent, self.names[name]
+
+
+class _Relations:
+    """Which concepts are kinds of others, and which are seen together. pairs: (parent, child)."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]], together: list[frozenset[str]]) -> None:
+        self._parents: dict[str, set[str]] = defaultdict(set)
+        self._children: dict[str, set[str]] = defaultdict(set)
+        for parent, child in pairs:
+            self._parents[child].add(parent)
+            self._children[parent].add(child)
+        self._together = together
+        self._relatives: dict[str, frozenset[str]] = {}
+        self._company: dict[str, frozenset[str]] = {}
+
+    def relatives(self, concept: str) -> frozenset[str]:
+        """As `Lexicon.relatives`."""
         if concept not in self._relatives:
             self._relatives[concept] = _reach(concept, self._parents) | _reach(concept, self._children)
         return self._relatives[concept]
 
-    def _company_of(self, concept: str) -> frozenset[str]:
+    def company(self, concept: str) -> frozenset[str]:
+        """As `Lexicon.company`."""
         if concept not in self._company:
             kinds = _reach(concept, self._children)
-            met = {other for group in self._together if not group.isdisjoint(kinds) for other in group}
-            wider = [_reach(other, self._parents) | self._children.get(other, set()) for other in met]
-            self._company[concept] = self._relatives_of(concept).union(*wider)
+            seen = {other for group in self._together if not group.isdisjoint(kinds) for other in group}
+            wider = [_reach(other, self._parents) | self._children.get(other, set()) for other in seen]
+            self._company[concept] = self.relatives(concept).union(*wider)
         return self._company[concept]
 
-    def misspelled(self, word: str) -> str | None:
-        """The thing whose name this is with one letter missing, added, changed or two exchanged."""
-        if not 4 <= len(word) <= self._longest_slip:
-            return None
-        return next((self._misspelled[form] for form in _shortened(word) if form in self._misspelled), None)
 
-    def _parents_by_ending(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """A police dog is a dog, 工程车 a 车."""
-        pairs = []
-        for name in names:
-            parent = next((self.names[end] for end in _endings(name) if end in self.names), None)
-            if parent:
-                pairs.append((parent, self.names[name]))
-        return pairs
+class _Misspellings:
+    """Names of five letters or more, indexed by what is left without one of their letters."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        long_names = [name for name in names if name.isascii() and name.isalpha() and len(name) > 4]
+        self._concepts = {form: names[name] for name in reversed(long_names) for form in _shortened(name)}
+        self._max_letters = max(map(len, long_names)) + 1
+
+    def concept(self, word: str) -> str | None:
+        """As `Lexicon.misspelled`."""
+        if not 4 <= len(word) <= self._max_letters:
+            return None
+        return next((self._concepts[form] for form in _shortened(word) if form in self._concepts), None)
 
 
 @cache
 def load_lexicon(path: Path | None) -> Lexicon:
-    """The built-in words with those of a YAML file of the same form; raises DataError. Each file is read once."""
+    """Return the built-in lexicon with a YAML file of the same form added to it; raises DataError. Cached."""
     folder = resources.files("cogvlm_ft.shards.negatives")
     grammar = Grammar(yaml.safe_load((folder / "grammar.yaml").read_text(encoding="utf-8")))
     tables = [yaml.safe_load((folder / "lexicon.yaml").read_text(encoding="utf-8"))]
@@ -170,40 +191,40 @@ def _load_table(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:
-        raise DataError(f"synonyms {path} cannot be read: {error.strerror}; wanted a YAML file: {_FORM}") from None
+        raise DataError(f"--synonyms {path}: {error.strerror}; expected a YAML file: {_FORM}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"synonyms {path} is no YAML: {error}") from None
+        raise DataError(f"--synonyms {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"synonyms {path} holds {content!r:.80}, wanted {_FORM}")
+        raise DataError(f"--synonyms {path}: {content!r:.80}; expected {_FORM}")
     for key, value in content.items():
-        if key in _LISTS_OF_LISTS:
-            good = isinstance(value, list) and all(map(_are_names, value))
-        elif key in _LISTS:
-            good = _are_names(value)
-        else:
-            good = (
-                key == "parents"
-                and isinstance(value, dict)
-                and _are_names(list(value))
-                and all(map(_are_names, value.values()))
-            )
-        if not good:
-            raise DataError(
-                f'synonyms {path}: {key!r} is {value!r:.80}, wanted {_FORM}; quote words like "on" and "no"'
-            )
+        if not _is_valid_entry(key, value):
+            hint = 'Quote words like "on" and "no".'
+            raise DataError(f"--synonyms {path}: {key!r} is {value!r:.80}; expected {_FORM}. {hint}")
     return content
 
 
-def _pairs(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(parent, child) for parent, row in table.get("parents", {}).items() for child in row]
+def _is_valid_entry(key: Any, value: Any) -> bool:
+    if key in _LISTS_OF_LISTS:
+        return isinstance(value, list) and all(map(_are_names, value))
+    if key in _LISTS:
+        return _are_names(value)
+    return key == "parents" and isinstance(value, dict) and all(map(_are_names, [list(value), *value.values()]))
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and any(map(str.isalnum, name)) for name in value)
 
 
+def _entries(tables: Iterable[dict[str, Any]], key: str) -> list[Any]:
+    return [entry for table in tables for entry in table.get(key, [])]
+
+
+def _parent_pairs(table: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(parent, child) for parent, children in table.get("parents", {}).items() for child in children]
+
+
 def _join_groups(groups: list[list[str]]) -> dict[str, str]:
-    """Name -> thing, the first name of its group; groups that share a name are one."""
+    """Map each name to its concept, the first name of its group; groups with a common name become one."""
     names: dict[str, str] = {}
     members: dict[str, list[str]] = {}
     for group in groups:
@@ -217,7 +238,7 @@ def _join_groups(groups: list[list[str]]) -> dict[str, str]:
 
 
 def _endings(name: str) -> list[str]:
-    """The shorter names it may end in, longest first."""
+    """Return the shorter names that the name may end in, longest first."""
     if " " in name:
         words = name.split(" ")
         return [" ".join(words[i:]) for i in range(1, len(words))]
@@ -235,5 +256,5 @@ def _reach(start: str, steps: Mapping[str, set[str]]) -> frozenset[str]:
 
 
 def _shortened(word: str) -> list[str]:
-    """The word, and what is left of it without one of its letters: two words that share a form are alike."""
+    """Return the word, and the word without each of its letters; two words with a common form are similar."""
     return [word, *(word[:i] + word[i + 1 :] for i in range(len(word)))]

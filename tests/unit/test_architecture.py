@@ -38,6 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 DATA_FOR_SHARDS = {f"cogvlm_ft.data.{name}" for name in ("record", "index", "tars", "reader", "plan")}
 HEAVY = ("torch", "transformers", "deepspeed")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve"}
+# RefCOCO is published as pickles. This module alone reads them, after it has checked that every instruction of the
+# file makes a plain value; its class refuses to import anything.
+PLAIN_PICKLE = "cogvlm_ft.shards.formats.plain_pickle"
 
 Imports = Mapping[str, set[str]]
 
@@ -166,6 +169,8 @@ def test_no_remote_code_and_no_pickles() -> None:
         names = set(imported_names(tree(module))) | {
             ast.unparse(node) for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)
         }
+        if module == PLAIN_PICKLE:
+            names -= {"pickle", "pickle.Unpickler"}
         assert not names & (PICKLES | {"torch.load"}), path
 
 
