@@ -1,4 +1,4 @@
-"""What the documents name exists: files, links, make targets, settings, options. Both languages say the same."""
+"""What the documents name exists: files, links, make targets, settings, options. Both languages have the same parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ CODE_BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 OWN_PATH = re.compile(
     r"(?<![\w./-])(?:(?:cogvlm_ft|launch|shards|configs|slurm|tests|docs|bench|\.ci)/[\w./*-]*"
-    r"|(?:grounding|model|runtime|data|evaluate|train)/\w+\.py)"  # short for cogvlm_ft/...
+    r"|(?:grounding|model|runtime|data|checkpoints|tracking|planning|evaluate|predict|report|train|export|doctor|jobs)"
+    r"/\w+\.py)"  # short for cogvlm_ft/...
 )
 ROOT_FILE = re.compile(r"(?<![\w./-])(?:[A-Z][A-Za-z_]+\.md|Makefile|setup\.py|pyproject\.toml|constraints\.txt)\b")
 SETTING = re.compile(r"(?<![\w./-])(?:model|data|train|evaluate|checkpoint|tracking)\.[a-z]\w*(?![\w./])")
