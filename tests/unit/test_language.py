@@ -182,11 +182,14 @@ def opens_with_a_verb(docstring: str) -> bool:
 
 @cache
 def function_docstrings() -> list[Text]:
-    """List `name: first line` of every function that has a docstring."""
+    """List `name: first line` of every function that has a docstring, properties aside: these name a value."""
     found = []
     for path in files(".py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(node)):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if not is_property and (docstring := ast.get_docstring(node)):
                 place = f"{path.relative_to(REPOSITORY)}:{node.lineno}"
                 found.append(Text(room_of(path), place, f"{node.name}: {docstring.splitlines()[0]}"))
     return found
