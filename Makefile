@@ -31,14 +31,20 @@ export COGVLM_REQUIRE_SLURM := 1
 test: slurm
 endif
 
-test: setup ## all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu"
+# In groups of whole files, so that no fixture of a file is built twice.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
+
+test: setup ## all tests but those that need a GPU: side by side what is one process, then the rest one by one
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not serial"
+	$(BIN)/python -m pytest -m "serial and not gpu"
 
 test-fast: setup ## the tests that take seconds
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not serial"
 
-soak: setup ## kill a run 50 times, at every kind of moment, and compare it with an undisturbed one (about 15 minutes)
-	SOAK_KILLS=50 $(BIN)/python -m pytest -s -m slow tests/soak
+soak: setup ## kill a run 50 times and compare it with an undisturbed one; all fuzz inputs (about 20 minutes)
+	SOAK_KILLS=50 $(BIN)/python -m pytest -s -m "not gpu" tests/soak
+	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz
 
 slurm: ## install what the tests of Slurm need (Debian or Ubuntu, as root)
 	@for program in slurmctld slurmd sbatch munged ip; do command -v $$program >/dev/null || missing=yes; done; \

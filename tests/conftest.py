@@ -24,6 +24,7 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 NUM_SCENES = 42
+SERIAL_FOLDERS = {"distributed", "slurm", "soak"}
 
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
@@ -31,6 +32,12 @@ TEXTS = [
     "请指出蓝色方形的位置。未找到指定目标",
     "The specified target was not found. 0123456789 [[012,345;678,999]]",
 ]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark as serial what starts several processes that need both the machine's cores and their turn."""
+    if SERIAL_FOLDERS & set(item.path.relative_to(item.config.rootpath).parts):
+        item.add_marker(pytest.mark.serial)
 
 
 @pytest.fixture(scope="session")

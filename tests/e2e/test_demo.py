@@ -1,4 +1,4 @@
-"""`launch/demo.py` at a small size: every step runs, and every path that it prints is there."""
+"""`launch/demo.py` at a small size: every step runs, and every path that it prints exists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def test_demo(tmp_path: Path) -> None:
     command = [sys.executable, "launch/demo.py", "--num-scenes", "120", f"output_dir={tmp_path}/run"]
-    command += [f"model.path={tmp_path}/start", f"data.shards={tmp_path}/shards", "train.max_steps=3"]
+    command += [f"model.path={tmp_path}/start", f"data.shards={tmp_path}/shards", "train.max_steps=2"]
     command += ["evaluate.max_samples=4", "evaluate.max_new_tokens=4"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     result = subprocess.run(

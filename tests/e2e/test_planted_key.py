@@ -1,9 +1,10 @@
-"""A whole run with secrets all around it, under a strict umask: nothing that it writes or says holds any of them."""
+"""A whole run with secrets in its environment, under a strict umask: nothing that it writes or logs contains them."""
 
 from __future__ import annotations
 
 import base64
 import functools
+import json
 import os
 import stat
 import subprocess
@@ -26,6 +27,16 @@ SECRETS = {
     "HTTPS_PROXY": "http://proxyuser:pa55-of-the-proxy@127.0.0.1:9",
     "HTTP_PROXY": "http://proxyuser:pa55-of-the-proxy@127.0.0.1:9",
 }
+# One interpreter for the programs after the training run: each start costs more than what they do here.
+ONE_BY_ONE = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 PLANTED = [
     *(SECRETS[name] for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")),
     *("pa55-of-the-proxy", PASSWORD),
@@ -34,15 +45,15 @@ PLANTED = [
 
 @pytest.fixture
 def address(shards: Path) -> Iterator[str]:
-    """Of a server that gives parts of the shards to those who know the password, which is in the address."""
-    wanted = "Basic " + base64.b64encode(f"{LOGIN}:{PASSWORD}".encode()).decode()
+    """Yield the address, password included, of a server that gives parts of the shards to those who know it."""
+    expected = "Basic " + base64.b64encode(f"{LOGIN}:{PASSWORD}".encode()).decode()
 
     class Handler(SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             path = Path(self.translate_path(self.path))
-            if self.headers["Authorization"] != wanted or not path.is_file():
+            if self.headers["Authorization"] != expected or not path.is_file():
                 self.send_error(401 if path.is_file() else 404)
                 return
             data = path.read_bytes()
@@ -67,14 +78,14 @@ def address(shards: Path) -> Iterator[str]:
 
 
 def start(arguments: list[object], folder: Path, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen:
-    """A program of ours in a home of its own, where everything it could write outside of its run would be found."""
+    """Start a program with a home of its own, where everything it could write outside of its run is found."""
     home = folder / "home"
     (home / "tmp").mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= SECRETS | {"NO_PROXY": "127.0.0.1,localhost", "HOME": str(home), "TMPDIR": str(home / "tmp")}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
-    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # nobody is there: the run is recorded offline
+    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # no server listens there: the run is recorded offline
     log = folder / "logs" / f"{Path(str(arguments[0])).stem}-{rank}.log"
     log.parent.mkdir(exist_ok=True)
     command = [sys.executable, *map(str, arguments)]
@@ -90,12 +101,12 @@ def run(arguments: list[object], folder: Path, world_size: int = 1) -> None:
     finally:
         for process in processes:
             process.kill()
-    said = "\n".join(path.read_text(errors="replace") for path in sorted((folder / "logs").iterdir()))
-    assert codes == [0] * world_size, said
+    logs = "\n".join(path.read_text(errors="replace") for path in sorted((folder / "logs").iterdir()))
+    assert codes == [0] * world_size, logs
 
 
 def files_with(secret: str, folder: Path) -> list[str]:
-    """In the files' bytes, as it is or in base64, whatever stands before it."""
+    """Return the files that contain `secret`, as it is or in base64 at any offset."""
     spellings = [secret.encode(), secret.encode("utf-16-le")]
     for shift in range(3):
         spellings.append(base64.b64encode(b"x" * shift + secret.encode())[4:-4])
@@ -107,7 +118,7 @@ def files_with(secret: str, folder: Path) -> list[str]:
 
 
 def modes(folder: Path) -> dict[str, str]:
-    """What differs from what umask 027 leaves of the usual 666 and 777."""
+    """Return the modes that differ from what umask 027 leaves of the usual 666 and 777."""
     return {
         str(path.relative_to(folder)): oct(stat.S_IMODE(path.stat().st_mode))
         for path in sorted(folder.rglob("*"))
@@ -123,15 +134,18 @@ def test_a_whole_run_keeps_every_secret_and_the_user_s_umask(address: str, start
     settings += ["deepspeed=configs/deepspeed/zero3_tiny.json", "tracking.mode=auto"]
     run(["launch/train.py", *settings], tmp_path, world_size=2)
     (checkpoint,) = sorted((output_dir / "checkpoints").glob("step-*"))
-    run(["launch/report.py", output_dir, f"data.shards={address}"], tmp_path)  # config.yaml has no password
-    run(["launch/export.py", "--checkpoint", checkpoint, "--out", output_dir / "exported", "--prove", "0"], tmp_path)
-    run(["launch/wandb_sync.py", output_dir, "--mode", "offline"], tmp_path)
+    programs = [
+        ["launch/report.py", str(output_dir), f"data.shards={address}"],  # config.yaml has no password
+        ["launch/export.py", "--checkpoint", str(checkpoint), "--out", str(output_dir / "exported"), "--prove", "0"],
+        ["launch/wandb_sync.py", str(output_dir), "--mode", "offline"],
+    ]
+    run(["-c", ONE_BY_ONE, json.dumps(programs)], tmp_path)
 
     assert f"shards: {address.replace(f'{LOGIN}:{PASSWORD}@', '')}\n" in (output_dir / "config.yaml").read_text()
     written = {path.name for path in output_dir.rglob("*")}
     assert {"metrics.jsonl", "run.json", "report.html", "predictions.jsonl", "model.safetensors"} <= written
     assert any(path.stat().st_size for path in output_dir.glob("wandb/offline-run-*/*.wandb"))
-    # Secrets that the programs were given and used: they would be found, had anything been written down.
+    # The search finds what is there.
     assert files_with("a planted thing", tmp_path) == []
     (tmp_path / "planted.bin").write_bytes(b"..." + base64.b64encode(b"api:a planted thing !") + b"...")
     assert files_with("a planted thing", tmp_path) == ["planted.bin"]

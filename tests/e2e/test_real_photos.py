@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from ranks import REPOSITORY, read_metrics, run
+from ranks import REPOSITORY, read_metrics, run, run_program
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 
@@ -21,14 +19,13 @@ RACCOONS = DATA / "voc_raccoon"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason="the real photos of ../shared/data are not there"),
+    pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is missing"),
 ]
 
 
 def program(*command: object) -> str:
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
-    )
+    """Run a program to its end, which must be exit code 0, and return what it printed."""
+    result = run_program(command)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -46,7 +43,7 @@ def is_coco_instances(path: Path) -> bool:
 
 
 def pack_raccoons(folder: Path, out: Path) -> Path:
-    """Pascal VOC files, written as the JSONL that a user would write."""
+    """Pack Pascal VOC files, rewritten as the JSON lines that a user would write."""
     images = next(path.parent for path in sorted(RACCOONS.rglob("*.jpg")))
     lines = []
     for file in sorted(RACCOONS.rglob("*.xml")):

@@ -17,7 +17,7 @@ LABELME = DATA / "labelme_examples" / "examples"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not LABELME.is_dir(), reason="the real photos of ../shared/data are not there"),
+    pytest.mark.skipif(not LABELME.is_dir(), reason="../shared/data is missing"),
 ]
 
 OUTPUTS = re.compile(
@@ -27,21 +27,21 @@ OUTPUTS = re.compile(
 
 
 def blocks() -> list[str]:
-    """The code blocks of the worked example, in order."""
+    """Return the code blocks of the worked example, in order."""
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     example = text[text.index("## From a labelme folder") : text.index("## Formats")]
     return re.findall(r"^```\n(.*?)^```", example, re.DOTALL | re.MULTILINE)
 
 
 def copy_photos(folder: Path) -> None:
-    """As the document says."""
+    """Copy the photos as the document describes."""
     for name, part in (("bbox_detection", "data_annotated"), ("instance_segmentation", "data_annotated")):
         shutil.copytree(LABELME / name / part, folder / name)
     shutil.copytree(LABELME / "tutorial", folder / "tutorial")
 
 
 def run_commands(block: str, folder: Path) -> str:
-    """What they print, with all that they read and write in `folder`.
+    """Run the commands with all that they read and write in `folder`, and return what they print.
 
     The command for the 17B model is left out, and that of the demo, which test_demo.py runs.
     """
@@ -53,9 +53,9 @@ def run_commands(block: str, folder: Path) -> str:
     return printed
 
 
-def assert_shown(wanted: str, printed: str) -> None:
-    """Every line that the document shows is one of those printed; where it has "...", something is left out."""
-    for line in wanted.splitlines():
+def assert_shown(shown: str, printed: str) -> None:
+    """Check that every line of the document is among those printed; "..." stands for text left out."""
+    for line in shown.splitlines():
         pattern = ".*".join(re.escape(part.strip()) for part in line.split("..."))
         assert re.search(pattern, printed), f"{line!r} is not in\n{printed}"
 
@@ -82,7 +82,7 @@ def test_the_worked_example_of_the_document(start_model: Path, tmp_path: Path, m
 
 
 def assert_reviewed(folder: Path, dropped: set[str]) -> None:
-    """The review has shown what the document drops, under these very ids."""
+    """Check that the review has listed what the document drops, under these ids."""
     lines = (folder / "review" / "suspects.jsonl").read_text(encoding="utf-8").splitlines()
     suspects = [json.loads(line) for line in lines]
     assert dropped == {row["photos"][0]["part"] for row in suspects if row["kind"] == "same_photo"}

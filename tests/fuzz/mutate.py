@@ -1,9 +1,11 @@
-"""Changes to good input that real tools, disks and attackers make, and a limit on the time that it may take."""
+"""Changes to good input that real tools, disks and attackers make, limits of time and memory, and how many to try."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
+import os
 import random
 import re
 import resource
@@ -59,7 +61,7 @@ TEXTS = (
 )
 NUMBERS = (0, -0.0, -1, 1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 5e-324, 0.5, float("nan"), float("inf"))
 _RAW = ("1e400", "-1e400", "NaN", "9" * 5000, '"\xff"', "'a'", "", "{", "]", "0x10", "\\ud800", "tru")
-"""JSON as text, or nearly."""
+"""JSON as text, or nearly so."""
 JUNK = (
     b"",
     b"\0",
@@ -103,13 +105,22 @@ JUNK = (
 )
 
 
+FUZZ_SCALE = float(os.environ.get("COGVLM_FUZZ_SCALE", "0.25"))
+"""Fraction of the inputs that are tried; `make soak` tries all of them."""
+
+
+def scaled(full: int) -> int:
+    """Return how many of `full` random inputs to try, at least one."""
+    return max(1, math.ceil(full * FUZZ_SCALE))
+
+
 class Hang(BaseException):
-    """Not an Exception: nothing that is tested may catch it."""
+    """Signal that the time is over; not an Exception, so that nothing that is tested catches it."""
 
 
 @contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raises Hang after so much computing; waiting for other processes of a busy machine does not count."""
+    """Raise Hang after that many seconds of CPU time; waiting for other processes does not count."""
 
     def stop(*_: object) -> None:
         raise Hang(f"more than {seconds} s for one input")
@@ -125,7 +136,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(num_bytes: int) -> Iterator[None]:
-    """So much more than now; beyond it Python raises MemoryError."""
+    """Allow `num_bytes` more than now; beyond that Python raises MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, before[1]))
@@ -136,13 +147,13 @@ def memory_limit(num_bytes: int) -> Iterator[None]:
 
 
 def mutate_json(rng: random.Random, value: Any) -> bytes:
-    """Parts of the value deleted, doubled, moved, renamed or replaced; sometimes the bytes are changed, too."""
+    """Delete, double, move, rename or replace parts of the value; sometimes change its bytes, too."""
     data = _to_json(mutated_value(rng, value), ascii_only=rng.random() < 0.5)
     return mutate_bytes(rng, data) if rng.random() < 0.15 else data
 
 
 def deepened(rng: random.Random, value: Any, depth: int) -> bytes:
-    """As JSON, with lists or objects inside each other at one place."""
+    """Return `value` as JSON, with lists or objects nested `depth` times at one place."""
     root = [copy.deepcopy(value)]
     container, key = rng.choice(list(_places(root)))
     container[key] = f"@deep{rng.choice('[{')}{depth}@"
@@ -155,7 +166,7 @@ def _to_json(value: Any, *, ascii_only: bool) -> bytes:
 
 
 def _as_raw(match: re.Match[bytes]) -> bytes:
-    """What `odd_value` cannot say in Python values."""
+    """Return the bytes that `odd_value` cannot express as a Python value."""
     kind, number = match[1], int(match[2])
     if kind == b"raw":
         return _RAW[number].encode("latin-1")
@@ -163,7 +174,7 @@ def _as_raw(match: re.Match[bytes]) -> bytes:
 
 
 def mutated_value(rng: random.Random, value: Any) -> Any:
-    """A changed copy."""
+    """Return a changed copy."""
     root = [copy.deepcopy(value)]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = list(_places(root))
@@ -173,7 +184,7 @@ def mutated_value(rng: random.Random, value: Any) -> Any:
 
 
 def mutate_text(rng: random.Random, data: bytes) -> bytes:
-    """Of XML, CSV and other text: numbers, words and lines are changed, and then perhaps bytes."""
+    """Change numbers, words and lines of XML, CSV or other text, and then perhaps bytes."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         kind = rng.random()
         if kind < 0.35:
@@ -191,7 +202,7 @@ def mutate_text(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Bits flipped, junk put in, stretches lost, doubled or zeroed, cut off, or the whole in another encoding."""
+    """Flip bits, insert junk, lose, double or zero stretches, cut off the end, or encode the whole differently."""
     kind = rng.random()
     if kind < 0.05:
         return rng.choice((b"", b"\0" * len(data), b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n"), data * 2))
@@ -218,7 +229,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def odd_value(rng: random.Random) -> Any:
-    """What a JSON value may be instead of the right one."""
+    """Return what a JSON value may be instead of the right one."""
     kind = rng.random()
     if kind < 0.3:
         return rng.choice(NUMBERS)
@@ -232,7 +243,7 @@ def odd_value(rng: random.Random) -> Any:
 
 
 def _places(root: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """(container, key or index) of everything below."""
+    """Yield (container, key or index) of everything below."""
     waiting: list[Any] = [root]
     while waiting:
         container = waiting.pop()
@@ -278,7 +289,7 @@ def _wrap(rng: random.Random, container: Any, key: Any) -> None:
 
 
 def _nudge(rng: random.Random, container: Any, key: Any) -> None:
-    """A number or text that is nearly right."""
+    """Replace a number or text by one that is nearly right."""
     value = container[key]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         container[key] = rng.choice((-value, value * 1000, value // 7, value + 1, str(value)))

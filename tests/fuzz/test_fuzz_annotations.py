@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from annotation_samples import WITNESS, Parts, Sample, candidates_of, problems_of, samples
-from mutate import TEXTS, cpu_limit, deepened, mutate_json, mutate_text
+from mutate import TEXTS, cpu_limit, deepened, mutate_json, mutate_text, scaled
 from PIL import Image
 
 from cogvlm_ft.data.index import load_index
@@ -34,8 +34,8 @@ from cogvlm_ft.shards.packing.tar_writing import rejection, to_json_bytes
 from cogvlm_ft.shards.packing.verify import VERIFY
 from cogvlm_ft.shards.review import annotated_items, review
 
-NUM_READ, NUM_BUILT, NUM_REVIEWED = 120, 30, 10  # of each sample
-NUM_DECISIONS = 150
+NUM_READ, NUM_BUILT, NUM_REVIEWED = scaled(120), scaled(30), scaled(10)  # of each sample
+NUM_DECISIONS = scaled(150)
 SECONDS = 10.0  # of computing, for an input that takes milliseconds
 SAMPLES = samples()
 

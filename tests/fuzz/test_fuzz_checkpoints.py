@@ -1,4 +1,4 @@
-"""Checkpoints after what disks, networks and people do to them: always seen, always named, the one before is taken."""
+"""Checkpoints after what disks, networks and people do to them: always detected and named, the one before is taken."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import made_tensor, write_checkpoint
+from mutate import scaled
 
 from cogvlm_ft.checkpoints.checkpoint import newest_intact, read_state
 from cogvlm_ft.checkpoints.consolidate import open_weights
@@ -19,9 +20,9 @@ from cogvlm_ft.model.loading import read_whole
 
 pytestmark = pytest.mark.slow
 OLD_STEP, NEW_STEP = 4, 6
-NUM_EACH = 24
+NUM_EACH = scaled(24)
 
-# A mutation changes `file`, which lies in the newer checkpoint; `older` is the same file of the one before.
+# A mutation changes `file`, which is in the newer checkpoint; `older` is the same file of the one before.
 Mutation = Callable[[Path, Path, random.Random], None]
 
 
@@ -41,7 +42,7 @@ def append(file: Path, older: Path, chance: random.Random) -> None:
 
 
 def zero_block(file: Path, older: Path, chance: random.Random) -> None:
-    """Of the right length, as some file systems leave it after a power failure."""
+    """Zero the end, as some file systems leave a file after a power failure: the length is right."""
     content = bytearray(file.read_bytes())
     start = chance.randrange(len(content) // 2)
     content[start:] = bytes(len(content) - start)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from annotation_samples import DATA, LABELME, real
-from mutate import cpu_limit, memory_limit
+from mutate import cpu_limit, memory_limit, scaled
 from PIL import Image
 
 from cogvlm_ft.data.index import load_index
@@ -25,7 +25,7 @@ from cogvlm_ft.shards.build import BuildSettings, build
 from cogvlm_ft.shards.packing.verify import VERIFY, verify_image
 from cogvlm_ft.shards.review import annotated_items, review, shard_items
 
-NUM_FOLDERS, NUM_DAMAGED = 16, 24
+NUM_FOLDERS, NUM_DAMAGED = 16, scaled(24)
 SECONDS = 20.0  # of computing, for a folder of images that takes well under one
 LIMIT = 1800 * 1200  # pixels, those of the largest
 OCR = DATA / "chinese_document_xfund/examples/optical_character_recognition/text_recognition/sources"
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300, method="thread")]
 
 @cache
 def real_images() -> dict[str, bytes]:
-    """By file name; some are real pixels in another kind of file."""
+    """Return real images by file name; some are real pixels in another kind of file."""
     palette = real(OCR / "demo_ocr.png")
     photo = real(OCR / "japan_1.jpg")
     webp = real(DATA / "xlabel_phrases/examples/classification/shape-level/sources/multi-task/elon-musk-tesla.webp")
@@ -68,7 +68,7 @@ def _encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def damaged(rng: random.Random) -> tuple[str, bytes]:
-    """(file name, content) of a real image after something happened to it."""
+    """Return (file name, content) of a real image after something happened to it."""
     name, data = rng.choice(sorted(real_images().items()))
     kind = rng.randrange(9)
     if kind == 0:
@@ -98,7 +98,7 @@ def damaged(rng: random.Random) -> tuple[str, bytes]:
 
 
 def _with_changed_chunk(rng: random.Random, data: bytes) -> bytes:
-    """A PNG whose checksums are right, so that only its content tells."""
+    """Return a PNG with changed content and correct checksums."""
     chunks = list(_chunks(data))
     i = rng.randrange(len(chunks))
     kind, content = chunks[i]
@@ -126,7 +126,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def write_folder(root: Path, images: dict[str, bytes]) -> Path:
-    """The images, and JSON lines with a question for each of them."""
+    """Write the images, and JSON lines with a question for each of them."""
     (root / "images").mkdir(parents=True)
     lines = []
     for name, data in images.items():
@@ -171,7 +171,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def read_all(reader: ShardReader) -> tuple[set[str], set[str]]:
-    """(keys of what could be read, keys of what is counted as bad)"""
+    """Return the keys of what could be read, and of what is counted as bad."""
     read, unread = set(), set()
     for i in range(len(reader)):
         try:
@@ -186,7 +186,7 @@ def read_all(reader: ShardReader) -> tuple[set[str], set[str]]:
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files that claim to be huge pictures."""
+    """Return small files that claim to be huge images."""
     photo = real(OCR / "japan_1.jpg")
     frame = next(i for i in range(len(photo)) if photo[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)

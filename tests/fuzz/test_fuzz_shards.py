@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from annotation_samples import DATA, real
-from mutate import cpu_limit, memory_limit, mutate_bytes, mutate_json
+from mutate import cpu_limit, memory_limit, mutate_bytes, mutate_json, scaled
 from PIL import Image
 
 from cogvlm_ft.data.index import load_index
@@ -23,7 +23,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.build import BuildSettings, build
 from cogvlm_ft.shards.review import review, shard_items
 
-NUM_TARS, NUM_INDEXES, NUM_CONTINUED = 320, 200, 60
+NUM_TARS, NUM_INDEXES, NUM_CONTINUED = scaled(320), scaled(200), scaled(60)
 SECONDS = 10.0  # of computing, for a set that takes milliseconds
 NUM_PHOTOS, PER_SHARD = 9, 3
 

@@ -1,6 +1,6 @@
 """A real Slurm cluster in namespaces of this machine: slurmctld, and nodes that are hosts of their own.
 
-Every node has its own hostname, IP, loopback, PIDs and /dev/shm, four pretended GPUs and a slurmd. One process holds
+Every node has its own hostname, IP, loopback, PIDs and /dev/shm, four fake GPUs and a slurmd. One process holds
 all of it and lives only as long as the pipe to its stdin is open: it cannot outlive the tests, however these end.
 """
 
@@ -21,7 +21,7 @@ SHIPPED = ("cogvlm_ft", "configs", "launch", "slurm")  # what jobs are submitted
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "scancel", "unshare", "nsenter", "ip")
 UNSHARE = "unshare --net --mount --uts --pid --fork --kill-child --mount-proc"
 NODE_SECONDS = 90.0
-DEVICES = ("zero", "full", "null", "random")  # pretended GPUs: files that are devices and that no job minds
+DEVICES = ("zero", "full", "null", "random")  # fake GPUs: device files that no job uses
 
 Found = TypeVar("Found")
 
@@ -62,7 +62,7 @@ SlurmdPidFile=/run/slurm/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 NodeName=node[1-{num_nodes}] CPUs=8 RealMemory=8000 Gres=gpu:4
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=15
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -118,7 +118,7 @@ exec unshare --net --mount --uts bash -ec cable
 
 
 def why_impossible() -> str:
-    """Nothing if a cluster can be started here."""
+    """Return why no cluster can be started here; an empty text if one can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not installed"
@@ -176,7 +176,7 @@ class Cluster:
         self._holder.wait()
 
     def run(self, *command: object, check: bool = True, timeout_s: float = 60) -> str:
-        """On the login node, in the checkout; its output."""
+        """Run `command` on the login node, in the checkout, and return its output."""
         done = subprocess.run(
             self.command(*command), capture_output=True, text=True, timeout=timeout_s, check=False, env=environment()
         )
@@ -187,7 +187,7 @@ class Cluster:
         return (done.stdout + done.stderr).strip()
 
     def command(self, *command: object) -> list[str]:
-        """`command` as it is to be called from outside."""
+        """Return `command` as it has to be called from outside."""
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()
         enter = ["nsenter", f"--target={children[0]}", "--net", "--mount", "--uts", "--pid"]
         return [
@@ -202,21 +202,21 @@ class Cluster:
         self._tell(f"on {node} {node.removeprefix('node')}")
 
     def power_off(self, node: str) -> None:
-        """Everything on it is gone at once, without a word to the others."""
+        """End everything on it at once, without notice to the others."""
         self._tell(f"off {node}")
 
     def nodes(self, state: str) -> list[str]:
-        """Names of the nodes in this state."""
+        """Return the names of the nodes in this state."""
         listed = self.run("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N", check=False)
         return sorted(set(listed.split()))  # once for every partition
 
     def job(self, number: str) -> dict[str, str]:
-        """What scontrol says of a job: JobState, ExitCode, Restarts, ..."""
+        """Return what scontrol reports about a job: JobState, ExitCode, Restarts, ..."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_until(self, is_true: Callable[[], Found], what: str, timeout_s: float = 120) -> Found:
-        """What it returned when it was true."""
+        """Wait until `is_true` returns something true, and return that."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             found = is_true()
@@ -225,10 +225,10 @@ class Cluster:
             if self._holder.poll() is not None:
                 break
             time.sleep(0.05)
-        raise TimeoutError(f"not within {timeout_s:.0f} s: {what}\n{self.logs()}")
+        raise TimeoutError(f"{what}: not within {timeout_s:.0f} s\n{self.logs()}")
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
+        """Return the ends of the daemons' logs."""
         parts = []
         for path in sorted([*self.folder.glob("*.log"), *self.checkout.glob("*.log")]):
             parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-25:]))
@@ -244,7 +244,7 @@ class Cluster:
 
 
 def environment() -> dict[str, str]:
-    """Without what a launcher or another job may have left."""
+    """Return the environment without what a launcher or another job may have left."""
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("SLURM_")}
     return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHON": sys.executable}

@@ -1,8 +1,9 @@
-"""Trainings on a virtual cluster: submit them, meet them at a step, find their processes, compare their results."""
+"""Training jobs on a virtual cluster: submit them, wait for a step, find their processes, compare their results."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from ranks import read_metrics
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 
-NUM_STEPS = 12
-PLACE = ("--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1", "--cpus-per-task=1")
+NUM_STEPS = 16
+PLACE = ("--nodes=2", "--nodelist=node[1-2]", "--gres=gpu:1", "--ntasks-per-node=1", "--cpus-per-task=1")
 COMPARED = ("step", "epoch", "loss", "grad_norm", "lr")
 
 
@@ -36,24 +37,32 @@ class Job:
     def state(self) -> str:
         return self.cluster.job(self.number)["JobState"]
 
-    def wait_for_log(self, text: str, timeout_s: float = 120) -> None:
-        self.cluster.wait_until(lambda: text in self.log, f"job {self.number} says {text!r}", timeout_s)
+    def wait_for_log(self, text: str, timeout_s: float = 240) -> None:
+        self.cluster.wait_until(lambda: text in self.log, f"job {self.number} logs {text!r}", timeout_s)
+
+    def attempt_log(self, number: int) -> str:
+        """Return what attempt `number` logged, from 1; nothing if there was no such attempt."""
+        parts = re.split(r"attempt (\d+) on ", self.log)
+        return "".join(text for found, text in zip(parts[1::2], parts[2::2], strict=True) if int(found) == number)
+
+    def wait_for_attempt(self, number: int) -> None:
+        self.wait_for_log(f"attempt {number} on ")
 
     def wait_for_step(self, step: int) -> None:
         def is_reached() -> bool:
             rows = read_metrics(self.output_dir, "train") if (self.output_dir / "metrics.jsonl").exists() else []
             return bool(rows) and rows[-1]["step"] >= step
 
-        self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}")
+        self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}", 240)
 
-    def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 240) -> None:
-        """Until it is over for good; it must end like this."""
+    def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 400) -> None:
+        """Wait until it is over; it must end in `state`."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
         found = self.cluster.wait_until(lambda: self.state in over and self.state, f"job {self.number} ends", timeout_s)
         assert found == state, f"{found}\n{self.log}"
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Its training processes by rank, on all nodes."""
+        """Return its training processes by rank, on all nodes."""
         found = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -64,7 +73,7 @@ class Job:
 
     @contextlib.contextmanager
     def paused_at(self, step: int) -> Iterator[dict[int, psutil.Process]]:
-        """All ranks stand still from about this step on, so that what happens to them does so in mid-run."""
+        """Stop all ranks soon after this step, so that what happens to them does so in the middle of the run."""
         self.wait_for_step(step)
         ranks = self.ranks()
         assert sorted(ranks) == [0, 1], self.log
@@ -79,7 +88,7 @@ class Job:
 
 
 def submit(cluster: Cluster, output_dir: Path, *arguments: str, options: tuple[str, ...] = ()) -> Job:
-    """slurm/train.sbatch with one rank on each of two nodes; `options` are sbatch's."""
+    """Submit slurm/train.sbatch with one rank on each of two nodes; `options` are sbatch's."""
     number = cluster.run(
         "sbatch", "--parsable", *PLACE, *options, "slurm/train.sbatch", *arguments, f"output_dir={output_dir}"
     )
@@ -107,12 +116,12 @@ def training_settings(shards: Path, start_model: Path) -> tuple[str, ...]:
     )
 
 
-def assert_same_result(found: Path, wanted: Path) -> None:
-    """The numbers of every step, and every byte of weights and moments at the end."""
-    curves = [[{key: row[key] for key in COMPARED} for row in read_metrics(run, "train")] for run in (found, wanted)]
+def assert_same_result(found: Path, expected: Path) -> None:
+    """Compare the numbers of every step, and every byte of weights and moments at the end."""
+    curves = [[{key: row[key] for key in COMPARED} for row in read_metrics(run, "train")] for run in (found, expected)]
     assert curves[0] == curves[1]
     assert [row["step"] for row in curves[0]] == list(range(1, NUM_STEPS + 1))
-    last = [list_checkpoints(run / "checkpoints")[-1] for run in (found, wanted)]
+    last = [list_checkpoints(run / "checkpoints")[-1] for run in (found, expected)]
     assert last[0].name == last[1].name
     files = [sorted(path.relative_to(folder) for path in (folder / "ranks").iterdir()) for folder in last]
     assert files[0] == files[1] and len(files[0]) == 2

@@ -23,18 +23,20 @@ with started_cluster(Path(sys.argv[1])):
 
 
 def test_every_node_is_a_host_of_its_own(cluster: Cluster) -> None:
-    """With an address, shared memory and processes that the others, and this machine, do not see."""
+    """Check that address, shared memory and processes of a node are invisible to the others and to this machine."""
     look = "echo $(hostname) $(ip -brief address show eth0) $(ls /dev/shm; touch /dev/shm/here) $(pgrep -c slurmd)"
     for _ in range(2):
-        said = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:2", "bash", "-c", look)
-    for number, line in enumerate(sorted(said.splitlines()), 1):
-        assert line.startswith(f"node{number} eth0") and f" 10.99.1.{number}/16 " in line, said
-        assert line.endswith(" here 1"), said
+        printed = cluster.run(
+            "srun", "--nodelist=node[1-2]", "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:2", "bash", "-c", look
+        )
+    for number, line in enumerate(sorted(printed.splitlines()), 1):
+        assert line.startswith(f"node{number} eth0") and f" 10.99.1.{number}/16 " in line, printed
+        assert line.endswith(" here 1"), printed
     assert not Path("/dev/shm/here").exists()
 
 
 def test_it_ends_with_the_process_that_started_it(cluster: Cluster, tmp_path: Path) -> None:
-    """Beside another one, with the same addresses."""
+    """Start a second cluster beside the first one, with the same addresses."""
     command = [sys.executable, "-c", START_AND_SLEEP, str(tmp_path / "second")]
     starter = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None and starter.stdout.readline() == "up\n"
@@ -45,4 +47,4 @@ def test_it_ends_with_the_process_that_started_it(cluster: Cluster, tmp_path: Pa
     starter.wait()
     _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
-    assert cluster.nodes("idle") == ["node1", "node2"]
+    assert cluster.nodes("idle") == ["node1", "node2", "node3", "node4"]
