@@ -42,9 +42,9 @@ test: setup ## all tests but those that need a GPU: side by side what is one pro
 test-fast: setup ## the tests that take seconds
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not serial"
 
-soak: setup ## kill a run 50 times and compare it with an undisturbed one; all fuzz inputs (about 20 minutes)
+soak: setup ## kill a run 50 times and compare it with an undisturbed one; try all fuzz inputs (about 20 minutes)
 	SOAK_KILLS=50 $(BIN)/python -m pytest -s -m "not gpu" tests/soak
-	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz
+	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz tests/unit/shards/test_staging.py
 
 slurm: ## install what the tests of Slurm need (Debian or Ubuntu, as root)
 	@for program in slurmctld slurmd sbatch munged ip; do command -v $$program >/dev/null || missing=yes; done; \

@@ -1,11 +1,9 @@
-"""Changes to good input that real tools, disks and attackers make, limits of time and memory, and how many to try."""
+"""Changes to good input that real tools, disks and attackers make, and limits of time and memory."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-import os
 import random
 import re
 import resource
@@ -103,15 +101,6 @@ JUNK = (
     b'{"a":' * 900,
     b"x" * 200_000,
 )
-
-
-FUZZ_SCALE = float(os.environ.get("COGVLM_FUZZ_SCALE", "0.25"))
-"""Fraction of the inputs that are tried; `make soak` tries all of them."""
-
-
-def scaled(full: int) -> int:
-    """Return how many of `full` random inputs to try, at least one."""
-    return max(1, math.ceil(full * FUZZ_SCALE))
 
 
 class Hang(BaseException):

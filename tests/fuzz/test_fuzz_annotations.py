@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from annotation_samples import WITNESS, Parts, Sample, candidates_of, problems_of, samples
-from mutate import TEXTS, cpu_limit, deepened, mutate_json, mutate_text, scaled
+from mutate import TEXTS, cpu_limit, deepened, mutate_json, mutate_text
 from PIL import Image
+from scaling import scaled
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.mentions import mentions_colour, mentions_place

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import made_tensor, write_checkpoint
-from mutate import scaled
+from scaling import scaled
 
 from cogvlm_ft.checkpoints.checkpoint import newest_intact, read_state
 from cogvlm_ft.checkpoints.consolidate import open_weights

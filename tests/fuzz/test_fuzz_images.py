@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from annotation_samples import DATA, LABELME, real
-from mutate import cpu_limit, memory_limit, scaled
+from mutate import cpu_limit, memory_limit
 from PIL import Image
+from scaling import scaled
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import MAX_PIXELS, ShardReader

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from annotation_samples import DATA, real
-from mutate import cpu_limit, memory_limit, mutate_bytes, mutate_json, scaled
+from mutate import cpu_limit, memory_limit, mutate_bytes, mutate_json
 from PIL import Image
+from scaling import scaled
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
