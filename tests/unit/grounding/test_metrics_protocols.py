@@ -103,6 +103,6 @@ def test_which_questions_are_scored() -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("piece", ["[[", "(", "[", ",", "[,", "(,", "[[,", "](", "),(", "1,", "[\n,,,"])
 def test_long_nonsense_is_read_in_no_time(protocol: str, piece: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     PROTOCOLS[protocol].read(piece * 300 + "]\n]]", SIZE)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
