@@ -31,9 +31,10 @@ export COGVLM_REQUIRE_SLURM := 1
 test: slurm
 endif
 
-# In groups of whole files, so that no fixture of a file is built twice.
+# A worker takes whole files, so that no fixture of a file is built twice, in the order of their names: the slow ones of
+# e2e come first and do not remain at the end.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup ## all tests but those that need a GPU: side by side what is one process, then the rest one by one
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not serial"
