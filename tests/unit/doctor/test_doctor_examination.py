@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from examining import Examine
+from ranks import REPOSITORY, fork_server
 
 from cogvlm_ft.doctor.checks import CHECKS
 from cogvlm_ft.doctor.examination import (
@@ -23,8 +24,6 @@ from cogvlm_ft.doctor.examination import (
 from cogvlm_ft.doctor.machine import CLOCKS, RANKS
 from cogvlm_ft.doctor.storage import DISK, FOLDER, LEFTOVERS, SHARING
 from cogvlm_ft.launch.doctor import main
-
-REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def test_nothing_is_red_where_all_is_well_and_nothing_is_left(run_checks: Examine, tmp_path: Path) -> None:
@@ -105,7 +104,8 @@ def test_the_program_on_a_disk_that_is_really_full(start_model: Path, shards: Pa
 def test_a_signal_leaves_nothing_behind(start_model: Path, shards: Path, tmp_path: Path) -> None:
     settings = [f"model.path={start_model}", f"data.shards={shards}", f"output_dir={tmp_path}/run"]
     settings += ["deepspeed=configs/deepspeed/zero3_tiny.json", "tracking.mode=disabled"]
-    process = subprocess.Popen([sys.executable, "launch/doctor.py", *settings], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    log = tmp_path / "log"
+    process = fork_server().start(["launch/doctor.py", *settings], os.environ, REPOSITORY, log, log)
     try:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run").glob(f".tmp-doctor-*-{process.pid}")):  # while it measures the disk
@@ -115,5 +115,4 @@ def test_a_signal_leaves_nothing_behind(start_model: Path, shards: Path, tmp_pat
         assert process.wait(60) == 128 + signal.SIGTERM
     finally:
         process.kill()
-        process.communicate()
     assert not (tmp_path / "run").exists()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
 from PIL import Image
+from ranks import run_program
 from run_folder import STEP, write_run
 
 from cogvlm_ft.config import load_config as load_settings
@@ -109,9 +109,7 @@ def test_its_code_runs(checkpoint: Path, tmp_path: Path) -> None:
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.jpg")
     (tmp_path / "ask.py").write_text(code + '\nprint("ids:", ids.shape[1] - len(inputs["input_ids"]))\n')
-    done = subprocess.run(
-        [sys.executable, "ask.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_program(["ask.py"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 1 <= int(done.stdout.rpartition("ids: ")[2]) <= 128
 

@@ -6,14 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import REPOSITORY, run, started
+from ranks import run, run_program, started
 from wandb_files import config_of, history_of, read_wandb_records, records_of, summary_of
 
 from cogvlm_ft.errors import DataError
@@ -123,9 +121,10 @@ sys.exit(main([sys.argv[1]]))
 @pytest.mark.slow
 def test_a_server_that_cannot_be_reached_is_an_error_here(folder: Path) -> None:
     """A training would go on offline; here sending is all there is to do. In a process of its own, as wandb needs."""
-    environment = {"PYTHONPATH": str(REPOSITORY), "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", SEND, str(folder)]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    program = folder.with_name("send.py")
+    program.write_text(SEND)
+    done = run_program([program, folder], environment={**os.environ, **environment}, timeout_s=120)
     assert done.returncode == 2, done.stderr
     assert "ConfigError: W&B did not take it" in done.stderr
     assert "connection refused" in done.stderr
@@ -149,8 +148,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def trained(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of two steps on one rank; a first attempt was killed before its first checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
+    program = folder / "tracked.py"
+    program.write_text(TRACKED)
     arguments = [
-        "-c", TRACKED, "launch/train.py", f"output_dir={folder / 'run'}", f"model.path={start_model}",
+        program, "launch/train.py", f"output_dir={folder / 'run'}", f"model.path={start_model}",
         f"data.shards={shards}",
         "data.num_workers=0", "train.epochs=2", "train.global_batch_size=17", "train.micro_batch_size=17",
         "train.patience=null", "evaluate.max_new_tokens=8", "evaluate.num_pictures=3", "tracking.mode=offline",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import run_program
 from wandb_files import config_of, history_of, read_wandb_records, records_of, summary_of
 
 from cogvlm_ft.errors import ConfigError, DataError
@@ -20,7 +19,6 @@ from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import Tracker, read_run_file
 from cogvlm_ft.tracking.wandb_run import Picture, val_key
 
-ROOT = Path(__file__).resolve().parents[3]
 SECRET = "5ecre7" * 7
 
 
@@ -299,19 +297,9 @@ def train_shortly(folder: Path, mode: str, trouble: str = "", argument: str = ""
 
     A process of its own, because wandb reads its environment once and a broken wandb stays broken.
     """
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            TRAIN_SHORTLY.format(mode=mode, trouble=trouble, timeout_s=60 if mode == "offline" else 2),
-            argument,
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    program = folder.with_name(f"{folder.name}.py")
+    program.write_text(TRAIN_SHORTLY.format(mode=mode, trouble=trouble, timeout_s=60 if mode == "offline" else 2))
+    done = run_program([program, argument], cwd=folder, environment={**os.environ, **env}, timeout_s=120)
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
     return done.stdout.strip(), done.stderr
