@@ -90,7 +90,7 @@ def read_csv_boxes(annotations: Path, images: Path) -> Iterator[Candidate | Prob
     with annotations.open("rb") as file:
         layout = _layout_of(file.readline(_MAX_LINE_BYTES))
         if layout is None:
-            wanted = "image,left,top,right,bottom,question or other names of them (see docs/data.md)"
+            wanted = "image,left,top,right,bottom,question or other names of them (see docs/formats.md)"
             raise DataError(f"{annotations}: the first line is {read_head(annotations, 80)!r}, wanted {wanted}")
         position, number_of_line = file.tell(), 2
         while row := _read_row(file, annotations.name, position, number_of_line, layout):

@@ -24,6 +24,8 @@ from cogvlm_ft.shards.packing.decisions import load_decisions
 REPOSITORY = Path(__file__).resolve().parents[2]
 READMES = [REPOSITORY / "README.md", REPOSITORY / "README_zh.md"]
 DATA = [REPOSITORY / "docs/data.md", REPOSITORY / "docs/data_zh.md"]
+FORMAT_PAGES = [REPOSITORY / "docs/formats.md", REPOSITORY / "docs/formats_zh.md"]
+WORDING_PAGES = [REPOSITORY / "docs/wording.md", REPOSITORY / "docs/wording_zh.md"]
 METRICS = [REPOSITORY / "docs/metrics.md", REPOSITORY / "docs/metrics_zh.md"]
 PERFORMANCE = [REPOSITORY / "docs/performance.md", REPOSITORY / "docs/performance_zh.md"]
 PREDICT = [REPOSITORY / "docs/predict.md", REPOSITORY / "docs/predict_zh.md"]
@@ -119,7 +121,9 @@ def test_commands_fit_their_programs(document: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [READMES, DATA, METRICS, PERFORMANCE, PREDICT, TROUBLE, SLURM], ids=lambda pair: pair[0].stem
+    "pair",
+    [READMES, DATA, FORMAT_PAGES, WORDING_PAGES, METRICS, PERFORMANCE, PREDICT, TROUBLE, SLURM],
+    ids=lambda pair: pair[0].stem,
 )
 def test_both_languages_have_the_same_parts(pair: list[Path]) -> None:
     english, chinese = (path.read_text(encoding="utf-8") for path in pair)
@@ -131,23 +135,36 @@ def test_both_languages_have_the_same_parts(pair: list[Path]) -> None:
     assert len(rows[0]) == len(rows[1])
 
 
-def test_the_code_blocks_about_data_are_the_same_in_both_languages() -> None:
-    english, chinese = (CODE_BLOCK.findall(path.read_text(encoding="utf-8")) for path in DATA)
-    assert english == chinese
+@pytest.mark.parametrize("pair", [DATA, FORMAT_PAGES, WORDING_PAGES], ids=lambda pair: pair[0].stem)
+def test_the_code_blocks_about_data_are_the_same_in_both_languages(pair: list[Path]) -> None:
+    """Only their comments are translated."""
+    english, chinese = (
+        [re.sub(r"(?m)(^|\s+)# .*$", "", block) for block in CODE_BLOCK.findall(path.read_text(encoding="utf-8"))]
+        for path in pair
+    )
+    assert english and english == chinese
 
 
-@pytest.mark.parametrize("document", DATA, ids=lambda path: path.name)
-def test_links_within_the_page_lead_to_a_heading(document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.+)$", CODE_BLOCK.sub("", text), re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = set(re.findall(r"\]\(#([^)]+)\)", text))
-    assert links and links <= anchors, links - anchors
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", CODE_BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_a_heading_lead_to_one(document: Path) -> None:
+    for page, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", document.read_text(encoding="utf-8")):
+        assert anchor in anchors(document.parent / page if page else document), f"{page}#{anchor}"
+
+
+@pytest.mark.parametrize("document", FORMAT_PAGES, ids=lambda path: path.name)
+def test_every_format_is_linked_from_the_table(document: Path) -> None:
+    rows = re.findall(r"^\|[^|]+\| \[`([\w-]+)`\]\(#([\w-]+)\) \|", document.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted((name, name) for name in FORMATS)
 
 
 def data_example(name: str) -> str:
     """The first code block below this heading."""
-    text = DATA[0].read_text(encoding="utf-8")
+    text = FORMAT_PAGES[0].read_text(encoding="utf-8")
     found = re.search(rf"^#+ {re.escape(name)}\n.*?(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
     assert found, f"no part called {name}"
     return CODE_BLOCK.findall(found[0])[0]
@@ -188,7 +205,8 @@ def test_the_example_of_a_format_is_one(name: str, tmp_path: Path) -> None:
 
 
 def test_the_other_examples_about_data_can_be_used(tmp_path: Path) -> None:
-    blocks = CODE_BLOCK.findall(DATA[0].read_text(encoding="utf-8"))
+    pages = (DATA[0], WORDING_PAGES[0])
+    blocks = [block for page in pages for block in CODE_BLOCK.findall(page.read_text(encoding="utf-8"))]
     (tmp_path / "own").mkdir()
     (steps,) = (block for block in blocks if block.startswith("# my.yaml"))
     (mix,) = (block for block in blocks if block.startswith("# a mix"))
@@ -219,7 +237,7 @@ def test_every_reason_of_a_rejection_is_explained() -> None:
             ):
                 reasons |= {str(word.value) for word in node.args[1:2] if isinstance(word, ast.Constant) and word.value}
     assert len(reasons) > 30
-    for document in DATA:
+    for document in FORMAT_PAGES:
         explained = set(CODE_SPAN.findall(document.read_text(encoding="utf-8")))
         assert reasons <= explained, f"{document.name}: {sorted(reasons - explained)}"
 

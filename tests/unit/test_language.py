@@ -44,7 +44,6 @@ NOT_YET = {
     "config",
     "errors",
     "safetensors_io",
-    "docs/data",
 }
 
 # What a text must not say -> what it says instead.
