@@ -5,6 +5,7 @@ Works under deepspeed, torchrun, srun and plain python.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import warnings
@@ -18,6 +19,8 @@ import torch.distributed as dist
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported, and warns without it
 import deepspeed
+
+from cogvlm_ft.runtime.gloo_threads import wait_until_at_rest
 
 # Launchers name the same three numbers differently; the first that is set wins.
 RANK_VARIABLES = {
@@ -60,10 +63,11 @@ def init_distributed(hang_timeout_s: float | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\.")
     timeout_s = max(DEFAULT_TIMEOUT_S, (hang_timeout_s or 0) + AFTER_WATCHDOG_S)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    atexit.register(wait_until_at_rest)
 
 
 def shut_down() -> None:
-    """Collective. All leave together: a rank that is left by its peers while it still tidies up may abort."""
+    """Collective. Leave the process group, all ranks at the same time: none loses a peer that it still needs."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
