@@ -1,8 +1,10 @@
-"""Print the best checkpoint of a training, by its train.monitor.
+"""Print the path of the best checkpoint of a training run, by train.monitor.
 
-    python launch/export.py --out exported --checkpoint $(python launch/best.py runs/grounding)
+With --sweep it is that of one entry of a sweep: the entry of --task, or of the task of a Slurm array.
 
-With --sweep, of one entry of a sweep: that of --task, or of the Slurm array's task.
+Examples:
+  python launch/best.py runs/grounding
+  python launch/export.py --checkpoint "$(python launch/best.py runs/grounding)" --out exported
 """
 
 from __future__ import annotations
@@ -11,25 +13,29 @@ import argparse
 import sys
 from pathlib import Path
 
-from cogvlm_ft.errors import CheckpointError, ConfigError
-from cogvlm_ft.jobs.sweep import choose_entry
+try:
+    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.jobs.sweep import choose_entry
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output_dir of a training or of a sweep")
-    parser.add_argument("--sweep", type=Path, help="YAML of overrides that was trained")
-    parser.add_argument("--task", type=int, help="which entry, from 0 (default: the number of the Slurm array's task)")
+    parser = build_parser(__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a training run or of a sweep")
+    parser.add_argument("--sweep", type=Path, help="YAML file of the sweep")
+    parser.add_argument("--task", type=int, help="number of the entry, from 0 (default: SLURM_ARRAY_TASK_ID)")
     args = parser.parse_args(argv)
-    try:
-        run = args.run / choose_entry(args.sweep, args.task).name if args.sweep else args.run
-        from cogvlm_ft.jobs.submit import best_checkpoint
+    return exit_code(lambda: run(args))
 
-        print(best_checkpoint(run))
-    except (ConfigError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def run(args: argparse.Namespace) -> None:
+    """Print the path."""
+    folder = args.run / choose_entry(args.sweep, args.task).name if args.sweep else args.run
+    from cogvlm_ft.jobs.submit import best_checkpoint
+
+    print(best_checkpoint(folder))
 
 
 if __name__ == "__main__":

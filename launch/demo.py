@@ -1,9 +1,11 @@
-"""The whole path on one machine: make a grounding set, pack it, train a tiny CogVLM on it, show what came out.
+"""Run every step on one machine: draw a grounding set, build shards, train a tiny CogVLM, print its metrics.
 
-    python launch/demo.py [--num-scenes N] [key=value ...]        (or: make demo)
+Uses all GPUs, or two processes on the CPU. Everything is written to runs/demo in the current folder; finished steps
+are not repeated, so the same command resumes an interrupted demo.
 
-Two ranks on a machine without GPU, all GPUs otherwise. Everything goes to runs/demo; what is there already is not made
-again, so an interrupted demo goes on where it was.
+Examples:
+  python launch/demo.py
+  python launch/demo.py --num-scenes 1000 train.epochs=1
 """
 
 from __future__ import annotations
@@ -15,32 +17,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from cogvlm_ft.config import Config, load_config
+try:
+    from cogvlm_ft.command_line import build_parser, exit_code, paste
+    from cogvlm_ft.config import Config, load_config
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG = Path("configs/demo.yaml")
+CONFIG = "demo"  # configs/demo.yaml
 NUM_SCENES = 13000
 IMAGE_SIZE = 32
 VAL_FRACTION = 0.02
-VOCAB_SIZE = 420  # so small that a colour and a kind stay pieces of their own, in Chinese too
-SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 4, "num_attention_heads": 4}
-VISION_SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_heads": 4,
-    "patch_size": 8,
-}
+VOCAB_SIZE = 420  # small enough to keep colours and kinds separate tokens, in Chinese too
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-scenes", type=int, default=NUM_SCENES)
+    parser = build_parser(__doc__)
+    parser.add_argument("--num-scenes", type=int, default=NUM_SCENES, help=f"images to draw (default: {NUM_SCENES})")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override configs/demo.yaml")
     args = parser.parse_intermixed_args(argv)
-    os.chdir(REPOSITORY)
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
     config = load_config(CONFIG, args.settings)
     scenes = Path(config.output_dir).parent / "scenes"
     make_shards(scenes, args.num_scenes, Path(config.data.shards))
@@ -48,38 +48,38 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     train(args.settings)
     show(config, time.perf_counter() - start)
-    return 0
 
 
 def make_shards(scenes: Path, num_scenes: int, shards: Path) -> None:
-    """Coloured shapes with Chinese and English phrases, some of them absent; then WebDataset shards of them."""
+    """Draw coloured shapes with Chinese and English phrases, some of them absent, and build shards of them."""
     from cogvlm_ft.shards.build import main as build
     from cogvlm_ft.shards.demo_scenes import write_scenes
 
     if (shards / "index.json").exists():
         return
-    print(f"1. making {num_scenes} scenes of {IMAGE_SIZE} px in {scenes}", flush=True)
+    print(f"1. drawing {num_scenes} images of {IMAGE_SIZE} px in {scenes}", flush=True)
     annotations = write_scenes(scenes, num_scenes, IMAGE_SIZE, seed=0)
-    print(f"2. packing them into {shards}", flush=True)
+    print(f"2. building shards in {shards}", flush=True)
     arguments = ["--format", "jsonl", "--images", scenes, "--annotations", annotations, "--out", shards]
     if build([*map(str, arguments), "--val-fraction", str(VAL_FRACTION)]):
         raise SystemExit("the shards could not be built")
 
 
 def make_start_model(scenes: Path, config: Config) -> None:
-    """A random CogVLM of the published form, some 2 million parameters, and a tokenizer for it."""
+    """Save a random CogVLM of the published architecture, with 2 million parameters, and a tokenizer for it."""
     import torch
 
     from cogvlm_ft.data.record import record_from_json
     from cogvlm_ft.grounding.turns import build_turns
     from cogvlm_ft.grounding.wording import load_wording
-    from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
+    from cogvlm_ft.model import CogVLMTokenizer
+    from cogvlm_ft.model.demo_model import build_demo_model
     from cogvlm_ft.model.tokenizer import MODEL_FILE, train_tokenizer
 
     folder = Path(config.model.path)
     if (folder / "model.safetensors").exists():
         return
-    print(f"3. making a tiny CogVLM in {folder}", flush=True)
+    print(f"3. creating a tiny CogVLM in {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     wording, size = load_wording(config.data.wording), (IMAGE_SIZE, IMAGE_SIZE)
     texts = []
@@ -92,32 +92,13 @@ def make_start_model(scenes: Path, config: Config) -> None:
     train_tokenizer(texts, scenes / MODEL_FILE, VOCAB_SIZE)
     tokenizer = CogVLMTokenizer.from_folder(scenes)
     tokenizer.save(folder)
-
-    num_positions = (IMAGE_SIZE // VISION_SIZES["patch_size"]) ** 2 + 1
-    vision = {**VISION_SIZES, "image_size": IMAGE_SIZE, "num_positions": num_positions}
-    model_config = CogVLMConfig(
-        **SIZES,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        initializer_range=0.09,
-        template_version="base",
-        vision_config=vision,
-    )
     torch.manual_seed(0)
-    model = CogVLMForCausalLM(model_config)
-    # All patches share one position id in the language model: where a patch is, only this table tells.
-    torch.nn.init.normal_(model.model.vision.patch_embedding.position_embedding.weight)
-    # The tower normalises what each layer adds: at full size, random layers would bury the patch they are added to, and
-    # the model would be blind for thousands of pictures. Small, the patches shine through from the first step.
-    for layer in model.model.vision.transformer.layers:
-        torch.nn.init.constant_(layer.input_layernorm.weight, 0.2)
-        torch.nn.init.constant_(layer.post_attention_layernorm.weight, 0.2)
+    model = build_demo_model(len(tokenizer), IMAGE_SIZE)
     model.save_pretrained(folder)
 
 
 def train(settings: list[str]) -> None:
-    """The command that a user would type."""
+    """Run the command that a user would type."""
     import torch
 
     if torch.cuda.is_available():
@@ -126,30 +107,32 @@ def train(settings: list[str]) -> None:
         ranks, environment = 2, {**os.environ, "DS_ACCELERATOR": "cpu"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", ranks, "launch/train.py", "--config", CONFIG, *settings]
+    program = ["--module", "cogvlm_ft.launch.train", "--config", CONFIG]
+    command = [launcher, "--num_accelerators", ranks, *program, *settings]
     print("4. training:", *command[1:], flush=True)
     subprocess.run([str(part) for part in command], env=environment, check=True)
 
 
 def show(config: Config, seconds: float) -> None:
-    """IoU and not-found accuracy per epoch, and where everything is."""
+    """Print the metrics of every epoch, and the paths of the results."""
     run = Path(config.output_dir)
-    print(f"\ntrained for {seconds / 60:.1f} min\n")
-    print("epoch  mean IoU  acc@0.5  absent answered with 'not found'  unreadable")
+    print(f"\ntraining took {seconds / 60:.1f} min\n")
+    print("epoch  mean IoU  acc@0.5  absent targets answered 'not found'  unreadable")
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["kind"] == "val":
             print(
                 f"{row['epoch']:5.3g}  {row['mean_iou']:8.3f}  {row['acc@0.5']:7.3f}"
-                f"  {row['not_found_acc']:32.3f}  {row['unreadable']:10.3f}"
+                f"  {row['not_found_acc']:35.3f}  {row['unreadable']:10.3f}"
             )
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
     evaluation = sorted((run / "evaluations").glob("step-*"))[-1]
     wandb_run = sorted((run / "wandb").glob("*run-*"))[-1:]
     print(f"\ncheckpoint   {checkpoint}\nmetrics      {run / 'metrics.jsonl'}")
-    print(f"predictions  {evaluation / 'predictions.jsonl'}\npictures     {evaluation / 'pictures'}")
+    print(f"predictions  {evaluation / 'predictions.jsonl'}\nimages       {evaluation / 'pictures'}")
     print(f"W&B run      {wandb_run[0] if wandb_run else 'none'}")
-    print(f"\nnext: python launch/export.py --checkpoint {checkpoint} --out {run.parent / 'exported'}")
+    export = paste("export", "--checkpoint", checkpoint, "--out", run.parent / "exported")
+    print(f"\nTo export the model, run:\n  {export}")
 
 
 if __name__ == "__main__":

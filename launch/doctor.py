@@ -1,9 +1,11 @@
-"""Look at everything that a training needs, before it is started: one line each, green, yellow or red.
+"""Check everything a training run needs before it is started, and print one line per check: green, yellow or red.
 
-    python launch/doctor.py --config configs/grounding_490.yaml model.path=... data.shards=... [key=value ...]
-    deepspeed launch/doctor.py --config ...        on all ranks (also torchrun, srun): what they say to each other, too
+Takes the settings of launch/train.py. Under a launcher (deepspeed, torchrun, srun) it checks the links between all
+ranks too. Exit codes: 0 nothing is red, 1 something is red, 2 the settings are wrong.
 
-Takes the settings of launch/train.py. Exits with 0 if nothing is red, 1 if something is, 2 if the settings are wrong.
+Examples:
+  python launch/doctor.py --config grounding_490 model.path=MODEL data.shards=shards_out output_dir=runs/grounding
+  deepspeed launch/doctor.py --config grounding_490 model.path=MODEL data.shards=shards_out output_dir=runs/grounding
 """
 
 from __future__ import annotations
@@ -14,37 +16,44 @@ import os
 import signal
 import sys
 
-from cogvlm_ft.config import Config, load_config
-from cogvlm_ft.errors import ConfigError
+try:
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.config import Config, load_config
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--all-shards", action="store_true", help="read every sample and every byte, not some samples")
-    parser.add_argument("--fix", action="store_true", help="remove build locks that nobody holds")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not needed")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser = build_parser(__doc__)
+    parser.add_argument(
+        "--all-shards", action="store_true", help="read every sample and every byte, instead of a few samples"
+    )
+    parser.add_argument("--fix", action="store_true", help="remove build locks that no process holds")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
+    add_settings(parser)
     args = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(args.config, args.settings)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: examine_settings(args))
+
+
+def examine_settings(args: argparse.Namespace) -> int:
+    """Load the settings and run the checks; report as red what fails before the first check."""
+    config = load_config(args.config, args.settings)
     try:
         return run(config, all_shards=args.all_shards, fix=args.fix)
-    except Exception as error:  # before the first check: libraries that do not load, ranks that do not meet
+    except Exception as error:  # libraries that do not load, ranks that do not connect
         print(f"red     start: {type(error).__name__}: {error}")
-        print("        wanted: torch and DeepSpeed loaded, a GPU for every rank, and all ranks together")
-        print("        do: pip install -c constraints.txt -e . , or what docs/troubleshooting.md says about starting")
+        print("        expected: torch and DeepSpeed load, every rank has a GPU, and all ranks connect")
+        print("        do: pip install -c constraints.txt -e . , or see docs/troubleshooting.md about starting")
         return 1
 
 
 def run(config: Config, *, all_shards: bool, fix: bool) -> int:
+    """Run the checks on all ranks and return the exit code. Collective."""
     num_ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
     if num_ranks != "1" and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        print(f"        waiting for {num_ranks} ranks to meet at {place}", flush=True)
+        print(f"        waiting for {num_ranks} ranks to connect at {place}", flush=True)
     from cogvlm_ft.doctor.checks import CHECKS
     from cogvlm_ft.doctor.examination import begin, examine
     from cogvlm_ft.doctor.storage import remove_probes
@@ -55,7 +64,7 @@ def run(config: Config, *, all_shards: bool, fix: bool) -> int:
     init_distributed()
     channel = SideChannel()
     examination = begin(config, channel, all_shards=all_shards, fix=fix)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what it wrote goes with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that its probe files are removed
     try:
         num_red = examine(examination, channel, CHECKS)
     finally:

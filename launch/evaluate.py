@@ -1,10 +1,12 @@
-"""Score a model folder or a training checkpoint on a split: metrics.json, predictions.jsonl, drawn pictures.
+"""Score a model folder or a training checkpoint on a split: metrics.json, predictions.jsonl, drawn images, a report.
 
-    deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores [--split val] \\
-        [--checkpoint runs/grounding/checkpoints/step-00000100] [--protocol ours] [key=value ...]
+Without --checkpoint it scores the model folder model.path. Any number of ranks can score a checkpoint, whatever number
+wrote it. evaluate.max_samples=null scores the whole split.
 
-Without --checkpoint it scores the folder model.path. Any number of ranks does, whatever number wrote the checkpoint.
-evaluate.max_samples=null takes the whole split.
+Examples:
+  deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores \\
+      --checkpoint runs/grounding/checkpoints/step-00000100 evaluate.max_samples=null
+  python launch/evaluate.py --config runs/grounding/config.yaml --out scores_start --split val
 """
 
 from __future__ import annotations
@@ -14,30 +16,29 @@ import json
 import sys
 from pathlib import Path
 
-from cogvlm_ft.config import PROTOCOLS, Config, load_config
-from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+try:
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.config import PROTOCOLS, Config, load_config
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of settings, such as the config.yaml of a run")
+    parser = build_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="a step-* folder of a run")
     parser.add_argument("--split", help="default: data.val_split")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="how to read and score (default: evaluate.protocol)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not needed")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
+    add_settings(parser, required=True)
     args = parser.parse_intermixed_args(argv)
-    try:
-        protocol = [f"evaluate.protocol={args.protocol}"] if args.protocol else []
-        run(load_config(args.config, [*args.settings, *protocol]), args)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    protocol = [f"evaluate.protocol={args.protocol}"] if args.protocol else []
+    return exit_code(lambda: run(load_config(args.config, [*args.settings, *protocol]), args))
 
 
 def run(config: Config, args: argparse.Namespace) -> None:
+    """Score the split on all ranks and write the results. Collective."""
     from cogvlm_ft.build import build_model_engine
     from cogvlm_ft.checkpoints.checkpoint import load_checkpoint
     from cogvlm_ft.data.reader import open_split

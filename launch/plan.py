@@ -1,10 +1,12 @@
-"""Will a run fit, how long will it take, what is the most that fits? Before the job is queued, without GPU or weights.
-
-    python launch/plan.py --config configs/grounding_490.yaml --nodes 2 --gpus-per-node 8 [key=value ...]
+"""Estimate whether a run fits, how long it takes and the largest configuration that fits, without GPU or weights.
 
 Takes the settings of launch/train.py. The sizes of the model come from model.path, else from --model-config, else they
-are those of the 17B model. Speeds are guesses until you give what you measured: --tflops, --mfu, --network-gb-s, ...
+are those of the 17B model. Speeds are assumptions until you give measured ones: --tflops, --mfu, --network-gb-s, ...
 --json prints the same for programs, --table the tables of docs/performance.md.
+
+Examples:
+  python launch/plan.py --config grounding_490 --nodes 2 --gpus-per-node 8
+  python launch/plan.py --config grounding_490 --gpus-per-node 4 deepspeed=zero3_offload_optimizer train.precision=bf16
 """
 
 from __future__ import annotations
@@ -16,51 +18,56 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+try:
+    from omegaconf import OmegaConf
 
-from cogvlm_ft.config import RUN_PRESETS, Config, find_preset, load_config
-from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.config import RUN_PRESETS, Config, find_preset, load_config
+    from cogvlm_ft.errors import ConfigError
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
-NOT_NEEDED = ("model.path", "data.shards", "output_dir")  # of the settings that a training must have
+NOT_NEEDED = ("model.path", "data.shards", "output_dir")  # required for training, not for an estimate
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--model-config", type=Path, help="a config.json, where model.path is not there yet")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--gpu-memory-gib", type=float, default=79.0, help="default: what torch sees of an 80 GB GPU")
-    parser.add_argument("--host-memory-gib", type=float, help="of a node; not judged if it is not given")
-    parser.add_argument("--turns", type=int, default=4, help="questions per photo")
-    parser.add_argument("--turn-tokens", type=int, default=60, help="of one question with its answer")
-    parser.add_argument("--answer-tokens", type=int, default=30, help="of them, the answer's")
+    parser = build_parser(__doc__)
+    parser.add_argument("--model-config", type=Path, help="a config.json, if there is no model.path yet")
+    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
     parser.add_argument(
-        "--images", type=int, help="photos of an epoch; default: counted in data.shards, if it is there"
+        "--gpu-memory-gib", type=float, default=79.0, help="default: 79, what torch sees of an 80 GB GPU"
+    )
+    parser.add_argument("--host-memory-gib", type=float, help="host memory of a node; not judged by default")
+    parser.add_argument("--turns", type=int, default=4, help="questions per image (default: 4)")
+    parser.add_argument(
+        "--turn-tokens", type=int, default=60, help="tokens of one question with its answer (default: 60)"
     )
     parser.add_argument(
-        "--tflops", type=float, help="peak of a GPU; default: an H100 SXM in the number format of the run"
+        "--answer-tokens", type=int, default=30, help="those of them that are the answer's (default: 30)"
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
-    parser.add_argument("--link-gb-s", type=float, default=300.0, help="of a GPU to the others in its node")
-    parser.add_argument("--network-gb-s", type=float, default=50.0, help="of a node to the others")
-    parser.add_argument("--disk-gb-s", type=float, default=2.0, help="for all nodes together")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--images", type=int, help="images of an epoch (default: counted in data.shards, if it exists)")
+    parser.add_argument("--tflops", type=float, help="peak of a GPU (default: an H100 SXM in the precision of the run)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="fraction of the peak that training reaches (default: 0.4)"
+    )
+    parser.add_argument(
+        "--link-gb-s", type=float, default=300.0, help="from a GPU to the others of its node (default: 300)"
+    )
+    parser.add_argument("--network-gb-s", type=float, default=50.0, help="from a node to the others (default: 50)")
+    parser.add_argument("--disk-gb-s", type=float, default=2.0, help="writing speed of all nodes together (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", action="store_true", help="the 17B model on 4 to 32 GPUs, as Markdown")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    add_settings(parser)
     args = parser.parse_intermixed_args(argv)
-    try:
-        print(plan(args))
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(plan(args)))
 
 
 def plan(args: argparse.Namespace) -> str:
-    """What is to be printed."""
+    """Return the text to print."""
     _check_numbers(args)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # none is needed here, and DeepSpeed warns where it finds none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is needed; DeepSpeed warns if it finds none
     config = load_config(args.config, [*_stand_ins(args), *args.settings])
     from cogvlm_ft.planning.activations import MicroBatchShape
     from cogvlm_ft.planning.memory import Cluster
@@ -89,19 +96,19 @@ def plan(args: argparse.Namespace) -> str:
 def _check_numbers(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     if args.answer_tokens > args.turn_tokens:
-        raise ConfigError(f"--answer-tokens {args.answer_tokens} are more than --turn-tokens {args.turn_tokens}")
+        raise ConfigError(f"--answer-tokens {args.answer_tokens}: expected at most --turn-tokens, {args.turn_tokens}")
 
 
 def _stand_ins(args: argparse.Namespace) -> list[str]:
-    """For settings that a forecast can do without."""
+    """Return values for required settings that an estimate does not need."""
     written = OmegaConf.load(find_preset(args.config, RUN_PRESETS, "--config ")) if args.config else OmegaConf.create()
     return [f"{key}=unset" for key in NOT_NEEDED if OmegaConf.select(written, key, throw_on_missing=False) is None]
 
 
 def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
-    """(sizes of the model, where they are from)."""
+    """Return (sizes of the model, where they come from)."""
     from cogvlm_ft.model import CogVLMConfig
     from cogvlm_ft.model import load_config as load_model_config
 
@@ -111,7 +118,7 @@ def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
     if file is not None and not file.is_file():
         raise ConfigError(f"--model-config {file}: no such file")
     sizes = CogVLMConfig.from_json_file(file) if file else CogVLMConfig()
-    source = str(file) if file else "the 17B model's, since neither model.path nor --model-config has a config.json"
+    source = str(file) if file else "the 17B model's: neither model.path nor --model-config has a config.json"
     try:
         return (sizes.at_image_size(image_size) if image_size else sizes), source
     except ValueError as error:

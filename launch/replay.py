@@ -1,14 +1,18 @@
-"""Run cogvlm-wandb-sync, the new name of cogvlm-replay; this name is removed in the next version."""
+"""Run cogvlm-wandb-sync, the new name of cogvlm-replay; the next version removes this name."""
 
 from __future__ import annotations
 
 import sys
 
+try:
+    from cogvlm_ft.launch.wandb_sync import main as wandb_sync
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
+
 
 def main(argv: list[str] | None = None) -> int:
     print("cogvlm-replay is now cogvlm-wandb-sync (launch/wandb_sync.py); this name will be removed", file=sys.stderr)
-    from cogvlm_ft.launch.wandb_sync import main as wandb_sync
-
     return wandb_sync(argv)
 
 

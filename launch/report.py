@@ -1,10 +1,12 @@
-"""Write the page of a finished run, or of one evaluation, again: report.html, to be opened in any browser.
+"""Write report.html of a run, or of one evaluation, again.
 
-    python launch/report.py runs/grounding [--step 1000] [data.shards=shards_out]
-    python launch/report.py scores --config runs/grounding/config.yaml
+A training run writes it by itself after every evaluation. Images come from the shards that config.yaml names; if these
+were moved, give data.shards=... Without shards the page shows the images that the evaluations kept.
 
-A training writes it by itself after every evaluation. Photos come from the shards that config.yaml names; where these
-are elsewhere now, say so; without them the page has the photos that the evaluations kept.
+Examples:
+  python launch/report.py runs/grounding
+  python launch/report.py runs/grounding --step 1000 data.shards=shards_out
+  python launch/report.py scores --config runs/grounding/config.yaml
 """
 
 from __future__ import annotations
@@ -15,32 +17,33 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvlm_ft.config import Config, load_config
-from cogvlm_ft.errors import ConfigError, DataError
+try:
+    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.config import Config, load_config
+    from cogvlm_ft.errors import DataError
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from cogvlm_ft.data.reader import ShardReader
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="output_dir of a training, or the --out of an evaluation")
-    parser.add_argument("--step", type=int, help="which evaluation of the training (default: the last one)")
+    parser = build_parser(__doc__)
+    parser.add_argument("folder", type=Path, help="output_dir of a training run, or the --out of an evaluation")
+    parser.add_argument("--step", type=int, help="evaluation of the run, by its step (default: the last one)")
     parser.add_argument(
         "--config", type=Path, help="settings that name the shards (default: config.yaml in the folder)"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        print(run(args))
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(run(args)))
 
 
 def run(args: argparse.Namespace) -> Path:
+    """Write the page and return its path."""
     from cogvlm_ft.evaluate.results import find_evaluation
     from cogvlm_ft.report.report import write_report
     from cogvlm_ft.run_folder import RunFolder
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def open_reader(config: Config | None, split: str) -> ShardReader | None:
-    """Open a split; None, with a warning, if the shards are not there any more."""
+    """Open a split; return None, with a warning, if its shards do not exist any more."""
     from cogvlm_ft.data.reader import open_split
 
     if config is None:
@@ -65,7 +68,7 @@ def open_reader(config: Config | None, split: str) -> ShardReader | None:
     try:
         return open_split(config, getattr(config.data, split))
     except DataError as error:
-        logging.getLogger(__name__).warning("without photos of data.%s: %s", split, error)
+        logging.getLogger(__name__).warning("data.%s: %s; the report has no images of it", split, error)
         return None
 
 

@@ -1,9 +1,14 @@
-"""Queue a training under Slurm: settings checked, memory foretold, then sbatch on slurm/train.sbatch.
+"""Check the settings, estimate the memory, and submit a training run to Slurm.
 
-    python launch/submit.py --config configs/grounding_490.yaml --nodes 2 model.path=... data.shards=... output_dir=...
+Your cluster is described in slurm/cluster.yaml; options override it. The sbatch commands are printed, so that you can
+run them yourself; --dry-run only prints them. --print-script prints the path of a batch script, for sbatch. See
+docs/slurm.md.
 
-What your cluster is stands in slurm/cluster.yaml, or in the options below. It prints the sbatch commands, which you may
-as well type yourself; with --dry-run it only prints them. docs/slurm.md has the rest.
+Examples:
+  python launch/submit.py --config grounding_490 --nodes 2 --dry-run \\
+      model.path=models/cogvlm-grounding-generalist data.shards=shards_out output_dir=runs/grounding
+  sbatch --nodes=2 "$(python launch/submit.py --print-script train)" --config grounding_490 \\
+      model.path=models/cogvlm-grounding-generalist data.shards=shards_out output_dir=runs/grounding
 """
 
 from __future__ import annotations
@@ -14,46 +19,57 @@ import os
 import sys
 from pathlib import Path
 
-from cogvlm_ft.config import load_config
-from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
-from cogvlm_ft.jobs.sweep import load_entry, read_sweep
+try:
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.config import find_preset, load_config
+    from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.jobs.sweep import load_entry, read_sweep
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
+
+SCRIPTS = ("train", "evaluate", "after")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--cluster", type=Path, default=Path("slurm/cluster.yaml"), help="YAML file of your cluster")
+    parser = build_parser(__doc__)
+    parser.add_argument("--cluster", default="slurm/cluster.yaml", help="YAML file that describes your cluster")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--qos")
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--gpus-per-node", type=int)
-    parser.add_argument("--time", help="of one job, as sbatch takes it")
-    parser.add_argument("--chain", type=int, default=1, help="jobs, each of which goes on where the one before ended")
+    parser.add_argument("--time", help="limit of one job, as for sbatch")
+    parser.add_argument(
+        "--chain", type=int, default=1, help="number of jobs in a row, each of which resumes the one before"
+    )
     parser.add_argument("--after", action="store_true", help="then score the best checkpoint and export it")
-    parser.add_argument("--sweep", type=Path, help="YAML of overrides: an array of jobs, one for each entry")
-    parser.add_argument("--dry-run", action="store_true", help="submit nothing")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument("--sweep", type=Path, help="YAML list of overrides: an array of jobs, one for each entry")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and submit nothing")
+    parser.add_argument("--print-script", choices=SCRIPTS, help="print the path of this batch script and exit")
+    add_settings(parser)
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        run(args)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a login node has no GPU, and DeepSpeed warns where it finds none
+    """Check the settings, submit the jobs and print the commands."""
+    if args.print_script:
+        print(find_preset(f"slurm/{args.print_script}.sbatch", "slurm/*.sbatch", "--print-script "))
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a login node has no GPU; DeepSpeed warns if it finds none
     config = load_config(args.config, args.settings)
     entries = None if args.sweep is None else read_sweep(args.sweep)
     if args.chain < 1 or (entries and args.chain > 1):
-        raise ConfigError(f"--chain {args.chain}: wanted 1 or more, and 1 for a sweep, whose jobs go on by themselves")
+        raise ConfigError(
+            f"--chain {args.chain}: expected 1 or more, and 1 for a sweep, whose jobs resume by themselves"
+        )
     from cogvlm_ft.jobs.submit import Submission, check_plan, load_cluster, submit
 
     names = ("partition", "account", "qos", "nodes", "gpus_per_node", "time")
-    cluster = load_cluster(args.cluster, {name: getattr(args, name) for name in names})
+    file = find_preset(args.cluster, "slurm/*.yaml", "--cluster ")
+    cluster = load_cluster(file, {name: getattr(args, name) for name in names})
     configs = [load_entry(args.config, args.settings, entry) for entry in entries] if entries else [config]
     for summary in dict.fromkeys(check_plan(one, cluster) for one in configs):
         print(summary)

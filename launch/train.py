@@ -1,43 +1,51 @@
 """Fine-tune CogVLM.
 
-    deepspeed launch/train.py --config configs/grounding_490.yaml model.path=... data.shards=... [key=value ...]
+Runs the same under deepspeed, torchrun, srun and plain python. Every setting is described in cogvlm_ft/config.py.
+Exit codes: 0 finished, or stopped and saved; 2 a setting, the data or a checkpoint cannot be used; 1 anything else.
 
-Runs the same under deepspeed, torchrun, srun and plain python. Every key is described in cogvlm_ft/config.py.
+Examples:
+  deepspeed launch/train.py --config grounding_490 model.path=models/cogvlm-grounding-generalist \\
+      data.shards=shards_out output_dir=runs/grounding
+  deepspeed launch/train.py --config grounding_490 --sweep sweep.yaml --task 0 \\
+      model.path=models/cogvlm-grounding-generalist data.shards=shards_out output_dir=runs/sweep
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
-from cogvlm_ft.config import Config
-from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
-from cogvlm_ft.jobs.sweep import load_task
-from cogvlm_ft.runtime.outcome import write_outcome
-from cogvlm_ft.runtime.stop_signals import StopRequest
+try:
+    from cogvlm_ft.command_line import USER_ERROR_EXIT_CODE, add_settings, build_parser, exit_code
+    from cogvlm_ft.config import Config
+    from cogvlm_ft.jobs.sweep import load_task
+    from cogvlm_ft.runtime.outcome import write_outcome
+    from cogvlm_ft.runtime.stop_signals import StopRequest
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--sweep", type=Path, help="YAML of overrides, of which one entry is trained: docs/slurm.md")
-    parser.add_argument("--task", type=int, help="which entry, from 0 (default: the number of the Slurm array's task)")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not needed")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser = build_parser(__doc__)
+    parser.add_argument(
+        "--sweep", type=Path, help="YAML list of overrides, one entry of which is trained: docs/slurm.md"
+    )
+    parser.add_argument("--task", type=int, help="number of the entry, from 0 (default: SLURM_ARRAY_TASK_ID)")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
+    add_settings(parser)
     args = parser.parse_intermixed_args(argv)
-    try:
-        with StopRequest() as stop_request:  # at once: it takes minutes until the model is read
-            return run(load_task(args.config, args.settings, args.sweep, args.task), stop_request)
-    except (ConfigError, DataError, CheckpointError) as error:
+    with StopRequest() as stop_request:  # at once: loading the model takes minutes
+        code = exit_code(lambda: run(load_task(args.config, args.settings, args.sweep, args.task), stop_request))
+    if code == USER_ERROR_EXIT_CODE:
         write_outcome("refused")
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return code
 
 
 def run(config: Config, stop_request: StopRequest) -> int:
-    # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be told at once.
+    """Train until the run is finished or stopped, on all ranks. Collective."""
+    # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be reported at once.
     from cogvlm_ft.build import build_run
     from cogvlm_ft.planning.out_of_memory import memory_errors_explained
     from cogvlm_ft.planning.preflight import check_fits

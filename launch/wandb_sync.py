@@ -1,11 +1,12 @@
-"""Send a run to Weights & Biases after its training, from machines that had no network then.
+"""Send a finished run to Weights & Biases, from machines that had no network during training.
 
-    python launch/wandb_sync.py runs/grounding [--mode auto|online|offline] [--project P] [--entity E] [--new-run]
-    python launch/wandb_sync.py runs/grounding --export exported [--alias best]
+Sends metrics.jsonl and the evaluations' images and predictions as one run, whatever number of attempts the training
+took. With --export it only records an exported model in that run: its path, without uploading it. Without a W&B key
+(`wandb login`, or WANDB_API_KEY) either is recorded offline in RUN/wandb.
 
-The first sends metrics.jsonl and the evaluations' pictures and predictions as one run, however many attempts the
-training took. The second notes an exported model in that run: where it lies, without uploading it.
-Without a key for W&B (`wandb login`, or WANDB_API_KEY) either is recorded offline in RUN/wandb.
+Examples:
+  python launch/wandb_sync.py runs/grounding --project cogvlm-grounding
+  python launch/wandb_sync.py runs/grounding --export exported --alias best
 """
 
 from __future__ import annotations
@@ -15,33 +16,36 @@ import logging
 import sys
 from pathlib import Path
 
-from cogvlm_ft.errors import ConfigError, DataError
+try:
+    from cogvlm_ft.command_line import build_parser, exit_code
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output_dir of a training")
+    parser = build_parser(__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a training run")
     parser.add_argument("--mode", default="auto", help="auto (online with a key, else offline), online or offline")
-    parser.add_argument("--project", help="default: that of the training")
-    parser.add_argument("--entity", help="default: that of the training")
-    parser.add_argument("--new-run", action="store_true", help="under a new id, if W&B holds the run already")
-    parser.add_argument("--export", type=Path, help="only note this exported model folder in the run")
-    parser.add_argument("--alias", default="exported", help="of the exported model in W&B")
+    parser.add_argument("--project", help="default: that of the training run")
+    parser.add_argument("--entity", help="default: that of the training run")
+    parser.add_argument("--new-run", action="store_true", help="use a new id, if W&B already has the run")
+    parser.add_argument("--export", type=Path, help="only record this exported model folder in the run")
+    parser.add_argument("--alias", default="exported", help="alias of the exported model in W&B (default: exported)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    return exit_code(lambda: run(args))
 
+
+def run(args: argparse.Namespace) -> None:
+    """Send, and print where the run is."""
     from cogvlm_ft.report.wandb_media import note_export, replay
 
-    try:
-        if args.export is not None:
-            sent = note_export(args.run, args.export, args.alias, mode=args.mode)
-        else:
-            sent = replay(args.run, mode=args.mode, project=args.project, entity=args.entity, new_run=args.new_run)
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    if args.export is not None:
+        sent = note_export(args.run, args.export, args.alias, mode=args.mode)
+    else:
+        sent = replay(args.run, mode=args.mode, project=args.project, entity=args.entity, new_run=args.new_run)
     print(sent.place)
-    return 0
 
 
 if __name__ == "__main__":

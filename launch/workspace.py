@@ -1,10 +1,11 @@
-"""Lay out the panels of your Weights & Biases project: validation, training, pictures, breakdowns, speed, system.
+"""Create a saved view of a Weights & Biases project: validation, training, images, breakdowns, speed, system.
 
-    python launch/workspace.py --project cogvlm-grounding [--entity TEAM]
-    python launch/workspace.py --print        the layout as JSON, without a network
+Needs a W&B key, a project with a run in it, and: pip install -e ".[workspace]". It adds a saved view and changes
+nothing else; run it once per project. --print shows the layout as JSON, without a network.
 
-Needs a key for W&B, a project with a run in it, and: pip install -e ".[workspace]". It adds a saved view and changes
-nothing else; run it once per project.
+Examples:
+  python launch/workspace.py --project cogvlm-grounding
+  python launch/workspace.py --print
 """
 
 from __future__ import annotations
@@ -13,28 +14,33 @@ import argparse
 import json
 import sys
 
-from cogvlm_ft.config import TrackingConfig
-from cogvlm_ft.errors import ConfigError
+try:
+    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.config import TrackingConfig
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--project", default=TrackingConfig().project, help="tracking.project of your runs")
-    parser.add_argument("--entity", help="user or team; default: yours")
+    parser = build_parser(__doc__)
+    parser.add_argument(
+        "--project", default=TrackingConfig().project, help="tracking.project of your runs (default: cogvlm-grounding)"
+    )
+    parser.add_argument("--entity", help="user or team (default: yours)")
     parser.add_argument("--print", action="store_true", help="print the layout and send nothing")
     args = parser.parse_args(argv)
+    return exit_code(lambda: run(args))
 
+
+def run(args: argparse.Namespace) -> None:
+    """Print the layout, or save it and print its address."""
     from cogvlm_ft.tracking.workspace import describe_workspace, save_workspace
 
-    try:
-        if args.print:
-            print(json.dumps(describe_workspace(args.project), indent=2))
-        else:
-            print(save_workspace(args.entity, args.project))
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.print:
+        print(json.dumps(describe_workspace(args.project), indent=2))
+    else:
+        print(save_workspace(args.entity, args.project))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,6 @@ def test_demo(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     shown = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if str(tmp_path) in line)
-    for name in ("checkpoint", "metrics", "predictions", "pictures"):
+    for name in ("checkpoint", "metrics", "predictions", "images"):
         assert Path(shown[name]).exists(), name
     assert any((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

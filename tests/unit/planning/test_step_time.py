@@ -98,8 +98,8 @@ def test_the_program_tells_people_and_programs(small_config: str, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes", "0"], "--nodes 0: wanted more than 0"),
-        (["--answer-tokens", "61"], "--answer-tokens 61 are more than --turn-tokens 60"),
+        (["--nodes", "0"], "--nodes 0: expected more than 0"),
+        (["--answer-tokens", "61"], "--answer-tokens 61: expected at most --turn-tokens, 60"),
         (["--model-config", "absent.json"], "--model-config absent.json: no such file"),
         (["train.lrr=1"], "train.lrr"),
         (["model.image_size=500"], "model.image_size: image_size=500 is not a multiple of the patch size 14"),

@@ -58,7 +58,7 @@ def test_a_folder(tiny_folder: Path, photos: Path, tmp_path: Path, capsys: pytes
     drawn = sorted(path.name for path in (out / "pictures").iterdir())
     assert drawn == sorted({Path(line["picture"]).name for line in good}) and len(drawn) == 3
     printed = capsys.readouterr()
-    assert "6 answered, 2 not {'broken_image': 2}" in printed.out and "8/8" in printed.err
+    assert "6 answered, 2 failed {'broken_image': 2}" in printed.out and "8/8" in printed.err
     assert run("--model", tiny_folder, "--image", photos, "--prompt", "dog", "--out", out) == 2
     assert "holds predictions already" in capsys.readouterr().err
 
@@ -142,12 +142,12 @@ def test_one_photo(tiny_folder: Path, photos: Path, tmp_path: Path, capsys: pyte
     asked = ("--image", photos / "a.png", "--prompt", "dog", "--targets", "狗", "--out", picture)
     assert run("--model", tiny_folder, *asked, *FEW) == 0
     printed = capsys.readouterr().out
-    assert "dog\n" in printed and printed.count("chance of the not-found") == 2 and "confidence 0." in printed
+    assert "dog\n" in printed and printed.count("probability of the not-found") == 2 and "confidence 0." in printed
     assert Image.open(picture).width >= 61
     assert run("--model", tiny_folder, "--image", photos / "a.png", "--prompt", " ", "--out", picture) == 2
     assert run("--model", tiny_folder, "--image", photos / "broken.jpg", "--prompt", "dog") == 2
     assert run("--model", tiny_folder, "--prompt", "dog") == 2
-    assert "wanted --image or --serve" in capsys.readouterr().err
+    assert "expected --image or --serve" in capsys.readouterr().err
 
 
 def test_the_page_says_what_is_missing_before_a_model_is_loaded(

@@ -1,0 +1,57 @@
+"""Conventions of every program: --help, --version, one line for a user's mistake, exit codes 0, 2 and 1."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cogvlm_ft import __version__
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError)
+USER_ERROR_EXIT_CODE = 2
+ACTIVATE = "activate the environment first: source .venv/bin/activate"
+
+
+def build_parser(doc: str | None, *, allow_abbrev: bool = True) -> argparse.ArgumentParser:
+    """Build a parser whose --help opens with the program's docstring and ends with its part from "Examples:" on."""
+    description, _, examples = (doc or "").partition("\nExamples:\n")
+    parser = argparse.ArgumentParser(
+        description=description.strip(),
+        epilog=f"Examples:\n{examples.rstrip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=allow_abbrev,
+    )
+    parser.add_argument("--version", action="version", version=f"cogvlm-ft {__version__}")
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add --config and key=value."""
+    about = "YAML file of settings, or the name of a preset, such as grounding_490"
+    parser.add_argument("--config", required=required, help=about)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Run a program's work and return its exit code; print a user's mistake in one line instead of a traceback."""
+    try:
+        return work() or 0
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "cogvlm_ft":
+            raise
+        print(f"{error}; {ACTIVATE}", file=sys.stderr)
+    return USER_ERROR_EXIT_CODE
+
+
+def paste(program: str, *arguments: object) -> str:
+    """Return a command line that runs a program of launch/ with this Python, in a checkout and installed alike."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), "-m", f"cogvlm_ft.launch.{program}", *map(str, arguments)])

@@ -1,0 +1,43 @@
+"""A CogVLM of the published architecture that two CPU cores can train in minutes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
+from cogvlm_ft.model.configuration import CogVLMConfig
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 4, "num_attention_heads": 4}
+VISION_SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_heads": 4,
+    "patch_size": 8,
+}
+
+
+def build_demo_model(vocab_size: int, image_size: int) -> CogVLMForCausalLM:
+    """Build a model with 2 million random parameters; torch.manual_seed decides their values."""
+    num_positions = (image_size // VISION_SIZES["patch_size"]) ** 2 + 1
+    vision = {**VISION_SIZES, "image_size": image_size, "num_positions": num_positions}
+    model_config = CogVLMConfig(
+        **SIZES,
+        vocab_size=vocab_size,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        initializer_range=0.09,
+        template_version="base",
+        vision_config=vision,
+    )
+    model = CogVLMForCausalLM(model_config)
+    # All patches have one position id in the language model: only this table encodes where a patch is.
+    torch.nn.init.normal_(model.model.vision.patch_embedding.position_embedding.weight)
+    # The tower normalizes the output of each layer. At full scale, random layers would hide the patches they are added
+    # to, and the model would learn nothing from thousands of images.
+    for layer in model.model.vision.transformer.layers:
+        torch.nn.init.constant_(layer.input_layernorm.weight, 0.2)
+        torch.nn.init.constant_(layer.post_attention_layernorm.weight, 0.2)
+    return model

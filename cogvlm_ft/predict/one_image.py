@@ -1,0 +1,28 @@
+"""Questions about one image, answered in the terminal and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.predict.files import Question, answer_questions, load_photo
+from cogvlm_ft.predict.predictor import Predictor, draw_replies
+
+
+def answer_image(predictor: Predictor, questions: list[Question], out: Path, upright: bool) -> None:
+    """Print all answers about one image, and save it with their boxes drawn."""
+    for question in questions:
+        if question.problem:
+            raise DataError(question.problem)
+    photo = load_photo(questions[0].path, upright=upright)
+    replies = [reply for part in answer_questions(predictor, [photo], [questions])[0] for reply in part]
+    for reply in replies:
+        print(reply.text if len(replies) == 1 else f"{reply.prompt}\n{reply.text}")
+        for box in reply.boxes or ():
+            confidence = "" if box.confidence is None else f"  confidence {box.confidence:.2f}"
+            notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"
+            print("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
+        if reply.not_found_prob is not None:
+            print(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
+    draw_replies(photo, replies).save(out)
+    print(f"drawn: {out}")
