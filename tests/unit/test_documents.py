@@ -216,7 +216,9 @@ def test_the_other_examples_about_data_can_be_used(tmp_path: Path) -> None:
     (synonyms,) = (block for block in blocks if block.startswith("synonyms:"))
     (tmp_path / "mine.yaml").write_text(synonyms, encoding="utf-8")
     words = load_lexicon(tmp_path / "mine.yaml")
-    assert words.thing("叉车") == words.thing("forklift") and words.thing("forklift") in words.relatives(["vehicle"])
+    assert words.concept("叉车") == words.concept("forklift") and words.concept("forklift") in words.relatives(
+        ["vehicle"]
+    )
     decisions = [block for block in blocks if block.startswith('{"decisions"')]
     for block in decisions:
         (tmp_path / "decisions.json").write_text(block, encoding="utf-8")
