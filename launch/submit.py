@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check the settings, submit the jobs and print the commands."""
     if args.print_script:
-        print(find_preset(f"slurm/{args.print_script}.sbatch", "slurm/*.sbatch", "--print-script "))
+        from cogvlm_ft.jobs.submit import script
+
+        print(script(args.print_script))
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a login node has no GPU; DeepSpeed warns if it finds none
     config = load_config(args.config, args.settings)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
-from cogvlm_ft.config import Config
+from cogvlm_ft.config import Config, find_preset
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import judge_start, smallest_pass
@@ -23,8 +23,6 @@ from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, tim
 from cogvlm_ft.run_folder import RunFolder, step_name
 
 logger = logging.getLogger(__name__)
-
-TRAIN_SCRIPT, AFTER_SCRIPT = "slurm/train.sbatch", "slurm/after.sbatch"
 
 
 @dataclass
@@ -102,15 +100,20 @@ def submit(submission: Submission, *, dry_run: bool) -> list[str]:
     last = ""
     for number in range(submission.chain):
         former = ["--dependency=" + f"afterany:{last}"] if number else []
-        commands.append([*sbatch_options(submission), *former, TRAIN_SCRIPT, *submission.arguments])
+        commands.append([*sbatch_options(submission), *former, script("train"), *submission.arguments])
         last = f"JOB{len(commands)}" if dry_run else run_sbatch(commands[-1])
     if submission.after:
         kind = "afterok" if submission.num_tasks is None else "aftercorr"  # each task of an array after its own
         sweep = [] if submission.sweep is None else ["--sweep", str(submission.sweep)]
         options = sbatch_options(submission, is_training=False)
-        commands.append([*options, f"--dependency={kind}:{last}", AFTER_SCRIPT, submission.output_dir, *sweep])
+        commands.append([*options, f"--dependency={kind}:{last}", script("after"), submission.output_dir, *sweep])
         last = "" if dry_run else run_sbatch(commands[-1])
     return [shlex.join(command) for command in commands]
+
+
+def script(name: str) -> str:
+    """Return the path of a batch script: slurm/NAME.sbatch where that exists, else the packaged one."""
+    return str(find_preset(f"slurm/{name}.sbatch", "slurm/*.sbatch", "--print-script "))
 
 
 def sbatch_options(submission: Submission, *, is_training: bool = True) -> list[str]:

@@ -30,7 +30,7 @@ def test_two_nodes_train_together(reference: Job) -> None:
 
 def test_mistakes_are_not_tried_again(cluster: Cluster, mistype_a_key: Future[Job]) -> None:
     job = mistype_a_key.result()
-    assert "train.lrr" in job.log and "refused: mend what the message above names" in job.log
+    assert "train.lrr" in job.log and "refused: fix what the message above names" in job.log
     found = cluster.job(job.number)
     assert (found["Restarts"], found["ExitCode"]) == ("0", "2:0")
 
