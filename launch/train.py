@@ -63,7 +63,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
         is_stopped = any_rank(stop_request.seen) and state.step < training.num_steps
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
-        output_dir = Path(training.output_dir)
+        output_dir = training.folder.path
         print(f"\nstopped at step {state.step} of {training.num_steps}; everything is in {output_dir}/")
         print("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
     shut_down()
