@@ -29,11 +29,12 @@ from transformers import initialization
 from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.checkpoints.saver import CheckpointSaver
 from cogvlm_ft.checkpoints.slices import local_specs
-from cogvlm_ft.config import CheckpointConfig, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.runtime.distributed import barrier, init_distributed, is_main, rank, shut_down
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partitioned
 from cogvlm_ft.safetensors_io import CHUNK_BYTES
+from cogvlm_ft.settings import CheckpointConfig
 
 IMAGE_PX = 56
 

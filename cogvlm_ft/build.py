@@ -9,7 +9,7 @@ from typing import Any
 from transformers import initialization
 
 from cogvlm_ft.checkpoints.checkpoint import TrainState
-from cogvlm_ft.config import Config, save_config
+from cogvlm_ft.config import save_config
 from cogvlm_ft.data.augment import draft_side
 from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
@@ -29,6 +29,7 @@ from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_sh
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
+from cogvlm_ft.settings import Config
 from cogvlm_ft.tracking.provenance import without_passwords
 
 
@@ -65,7 +66,7 @@ class Run:
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save(folder)
-        copy_remote_code(self.config.model.path, folder)
+        copy_remote_code(self.config.model.folder, folder)
 
 
 def build_run(config: Config) -> Run:
@@ -83,7 +84,7 @@ def build_run(config: Config) -> Run:
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
     )
-    folder = RunFolder(Path(config.output_dir))
+    folder = RunFolder(config.output_path)
     if is_main():
         folder.path.mkdir(parents=True, exist_ok=True)
         shown = replace(data, shards=without_passwords(data.shards))  # a run's folder is for others to read, too
@@ -127,7 +128,7 @@ def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> P
 def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     """Collective. The model folder's weights in a ZeRO-3 engine, each rank reading only what it owns."""
     settings = deepspeed_settings(config)
-    tokenizer = CogVLMTokenizer.from_folder(config.model.path)
+    tokenizer = CogVLMTokenizer.from_folder(config.model.folder)
     model_config = model_config_of(config)
     if len(tokenizer) != model_config.vocab_size:
         raise CheckpointError(
@@ -137,7 +138,7 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     with initialization.no_init_weights(), partitioned(settings):
         model = CogVLMForCausalLM(model_config)
     parameters = list(model.named_parameters())
-    load_weights(config.model.path, parameter_shapes(parameters), partition_assign(parameters))
+    load_weights(config.model.folder, parameter_shapes(parameters), partition_assign(parameters))
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     if config.model.compile:
         compile_elementwise()

@@ -20,7 +20,8 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste
-    from cogvlm_ft.config import Config, load_config
+    from cogvlm_ft.config import load_config
+    from cogvlm_ft.settings import Config
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(CONFIG, args.settings)
-    scenes = Path(config.output_dir).parent / "scenes"
+    scenes = config.output_path.parent / "scenes"
     make_shards(scenes, args.num_scenes, Path(config.data.shards))
     make_start_model(scenes, config)
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def make_start_model(scenes: Path, config: Config) -> None:
     from cogvlm_ft.model.demo_model import build_demo_model
     from cogvlm_ft.model.tokenizer import MODEL_FILE, train_tokenizer
 
-    folder = Path(config.model.path)
+    folder = config.model.folder
     if (folder / "model.safetensors").exists():
         return
     print(f"3. creating a tiny CogVLM in {folder}", flush=True)
@@ -115,7 +116,7 @@ def train(settings: list[str]) -> None:
 
 def show(config: Config, seconds: float) -> None:
     """Print the metrics of every epoch, and the paths of the results."""
-    run = Path(config.output_dir)
+    run = config.output_path
     print(f"\ntraining took {seconds / 60:.1f} min\n")
     print("epoch  mean IoU  acc@0.5  absent targets answered 'not found'  unreadable")
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

@@ -18,7 +18,8 @@ import sys
 
 try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code
-    from cogvlm_ft.config import Config, load_config
+    from cogvlm_ft.config import load_config
+    from cogvlm_ft.settings import Config
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code
-    from cogvlm_ft.config import PROTOCOLS, Config, load_config
+    from cogvlm_ft.config import load_config
+    from cogvlm_ft.settings import PROTOCOLS, Config
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -57,7 +58,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     engine, tokenizer = build_model_engine(config)
     if args.checkpoint is not None:
         load_checkpoint(engine, args.checkpoint, with_optimizer=False)
-    weights = args.checkpoint or Path(config.model.path)
+    weights = args.checkpoint or config.model.folder
     about = {"checkpoint": str(weights), "checkpoint_sha256": fingerprint(weights)} if is_main() else None
     result = evaluate(engine.module, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)
     result.metrics.update(run_probe(config, engine.module, tokenizer, args.out))

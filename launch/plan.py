@@ -22,8 +22,9 @@ try:
     from omegaconf import OmegaConf
 
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code
-    from cogvlm_ft.config import RUN_PRESETS, Config, find_preset, load_config
+    from cogvlm_ft.config import RUN_PRESETS, find_preset, load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.settings import Config
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -113,7 +114,7 @@ def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
     from cogvlm_ft.model import load_config as load_model_config
 
     image_size = config.model.image_size
-    if file is None and Path(config.model.path, "config.json").is_file():
+    if file is None and (config.model.folder / "config.json").is_file():
         return load_model_config(config.model.path, image_size), config.model.path
     if file is not None and not file.is_file():
         raise ConfigError(f"--model-config {file}: no such file")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
-    from cogvlm_ft.config import DECODINGS, RESIZES
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.grounding.boxes import READINGS
+    from cogvlm_ft.settings import DECODINGS, RESIZES
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
-    from cogvlm_ft.config import Config, load_config
+    from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import DataError
+    from cogvlm_ft.settings import Config
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)

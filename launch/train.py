@@ -18,10 +18,10 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import USER_ERROR_EXIT_CODE, add_settings, build_parser, exit_code
-    from cogvlm_ft.config import Config
     from cogvlm_ft.jobs.sweep import load_task
     from cogvlm_ft.runtime.outcome import write_outcome
     from cogvlm_ft.runtime.stop_signals import StopRequest
+    from cogvlm_ft.settings import Config
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -57,7 +57,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     check_fits(config)
-    with watched(Path(config.output_dir), rank(), config.train.hang_timeout_s), memory_errors_explained(config):
+    with watched(config.output_path, rank(), config.train.hang_timeout_s), memory_errors_explained(config):
         training = build_run(config)
         state = train(training, stop_request)
         is_stopped = any_rank(stop_request.seen) and state.step < training.num_steps

@@ -16,7 +16,7 @@ import sys
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
-    from cogvlm_ft.config import TrackingConfig
+    from cogvlm_ft.settings import TrackingConfig
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)

@@ -22,10 +22,10 @@ from typing import Any
 
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.slices import assign_slices
-from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
+from cogvlm_ft.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 

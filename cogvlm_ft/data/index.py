@@ -120,7 +120,7 @@ def load_index(
     Raises DataError if there is nothing to read, or if the tars cannot be read in place.
     """
     sources = shard_sources(shards)
-    cache = Cache(Path(cache_dir), int(cache_gib * 2**30)) if cache_dir else None
+    cache = Cache(Path(cache_dir).expanduser(), int(cache_gib * 2**30)) if cache_dir else None
     found = [_load_source(source.path, split, cache) for source in sources]
     index = _join(split, [source.path for source in sources], [source.weight for source in sources], found)
     if index.losses:
@@ -144,7 +144,7 @@ def read_json_file(path: Path) -> Any:
 def _load_source(path: str, split: str, cache: Cache | None) -> list[_Shard]:
     if is_url(path):
         return _load_remote(path.rstrip("/") + "/", split, cache)
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; wanted one with WebDataset shards, as shards/build.py writes them")
     rows = _rows_by_index(folder, split)

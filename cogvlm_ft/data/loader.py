@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cogvlm_ft.config import AugmentConfig
 from cogvlm_ft.data.augment import Colours, augments, choose_look
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
@@ -24,6 +23,7 @@ from cogvlm_ft.grounding.turns import build_turns, most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.settings import AugmentConfig
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.grounding.targets import Target
+from cogvlm_ft.settings import Config
 
 MAX_PIXELS = 100_000_000
 """Largest picture that is decoded: 100 megapixels are 300 MB in memory."""

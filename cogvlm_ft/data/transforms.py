@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from PIL import Image
 from torch import Tensor
 
-from cogvlm_ft.config import RESIZES
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import MEAN, preprocess_image
+from cogvlm_ft.settings import RESIZES
 
 GRID_PX = 8
 """Frames lie on this grid, or on an edge of the photo: whole pixels also of a JPEG decoded at 1/2, 1/4 or 1/8."""

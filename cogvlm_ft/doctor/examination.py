@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.model import model_config_of
 from cogvlm_ft.planning.memory import Cluster, Forecast, Planner
 from cogvlm_ft.planning.preflight import cluster_of, machine_facts, smallest_pass
 from cogvlm_ft.runtime.bandwidth import SideChannel
 from cogvlm_ft.runtime.distributed import is_main, rank, world_size
+from cogvlm_ft.settings import Config
 
 COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
 PLAIN = "\033[0m"

@@ -41,9 +41,9 @@ def look_at_model(examination: Examination) -> Model:
     """Every tensor's name and shape, from the files' headers; no values are read."""
     model = examination.config.model
     config = model_config_of(examination.config)
-    tokenizer = CogVLMTokenizer.from_folder(model.path)
+    tokenizer = CogVLMTokenizer.from_folder(model.folder)
     shapes = parameter_shapes(build_on_meta(examination.config, config).named_parameters())
-    load_weights(model.path, shapes, lambda name, fetch, num_rows: None)
+    load_weights(model.folder, shapes, lambda name, fetch, num_rows: None)
     return Model(config.image_size, len(tokenizer), config.vocab_size, len(shapes))
 
 
@@ -110,10 +110,10 @@ def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset 
         if (reader.index.num_targets < 0).any():
             return None
         parts = split_photos(most_turns_of(reader, wording), data.max_turns_per_image)
-    if examination.planner is None or not Path(model.path, "tokenizer.model").is_file():
+    if examination.planner is None or not (model.folder / "tokenizer.model").is_file():
         return None
     model_config = model_config_of(examination.config)
-    tokenizer = CogVLMTokenizer.from_folder(model.path)
+    tokenizer = CogVLMTokenizer.from_folder(model.folder)
     return build_dataset(examination.config, reader.index, wording, parts, tokenizer, model_config)
 
 

@@ -24,12 +24,12 @@ PROBES, OLD_S = ".tmp-doctor-", 3600.0  # names of what is written there; older 
 
 
 def _token(examination: Examination) -> Path:
-    return Path(examination.config.output_dir) / f"{PROBES}{examination.token}"
+    return examination.config.output_path / f"{PROBES}{examination.token}"
 
 
 def look_at_folder(examination: Examination) -> str:
     """Rank 0 leaves a file there for the others, and takes away what killed examinations left; says what is wrong."""
-    folder = Path(examination.config.output_dir)
+    folder = examination.config.output_path
     for path in folder.glob(f"{PROBES}*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > OLD_S:
@@ -97,7 +97,7 @@ class Disk(NamedTuple):
 
 def look_at_disk(examination: Examination) -> Disk | None:
     """All nodes at once, as in a checkpoint. None where the folder is not there."""
-    folder = Path(examination.config.output_dir)
+    folder = examination.config.output_path
     if not folder.is_dir():
         return None
     free = shutil.disk_usage(folder).free
@@ -149,7 +149,7 @@ def _judge_room(examination: Examination, free: int) -> list[Finding]:
     config, forecast = examination.config, examination.forecast
     if forecast is None:
         return [green(f"{free / GIB:.1f} GiB free")]
-    there = len(list_checkpoints(RunFolder(Path(config.output_dir)).checkpoints))
+    there = len(list_checkpoints(RunFolder(config.output_path).checkpoints))
     number = max(1, config.checkpoint.keep_last + 2 - there)
     needed = number * forecast.disk
     found = f"{free / GIB:.2f} GiB free, {number} more checkpoints take {needed / GIB:.2f}"
@@ -169,7 +169,7 @@ class Leftovers(NamedTuple):
 
 
 def look_for_leftovers(examination: Examination) -> Leftovers:
-    checkpoints = RunFolder(Path(examination.config.output_dir)).checkpoints
+    checkpoints = RunFolder(examination.config.output_path).checkpoints
     return Leftovers(
         sorted(path.name for path in checkpoints.glob(".tmp-*")),
         sorted(path.name for path in checkpoints.glob("damaged-*")),
@@ -178,7 +178,7 @@ def look_for_leftovers(examination: Examination) -> Leftovers:
 
 def judge_leftovers(examination: Examination, seen: list[Seen]) -> list[Finding]:
     found: Leftovers = seen[0].facts
-    folder = RunFolder(Path(examination.config.output_dir)).checkpoints
+    folder = RunFolder(examination.config.output_path).checkpoints
     findings = []
     if found.unfinished:
         to_do = "if no training is at work there, nothing: the next one removes it"

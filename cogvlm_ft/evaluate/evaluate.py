@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cogvlm_ft.config import EvaluateConfig
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record, detect_language
@@ -37,6 +36,7 @@ from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
+from cogvlm_ft.settings import EvaluateConfig
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cogvlm_ft.config import Config, EvaluateConfig
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.data.transforms import model_input, photo_frame, resize_of
 from cogvlm_ft.errors import DataError
@@ -28,6 +27,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
+from cogvlm_ft.settings import Config, EvaluateConfig
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,9 @@ def run_probe(
     """
     if config.evaluate.probe is None:
         return {}
-    questions = load_probe(Path(config.evaluate.probe))
+    questions = load_probe(Path(config.evaluate.probe).expanduser())
     answers = ask_probe(model, tokenizer, questions, config.evaluate)
-    untouched_file = RunFolder(Path(config.output_dir)).untouched_probe
+    untouched_file = RunFolder(config.output_path).untouched_probe
     if is_main():
         _write(folder / ANSWERS_FILE, questions, answers)
         if is_untouched:

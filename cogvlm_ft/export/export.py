@@ -15,7 +15,7 @@ import torch
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints
 from cogvlm_ft.checkpoints.consolidate import open_weights
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.model_card import write_model_card
 from cogvlm_ft.export.proof_samples import read_samples
@@ -27,6 +27,7 @@ from cogvlm_ft.model.loading import Weight, check_keys, parameter_shapes, save_w
 from cogvlm_ft.model.streamed import meta_model
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.safetensors_io import sync, sync_tree
+from cogvlm_ft.settings import Config
 
 PROOF_FILE = "proof.json"
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from cogvlm_ft.checkpoints.checkpoint import TrainState, read_state
-from cogvlm_ft.config import Config
 from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
@@ -24,6 +23,7 @@ from cogvlm_ft.export.verification import Proof
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.prompt import render_prompt
 from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.settings import Config
 from cogvlm_ft.tracking.provenance import git_state
 from cogvlm_ft.tracking.tracker import read_run_file
 

@@ -10,7 +10,6 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
@@ -23,6 +22,7 @@ from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model import CogVLMConfig, CogVLMTokenizer, preprocess_image
+from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
 

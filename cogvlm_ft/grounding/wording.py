@@ -103,7 +103,7 @@ def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
     """The content of a built-in wording, or of a file relative to `folder`; and the folder of the file."""
     built_in_folder = resources.files("cogvlm_ft.grounding") / "wordings"
     built_in = {file.name.removesuffix(".yaml"): file for file in built_in_folder.iterdir()}
-    path = folder / name_or_path
+    path = folder / Path(name_or_path).expanduser()
     if name_or_path in built_in:
         raw = built_in[str(name_or_path)].read_bytes()
     elif path.is_file():

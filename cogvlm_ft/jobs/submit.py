@@ -15,12 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
-from cogvlm_ft.config import Config, find_preset
+from cogvlm_ft.config import find_preset
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import judge_start, smallest_pass
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
 from cogvlm_ft.run_folder import RunFolder, step_name
+from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.settings import Config
 
 TASK_VARIABLE = "SLURM_ARRAY_TASK_ID"
 NAME = re.compile(r"\w[\w.=-]*")  # of a folder

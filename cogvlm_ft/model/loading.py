@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import initialization
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.safetensors_io import TensorSpec, sync, write_tensors
+from cogvlm_ft.settings import Config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ Weight = StoredTensor | Tensor
 
 def model_config_of(config: Config) -> CogVLMConfig:
     """Return the config of the model that a run trains: that of `model.path` with the run's resolution and resizing."""
-    return load_config(config.model.path, config.model.image_size, config.data.resize)
+    return load_config(config.model.folder, config.model.image_size, config.data.resize)
 
 
 def load_config(folder: str | Path, image_size: int | None = None, resize: str | None = None) -> CogVLMConfig:

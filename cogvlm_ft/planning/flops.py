@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import build_on_meta
 from cogvlm_ft.planning.step_time import count_flops, number_format
 from cogvlm_ft.runtime.distributed import device, world_size
+from cogvlm_ft.settings import Config
 
 BACKWARD = 2  # times the forward pass
 # Dense TFLOP/s of the data sheets, SXM versions; the first name that is part of the GPU's.

@@ -13,12 +13,12 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, play
 from cogvlm_ft.runtime.engine import freeze, parameter_groups, read_deepspeed_json
 from cogvlm_ft.runtime.param_gathering import FREE_SHARE
+from cogvlm_ft.settings import Config
 
 GIB = 2**30
 PHASES = ("training", "evaluation")

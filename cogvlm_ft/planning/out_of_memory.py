@@ -10,7 +10,6 @@ from dataclasses import replace
 import psutil
 import torch
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.turns import most_turns
@@ -21,6 +20,7 @@ from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
 from cogvlm_ft.planning.preflight import cgroup_limit, this_cluster
 from cogvlm_ft.planning.suggestions import cheaper_settings, find_limits, suggest_changes
 from cogvlm_ft.runtime.distributed import device, rank
+from cogvlm_ft.settings import Config
 
 # What torch's allocators say on CPU; a failed mmap or pin comes as a RuntimeError too.
 ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")

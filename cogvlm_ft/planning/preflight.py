@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import torch
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
@@ -23,6 +22,7 @@ from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, Forecast, Planne
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, find_limits, suggest_changes
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
+from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cogvlm_ft.config import Config, num_accum_steps
+from cogvlm_ft.config import num_accum_steps
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import Forecast, Planner, element_bytes
+from cogvlm_ft.settings import Config
 
 GIGA = 1e9
 # Dense matrix products of one H100 SXM by number format, in TFLOP/s; NVIDIA's data sheet.

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import Planner, judge
+from cogvlm_ft.settings import Config
 
 LARGEST_IMAGE_PX, LARGEST_BATCH, MOST_NODES = 2240, 256, 64
 OFFLOADS = ("zero3_offload_optimizer", "zero3_offload_all")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cogvlm_ft.config import Config
 from cogvlm_ft.model import CogVLMConfig
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
 from cogvlm_ft.planning.suggestions import OFFLOADS
+from cogvlm_ft.settings import Config
 
 IMAGE_SIZES_PX = (490, 756, 980)
 CLUSTERS = ((1, 4), (1, 8), (2, 8), (4, 8))  # nodes, GPUs of each

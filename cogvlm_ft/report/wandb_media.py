@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cogvlm_ft.config import WANDB_MODES
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import PREDICTIONS_FILE
@@ -24,6 +23,7 @@ from cogvlm_ft.report.gallery import (
     table_rows,
 )
 from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.settings import WANDB_MODES
 from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import read_run_file
 from cogvlm_ft.tracking.wandb_run import WandbRun

@@ -16,12 +16,13 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cogvlm_ft.config import ENGINE_PRESETS, Config, find_preset, num_accum_steps
+from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.param_gathering import attach_offload
 from cogvlm_ft.runtime.partitions import local_range
 from cogvlm_ft.runtime.watchdog import progress
+from cogvlm_ft.settings import Config
 
 
 def deepspeed_file(config: Config) -> Path:

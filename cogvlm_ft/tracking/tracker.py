@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogvlm_ft.config import WANDB_MODES
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.settings import WANDB_MODES
 from cogvlm_ft.tracking.metrics_log import append_row, open_metrics, truncate_after
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.wandb_run import WandbRun

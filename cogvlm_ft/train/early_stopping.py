@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from cogvlm_ft.checkpoints.checkpoint import Best
-from cogvlm_ft.config import TrainConfig
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.metrics import is_lower_better
+from cogvlm_ft.settings import TrainConfig
 
 COMPOSITE = "monitor"
 """What the weighted sum of several metrics is called among them."""

@@ -15,7 +15,7 @@ from transformers import initialization
 from cogvlm_ft.build import build_dataset, split_index
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
 from cogvlm_ft.checkpoints.consolidate import open_weights
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.data.collate import Example, collate
 from cogvlm_ft.data.loader import GroundingDataset, Item
 from cogvlm_ft.data.reader import open_split
@@ -28,6 +28,7 @@ from cogvlm_ft.model.preprocess import MEAN, STD
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.engine import freeze
+from cogvlm_ft.settings import Config
 from cogvlm_ft.train.skipped_steps import Row, SkippedStep
 
 
@@ -78,7 +79,7 @@ def open_replay(file: Path, model_folder: Path | None = None, out: Path | None =
     step = SkippedStep.load(file)
     run_folder = RunFolder.containing(file)
     config = load_config(run_folder.config)
-    weights = model_folder or weights_before(run_folder, step.step) or Path(config.model.path)
+    weights = model_folder or weights_before(run_folder, step.step) or config.model.folder
     model = load_weights_of(weights, config)
     files = weights / MODEL_FOLDER if (weights / MODEL_FOLDER).is_dir() else weights
     tokenizer = CogVLMTokenizer.from_folder(files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cogvlm_ft.config import TrainConfig
+from cogvlm_ft.settings import TrainConfig
 
 
 def lr_at(step: int, num_steps: int, train: TrainConfig) -> float:

@@ -61,7 +61,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
     finite: a norm that it reduces over the ranks anyway. A loss that is not finite is made to count as such a gradient.
     """
     start = time.perf_counter()
-    torch.manual_seed((seed * MAX_RANKS + rank()) * MAX_RANKS + step)  # dropout: the same when resumed
+    torch.manual_seed(((seed * MAX_RANKS + rank()) * MAX_RANKS + step) % 2**64)  # dropout: the same when resumed
     counts = all_reduce_sum(
         [
             sum(batch.num_target_tokens for batch in batches),

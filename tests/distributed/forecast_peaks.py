@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import initialization
 
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.layout import build_layout
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.runtime.distributed import init_distributed, rank, shut_down, world_size
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partitioned
+from cogvlm_ft.settings import Config
 
 SIZES = {
     "tiny": CogVLMConfig(

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from cogvlm_ft.build import build_model_engine
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.data.collate import Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
@@ -31,6 +31,7 @@ from cogvlm_ft.model import CogVLMTokenizer, load_model
 from cogvlm_ft.runtime.distributed import barrier, init_distributed, rank, shut_down
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import fits_everywhere, needs_all_ranks, parameters_gathered, whole_bytes
+from cogvlm_ft.settings import Config
 from cogvlm_ft.train.step import train_step
 
 # Ranks differ in the numbers of images, of turns and, by their ends of text, of tokens.

@@ -13,10 +13,11 @@ from pathlib import Path
 from cogvlm_ft.build import build_run
 from cogvlm_ft.checkpoints.checkpoint import TrainState, load_checkpoint
 from cogvlm_ft.checkpoints.saver import CheckpointSaver
-from cogvlm_ft.config import CheckpointConfig, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.data.loader import read_steps
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import all_reduce_sum, init_distributed, is_main, rank, shut_down, world_size
+from cogvlm_ft.settings import CheckpointConfig
 from cogvlm_ft.train.step import train_step
 
 NUM_STEPS, SAVED_STEP = 4, 2

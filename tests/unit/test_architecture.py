@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # The floors of the house, from the ground up (docs/architecture.md). A room may import every room of the floors below.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "config", "run_folder", "safetensors_io", "html_page", "command_line"},
+    {"errors", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"},
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},
     {"build", "planning", "evaluate"},
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     room: set().union(*FLOORS[:number]) for number, floor in enumerate(FLOORS) for room in floor
 } | {
     **{room: {"errors"} for room in FLOORS[0] - {"errors"}},
+    "config": {"errors", "settings"},
     "launch": ROOMS | {"shards"},
     "rehearsal": ROOMS - {"launch", "rehearsal"} | {"shards"},
     "shards": {"errors", "html_page", "command_line", "grounding", "data"},

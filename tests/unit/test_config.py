@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cogvlm_ft.config import ENGINE_PRESETS, Config, config_sha256, find_preset, load_config, save_config
+from cogvlm_ft.config import ENGINE_PRESETS, config_sha256, find_preset, load_config, save_config
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.settings import Config
 
 MANDATORY = ["output_dir=runs/x", "model.path=models/tiny", "data.shards=shards_out"]
 
@@ -161,12 +162,12 @@ def test_yaml_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("train.precision=fp16", r"train\.precision='fp16': wanted one of fp32, bf16"),
+        ("train.precision=fp16", r"train\.precision='fp16': expected one of fp32, bf16"),
         ("train.precision=BF16", r"train\.precision='BF16'"),
-        ("tracking.mode=of", r"tracking\.mode='of': wanted one of auto, online, offline, disabled"),
-        ("evaluate.gather=all", r"evaluate\.gather='all': wanted one of auto, once, layerwise"),
-        ("evaluate.decoding=beam", r"evaluate\.decoding='beam': wanted one of free, grammar"),
-        ("evaluate.min_boxes=1", r"evaluate\.min_boxes=1 needs evaluate\.decoding=grammar"),
+        ("tracking.mode=of", r"tracking\.mode='of': expected one of auto, online, offline, disabled"),
+        ("evaluate.gather=all", r"evaluate\.gather='all': expected one of auto, once, layerwise"),
+        ("evaluate.decoding=beam", r"evaluate\.decoding='beam': expected one of free, grammar"),
+        ("evaluate.min_boxes=1", r"evaluate\.min_boxes=1: needs evaluate\.decoding=grammar"),
     ],
 )
 def test_choices(override: str, wanted: str) -> None:
@@ -210,7 +211,7 @@ def test_every_choice_is_accepted() -> None:
 )
 def test_bounds(key: str, least: int) -> None:
     load_config(None, [*MANDATORY, f"{key}={least}"])
-    with pytest.raises(ConfigError, match=rf"{key}={least - 1}.*wanted at least {least}"):
+    with pytest.raises(ConfigError, match=rf"{key}={least - 1}.*expected at least {least}"):
         load_config(None, [*MANDATORY, f"{key}={least - 1}"])
 
 
@@ -266,3 +267,56 @@ def test_an_unknown_preset_lists_the_names() -> None:
         find_preset("zero4", ENGINE_PRESETS, "deepspeed=")
     with pytest.raises(ConfigError, match=r"--config absent: no such file or preset; .*grounding_490"):
         load_config("absent", MANDATORY)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.max_sequence_length=-1", "expected at least 1"),
+        ("train.beta1=1.5", "expected at least 0 and less than 1"),
+        ("train.beta2=1", "less than 1"),
+        ("train.eps=0", "expected more than 0"),
+        ("train.warmup_fraction=2", "at most 1"),
+        ("train.min_lr_ratio=1.5", "at most 1"),
+        ("data.max_bad_fraction=5", "at most 1"),
+        ("data.augment.hue=0.6", r"at most 0\.5"),
+        ("data.augment.min_crop=0.01", r"at least 0\.05"),
+        ("train.lr=inf", "expected a finite number"),
+        ("train.weight_decay=nan", "expected a finite number"),
+        ("seed=-1", "expected at least 0"),
+        ("seed=4294967296", "at most 4294967295"),
+        ("data.resize=stretch", "expected one of squash, letterbox$"),
+        ("output_dir=$HOME/runs", "environment variables are not expanded"),
+    ],
+)
+def test_values_out_of_bounds(override: str, expected: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"^{key}='?{value.replace('$', '.')}.*{expected}"):
+        load_config(None, [*MANDATORY, override])
+
+
+def test_a_date_is_a_seed() -> None:
+    assert load_config(None, [*MANDATORY, "seed=20251128"]).seed == 20251128
+
+
+def test_the_environment_is_not_read(write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder from somebody else could otherwise put a key into names and logs."""
+    monkeypatch.setenv("SECRET", "s3cret")
+    for text in ("${oc.env:SECRET}", "runs/${oc.env:SECRET,x}", "${oc.decode:${oc.env:SECRET}}"):
+        with pytest.raises(ConfigError, match="not expanded") as raised:
+            load_config(write_yaml(f"tracking: {{name: '{text}'}}"), MANDATORY)
+        assert "s3cret" not in str(raised.value)
+        with pytest.raises(ConfigError, match="not expanded"):
+            load_config(None, [*MANDATORY, f"tracking.name={text}"])
+    with pytest.raises(ConfigError, match="not expanded"):
+        load_config(write_yaml("data: {shards: [{path: '${oc.env:SECRET}'}]}"), MANDATORY)
+
+
+def test_the_home_folder_is_expanded_where_a_path_is_used_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(None, ["output_dir=~/runs/x", "model.path=~/model", "data.shards=~/shards"])
+    assert (config.output_dir, config.model.path, config.data.shards) == ("~/runs/x", "~/model", "~/shards")
+    assert (config.output_path, config.model.folder) == (tmp_path / "runs" / "x", tmp_path / "model")
+    save_config(config, tmp_path / "config.yaml")
+    assert "~/runs/x" in (tmp_path / "config.yaml").read_text() and str(tmp_path) not in config.output_dir
+    assert load_config("~/config.yaml") == config

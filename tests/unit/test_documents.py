@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.settings import Config
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
 from cogvlm_ft.shards.negatives import load_lexicon
 from cogvlm_ft.shards.packing.candidates import Candidate

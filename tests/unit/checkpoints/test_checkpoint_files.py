@@ -21,10 +21,10 @@ from cogvlm_ft.checkpoints.checkpoint import (
 )
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
-from cogvlm_ft.config import CheckpointConfig
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.run_folder import step_name
+from cogvlm_ft.settings import CheckpointConfig
 
 STATE = TrainState(
     step=12,

@@ -17,7 +17,6 @@ from PIL import Image
 from strategies import boxes_in
 from test_reader import write_shard
 
-from cogvlm_ft.config import RESIZES
 from cogvlm_ft.data.augment import crop
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
@@ -31,6 +30,7 @@ from cogvlm_ft.grounding.protocols import OURS
 from cogvlm_ft.grounding.targets import Box, Target, Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMConfig, load_config, preprocess_image
+from cogvlm_ft.settings import RESIZES
 
 SIDE = 98
 RED = (255, 0, 0)

@@ -20,7 +20,7 @@ from strategies import COLOURS, SIDES, boxes_in, targets_in, texts
 from test_loader import NUM_SAMPLES, SEED, assert_equal, build_dataset, steps_of
 from test_reader import write_shard
 
-from cogvlm_ft.config import RESIZES, AugmentConfig, DataConfig, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.data.augment import Colours, augments, choose_look, crop, draft_side
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import Item, turns_of
@@ -34,6 +34,7 @@ from cogvlm_ft.grounding.targets import Box, Target, Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMConfig, CogVLMTokenizer
 from cogvlm_ft.model.preprocess import MEAN, STD
+from cogvlm_ft.settings import RESIZES, AugmentConfig, DataConfig
 
 ALL = AugmentConfig(crop=0.7, min_crop=0.3, flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
 PHOTO_PX = (320, 240)

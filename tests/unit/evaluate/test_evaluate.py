@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvlm_ft.config import EvaluateConfig
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import turns_of
 from cogvlm_ft.data.reader import ShardReader
@@ -24,6 +23,7 @@ from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, preprocess_image
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.settings import EvaluateConfig
 
 NUM_PHOTOS = 9  # the split "val" of the fixture `shards`
 SEED = 4

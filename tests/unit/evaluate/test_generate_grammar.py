@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvlm_ft.config import EvaluateConfig
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError
@@ -19,6 +18,7 @@ from cogvlm_ft.grounding.grammar import BoxGrammar
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.launch.predict import main as predict
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
+from cogvlm_ft.settings import EvaluateConfig
 
 WORDING = load_wording("box")
 PROMPTS = [["Where is the red circle?", "请指出蓝色方形的位置。"], ["图片中存在一只狗,所在区域为", "a", "dog dog"]]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvlm_ft.config import Config, EvaluateConfig, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.generate import generate_answers
 from cogvlm_ft.evaluate.probe import ProbeQuestion, ask_probe, load_probe, probe_metrics, run_probe
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, preprocess_image
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.settings import Config, EvaluateConfig
 
 SETTINGS = EvaluateConfig(batch_size=2, max_new_tokens=6)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogvlm_ft.config import Config, ModelConfig
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.flops import PEAK_TFLOPS, StepFlops, step_flops
 from cogvlm_ft.planning.step_time import count_flops
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.settings import Config, ModelConfig
 from cogvlm_ft.train.meter import Meter
 from cogvlm_ft.train.step import StepStats
 

@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 
-from cogvlm_ft.config import Config, load_config
+from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_ft.model.layout import build_layout
@@ -20,6 +20,7 @@ from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge, rea
 from cogvlm_ft.planning.preflight import check_fits
 from cogvlm_ft.planning.suggestions import find_limits, suggest_changes
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, play
+from cogvlm_ft.settings import Config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PARAMETERS_17B = 17_639_685_376

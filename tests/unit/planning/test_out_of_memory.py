@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from cogvlm_ft.config import Config, ModelConfig, TrainConfig
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner
 from cogvlm_ft.planning.out_of_memory import explain_out_of_memory, is_out_of_memory, memory_limit
+from cogvlm_ft.settings import Config, ModelConfig, TrainConfig
 
 PRESET = "configs/deepspeed/zero3_tiny.json"
 

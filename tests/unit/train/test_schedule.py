@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cogvlm_ft.config import TrainConfig
+from cogvlm_ft.settings import TrainConfig
 from cogvlm_ft.train.schedule import lr_at
 
 

@@ -1,0 +1,399 @@
+"""Every setting of a run: its default, description, unit and bounds.
+
+`config.py` checks values by these fields, and `docs/config.md` and `docs/config_zh.md` are generated from them.
+Values in a model's config.json, such as its sizes, are not settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+PRECISIONS = ("fp32", "bf16")
+CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
+RESIZES = ("squash", "letterbox")
+GATHERS = ("auto", "once", "layerwise")
+DECODINGS = ("free", "grammar")
+ON_ERRORS = ("stop", "continue")
+PLANS = ("refuse", "warn", "ignore")
+PROTOCOLS = ("ours", "cogvlm_authors", "qwen_vl", "internvl", "shikra", "grec_official")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a setting means, and which values it takes; null is always allowed where the type is optional.
+
+    least, most: allowed themselves; above, below: not. choices: all there are; empty: any value of the type.
+    """
+
+    description: str
+    unit: str = ""
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    is_path: bool = False
+
+
+def setting(default: Any, description: str, **rules: Any) -> Any:
+    """Declare a setting with its `Rules`."""
+    metadata = {"rules": Rules(description, **rules)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The model to train."""
+
+    path: str = setting(
+        MISSING,
+        "Folder with `config.json`, `*.safetensors` and `tokenizer.model`, such as cogvlm-grounding-generalist.",
+        is_path=True,
+    )
+    image_size: Optional[int] = setting(
+        None,
+        "Side of the square input, a multiple of the patch size. Raise it for small targets. null: the model's own.",
+        unit="px",
+        least=1,
+    )
+    gradient_checkpointing: str = setting(
+        "all",
+        "Layers recomputed in the backward pass, for about 30 % more time and far less memory: "
+        "`none`, `vision`, `language`, `all`, or a number n for every n-th layer.",
+    )
+    compile: bool = setting(
+        False,
+        "Compile chains of elementwise operations into one kernel each. No gain on CPU.",
+    )
+    freeze: list[str] = setting(
+        [],
+        'Name patterns of parameters that are not trained, such as `["model.vision.*"]`.',
+    )
+
+    @property
+    def folder(self) -> Path:
+        """`path` with the home folder in place of `~`."""
+        return Path(self.path).expanduser()
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of training images. All off by default; useful for a few hundred images or fewer."""
+
+    crop: float = setting(
+        0.0,
+        "Chance of showing a part of the image that holds every target whole. Enlarges small targets.",
+        least=0,
+        most=1,
+    )
+    min_crop: float = setting(
+        0.5,
+        "Smallest part, as a fraction of the image's width and height.",
+        least=0.05,
+        most=1,
+    )
+    flip: float = setting(
+        0.0,
+        "Chance of mirroring an image; never if a text mentions a side. Writing in the image is mirrored too.",
+        least=0,
+        most=1,
+    )
+    brightness: float = setting(
+        0.0,
+        "Largest change both ways: 0.2 is a factor of 0.8 to 1.2.",
+        least=0,
+        most=1,
+    )
+    contrast: float = setting(0.0, "As brightness.", least=0, most=1)
+    saturation: float = setting(0.0, "As brightness.", least=0, most=1)
+    hue: float = setting(
+        0.0,
+        "Largest turn of the colour circle, both ways; none if a text mentions a colour.",
+        least=0,
+        most=0.5,
+    )
+
+
+@dataclass
+class DataConfig:
+    """The data to train on."""
+
+    shards: Any = setting(
+        MISSING,
+        "Folder of shards or its http(s) address; or a list to mix, "
+        "`[{path: a, weight: 2.0}, {path: b, weight: 0.5}]`, where weight is the number of times per epoch.",
+        is_path=True,
+    )
+    cache_dir: Optional[str] = setting(
+        None,
+        "Local folder for shards whose server cannot send parts of a file.",
+        is_path=True,
+    )
+    cache_gib: float = setting(100.0, "Size of that cache.", unit="GiB", least=0)
+    train_split: str = setting("train", "Split to train on.")
+    val_split: str = setting("val", "Split to evaluate on.")
+    wording: str = setting(
+        "box",
+        "Words of questions and answers: `box`, `description`, `referring`, `detection`, `region`, `steps`, "
+        "`conversation`, `mixed`, or a YAML file.",
+        is_path=True,
+    )
+    max_sequence_length: int = setting(
+        4096,
+        "Longest sequence of an image with all its turns; longer samples count as unusable.",
+        unit="tokens",
+        least=1,
+    )
+    max_turns_per_image: Optional[int] = setting(
+        None,
+        "Most turns in one sequence. An image with more is repeated in further sequences, each of which counts as a "
+        "sample. null: all in one.",
+        least=1,
+    )
+    num_workers: int = setting(
+        2,
+        "Loader processes per rank. 0: read in the training process.",
+        least=0,
+    )
+    max_bad_fraction: float = setting(
+        0.01,
+        "Fraction of unusable samples per epoch beyond which the run stops.",
+        least=0,
+        most=1,
+    )
+    resize: Optional[str] = setting(
+        None,
+        "`squash` fills the square, as CogVLM was trained; `letterbox` keeps the image's shape on grey. "
+        "null: as the model was trained.",
+        choices=RESIZES,
+    )
+    jpeg_draft: bool = setting(
+        False,
+        "Decode large training JPEGs at 1/2, 1/4 or 1/8 of their size, never below the input size: faster, with "
+        "pixels slightly different from those of evaluation.",
+    )
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class TrainConfig:
+    """Optimization."""
+
+    epochs: int = setting(5, "Passes over the training data.", least=1)
+    max_steps: Optional[int] = setting(
+        None,
+        "Stop after this many optimizer steps. null: no limit.",
+        unit="steps",
+        least=1,
+    )
+    global_batch_size: int = setting(
+        16,
+        "Images per optimizer step, over all ranks. A multiple of ranks x micro_batch_size.",
+        unit="images",
+        least=1,
+    )
+    micro_batch_size: int = setting(
+        1,
+        "Images per forward pass of one rank. Larger is faster and needs more memory.",
+        unit="images",
+        least=1,
+    )
+    lr: float = setting(5e-5, "Peak learning rate.", least=0)
+    min_lr_ratio: float = setting(
+        0.1,
+        "Learning rate at the end of the cosine, as a fraction of the peak.",
+        least=0,
+        most=1,
+    )
+    warmup_fraction: float = setting(
+        0.03,
+        "Fraction of all steps with linearly rising learning rate.",
+        least=0,
+        most=1,
+    )
+    weight_decay: float = setting(
+        0.05,
+        "AdamW's weight decay; not applied to norms and biases.",
+        least=0,
+    )
+    beta1: float = setting(0.9, "AdamW's beta 1.", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's beta 2.", least=0, below=1)
+    eps: float = setting(1e-8, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = setting(1.0, "Norm to which gradients are clipped. 0: no clipping.", least=0)
+    precision: str = setting(
+        "fp32",
+        "`fp32`, or `bf16` with fp32 master weights and optimizer states.",
+        choices=PRECISIONS,
+    )
+    tf32: bool = setting(
+        False,
+        "Let CUDA round fp32 inputs of matrix products to 10 mantissa bits: several times faster, less exact.",
+    )
+    monitor: Any = setting(
+        "mean_iou",
+        "Validation metric that chooses the best checkpoint; or several with weights, "
+        "`{mean_iou: 1.0, not_found_acc: 0.5}`. The better direction is known (docs/metrics.md).",
+    )
+    min_gain: float = setting(
+        0.0,
+        "A new best must exceed the last one by more than this, in the unit of the monitor.",
+        least=0,
+    )
+    patience: Optional[int] = setting(
+        3,
+        "Stop after this many evaluations without a new best. null: never.",
+        unit="evaluations",
+        least=1,
+    )
+    log_every: int = setting(1, "Interval of log lines.", unit="steps", least=1)
+    max_skipped_in_a_row: int = setting(
+        3,
+        "Steps with a loss or gradient that is not finite change nothing; this many in a row end the run.",
+        unit="steps",
+        least=1,
+    )
+    hang_timeout_s: Optional[float] = setting(
+        1800.0,
+        "A rank without progress for this long writes its stacks to `output_dir/stacks` and ends the job. "
+        "null: wait indefinitely.",
+        unit="s",
+        least=1,
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation."""
+
+    every_epochs: int = setting(1, "Interval of evaluations.", unit="epochs", least=1)
+    before_training: bool = setting(True, "Evaluate the untouched model too, so that the gain is visible.")
+    max_samples: Optional[int] = setting(
+        500,
+        "Images per evaluation. null: the whole split.",
+        unit="images",
+        least=1,
+    )
+    batch_size: int = setting(8, "Images per rank that generate together.", unit="images", least=1)
+    max_new_tokens: int = setting(128, "Longest answer.", unit="tokens", least=1)
+    gather: str = setting(
+        "auto",
+        "How ZeRO-3 parameters are gathered: `once` for the whole evaluation, `layerwise` at every token, or `auto`: "
+        "once if the model fits into 60 % of the free memory of every GPU.",
+        choices=GATHERS,
+    )
+    decoding: str = setting(
+        "free",
+        '`free`, or `grammar`: answers about boxes are restricted to well-formed boxes or "not found".',
+        choices=DECODINGS,
+    )
+    min_boxes: int = setting(
+        0,
+        'With grammar decoding, at least this many boxes in every such answer. 0 allows "not found".',
+        unit="boxes",
+        least=0,
+    )
+    num_pictures: int = setting(8, "Images that are drawn every time, always the same.", least=0)
+    protocol: str = setting(
+        "ours",
+        "How answers are read and scored: `ours`, or as others do: "
+        + ", ".join(f"`{name}`" for name in PROTOCOLS[1:])
+        + " (docs/metrics.md).",
+        choices=PROTOCOLS,
+    )
+    probe: Optional[str] = setting(
+        None,
+        'JSONL of general questions that show forgetting: `{"image": ..., "prompt": ..., "answer": ...}`. Without an '
+        "answer, that of the untouched model is the reference.",
+        is_path=True,
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every_steps: Optional[int] = setting(
+        None,
+        "Save every this many steps, besides the end of every epoch.",
+        unit="steps",
+        least=1,
+    )
+    keep_last: int = setting(2, "Newest checkpoints to keep, besides the best.", least=1)
+    keep_every_steps: Optional[int] = setting(
+        None,
+        "Also keep permanently the first checkpoint of every this many steps.",
+        unit="steps",
+        least=1,
+    )
+    background: bool = setting(
+        True,
+        "Continue training while a checkpoint is written. Needs 12 bytes of host memory per parameter.",
+    )
+    on_error: str = setting(
+        "stop",
+        "What a full disk does to the run: `stop` or `continue`. Earlier checkpoints stay in either case.",
+        choices=ON_ERRORS,
+    )
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases, beside metrics.jsonl."""
+
+    mode: str = setting(
+        "auto",
+        "`online`, `offline`, `disabled`, or `auto`: online with an API key, else offline.",
+        choices=WANDB_MODES,
+    )
+    project: str = setting("cogvlm-grounding", "W&B project.")
+    entity: Optional[str] = setting(None, "W&B entity. null: your default.")
+    name: Optional[str] = setting(None, "Name of the run. null: W&B chooses one.")
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    output_dir: str = setting(
+        MISSING,
+        "Folder of the run: checkpoints, metrics, evaluations, report.",
+        is_path=True,
+    )
+    seed: int = setting(
+        0,
+        "Seed of the data order, wording, augmentation and dropout.",
+        least=0,
+        most=2**32 - 1,
+    )
+    resume: bool = setting(
+        True,
+        "Continue from the newest checkpoint in output_dir, if there is one.",
+    )
+    deepspeed: str = setting(
+        "zero3",
+        "DeepSpeed JSON: the name of a preset in `configs/deepspeed/`, or a path.",
+        is_path=True,
+    )
+    plan: str = setting(
+        "refuse",
+        "What to do with a run that cannot fit into memory (`launch/plan.py`): `refuse` to start, `warn` or `ignore`.",
+        choices=PLANS,
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def output_path(self) -> Path:
+        """`output_dir` with the home folder in place of `~`."""
+        return Path(self.output_dir).expanduser()
