@@ -1,7 +1,8 @@
 """Score a model folder or a training checkpoint on a split: metrics.json, predictions.jsonl, drawn images, a report.
 
 Without --checkpoint it scores the model folder model.path. Any number of ranks can score a checkpoint, whatever number
-wrote it. evaluate.max_samples=null scores the whole split.
+wrote it. evaluate.max_samples=null scores the whole split. To measure what an export in bf16 changes, score the
+exported folder (model.path=exported train.precision=bf16) and compare with the scores of its checkpoint.
 
 Examples:
   deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores \\

@@ -1,6 +1,6 @@
-"""README.md of an exported model: what it is, what it was trained on, how good it is and how to use it.
+"""Write README.md of an exported model: what it is, its training data, its scores and how to use it.
 
-It is made to be published: it names no folder of this machine and holds no settings but those it shows.
+The card is meant to be published: it has no paths of this machine and no settings but those it shows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
 from cogvlm_ft.evaluate.fingerprint import fingerprint
-from cogvlm_ft.export.verification import Proof
+from cogvlm_ft.export.verification import Verification
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.prompt import render_prompt
 from cogvlm_ft.run_folder import RunFolder
@@ -40,7 +40,7 @@ _CARD = Template(
     """\
 # $name
 
-CogVLM, fine-tuned for visual grounding: asked in Chinese or English where something is in a photo, it answers with
+CogVLM, fine-tuned for visual grounding: asked in Chinese or English where an object is in a photo, it answers with
 boxes, such as `[[086,540,400,760]]`: thousandths of width and height, x0, y0, x1, y1 from the top left.
 
 ## Training
@@ -65,17 +65,17 @@ $evaluation
 
 ## These weights and their checkpoint
 
-$proof
+$verification
 
 ## Use
 
-With the program that trained it:
+With the program that trained the model:
 
 ```
 python launch/predict.py --model $name --image photo.jpg --prompt "$question"
 ```
 
-With transformers; cogvlm_ft knows the architecture, no code of this folder is run:
+With transformers; cogvlm_ft defines the architecture, no code of this folder is run:
 
 ```python
 import torch
@@ -96,12 +96,12 @@ print(tokenizer.decode(ids[0, len(inputs["input_ids"]) :].tolist()))
 $letterbox
 ## Licence
 
-The licence of the base model applies to these weights too, and the terms of the data that they were trained on.
+The licence of the base model also applies to these weights, and so do the terms of their training data.
 
 ## 中文说明
 
-本模型由 CogVLM 微调而来，用于视觉定位：用中文或英文问图中某物在哪里，它回答方框，
-如 `[[086,540,400,760]]`，即以左上角为原点的 x0、y0、x1、y1，单位为图宽、图高的千分之一。
+本模型由 CogVLM 微调而来，用于视觉定位：用中文或英文询问图中某个目标的位置，模型以方框作答，
+例如 `[[086,540,400,760]]`：以左上角为原点的 x0、y0、x1、y1，单位为图宽、图高的千分之一。
 
 输入为 $image_size x $image_size 像素；训练数据、指标与权重指纹见上面的表格，用法见 Use 一节。
 基座模型的许可证同样适用于这些权重，训练数据的使用条款亦然。
@@ -109,13 +109,17 @@ The licence of the base model applies to these weights too, and the terms of the
 )
 
 _LETTERBOX = """
-This model saw photos padded to a square ("letterbox"). `launch/predict.py` does that by itself; here, pad the photo
-first.
+This model was trained on images padded to a square ("letterbox"). `launch/predict.py` pads automatically; with
+transformers, pad the photo first.
 """
 
 
-def write_model_card(folder: Path, checkpoint: Path, config: Config | None, proof: Proof | None, *, name: str) -> None:
-    """After everything else in the folder, of which it states the fingerprint. config: of the run, None: not known."""
+def write_model_card(folder: Path, checkpoint: Path, config: Config | None, *, name: str) -> None:
+    """Write the card, as the last file of the folder, since it states the folder's fingerprint.
+
+    config: of the run; None if it is not known. proof.json of the folder is quoted.
+    """
+    verification = Verification.load(folder)
     state, model = read_state(checkpoint), load_config(folder)
     run = _run_facts(checkpoint)
     path = PurePosixPath(config.model.path) if config else PurePosixPath()
@@ -143,7 +147,7 @@ def write_model_card(folder: Path, checkpoint: Path, config: Config | None, proo
         "code": _code_version(vars(git_state()) if git_state() else None),
         "fingerprint": fingerprint(folder),
         "evaluation": _evaluation(checkpoint, state),
-        "proof": proof.summary() if proof else "They were not compared.",
+        "verification": verification.summary() if verification else "They were not compared.",
         "question": question,
         "letterbox": _LETTERBOX if resize_of(model) == "letterbox" else "",
     }
@@ -152,7 +156,7 @@ def write_model_card(folder: Path, checkpoint: Path, config: Config | None, proo
 
 
 def find_hub_name(path: PurePosixPath) -> str | None:
-    """owner/name on the Hugging Face hub, where a local path tells it: in the hub's cache, or owner/name as its end."""
+    """Return owner/name on the Hugging Face hub if the local path has it: in the hub's cache, or as its end."""
     for part in path.parts:
         cached = _HUB_CACHE.match(part)
         if cached:
@@ -175,7 +179,7 @@ def _front_matter(hub_name: str | None) -> str:
 
 
 def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
-    """What the training noted of itself in run.json, if that is there."""
+    """Return what the training run recorded about itself in run.json; empty without that file."""
     try:
         return dict(read_run_file(RunFolder.containing(checkpoint).path)["config"])
     except (DataError, TypeError, ValueError):
@@ -183,12 +187,12 @@ def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def _code_version(state: Mapping[str, Any] | None) -> str:
-    """Of a provenance.GitState."""
+    """Format a provenance.GitState."""
     return f"commit {state['commit']}{', changed since' if state['dirty'] else ''}" if state else UNKNOWN
 
 
 def _evaluation(checkpoint: Path, state: TrainState) -> str:
-    """A short table of what the run measured at this step."""
+    """Return a short table of the metrics at this step."""
     path = RunFolder.containing(checkpoint).evaluation(state.step) / METRICS_FILE
     try:
         metrics: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -199,4 +203,5 @@ def _evaluation(checkpoint: Path, state: TrainState) -> str:
     if not rows:
         return "None at this step."
     table = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in rows)
-    return f"Of held-out photos (split {split}), asked as in training, greedily:\n\n| | |\n|---|---|\n{table}"
+    title = f"On held-out photos (split {split}), with the prompts of training and greedy decoding:"
+    return f"{title}\n\n| | |\n|---|---|\n{table}"

@@ -62,7 +62,7 @@ def test_what_it_says(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     evaluation.mkdir(parents=True)
     (evaluation / "metrics.json").write_text(json.dumps({**metrics, "about": {"split": "val"}}))
     out = tmp_path / "exported"
-    front, text = card(checkpoint, out, "--prove", 2, "--dtype", "bf16")
+    front, text = card(checkpoint, out, "--dtype", "bf16")
     assert front["pipeline_tag"] == "image-text-to-text"
     assert front["language"] == ["zh", "en"]
     assert front["base_model"] == "THUDM/cogvlm-grounding-generalist-hf"
@@ -80,13 +80,13 @@ def test_what_it_says(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert code.startswith(f"commit fed321; commit {commit.stdout.strip()}")
     assert row(text, "`mean_iou`") == "0.6123" and row(text, "`acc@0.5`") == "0.75" and row(text, "`num_images`") == "9"
     assert "language=zh" not in text and "bleu" not in text
-    assert "proven" in text and "licence of the base model" in text and "许可证" in text
+    assert "verified: " in text and "licence of the base model" in text and "许可证" in text
     assert "$" not in text
 
 
 def test_nothing_of_this_machine_or_its_user(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    card(checkpoint, tmp_path / "exported", "--prove", 2)
+    card(checkpoint, tmp_path / "exported")
     for path in (tmp_path / "exported").rglob("*"):
         content = path.read_bytes()
         for private in (SECRET, str(tmp_path), str(REPOSITORY), str(Path.home())):
