@@ -52,6 +52,6 @@ def exit_code(work: Callable[[], int | None]) -> int:
 def paste(program: str, *arguments: object) -> str:
     """Return a command line that runs a program of launch/ with this Python, in a checkout and installed alike."""
     python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
+    if Path.cwd() in python.parents[1:]:
         python = python.relative_to(Path.cwd())
     return shlex.join([str(python), "-m", f"cogvlm_ft.launch.{program}", *map(str, arguments)])

@@ -1,8 +1,11 @@
-"""Annotations and photos -> WebDataset shards.
+"""Build WebDataset shards from annotations and images.
 
-    python shards/build.py --images photos/ --annotations instances.json --out shards_out/
+Can be stopped at any time: the same command resumes it. Exit codes: 0 built, 2 an option or the annotations cannot be
+used, 1 anything else. docs/data.md describes the formats.
 
-Can be stopped at any time: the same command goes on where it was.
+Examples:
+  python shards/build.py --images photos/ --annotations instances.json --out shards_out
+  python shards/build.py --format coco --images photos/ --annotations instances.json --out shards_out --negatives 0.2
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+try:
+    from cogvlm_ft.command_line import build_parser
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 from tqdm import tqdm
 
@@ -268,7 +277,7 @@ def _rejected(
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Annotations and photos -> WebDataset shards.", allow_abbrev=False)
+    parser = build_parser(__doc__, allow_abbrev=False)
     parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
     parser.add_argument("--annotations", type=Path, required=True, help="file or folder, as the format has it")
     parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")

@@ -1,9 +1,10 @@
-"""What is in these annotations or shards, and what is wrong with them: one page to look at, and the same as JSON.
-
-    python shards/review.py --format coco --images photos/ --annotations instances.json --out review/
-    python shards/review.py --shards shards_out/ --out review/
+"""Check annotations or shards, and write the findings as a page to look at (review.html) and as JSON.
 
 Decisions made on the page are applied by shards/build.py --decisions.
+
+Examples:
+  python shards/review.py --format coco --images photos/ --annotations instances.json --out review
+  python shards/review.py --shards shards_out --out review
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    from cogvlm_ft.command_line import build_parser
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
@@ -54,7 +61,7 @@ def summarize(found: Survey, out: Path) -> str:
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check annotations or shards.", allow_abbrev=False)
+    parser = build_parser(__doc__, allow_abbrev=False)
     parser.add_argument("--shards", type=Path, help="a folder that shards/build.py wrote; or give the next three")
     parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
     parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")

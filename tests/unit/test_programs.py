@@ -1,0 +1,123 @@
+"""Conventions of every program: --help, --version, exit codes, and what is printed outside the environment."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvlm_ft import __version__
+from cogvlm_ft.command_line import exit_code, paste
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FORMER_NAMES = {"launch/replay.py"}
+PROGRAMS = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for path in (*REPOSITORY.glob("launch/*.py"), REPOSITORY / "shards/build.py", REPOSITORY / "shards/review.py")
+    if path.stem != "__init__"
+)
+CURRENT = [program for program in PROGRAMS if program not in FORMER_NAMES]
+
+
+def main_of(program: str):  # noqa: ANN201
+    """Return the `main` of a program, imported as in an installed package."""
+    return importlib.import_module("cogvlm_ft." + program.removesuffix(".py").replace("/", ".")).main
+
+
+def printed(program: str, argument: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main_of(program)([argument])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", CURRENT)
+def test_version(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(program, "--version", capsys) == f"cogvlm-ft {__version__}\n"
+
+
+@pytest.mark.parametrize("program", CURRENT)
+def test_help_opens_with_the_purpose_and_ends_with_examples(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(program, "--help", capsys)
+    description = text.split("\n\n")[1]
+    assert re.match(r"[A-Z][a-z]+(-[a-z]+)? .*\.$", description.splitlines()[0].rstrip() + "."), description
+    examples = text.partition("\nExamples:\n")[2]
+    commands = [shlex.split(line, comments=True) for line in examples.replace("\\\n", " ").splitlines() if line.strip()]
+    assert commands, "no examples"
+    for words in commands:
+        assert words[0] in ("python", "deepspeed", "sbatch"), words
+        named = re.findall(r"(?:launch|shards)/\w+\.py", " ".join(words))
+        assert named and all((REPOSITORY / name).is_file() for name in named), words
+        assert not re.search(r"\.\.\.|\[|\]", " ".join(words)), "an example can be pasted as it is"
+
+
+@pytest.mark.parametrize("program", CURRENT)
+def test_an_unknown_option_is_a_mistake_of_the_user(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main_of(program)(["--no-such-option"])
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_outside_the_environment(program: str) -> None:
+    """As with the system's Python: started by its path, and neither this package nor its libraries are found."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "activate the environment first: source .venv/bin/activate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_program_has_an_entry_point() -> None:
+    points = dict(re.findall(r'"(cogvlm-[a-z-]+) = ([\w.]+):main"', (REPOSITORY / "setup.py").read_text("utf-8")))
+    expected = {"cogvlm_ft." + program.removesuffix(".py").replace("/", ".") for program in PROGRAMS}
+    assert set(points.values()) == expected
+    for name, module in points.items():
+        stem = module.rpartition(".")[2].replace("_", "-")
+        assert name in (f"cogvlm-{stem}", "cogvlm-build-shards"), name
+
+
+@pytest.mark.parametrize("error", [ConfigError("x: 1"), DataError("y: 2"), CheckpointError("z: 3")])
+def test_mistakes_of_the_user_are_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error
+
+    assert exit_code(fail) == 2
+    assert capsys.readouterr().err == f"{type(error).__name__}: {error}\n"
+
+
+def test_other_failures_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 // 0)
+    with pytest.raises(ModuleNotFoundError):
+        exit_code(lambda: importlib.import_module("cogvlm_ft.nosuch"))  # type: ignore[arg-type,return-value]
+
+
+def test_a_missing_library_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: importlib.import_module("no_such_library")) == 2  # type: ignore[arg-type,return-value]
+    assert "No module named 'no_such_library'; activate the environment" in capsys.readouterr().err
+
+
+def test_exit_codes_of_work() -> None:
+    assert exit_code(lambda: None) == 0 and exit_code(lambda: 1) == 1
+
+
+def test_the_former_name_of_wandb_sync(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_of("launch/replay.py")([str(tmp_path)]) == 2
+    assert "cogvlm-replay is now cogvlm-wandb-sync" in capsys.readouterr().err
+
+
+def test_commands_to_paste_run_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(paste("export", "--out", "a folder"))
+    assert command == [sys.executable, "-m", "cogvlm_ft.launch.export", "--out", "a folder"]
+    monkeypatch.chdir(Path(sys.executable).parents[1])
+    assert shlex.split(paste("best"))[0] == f"{Path(sys.executable).parent.name}/{Path(sys.executable).name}"
