@@ -25,7 +25,7 @@ PROGRAMS = sorted(
 CURRENT = [program for program in PROGRAMS if program not in FORMER_NAMES]
 
 
-def main_of(program: str):  # noqa: ANN201
+def main_of(program: str):
     """Return the `main` of a program, imported as in an installed package."""
     return importlib.import_module("cogvlm_ft." + program.removesuffix(".py").replace("/", ".")).main
 
