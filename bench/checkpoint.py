@@ -1,11 +1,11 @@
-"""Saving a checkpoint against plain writing of the same bytes to the same disk, and how long training stands still.
+"""Compare saving a checkpoint with plain writing of the same bytes, and time how long training pauses.
 
     python bench/checkpoint.py [--mib 512] [--ranks 2] [--rounds 3] [--folder runs/disk]
 
-Real ranks hold a real ZeRO-3 engine with fp32 weights of that size, twice as much of Adam's moments beside them, and
-save it with checkpoint.background=false (hashed, synced, published) and with true. "plain" is what the disk can do: the
-same bytes from memory in 16 MiB parts and one fsync, on all ranks at once. Stall is what training waits for: the copy
-into host memory. The first save in the background takes that memory, later ones use it again; both are shown.
+Real ranks with a ZeRO-3 engine, fp32 weights of the given size and Adam's moments (twice as much) save a checkpoint
+with checkpoint.background=false (hashed, synced, published) and with true. "plain" is the speed of the disk: the same
+bytes from memory in 16 MiB parts and one fsync, on all ranks at once. "stall" is the pause of training, for the copy
+into host memory. The first background save allocates that memory and later ones reuse it; both are printed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ IMAGE_PX = 56
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512, help="of fp32 weights; a checkpoint has three times as much")
+    parser.add_argument("--mib", type=int, default=512, help="size of the fp32 weights; a checkpoint has 3 times that")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: a temporary folder)")
     args = parser.parse_args()
     if "RANK" in os.environ:
         return measure(args.folder, args.mib << 20, args.rounds)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measure(folder: Path, weight_bytes: int, rounds: int) -> None:
-    """Runs on every rank."""
+    """Measure all ways of saving; collective."""
     init_distributed()
     engine = make_engine(folder, weight_bytes)
     num_bytes = sum(spec.num_bytes for spec in local_specs(engine))
@@ -65,7 +65,7 @@ def measure(folder: Path, weight_bytes: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in ("plain", "blocking", "background", "stall")}
     ways = ["plain", "blocking", "background"]
     for step in range(1, rounds + 1):
-        ways = [*ways[1:], ways[0]]  # another one is first every time
+        ways = [*ways[1:], ways[0]]  # a different one is first in each round
         for way in ways:
             remove(folder)
             if way == "plain":
@@ -81,7 +81,7 @@ def measure(folder: Path, weight_bytes: int, rounds: int) -> None:
 
 
 def make_engine(folder: Path, weight_bytes: int) -> Any:
-    """With random weights, and Adam's moments after one step."""
+    """Build an engine with random weights, and with Adam's moments after one step."""
     sizes = [count_bytes(model_config(512, num_layers)) for num_layers in (1, 2)]
     config = model_config(512, max(1, 1 + round((weight_bytes - sizes[0]) / (sizes[1] - sizes[0]))))
     config = config.at_image_size(IMAGE_PX)
@@ -121,7 +121,7 @@ def write_plainly(path: Path, content: memoryview) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds until the slowest rank is done."""
+    """Return the seconds until the slowest rank is done; collective."""
     barrier()
     began = time.perf_counter()
     work()
@@ -144,11 +144,9 @@ def report(seconds: dict[str, list[float]], rank_bytes: int) -> None:
     first, later = seconds["stall"][0], median(seconds["stall"][1:] or seconds["stall"])
     print(f"{gib:.2f} GiB per rank, median of {len(seconds['plain'])} rounds")
     print(f"plain writing      {plain:6.2f} s  {gib / plain:5.2f} GiB/s per rank")
-    print(
-        f"whole save         {blocking:6.2f} s  {gib / blocking:5.2f} GiB/s per rank, {plain / blocking:.2f} of plain"
-    )
-    print(f"in the background  {total:6.2f} s  {gib / total:5.2f} GiB/s per rank, {plain / total:.2f} of plain")
-    print(f"stall              {later:6.2f} s  {later / blocking:.2f} of a whole save (the first time {first:.2f} s)")
+    print(f"whole save         {blocking:6.2f} s  {gib / blocking:5.2f} GiB/s per rank, {plain / blocking:.2f} x plain")
+    print(f"in the background  {total:6.2f} s  {gib / total:5.2f} GiB/s per rank, {plain / total:.2f} x plain")
+    print(f"stall              {later:6.2f} s  {later / blocking:.2f} x a whole save (first time {first:.2f} s)")
 
 
 if __name__ == "__main__":

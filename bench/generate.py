@@ -1,10 +1,10 @@
-"""Answers to K questions about each image together, against one by one: the same questions, each with its own pass.
+"""Compare answering K questions about an image together with answering them one at a time.
 
     python bench/generate.py [--turns 1 8] [--images 1] [--new-tokens 32] [--rounds 3] [--threads 2]
 
-Both sides share the weights, decode greedily with a cache, in fp32, and take turns. One by one, every question has a
-pass over its image and prompt, then one for each new token. Prints ratios, whether all ids are equal, and what the keys
-and values take of memory on either side if the questions of an image are answered at the same time.
+Both sides use the same weights, decode greedily with a cache in fp32, and alternate. One at a time, each question has
+its own pass over image and prompt, then one pass per new token. Prints ratios, the number of equal answers, and the
+size of the KV cache on both sides if all questions of an image are answered at the same time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from train_step import CONFIG  # the middle-sized model, the same in both
+from train_step import CONFIG  # the same model in both benchmarks
 from transformers.cache_utils import DynamicCache
 
 from cogvlm_ft.evaluate.generate import generate_answers
@@ -27,7 +27,7 @@ PROMPT_TOKENS = 16
 
 
 class Numbers:
-    """A tokenizer that the benchmark needs no file for: a text is its ids. A random model never says eos."""
+    """A tokenizer that needs no file: a text is its ids. No token is eos."""
 
     bos_token_id, eos_token_id = 1, -1
     digits = {3 + digit: digit for digit in range(10)}
@@ -75,12 +75,12 @@ def compare(model: CogVLMForCausalLM, num_images: int, num_turns: int, num_new: 
     shared, plain = (num_answers / statistics.median(seconds[name]) for name in sides)
     pairs = [pair for rows in zip(*answers.values(), strict=True) for pair in zip(*rows, strict=True)]
     num_equal = sum(a == b for a, b in pairs)
-    print(f"{num_images} image(s) x K = {num_turns} turns, {num_new} new tokens each")
+    print(f"images: {num_images}, K = {num_turns} turns each, {num_new} new tokens per turn")
     print(f"  turns per second   {shared / plain:.2f} x ({shared:.2f} / {plain:.2f})")
     print(f"  answers equal      {num_equal} of {num_answers}")
     slots = PREFIX + num_turns * (PROMPT_TOKENS + num_new), num_turns * (PREFIX + PROMPT_TOKENS + num_new)
     mib = [2 * 4 * CONFIG.num_hidden_layers * CONFIG.hidden_size * n * num_images / 2**20 for n in slots]
-    print(f"  keys and values    {mib[0] / mib[1]:.2f} x ({mib[0]:.0f} / {mib[1]:.0f} MiB)", flush=True)
+    print(f"  KV cache           {mib[0] / mib[1]:.2f} x ({mib[0]:.0f} / {mib[1]:.0f} MiB)", flush=True)
 
 
 def together(

@@ -1,13 +1,13 @@
-"""Forward and backward of layers in their real sizes on one CUDA GPU: speed and memory.
+"""Measure speed and memory of forward and backward on one CUDA GPU, with layers of the 17B model.
 
     python bench/gpu.py [--precisions fp32 tf32 bf16] [--turns 1 8] [--image-sizes 490 980] [--rounds 10]
-    python bench/gpu.py --device cpu --tiny        tries its own code without a GPU; the numbers mean nothing
+    python bench/gpu.py --device cpu --tiny        tests the program without a GPU; ignore the figures
 
-A few language layers (hidden 4096, intermediate 11008) and vision layers (1792, 15360) of the 17B model, with adaptor,
-embeddings and lm_head, one photo with K turns of 48 tokens. FLOPs are those of the model, not what checkpointing
-computes again: experts as routed, the vision tower once, causal attention halved, backward twice forward. MFU is their
-share of the data sheet's dense peak, "of matmul" their share of what this GPU reaches in one large product in the same
-run. The optimizer is left out: in a training it is spread over the GPUs.
+The model has a few language layers (hidden 4096, intermediate 11008) and vision layers (1792, 15360) of the 17B model,
+with adaptor, embeddings and lm_head. The input is one image with K turns of 48 tokens. FLOPs are those of the model,
+without recomputation: experts as routed, the vision tower once, causal attention halved, backward twice forward. MFU is
+the fraction of the data sheet's dense peak; "of matmul" is the fraction of the speed of one large product in the same
+run. The optimizer is not included, because in a training run it is partitioned over the GPUs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_che
 from cogvlm_ft.model.layout import image_span
 from cogvlm_ft.planning.activations import MicroBatchShape, peak_of, probe_stages
 
-NUM_LANGUAGE_LAYERS, NUM_VISION_LAYERS = 2, 4  # nearly the model's 32 to 63
+NUM_LANGUAGE_LAYERS, NUM_VISION_LAYERS = 2, 4  # close to the ratio of the model, 32 to 63
 PROMPT_TOKENS, ANSWER_TOKENS = 24, 24
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINTING = ("none", "all")
-# Dense TFLOP/s of the data sheets, SXM versions; the first name that is part of the GPU's.
+# Dense TFLOP/s from the data sheets, SXM versions. The first key contained in the name of the GPU is used.
 DATA_SHEETS: dict[str, dict[str, float]] = {
     "H200": {"fp32": 67, "tf32": 495, "bf16": 989},
     "H100": {"fp32": 67, "tf32": 495, "bf16": 989},
@@ -55,9 +55,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: the median step. flops: of the model. peak_bytes, activation_bytes: 0 where they cannot be measured.
+    """One measured case.
 
-    activation_bytes: above weights and gradients; planned_bytes is what launch/plan.py would say for them.
+    seconds: median of a step. flops: of the model. peak_bytes, activation_bytes: 0 on CPU, where they are not measured.
+    activation_bytes: above weights and gradients. planned_bytes: the estimate of launch/plan.py for them.
     """
 
     seconds: float
@@ -70,15 +71,15 @@ class Measured:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="layers and photos of toy size")
+    parser.add_argument("--tiny", action="store_true", help="tiny layers and images")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--image-sizes", type=int, nargs="+", help="pixels; default 490 980, tiny 28 56")
+    parser.add_argument("--image-sizes", type=int, nargs="+", help="px (default: 490 980; with --tiny 28 56)")
     parser.add_argument("--checkpointing", nargs="+", default=list(CHECKPOINTING))
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("bench/gpu.py: there is no CUDA GPU here, so nothing was measured")
+        print("bench/gpu.py: no CUDA GPU found; nothing was measured")
         return
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -117,7 +118,7 @@ def tiny_config() -> CogVLMConfig:
 
 @contextmanager
 def math_of(precision: str) -> Iterator[None]:
-    """TF32 products allowed, or not, as train.tf32 does it."""
+    """Allow or forbid TF32 products, as train.tf32 does."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
@@ -139,7 +140,7 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int) -> f
 
 
 def measure_or_none(model: CogVLMForCausalLM, config: CogVLMConfig, case: Case, rounds: int) -> Measured | None:
-    """None if the GPU is too small for this case."""
+    """Measure a case; return None if it does not fit on the GPU."""
     try:
         return measure(model, config, case, rounds)
     except torch.OutOfMemoryError:
@@ -177,14 +178,14 @@ def measure(model: CogVLMForCausalLM, config: CogVLMConfig, case: Case, rounds: 
     if device.type != "cuda":
         return Measured(seconds, flops, 0, 0, planned)
     torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)  # weights and, since the first step, their gradients
+    held = torch.cuda.memory_allocated(device)  # weights and, after the first step, their gradients
     step()
     peak = torch.cuda.max_memory_allocated(device)
     return Measured(seconds, flops, peak, peak - held, planned)
 
 
 def planned_bytes(config: CogVLMConfig, case: Case) -> int:
-    """What the planner expects of activations and the layer at work, at the moment when they take most."""
+    """Return the peak that the planner estimates for activations and the current layer."""
     with torch.device("meta"):
         model = CogVLMForCausalLM(config)
     nn.Module.to(model, DTYPES[case.precision])
@@ -195,7 +196,7 @@ def planned_bytes(config: CogVLMConfig, case: Case) -> int:
 
 
 def resized(model: CogVLMForCausalLM, config: CogVLMConfig) -> CogVLMForCausalLM:
-    """The same layers for another image size: only the position table is made anew."""
+    """Change the image size: replace the position table, keep all other layers."""
     embedding = model.model.vision.patch_embedding
     old = embedding.position_embedding.weight
     table = nn.Embedding(config.vision["num_positions"], old.shape[1], device=old.device, dtype=old.dtype)
@@ -205,7 +206,7 @@ def resized(model: CogVLMForCausalLM, config: CogVLMConfig) -> CogVLMForCausalLM
 
 
 def batch_of(config: CogVLMConfig, num_turns: int) -> Batch:
-    """One photo with turns of random words."""
+    """Return a batch of one image with `num_turns` turns."""
     turns = [Turn(words(f"q{k}", PROMPT_TOKENS), words(f"a{k}", ANSWER_TOKENS - 1)) for k in range(num_turns)]
     image = torch.randn(config.vision["in_channels"], config.image_size, config.image_size)
     return collate(
@@ -222,7 +223,7 @@ def words(start: str, count: int) -> str:
 
 
 class Words:
-    """A tokenizer without a file: every word is an id."""
+    """A tokenizer that needs no file: every word is an id."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -234,7 +235,7 @@ class Words:
 
 
 def step_flops(model: CogVLMForCausalLM, batch: Batch, config: CogVLMConfig) -> float:
-    """Of forward and backward: 6 for every weight and row through it, 12 for every attention dimension and pair."""
+    """Count FLOPs of forward and backward: 6 per weight and row, 12 per attention dimension and pair of positions."""
     linear = 0
 
     def count(module: nn.Linear, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
@@ -262,7 +263,7 @@ def step_flops(model: CogVLMForCausalLM, batch: Batch, config: CogVLMConfig) -> 
 
 
 def median_seconds(action: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Of one call, after two to warm up."""
+    """Return the median seconds of a call, after two warm-up calls."""
     times = []
     for number in range(rounds + 2):
         synchronize(device)
@@ -291,12 +292,10 @@ def report(case: Case, measured: Measured | None, gpu: str, matmul_peak: float) 
         f"{start} {measured.seconds * 1e3:8.1f} ms, {case.num_turns / measured.seconds:7.1f} turns/s, "
         f"{per_s / 1e12:7.2f} TFLOP/s, MFU {mfu}, of matmul {per_s / matmul_peak:.2f}"
     )
-    planned = f"planned {measured.planned_bytes / 2**30:.3f} GiB"
+    planned = f"estimated {measured.planned_bytes / 2**30:.3f} GiB"
     if measured.peak_bytes:
-        line += (
-            f", peak {measured.peak_bytes / 2**30:.2f} GiB, of it activations {measured.activation_bytes / 2**30:.3f}"
-        )
-        planned += f" ({measured.activation_bytes / measured.planned_bytes:.2f} of it measured)"
+        line += f", peak {measured.peak_bytes / 2**30:.2f} GiB, activations {measured.activation_bytes / 2**30:.3f}"
+        planned += f" (measured: {measured.activation_bytes / measured.planned_bytes:.2f} times that)"
     print(f"{line}, {planned}", flush=True)
 
 

@@ -1,11 +1,11 @@
-"""Loading a model folder under ZeRO-3: our way against transformers' `from_pretrained`, in one run.
+"""Compare loading a model folder under ZeRO-3 with transformers' `from_pretrained`.
 
     python bench/loading.py [--mib 2048] [--ranks 2] [--rounds 1]
 
-Makes a random fp32 model folder of several safetensors files and reads it from disk on real ranks, each time in new
-processes. Memory is anonymous memory (RssAnon of /proc/self/status) above what the imports took, sampled every 2 ms:
-pages of a mapped file are the system's to take back and are listed apart. Bytes read are those of the slices that were
-asked for. `from_pretrained` needs accelerate: pip install -c constraints.txt -e ".[bench]"
+Writes a random fp32 model folder of several safetensors files and reads it from disk on real ranks, each time in new
+processes. Memory is anonymous memory (RssAnon of /proc/self/status) above its value after the imports, sampled every
+2 ms; pages of mapped files, which the system can reclaim, are listed separately. Bytes read are those of the requested
+slices. `from_pretrained` needs accelerate: pip install -c constraints.txt -e ".[bench]"
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--folder", type=Path, help="where it is written; default a temporary folder")
-    parser.add_argument("--load", choices=WAYS, help="one rank's work; the program starts itself with it")
+    parser.add_argument("--folder", type=Path, help="where the model folder is written (default: a temporary folder)")
+    parser.add_argument("--load", choices=WAYS, help="run as one rank; set by the program itself")
     args = parser.parse_args()
     if args.load:
         return load(args.load, args.folder, args.ranks)
@@ -60,13 +60,13 @@ def main() -> None:
         for _ in range(args.rounds):
             report({way: run_ranks(way, folder, args.ranks) for way in ways}, checkpoint_bytes)
     if ways != args.ways:
-        print('from_pretrained was not measured: pip install -c constraints.txt -e ".[bench]"')
+        print('from_pretrained was not measured: accelerate is missing. pip install -c constraints.txt -e ".[bench]"')
     return None
 
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """Made when it is read."""
+    """A tensor that is generated when it is read."""
 
     shape: torch.Size
 
@@ -75,7 +75,7 @@ class RandomTensor:
 
 
 def make_folder(folder: Path, num_bytes: int) -> int:
-    """config.json and some files of random weights; as many layers as the size allows. Returns the bytes of weights."""
+    """Write config.json and files of random weights, with as many layers as fit; return the bytes of the weights."""
     size = 1024 if num_bytes >= 1 << 30 else 256
     sizes = [count_bytes(model_config(size, num_layers)) for num_layers in (1, 2)]
     config = model_config(size, max(1, 1 + round((num_bytes - sizes[0]) / (sizes[1] - sizes[0]))))
@@ -109,7 +109,7 @@ def count_bytes(config: CogVLMConfig) -> int:
 
 
 def run_ranks(way: str, folder: Path, num_ranks: int) -> list[dict[str, Any]]:
-    """What every rank measured, in rank order."""
+    """Load the folder on new ranks; return the measurement of each, in rank order."""
     for path in folder.glob("*.safetensors"):
         forget(path)
     with socket.socket() as probe:
@@ -138,7 +138,7 @@ def run_ranks(way: str, folder: Path, num_ranks: int) -> list[dict[str, Any]]:
 
 
 def forget(path: Path) -> None:
-    """Drop what the operating system keeps of this file in memory."""
+    """Remove this file from the page cache."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -147,10 +147,10 @@ def forget(path: Path) -> None:
 
 
 def load(way: str, folder: Path, num_ranks: int) -> None:
-    """Runs on every rank; the last line is the measurement as JSON."""
+    """Load the folder on this rank and print the measurement as the last line, in JSON; collective."""
     init_distributed()
-    wanted = [f"model.path={folder}", "data.shards=none", "output_dir=none", f"train.global_batch_size={num_ranks}"]
-    settings = deepspeed_settings(load_settings(None, wanted))
+    overrides = [f"model.path={folder}", "data.shards=none", "output_dir=none", f"train.global_batch_size={num_ranks}"]
+    settings = deepspeed_settings(load_settings(None, overrides))
     if way == "transformers":  # imports come before the baseline
         import accelerate  # noqa: F401
         import transformers.integrations.deepspeed  # noqa: F401
@@ -179,7 +179,7 @@ def load(way: str, folder: Path, num_ranks: int) -> None:
 
 
 def load_ours(folder: Path, settings: dict[str, Any]) -> tuple[Any, int]:
-    """As build.py does it, counting the bytes of the slices."""
+    """Load as build.py does; return the model and the bytes of the slices read."""
     bytes_read = 0
     with initialization.no_init_weights(), partitioned(settings):
         model = CogVLMForCausalLM(load_config(folder))
@@ -200,7 +200,7 @@ def load_ours(folder: Path, settings: dict[str, Any]) -> tuple[Any, int]:
 
 
 def load_with_transformers(folder: Path, settings: dict[str, Any]) -> Any:
-    """`from_pretrained` under ZeRO-3, as its documentation says."""
+    """Load with `from_pretrained` under ZeRO-3, as its documentation describes."""
     from transformers.integrations import HfDeepSpeedConfig
 
     alive = HfDeepSpeedConfig(settings)
@@ -210,7 +210,7 @@ def load_with_transformers(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 class Memory:
-    """Peaks above what there was at the start, bytes: RssAnon and RssFile of this process."""
+    """Peak RssAnon and RssFile of this process in bytes, above their values at the start."""
 
     def __init__(self) -> None:
         self.peak = {"RssAnon": 0, "RssFile": 0}
@@ -242,7 +242,7 @@ def resident_bytes() -> dict[str, int]:
 
 
 def report(measured: dict[str, list[dict[str, Any]]], checkpoint_bytes: int) -> None:
-    """A line for each rank of each way, then the ratios."""
+    """Print a line for each rank of each way, then the ratios."""
     for way, ranks in measured.items():
         for number, one in enumerate(ranks):
             print(
@@ -252,22 +252,22 @@ def report(measured: dict[str, list[dict[str, Any]]], checkpoint_bytes: int) -> 
     if "ours" not in measured:
         return
     ours = measured["ours"]
-    share = max(one["anonymous_bytes"] / (1.25 * one["partition_bytes"] + one["largest_bytes"]) for one in ours)
+    fraction = max(one["anonymous_bytes"] / (1.25 * one["partition_bytes"] + one["largest_bytes"]) for one in ours)
     peak = max(one["anonymous_bytes"] for one in ours)
     print(f"partition {mib(ours[0]['partition_bytes'])} MiB, largest tensor {mib(ours[0]['largest_bytes'])} MiB")
     print(
-        f"our peak is {peak / ours[0]['partition_bytes']:.2f} partitions, {share:.2f} of 1.25 partitions + the largest "
-        "tensor (target 1.00)"
+        f"our peak: {peak / ours[0]['partition_bytes']:.2f} partitions; {fraction:.2f} x (1.25 partitions + largest "
+        "tensor), target 1.00"
     )
     read = sum(one["bytes_read"] for one in ours)
-    print(f"bytes read over all ranks: {read / checkpoint_bytes:.4f} checkpoints (target about 1)")
+    print(f"bytes read over all ranks: {read / checkpoint_bytes:.4f} checkpoints (target 1)")
     if "transformers" in measured:
         theirs = measured["transformers"]
         slower = max(one["seconds"] for one in theirs) / max(one["seconds"] for one in ours)
         larger = max(one["anonymous_bytes"] for one in theirs) / peak
         same = abs(ours[0]["checksum"] - theirs[0]["checksum"]) < 1e-9 * ours[0]["checksum"]
         print(f"from_pretrained takes {slower:.2f} x our time and {larger:.2f} x our memory")
-        print(f"both hold the same weights: {'yes' if same else 'NO'}")
+        print(f"both loaded the same weights: {'yes' if same else 'NO'}")
 
 
 def mib(num_bytes: int) -> str:

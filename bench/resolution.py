@@ -1,14 +1,13 @@
-"""What raising the resolution gives small targets: one start, then as many steps at 8 px and at 16 px.
+"""Compare training at a low and at a higher resolution on targets smaller than one patch.
 
     python bench/resolution.py [--low 8] [--high 16] [--steps 1600] [--before 0] [--scenes 13000]
 
-The demo's scenes are 32 px wide, their things 12 or 16; in a model input of 8 px each of these is smaller than one
-patch of 8 px. From the demo's start model launch/train.py makes two trainings with the same photos, questions, steps
-and learning rates: one at the low resolution, one with `model.image_size` raised and the interpolated position table.
-With --before N the start is trained at the low resolution for N steps first. Takes about 20 minutes of one core.
+The demo's scenes are 32 px wide and their objects 12 or 16 px. In a model input of 8 px each object is smaller than one
+patch of 8 px. launch/train.py runs twice from the demo's start model with the same photos, questions, steps and
+learning rates: once at the low resolution, once with a higher `model.image_size` and the interpolated position table.
+--before N first trains the start model at the low resolution for N steps. Takes about 20 minutes on one core.
 
-A table of few positions has little to interpolate from: a start that was trained on one patch is nearly blind on four,
-and has to unlearn.
+A position table of one patch cannot be interpolated: a model trained on one patch must relearn positions for four.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ CONFIG = "configs/demo.yaml"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--low", type=int, default=8, help="px, a multiple of 8")
-    parser.add_argument("--high", type=int, default=16, help="px, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=1600, help="of either training")
-    parser.add_argument("--before", type=int, default=0, help="steps of a training of the start, at the low resolution")
+    parser.add_argument("--low", type=int, default=8, help="low resolution in px, a multiple of 8")
+    parser.add_argument("--high", type=int, default=16, help="higher resolution in px, a multiple of 8")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of each run")
+    parser.add_argument("--before", type=int, default=0, help="steps at the low resolution before both runs")
     parser.add_argument("--scenes", type=int, default=13000)
-    parser.add_argument("--out", type=Path, help="folder to keep; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="folder for all outputs (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.out or Path(temporary)).resolve()
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def make_data(folder: Path, num_scenes: int) -> tuple[Path, Path]:
-    """(shards, a random model), as the demo makes them."""
+    """Make shards and a random model as the demo does; return both folders."""
     code = (
         "import sys; from pathlib import Path; from cogvlm_ft.launch import demo; "
         "from cogvlm_ft.config import load_config; "
@@ -66,7 +65,7 @@ def make_data(folder: Path, num_scenes: int) -> tuple[Path, Path]:
 
 
 def train(out: Path, shards: Path, model: Path, size_px: int, num_steps: int) -> Path:
-    """The folder of the exported model."""
+    """Train and export; return the folder of the exported model."""
     settings = {
         "output_dir": out,
         "data.shards": shards,
@@ -83,7 +82,7 @@ def train(out: Path, shards: Path, model: Path, size_px: int, num_steps: int) ->
 
 
 def run(arguments: list[object]) -> None:
-    # One thread: matrices this small gain nothing from more.
+    # One thread: matrices this small do not benefit from more.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True)
     if done.returncode:
@@ -91,13 +90,13 @@ def run(arguments: list[object]) -> None:
 
 
 def evaluations(run_folder: Path) -> list[Path]:
-    """Before the first step, and after the last."""
+    """Return the evaluations before the first step and after the last."""
     found = sorted((run_folder / "evaluations").glob("step-*"))
     return [found[0], found[-1]]
 
 
 def accuracy(evaluation: Path, low_px: int) -> float:
-    """acc@0.5 of things smaller than one patch at the low resolution."""
+    """Return acc@0.5 of targets smaller than one patch at the low resolution."""
     hits = []
     for line in (evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

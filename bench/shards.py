@@ -1,8 +1,8 @@
-"""Building and reading of shards, against `tar` and against a bare Pillow loop in the same run.
+"""Compare building shards with `tar`, and reading them with a plain Pillow loop.
 
     python bench/shards.py [--mib 2048] [--rounds 3] [--records 100000] [--photos FOLDER]
 
-Prints ratios. Both sides of a ratio take turns, so that a busy machine slows both.
+Prints ratios. The two sides of a ratio alternate, so that other load slows both.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ NUM_WORKERS = len(os.sched_getaffinity(0))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=REAL_PHOTOS, help="folder with .jpg and .png files")
-    parser.add_argument("--mib", type=int, default=2048, help="photos are repeated up to this size")
+    parser.add_argument("--mib", type=int, default=2048, help="repeat the photos up to this size")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-read", type=int, default=400, help="photos that are decoded in each round")
-    parser.add_argument("--records", type=int, default=100_000, help="of the memory measurement; 0 leaves it out")
+    parser.add_argument("--num-read", type=int, default=400, help="photos decoded in each round")
+    parser.add_argument("--records", type=int, default=100_000, help="records of the memory measurement; 0 skips it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -51,10 +51,10 @@ def main() -> None:
 
 
 def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
-    """Copies of the real photos under new names, and x.jsonl beside them with one box for each."""
+    """Copy the photos under new names and write x.jsonl with one box for each; return the names."""
     photos = sorted(path for path in source.rglob("*") if path.suffix in (".jpg", ".png"))
     if not photos:
-        sys.exit(f"{source} holds no .jpg or .png: --photos FOLDER")
+        sys.exit(f"{source}: found no .jpg or .png file. Name a folder of photos with --photos.")
     folder.mkdir()
     names: list[str] = []
     lines, size = [], 0
@@ -63,7 +63,7 @@ def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
         names.append(f"{len(names):06d}{photo.suffix}")
         shutil.copyfile(photo, folder / names[-1])
         size += photo.stat().st_size
-        targets = [{"phrase": "the thing in the corner", "boxes": [[0, 0, 20, 20]]}]
+        targets = [{"phrase": "the object in the corner", "boxes": [[0, 0, 20, 20]]}]
         lines.append(json.dumps({"image": names[-1], "targets": targets}))
     (folder.parent / "x.jsonl").write_text("\n".join(lines))
     print(f"{len(names)} photos of {size / len(names) / 1024:.0f} KiB, {NUM_WORKERS} workers")
@@ -71,7 +71,7 @@ def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
 
 
 def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
-    """The whole command, from its start to its end."""
+    """Time the complete commands."""
     (folder / "names").write_text("\n".join(names))
     tar = ["tar", "-cf", str(folder / "plain.tar"), "-C", str(folder / "photos"), "-T", str(folder / "names")]
     build = [sys.executable, "-m", "cogvlm_ft.shards.build", "--format", "jsonl", "--images", str(folder / "photos")]
@@ -82,13 +82,13 @@ def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
         return lambda: subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
 
     def start_clean() -> None:
-        """Both write new files: to free the space of old ones is no part of the work."""
+        """Remove the output of both, so that deleting old files is not timed."""
         (folder / "plain.tar").unlink(missing_ok=True)
         shutil.rmtree(folder / "shards", ignore_errors=True)
         os.sync()
 
     def start_from_disk() -> None:
-        """As with photos that nobody has read lately, or that are more than memory holds."""
+        """Remove the photos from the page cache too, as for a data set larger than memory."""
         start_clean()
         for name in names:
             forget(folder / "photos" / name)
@@ -96,12 +96,12 @@ def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
     sides = {"tar": run(tar), "build": run(build)}
     for where, before in (("disk", start_from_disk), ("memory", start_clean)):
         seconds = take_turns(sides, rounds, before=before)
-        measured = f"{ratio(seconds['build'], seconds['tar'])} of the time of tar (target 1.3)"
+        measured = f"{ratio(seconds['build'], seconds['tar'])} x the time of tar (target 1.3)"
         print(f"build, photos in {where:<12}{measured}", flush=True)
 
 
 def bench_read(folder: Path, names: Sequence[str], rounds: int) -> None:
-    """Decode and resize, by ShardReader and by a loop that opens the files."""
+    """Time decoding and resizing with ShardReader and with a loop that opens the files."""
     index = load_index(folder / "shards", "train")
     by_key = {index.key(i): i for i in range(len(index))}
     chosen = [by_key[name.rpartition(".")[0]] for name in names]
@@ -112,12 +112,12 @@ def bench_read(folder: Path, names: Sequence[str], rounds: int) -> None:
         }
         seconds = take_turns(sides, rounds)
     print(
-        f"ShardReader + resize         {ratio(seconds['bare'], seconds['reader'])} of the speed of Pillow (target 0.9)"
+        f"ShardReader + resize         {ratio(seconds['bare'], seconds['reader'])} x the speed of Pillow (target 0.9)"
     )
 
 
 def bench_memory_of_reading(folder: Path, num_samples: int) -> None:
-    """Ten epochs in one process."""
+    """Print the resident memory of one process after one and after ten epochs."""
     _start_worker(folder)
     used = []
     for _ in range(10):
@@ -128,7 +128,7 @@ def bench_memory_of_reading(folder: Path, num_samples: int) -> None:
 
 
 def bench_memory_of_building(folder: Path, num_records: int) -> None:
-    """Peak of the main process for a fifth of the records and for all; tiny images, so that records are what counts."""
+    """Print the peak memory of the main process for a fifth of the records and for all, with tiny images."""
     code = (
         "import resource, sys; from cogvlm_ft.shards.build import main; failed = main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(failed)"
@@ -155,7 +155,7 @@ def bench_memory_of_building(folder: Path, num_records: int) -> None:
 def take_turns(
     sides: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each, after one round to warm up. before: what is done before each, not counted."""
+    """Return the seconds of each side per round after a warm-up round; `before` precedes each and is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, action in sides.items():
@@ -168,7 +168,7 @@ def take_turns(
 
 
 def forget(path: Path) -> None:
-    """Drop what the operating system keeps of this file in memory."""
+    """Remove this file from the page cache."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -177,7 +177,7 @@ def forget(path: Path) -> None:
 
 
 def ratio(above: list[float], below: list[float]) -> str:
-    """Of the medians, and the medians."""
+    """Format the ratio of the medians, and the medians."""
     a, b = statistics.median(above), statistics.median(below)
     return f"{a / b:.2f} ({a:.2f} s / {b:.2f} s)"
 

@@ -1,11 +1,11 @@
-"""What tracking costs: training steps with and without it, in the same run.
+"""Compare training steps with and without tracking.
 
     python bench/tracking.py [--step-s 0.2] [--steps 20] [--rounds 10]
 
-A step is torch work on all cores for about --step-s seconds, as long as a real one or shorter. Blocks of --steps steps
-with tracking (metrics.jsonl and a real offline W&B run, as many values as a training logs) and without it take turns,
-so that a busy machine slows both. Prints the ratio of the medians and how long logging keeps a step waiting. Then what
-an evaluation shows, which happens once per epoch.
+A step is torch work on all cores for about --step-s seconds. Blocks of --steps steps with tracking (metrics.jsonl and
+an offline W&B run, with as many values as a training run logs) and without it alternate, so that other load slows both.
+Prints the ratio of the medians, the time that logging adds to a step, and the time to log an evaluation, which happens
+once per epoch.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NUM_METRICS, NUM_PHOTOS = 400, 24  # of an evaluation with all its breakdowns
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step-s", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=20, help="of a block")
-    parser.add_argument("--rounds", type=int, default=10, help="blocks of each side")
+    parser.add_argument("--steps", type=int, default=20, help="steps per block")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks per side")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tracker = Tracker(folder, mode="offline", config={"seed": 0})
         if not tracker.wandb.is_recording:
-            raise SystemExit("W&B did not start, so there is nothing to measure")
+            raise SystemExit("W&B did not start; nothing was measured")
         bench_steps(tracker, args.step_s, args.steps, args.rounds)
         bench_evaluation(tracker, Path(folder))
 
@@ -50,7 +50,7 @@ def bench_steps(tracker: Tracker, step_s: float, num_steps: int, rounds: int) ->
     matrix = torch.randn(SIDE, SIDE)
     repeats = max(1, round(step_s / min(timed_step(matrix, 20) / 20 for _ in range(5))))
     timed_step(matrix, repeats)
-    tracker.log_train(0, VALUES)  # the first one takes longer: wandb loads parts of itself
+    tracker.log_train(0, VALUES)  # the first call is slower: wandb imports more modules
     plain: list[float] = []
     tracked: list[float] = []
     logging: list[float] = []
@@ -73,7 +73,7 @@ def bench_steps(tracker: Tracker, step_s: float, num_steps: int, rounds: int) ->
         f"{sum(logging) / sum(plain):.3%} of the step time"
     )
     print(
-        f"  of that work     {statistics.mean(working) * 1e3:.3f} ms mean, {sum(working) / sum(plain):.3%}; "
+        f"  of that CPU time {statistics.mean(working) * 1e3:.3f} ms mean, {sum(working) / sum(plain):.3%}; "
         "the rest is waiting for a core"
     )
 
@@ -86,7 +86,7 @@ def timed_step(matrix: torch.Tensor, repeats: int) -> float:
 
 
 def bench_evaluation(tracker: Tracker, folder: Path) -> None:
-    """The values, photos and predictions of one evaluation, beyond asking the model."""
+    """Time the logging of the values, photos and predictions of one evaluation."""
     Image.effect_noise((1280, 960), 60).convert("RGB").save(folder / "photo.jpg", quality=90)
     boxes = [((10.0 * n, 10.0, 10.0 * n + 50, 90.0), "the red car on the left") for n in range(5)]
     answers = [(box, label, True) for box, label in boxes]
@@ -99,7 +99,7 @@ def bench_evaluation(tracker: Tracker, folder: Path) -> None:
     waited = time.perf_counter() - start
     tracker.finish()
     print(
-        f"an evaluation      {waited:.2f} s of waiting, {time.perf_counter() - start:.2f} s until it is recorded: "
+        f"an evaluation      {waited:.2f} s of waiting, {time.perf_counter() - start:.2f} s until recorded: "
         f"{NUM_METRICS} values, {NUM_PHOTOS} photos, {MAX_TABLE_ROWS} rows"
     )
 

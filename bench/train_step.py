@@ -1,11 +1,11 @@
-"""A training step with K turns behind one image, against the plain way: the same turns, one sequence each.
+"""Compare a training step that shares one image prefix among K turns with one sequence per turn.
 
     python bench/train_step.py [--turns 1 8] [--rounds 3] [--threads 2]
 
-Both ways share the weights and the samples and take turns. The plain way marks images by a boolean mask, masks padding
-by a dense [L, L] mask and computes all logits; it is what the published code does. Forward and backward are timed, in
-fp32. Prints ratios, the peak memory of both above the weights, and the share of the speed that the machine has in
-matrix products of the very shapes of the step.
+Both sides use the same weights and samples and alternate. The plain side does what the published code does: it marks
+images with a boolean mask, masks padding with a dense [L, L] mask and computes all logits. Forward and backward are
+timed in fp32. Prints ratios, the peak memory above the weights, and the fraction of the speed that this machine reaches
+in matrix products of the same shapes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 24, 24
 
 
 class Words:
-    """A tokenizer that the benchmark needs no file for: every word is an id."""
+    """A tokenizer that needs no file: every word is an id."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -79,12 +79,12 @@ def compare(model: CogVLMForCausalLM, num_turns: int, rounds: int) -> None:
         for name, side in sides.items():
             seconds[name].append(time_of(model, side))
     shared, plain = (statistics.median(seconds[name]) for name in ("shared", "plain"))
-    print(f"K = {num_turns}: {together.num_tokens} tokens in one sequence, {apart.num_tokens} in {num_turns}")
+    print(f"K = {num_turns}: {together.num_tokens} tokens in one sequence, {apart.num_tokens} in separate sequences")
     print(f"  turns per second   {plain / shared:.2f} x ({num_turns / shared:.2f} / {num_turns / plain:.2f})")
     print(f"  peak memory        {memory['shared'] / memory['plain']:.2f} x ({memory['shared']:.0f} MiB)")
-    print(f"  loss               equal to {difference:.1e}")
-    share, gflops = share_of_peak(model, sides["shared"], together, shared)
-    print(f"  of matmul peak     {share:.2f} ({gflops:.0f} GFLOP/s at the shapes of the step)", flush=True)
+    print(f"  loss               relative difference {difference:.1e}")
+    fraction, gflops = fraction_of_peak(model, sides["shared"], together, shared)
+    print(f"  of matmul peak     {fraction:.2f} ({gflops:.0f} GFLOP/s at the shapes of the step)", flush=True)
 
 
 def words(start: str, count: int) -> str:
@@ -101,7 +101,7 @@ def batch_of(image: Tensor, rows: list[list[Turn]]) -> Batch:
 
 
 def shared_loss(model: CogVLMForCausalLM, batch: Batch) -> Tensor:
-    """As train/step.py calls it."""
+    """Compute the loss as train/step.py does."""
     return model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
@@ -113,7 +113,7 @@ def shared_loss(model: CogVLMForCausalLM, batch: Batch) -> Tensor:
 
 
 def plain_loss(model: CogVLMForCausalLM, batch: Batch) -> Tensor:
-    """As the published interface is called."""
+    """Compute the loss through the published interface."""
     token_type_ids = torch.full_like(batch.input_ids, LANGUAGE)
     token_type_ids[:, slice(*image_span(CONFIG.num_patches))] = VISION
     return model(
@@ -133,12 +133,12 @@ def time_of(model: nn.Module, side: Callable[[], Tensor]) -> float:
 
 
 def peak_mib(model: nn.Module, side: Callable[[], Tensor]) -> float:
-    """Of resident memory, above what the weights and their gradients take."""
+    """Return the peak resident memory above the weights and their gradients."""
     time_of(model, side)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     time_of(model, side)
     return resident_mib("VmHWM") - before
 
@@ -148,12 +148,12 @@ def resident_mib(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
-def share_of_peak(
+def fraction_of_peak(
     model: CogVLMForCausalLM, side: Callable[[], Tensor], batch: Batch, seconds: float
 ) -> tuple[float, float]:
-    """(multiplications of the step per second / those of its matrix products alone, the latter in GFLOP/s).
+    """Return (FLOP/s of the step / FLOP/s of its matrix products alone, the latter in GFLOP/s).
 
-    Every linear layer counts three times (output, gradient of input and of weight), attention with its causal half.
+    Each linear layer counts three times (output, gradient of input, gradient of weight); attention its causal half.
     """
     shapes: Counter[tuple[int, int, int]] = Counter()
     hooks = [
@@ -173,7 +173,7 @@ def share_of_peak(
 
 
 def matmul_seconds(rows: int, out: int, size: int) -> float:
-    """Forward and backward of one linear layer, best of five."""
+    """Time forward and backward of one linear layer; the best of five."""
     x, w, g = torch.randn(rows, size), torch.randn(out, size), torch.randn(rows, out)
     times = []
     for _ in range(5):
@@ -184,7 +184,7 @@ def matmul_seconds(rows: int, out: int, size: int) -> float:
 
 
 def attention_flops(batch: Batch) -> float:
-    """Two products forward, four backward, two operations each: 12 per pair of positions and dimension."""
+    """Count 12 per pair of positions and dimension: 2 products forward, 4 backward, 2 operations each."""
     vision, prefix, length = CONFIG.vision, CONFIG.num_patches + 3, batch.input_ids.shape[1]
     pairs = prefix**2 / 2 + (length - prefix) * prefix
     return 12 * (

@@ -28,14 +28,14 @@ def bench() -> ModuleType:
 def test_every_case_runs_on_cpu(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--precisions", "tf32", "bf16", "--image-sizes", "28"]
     bench.main(["--device", "cpu", "--tiny", "--rounds", "1", *few])
-    rows = re.findall(r"(\d+) px, K = (\d), checkpointing (\w+) .* turns/s,.* planned", capsys.readouterr().out)
+    rows = re.findall(r"(\d+) px, K = (\d), checkpointing (\w+) .* turns/s,.* estimated", capsys.readouterr().out)
     assert rows == 2 * [("28", turns, kind) for turns in ("1", "8") for kind in ("none", "all")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     bench.main([])
-    assert capsys.readouterr().out == "bench/gpu.py: there is no CUDA GPU here, so nothing was measured\n"
+    assert capsys.readouterr().out == "bench/gpu.py: no CUDA GPU found; nothing was measured\n"
 
 
 def test_the_planner_knows_these_cases(bench: ModuleType) -> None:
