@@ -1,31 +1,31 @@
-# `make` lists what there is. Every target sets up what it needs.
+# `make` lists the targets. Every target sets up what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast soak slurm check bench clean
+.PHONY: help setup demo test test-fast soak slurm check check-constraints bench clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 
-# The first Python 3.10-3.12 that runs and can make a virtual environment: a name on PATH may be a shim that only fails.
-SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+# The first Python 3.10 to 3.13 that runs and can create a virtual environment; a name on PATH may be a shim that fails.
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python3; do \
 	if $$name -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
-setup: $(STAMP) ## make .venv with the tested versions, again when setup.py or constraints.txt change
+setup: $(STAMP) ## create .venv with the tested versions; update it when setup.py or constraints.txt change
 
 $(STAMP): setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "wanted: Python 3.10, 3.11 or 3.12 with venv; found none. make PYTHON=/path/to/one"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "python: found none with venv; expected Python 3.10 to 3.13. Run: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: setup ## train a tiny CogVLM on a made grounding set, from photos to answers (CPU, minutes)
+demo: setup ## train a tiny CogVLM on a generated grounding set (CPU, minutes)
 	$(BIN)/python launch/demo.py
 
-# SLURM=required: the tests with a Slurm cluster of their own are not skipped where it is missing; it is installed first.
+# SLURM=required: install Slurm first, so that the tests that start their own Slurm cluster are not skipped.
 ifeq ($(SLURM),required)
 export COGVLM_REQUIRE_SLURM := 1
 test: slurm
@@ -47,22 +47,25 @@ soak: setup ## kill a run 50 times and compare it with an undisturbed one; try a
 	SOAK_KILLS=50 $(BIN)/python -m pytest -s -m "not gpu" tests/soak
 	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz tests/unit/shards/test_staging.py
 
-slurm: ## install what the tests of Slurm need (Debian or Ubuntu, as root)
+slurm: ## install the packages for the Slurm tests (Debian or Ubuntu, as root)
 	@for program in slurmctld slurmd sbatch munged ip; do command -v $$program >/dev/null || missing=yes; done; \
-	if [ -z "$$missing" ]; then echo "Slurm is here"; \
+	if [ -z "$$missing" ]; then echo "Slurm is installed"; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -q -y --no-install-recommends $(SLURM_PACKAGES); \
-	else echo "wanted: root and apt-get, to install $(SLURM_PACKAGES). sudo make slurm, or install them yourself"; exit 1; fi
+	else echo "no root or no apt-get; expected both to install $(SLURM_PACKAGES). Run sudo make slurm, or install them yourself"; exit 1; fi
 
-check: setup ## ruff and mypy, changing nothing
+check: setup ## run ruff and mypy without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check-constraints: ## resolve the pins for Python 3.10 to 3.13 without installing; run it before every release
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/check_constraints.py
+
 bench: setup ## run every benchmark in bench/
-	@ls bench/*.py >/dev/null 2>&1 || echo "bench/ holds no benchmark yet"
+	@ls bench/*.py >/dev/null 2>&1 || echo "no benchmark in bench/"
 	@for script in $(wildcard bench/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-clean: ## delete caches; .venv and runs stay
+clean: ## delete caches; keep .venv and runs
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Compare building shards with `tar`, and reading them with a plain Pillow loop.
 
-    python bench/shards.py [--mib 2048] [--rounds 3] [--records 100000] [--photos FOLDER]
+    python bench/build_shards.py [--mib 2048] [--rounds 3] [--records 100000] [--photos FOLDER]
 
 Prints ratios. The two sides of a ratio alternate, so that other load slows both.
 """
