@@ -46,7 +46,7 @@ def test_endless_crashes_end(cluster: Cluster, crash_at_every_start: Future[list
 def test_stop_for_good_and_chain(cluster: Cluster, reference: Job, stop_and_chain: Future[tuple[Job, Job]]) -> None:
     """TERM to the script alone: not queued again, but the next job of a chain continues."""
     first, second = stop_and_chain.result()
-    assert "stopped and saved: submit the same command" in first.log
+    assert "stopped and saved. Submit the same command" in first.log
     assert cluster.job(first.number)["Restarts"] == "0"
     assert "resuming from" in second.log
     assert_same_result(second.output_dir, reference.output_dir)
