@@ -14,7 +14,7 @@ import yaml
 from cluster import Cluster
 from jobs import Job, submit
 
-HANG_TIMEOUT_S = 15
+HANG_TIMEOUT_S = 40  # more than any rank takes to start beside all the other jobs
 ASKED = "a signal to stop"
 AGAIN = "it is queued again"
 OWN_NODES = "--nodelist=node[3-4]"
