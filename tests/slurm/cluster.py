@@ -215,8 +215,8 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_until(self, is_true: Callable[[], Found], what: str, timeout_s: float = 120) -> Found:
-        """Wait until `is_true` returns something true, and return that."""
+    def wait_until(self, is_true: Callable[[], Found], what: str, timeout_s: float = 120, poll_s: float = 0.5) -> Found:
+        """Wait until `is_true` returns something true, and return that. Calls of Slurm programs take CPU time."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             found = is_true()
@@ -224,7 +224,7 @@ class Cluster:
                 return found
             if self._holder.poll() is not None:
                 break
-            time.sleep(0.05)
+            time.sleep(poll_s)
         raise TimeoutError(f"{what}: not within {timeout_s:.0f} s\n{self.logs()}")
 
     def logs(self) -> str:

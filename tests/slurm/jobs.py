@@ -42,8 +42,8 @@ class Job:
         """Whole minutes since its start; no test takes an hour."""
         return int(self.cluster.job(self.number)["RunTime"].split(":")[1])
 
-    def wait_for_log(self, text: str, timeout_s: float = 240) -> None:
-        self.cluster.wait_until(lambda: text in self.log, f"job {self.number} logs {text!r}", timeout_s)
+    def wait_for_log(self, text: str, timeout_s: float = 300) -> None:
+        self.cluster.wait_until(lambda: text in self.log, f"job {self.number} logs {text!r}", timeout_s, 0.05)
 
     def attempt_log(self, number: int) -> str:
         """Return what attempt `number` logged, from 1; nothing if there was no such attempt."""
@@ -58,7 +58,7 @@ class Job:
             rows = read_metrics(self.output_dir, "train") if (self.output_dir / "metrics.jsonl").exists() else []
             return bool(rows) and rows[-1]["step"] >= step
 
-        self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}", 240)
+        self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}", 300, 0.05)
 
     def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 400) -> None:
         """Wait until it is over; it must end in `state`."""

@@ -127,7 +127,7 @@ def sweep_and_after(cluster: Cluster, folder: Path, settings: tuple[str, ...]) -
     )
     command = [sys.executable, "launch/submit.py", "--cluster", folder / "cluster.yaml", "--sweep"]
     command += [folder / "sweep.yaml", "--after", *settings, "train.max_steps=3", f"output_dir={folder / 'runs'}"]
-    printed = cluster.run(*command, timeout_s=240)
+    printed = cluster.run(*command, timeout_s=400)
     queued = ("squeue", "--noheader", f"--name={AFTER_NAME}")
-    cluster.wait_until(lambda: not cluster.run(*queued), "evaluations and exports are over", 300)
+    cluster.wait_until(lambda: not cluster.run(*queued), "evaluations and exports are over", 400, 1)
     return folder / "runs", printed
