@@ -34,6 +34,7 @@ TROUBLE = [REPOSITORY / "docs/troubleshooting.md", REPOSITORY / "docs/troublesho
 DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/*.md", "slurm/*.md", "bench/*.md") for path in REPOSITORY.glob(pattern)
 )
+INSTALL = [REPOSITORY / "docs/install.md", REPOSITORY / "docs/install_zh.md"]
 SLURM = [REPOSITORY / "docs/slurm.md", REPOSITORY / "docs/slurm_zh.md"]
 BATCH_PROGRAMS = {  # what their arguments go to
     "slurm/train.sbatch": "launch/train.py",
@@ -122,7 +123,7 @@ def test_commands_fit_their_programs(document: Path) -> None:
 
 @pytest.mark.parametrize(
     "pair",
-    [READMES, DATA, FORMAT_PAGES, WORDING_PAGES, METRICS, PERFORMANCE, PREDICT, TROUBLE, SLURM],
+    [READMES, DATA, FORMAT_PAGES, WORDING_PAGES, METRICS, PERFORMANCE, PREDICT, TROUBLE, SLURM, INSTALL],
     ids=lambda pair: pair[0].stem,
 )
 def test_both_languages_have_the_same_parts(pair: list[Path]) -> None:
