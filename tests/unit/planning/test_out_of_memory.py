@@ -30,6 +30,7 @@ def peak_gib(config: Config, model: CogVLMForCausalLM) -> float:
     return max(Planner(config, model.config, cluster_of(1)).forecast(sequences).peaks.values()) / GIB
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
     config = config_of(256)
     small, large = peak_gib(config_of(32), tiny_model), peak_gib(config, tiny_model)

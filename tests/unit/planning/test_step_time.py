@@ -80,6 +80,7 @@ def small_config(tmp_path: Path) -> str:
     return str(tmp_path / "config.json")
 
 
+@pytest.mark.slow
 def test_the_program_tells_people_and_programs(small_config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model-config", small_config, "--gpus-per-node", "2", "--gpu-memory-gib", "1.65"]
     arguments += ["--images", "1000", "evaluate.batch_size=1", "data.max_turns_per_image=3"]
