@@ -98,7 +98,8 @@ def test_preemption(reference: Job, preempt_and_lose_node: Future[Job]) -> None:
 
 def test_lost_node(cluster: Cluster, reference: Job, preempt_and_lose_node: Future[Job]) -> None:
     job = preempt_and_lose_node.result()
-    assert int(cluster.job(job.number)["Restarts"]) >= 2
+    num_restarts = int(cluster.job(job.number)["Restarts"])
+    assert num_restarts >= 2  # more where Slurm ends what it takes for a remnant of the lost attempt
     assert "finished" not in job.attempt_log(2)
-    assert "resuming from" in job.attempt_log(3)
+    assert "resuming from" in job.attempt_log(num_restarts + 1)
     assert_same_result(job.output_dir, reference.output_dir)
