@@ -25,9 +25,9 @@ INTRODUCTION = {
 
 [中文](config_zh.md)
 
-Give settings as `key=value` on the command line, or in a YAML file that `--config` names; the command
-line wins. A mistyped key or a value out of bounds is an error before anything is loaded. `~` means
-your home folder. Environment variables are not expanded.
+Give settings as `key=value` on the command line, or in a YAML file that `--config` names; the
+command line wins. A mistyped key or a value out of bounds is an error before anything is loaded.
+`~` means your home folder. Environment variables are not expanded.
 
 This page is generated: `python docs/config_pages.py`.
 """,
@@ -61,7 +61,7 @@ def render(language: str) -> str:
     parts = [INTRODUCTION[language]]
     for prefix, section in sections(Config(), ""):
         name = type(section).__name__
-        title = (section.__doc__ or "").rstrip(".") + (f" `{prefix[:-1]}`" if prefix else "")
+        title = (section.__doc__ or "").partition(".")[0] + (f" `{prefix[:-1]}`" if prefix else "")
         parts.append(f"## {TITLES_ZH[name] if language == 'zh' else title}\n")
         parts.append("| " + " | ".join(HEADINGS[language]) + " |\n|---|---|---|---|")
         for key, value, rules in own_settings(section, prefix):

@@ -102,7 +102,10 @@ def test_named_make_targets_exist(document: Path) -> None:
 def test_named_settings_exist(document: Path) -> None:
     for code in code_of(document):
         for key in SETTING.findall(code):
-            assert key in settings() or key.rpartition(".")[2] in FILE_ENDINGS, f"there is no setting {key}"
+            is_section = any(name.startswith(f"{key}.") for name in settings())
+            assert key in settings() or is_section or key.rpartition(".")[2] in FILE_ENDINGS, (
+                f"there is no setting {key}"
+            )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
