@@ -35,7 +35,7 @@ setup(
     # launch, shards, configs and slurm are links inside cogvlm_ft/: as top-level packages their names could clash.
     packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*"]),
     package_data={
-        "cogvlm_ft": ["py.typed", "configs/*.yaml", "configs/deepspeed/*.json", "slurm/*"],
+        "cogvlm_ft": ["py.typed", "html_page.*", "configs/*.yaml", "configs/deepspeed/*.json", "slurm/*"],
         "cogvlm_ft.grounding": ["wordings/*.yaml"],
         "cogvlm_ft.predict": ["page.*"],
         "cogvlm_ft.report": ["page.*"],

@@ -1,13 +1,17 @@
-"""The charts of the report: how a run went, and what an evaluation says about thresholds and sizes."""
+"""The charts of the report: curves of a run, thresholds and sizes of an evaluation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from cogvlm_ft.evaluate.results import Results, ceiling_of
 from cogvlm_ft.grounding.metrics import PRESENT
-from cogvlm_ft.report.labels import both, metric_title, value_title
+from cogvlm_ft.html_page import both
+from cogvlm_ft.report.labels import Words, metric_title, value_title
 from cogvlm_ft.report.svg_charts import Point, Series, chart
 from cogvlm_ft.tracking.metrics_log import Row
 
@@ -17,18 +21,21 @@ _BINS_PER_DECADE = 5
 _LEAST_THRESHOLD = 1e-4  # of the not-found curve; the axis is logarithmic
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A chart and the note below it."""
+
+    title: Words
+    chart: Markup
+    note: Markup
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def panel(title: tuple[str, str], drawn: str, note: str = "") -> str:
-    """Empty without a chart."""
-    below = f'<p class="soft">{note}</p>' if note else ""
-    return f'<div class="panel"><h3>{both(*title)}</h3>{drawn}{below}</div>' if drawn else ""
-
-
-def curve_panels(rows: Sequence[Row], ceiling: float | None) -> str:
-    """Validation values over epochs and training values over steps; empty without rows.
+def curve_panels(rows: Sequence[Row], ceiling: float | None) -> list[Panel]:
+    """Draw validation values over epochs and training values over steps, where there are any.
 
     ceiling: the best mean IoU that is possible; None = not known.
     """
@@ -40,37 +47,36 @@ def curve_panels(rows: Sequence[Row], ceiling: float | None) -> str:
     shares = [
         Series(value_title("share", value), _points(val, "epoch", f"acc@0.5/share={value}")) for value in SHARE_VALUES
     ]
-    by_epoch, by_step = both("by epoch", "横轴:轮"), both("by step", "横轴:步")
+    by_epoch, by_step = both("by epoch", "横轴：轮次"), both("by step", "横轴：步")
+    not_found = _metrics(val, "not_found_acc", "false_not_found", "unreadable")
     panels = [
-        panel(("Boxes", "框"), chart(boxes, "boxes by epoch", y_range=UNIT), by_epoch),
-        panel(
+        Panel(("Boxes", "框"), chart(boxes, "boxes by epoch", y_range=UNIT), by_epoch),
+        Panel(
             ("Acc@0.5 by side of the target", "不同目标边长的 Acc@0.5"),
             chart([each for each in shares if each.points], "Acc@0.5 by size and epoch", y_range=UNIT),
             by_epoch,
         ),
-        panel(
+        Panel(
             ("“Not found” and unreadable answers", "“未找到”与无法解析的回答"),
-            chart(_metrics(val, "not_found_acc", "false_not_found", "unreadable"), "not found", y_range=UNIT),
+            chart(not_found, "not found", y_range=UNIT),
             by_epoch,
         ),
-        panel(
-            ("What it forgets", "遗忘程度"),
+        Panel(
+            ("Forgetting", "遗忘"),
             chart(_metrics(val, "probe_same"), "general questions", y_range=UNIT),
             by_epoch,
         ),
         *(
-            panel((en, zh), chart([Series("", _points(train, "step", name))], en), by_step)
+            Panel((en, zh), chart([Series("", _points(train, "step", name))], en), by_step)
             for name, en, zh in (
                 ("loss", "Training loss", "训练损失"),
                 ("grad_norm", "Gradient norm", "梯度范数"),
                 ("lr", "Learning rate", "学习率"),
-                ("images_per_s", "Photos per second", "每秒图片数"),
+                ("images_per_s", "Images per second", "每秒图片数"),
             )
         ),
     ]
-    if not any(panels):
-        return ""
-    return f'<h2>{both("How it went", "训练过程")}</h2><div class="panels">{"".join(panels)}</div>'
+    return [panel for panel in panels if panel.chart]
 
 
 def _points(rows: Sequence[Row], x: str, y: str) -> list[Point]:
@@ -82,62 +88,60 @@ def _metrics(rows: Sequence[Row], *names: str) -> list[Series]:
     return [each for each in series if each.points]
 
 
-def evaluation_panels(results: Results) -> str:
-    """Precision and recall, the threshold of "not found", size against IoU."""
-    panels = [_precision_recall(results), _not_found(results), _size_against_iou(results)]
-    if not any(panels):
-        return ""
-    return f'<h2>{both("Thresholds and sizes", "阈值与尺寸")}</h2><div class="panels">{"".join(panels)}</div>'
+def evaluation_panels(results: Results) -> list[Panel]:
+    """Draw precision and recall, the threshold of "not found", and IoU by size, where they are known."""
+    panels = [_precision_recall(results), _not_found(results), _iou_by_size(results)]
+    return [panel for panel in panels if panel.chart]
 
 
-def _precision_recall(results: Results) -> str:
+def _precision_recall(results: Results) -> Panel:
     points = [(recall, precision) for recall, precision in results.curves.get("precision_recall", [])]
-    if not any(precision for _, precision in points):
-        return ""
     area = f" · AP50 {results.metrics['ap50']:.3f}" if "ap50" in results.metrics else ""
-    drawn = chart([Series(both("precision", "精确率") + area, points)], "precision by recall", y_range=UNIT)
+    series = [Series(both("precision", "精确率") + area, points)] if any(precision for _, precision in points) else []
     note = both(
-        "Precision by recall at IoU 0.5, boxes ranked by the mean probability of their digits.",
-        "IoU 0.5 时精确率随召回率的变化;框按数字的平均概率排序。",
+        "Precision by recall at IoU 0.5; boxes are ranked by the mean probability of their digits.",
+        "IoU 0.5 时精确率随召回率的变化；框按数字的平均概率排序。",
     )
-    return panel(("Precision and recall", "精确率与召回率"), drawn, note)
+    return Panel(("Precision and recall", "精确率与召回率"), chart(series, "precision by recall", y_range=UNIT), note)
 
 
-def _not_found(results: Results) -> str:
+def _not_found(results: Results) -> Panel:
     points = results.curves.get("not_found", [])
     floored = [(min(max(threshold, _LEAST_THRESHOLD), 1.0), n_acc, t_acc) for threshold, n_acc, t_acc in points]
     series = [
-        Series(both("absent things recognised", "识别出不存在的目标"), [(x, n_acc) for x, n_acc, _ in floored]),
-        Series(both("present things kept", "保留存在的目标"), [(x, t_acc) for x, _, t_acc in floored]),
+        Series(
+            both("absent targets recognised", "目标不存在时回答“未找到”的比例"), [(x, n_acc) for x, n_acc, _ in floored]
+        ),
+        Series(both("present targets kept", "存在的目标仍给出框的比例"), [(x, t_acc) for x, _, t_acc in floored]),
     ]
     drawn = chart(series, "not found by threshold", y_range=UNIT, x_log=True)
     threshold = results.metrics.get("not_found_threshold")
-    best = ""
+    best = Markup()
     if threshold is not None:
         right = results.metrics.get("not_found_balanced_acc", 0.0)
         best = both(
-            f" Both are equally good at {threshold:.2g}, with {right:.1%} right.",
-            f"阈值为 {threshold:.2g} 时两者相当,正确率 {right:.1%}。",
+            f" At {threshold:.2g} both are equal: {100 * right:.1f} %.",
+            f"阈值为 {threshold:.2g} 时两者相等：{100 * right:.1f} %。",
         )
     note = both(
-        "If “not found” were said from this probability of its sentence upwards.",
-        "若在“未找到”句子的概率达到横轴值时就判为未找到。",
+        "When “not found” is reported from this probability of its sentence upwards.",
+        "当“未找到”概率达到横轴值即判为未找到时。",
     )
-    return panel(("“Not found” by threshold", "“未找到”的阈值"), drawn, note + best)
+    return Panel(("“Not found” by threshold", "“未找到”的阈值"), drawn, note + best)
 
 
-def _size_against_iou(results: Results) -> str:
-    """Every question about things that are there; of several boxes, the mean side counts."""
+def _iou_by_size(results: Results) -> Panel:
+    """Draw every question about present targets; of several boxes, the mean side counts."""
     dots: list[Point] = []
     ceilings: list[Point] = []
     for each in results.predictions:
         if each.score is None or each.score.kind != PRESENT or not each.truth_boxes_xyxy:
             continue
-        photo_px = each.image_size_px[0] * each.image_size_px[1]
+        image_px = each.image_size_px[0] * each.image_size_px[1]
         areas = [max(x1 - x0, 0.0) * max(y1 - y0, 0.0) for x0, y0, x1, y1 in each.truth_boxes_xyxy]
         ceiling = ceiling_of(each, results.protocol)
         if ceiling is not None and min(areas) > 0:
-            side = 100 * mean([math.sqrt(area / photo_px) for area in areas])
+            side = 100 * mean([math.sqrt(area / image_px) for area in areas])
             dots.append((side, each.score.iou))
             ceilings.append((side, ceiling))
     series = [
@@ -145,12 +149,12 @@ def _size_against_iou(results: Results) -> str:
         Series(both("mean", "平均"), _binned(dots)),
         Series(both("possible", "上限"), _binned(ceilings), "dashed"),
     ]
-    note = both("IoU by the side of the target in % of the photo's.", "IoU 随目标边长(占图片边长的百分比)的变化。")
-    return panel(("Size and IoU", "尺寸与 IoU"), chart(series, "IoU by size", y_range=UNIT, x_log=True), note)
+    note = both("IoU by side of the target, in % of the image side.", "IoU 随目标边长（占图片边长的百分比）的变化。")
+    return Panel(("Size and IoU", "尺寸与 IoU"), chart(series, "IoU by size", y_range=UNIT, x_log=True), note)
 
 
 def _binned(points: Sequence[Point]) -> list[Point]:
-    """Means of points whose x is alike."""
+    """Average points with similar x."""
     bins: dict[int, list[Point]] = {}
     for point in points:
         bins.setdefault(math.floor(math.log10(point[0]) * _BINS_PER_DECADE), []).append(point)

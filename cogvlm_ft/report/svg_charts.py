@@ -1,11 +1,12 @@
-"""Charts as inline SVG: numbers only, words are HTML around them; colours come from the page's own style."""
+"""Charts as inline SVG. They hold numbers only; labels are HTML around them, colours come from the page's style."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup, escape
 
 Point = tuple[float, float]
 
@@ -13,14 +14,14 @@ MAX_LINE_POINTS, MAX_DOTS = 240, 800
 WIDTH, HEIGHT = 360, 220  # as wide as a phone: nothing becomes too small to read
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 22
 MAX_SERIES = 6
-"""The style has so many colours."""
+"""The style has that many colours."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """label: HTML for the legend, or nothing. points: by rising x. style: line, dashed, or dots (a cloud of points)."""
+    """label: for the legend; empty = not in it. points: by rising x. style: line, dashed, or dots (a scatter plot)."""
 
-    label: str
+    label: Markup | str
     points: Sequence[Point]
     style: str = "line"
 
@@ -34,27 +35,27 @@ class Axes:
     x_log: bool = False
 
     def place(self, point: Point) -> Point:
-        """In units of the drawing."""
+        """Convert a point to units of the drawing."""
         low, value, high = (math.log10(x) if self.x_log else x for x in (self.x[0], point[0], self.x[1]))
         across = (value - low) / (high - low)
         up = (point[1] - self.y[0]) / (self.y[1] - self.y[0])
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
 
-def chart(series: Sequence[Series], title: str, *, y_range: Point | None = None, x_log: bool = False) -> str:
-    """All series over the same axes; empty if none has a point that can be drawn.
+def chart(series: Sequence[Series], title: str, *, y_range: Point | None = None, x_log: bool = False) -> Markup:
+    """Draw all series over the same axes; empty if none has a point that can be drawn.
 
-    title: plain text, for those who hear the page. y_range: by default what the series need.
+    title: plain text, for screen readers. y_range: by default what the series need.
     """
     shown = [_drawable(each, x_log) for each in series[:MAX_SERIES]]
     xs, ys = ([point[i] for each in shown for point in each.points] for i in (0, 1))
     if not xs:
-        return ""
+        return Markup()
     axes = Axes(_widened(min(xs), max(xs), x_log), y_range or _rounded(min(ys), max(ys)), x_log)
     parts = [_x_grid(axes), _y_grid(axes)]
     parts += [_draw(each, number, axes) for number, each in enumerate(shown)]
     svg = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-    return f"{_legend(shown)}{svg}{''.join(parts)}</svg>"
+    return Markup(f"{_legend(shown)}{svg}{''.join(parts)}</svg>")
 
 
 def _drawable(series: Series, x_log: bool) -> Series:
@@ -65,7 +66,7 @@ def _drawable(series: Series, x_log: bool) -> Series:
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """Means of neighbours where there are more points than the eye tells apart."""
+    """Average neighbours where there are more points than can be told apart."""
     size = -(-len(points) // MAX_LINE_POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -86,9 +87,9 @@ def _draw(series: Series, number: int, axes: Axes) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    """Nothing for series without a label."""
+    """Return the legend, without the series that have no label."""
     keys = "".join(
-        f'<span><i class="key {each.style} c{number}"></i>{each.label}</span>'
+        f'<span><i class="key {each.style} c{number}"></i>{escape(each.label)}</span>'
         for number, each in enumerate(series)
         if each.points and each.label
     )
@@ -117,21 +118,21 @@ def _y_grid(axes: Axes) -> str:
 
 
 def _widened(low: float, high: float, is_log: bool) -> Point:
-    """A range of some length."""
+    """Return a range that is not empty."""
     if is_log:
         return (low / 1.2, high * 1.2)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _rounded(low: float, high: float) -> Point:
-    """The range between whole steps that holds both."""
+    """Extend the range to whole steps."""
     step = _step(low, high)
     start, stop = math.floor(low / step) * step, math.ceil(high / step) * step
     return (start, stop) if stop > start else (start - step, stop + step)
 
 
 def _step(low: float, high: float) -> float:
-    """A round number: about four steps from low to high."""
+    """Return a round number: about four steps from low to high."""
     rough = (high - low) / 4 or abs(high) / 4 or 0.25
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if rough <= factor * power * 1.0001)
@@ -153,7 +154,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Few characters: 0.25, 12.5k, 2e-4."""
+    """Format a number in few characters: 0.25, 12.5k, 2e-4."""
     if abs(value) < 1e-12:
         return "0"
     if abs(value) < 0.01:

@@ -1,4 +1,4 @@
-"""Small pictures with boxes for a page: a JPEG in the page's text, the boxes above it as SVG."""
+"""Thumbnails with boxes for a page: a JPEG as a data URI, with the boxes over it as SVG."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import base64
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
+from markupsafe import Markup, escape
 from PIL import Image
 
 from cogvlm_ft.data.reader import Sample, ShardReader
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 SIDE_PX, ZOOM_SIDE_PX, JPEG_QUALITY = 480, 240, 72
 SMALL_PX = 40
-"""True boxes that are smaller than this in the picture are also shown enlarged."""
+"""True boxes smaller than this in the thumbnail are also shown enlarged."""
 MAX_BOXES = 100
 
 Region = tuple[float, float, float, float]
@@ -28,9 +28,9 @@ Boxes = Mapping[str, Sequence[Box]]
 
 
 class Photos:
-    """Finds photos by key: in the shards, or among the files that an evaluation kept.
+    """Finds images by key: in the shards, or among the files that an evaluation kept.
 
-    reader: None where the shards are gone. kept: files by key, perhaps shrunk.
+    reader: None where the shards no longer exist. kept: files by key, perhaps shrunk.
     """
 
     def __init__(self, reader: ShardReader | None, kept: Mapping[str, Path] | None = None) -> None:
@@ -39,29 +39,29 @@ class Photos:
         self._numbers: dict[str, int] = {}
 
     def look_up(self, keys: Iterable[str]) -> None:
-        """Find the places of these keys in one pass over the index."""
-        wanted = set(keys) - set(self._numbers)
-        for i in range(len(self.reader) if self.reader and wanted else 0):
+        """Find the positions of these keys in one pass over the index."""
+        missing = set(keys) - set(self._numbers)
+        for i in range(len(self.reader) if self.reader and missing else 0):
             assert self.reader is not None
             key = self.reader.index.key(i)
-            if key in wanted:
+            if key in missing:
                 self._numbers[key] = i
-                wanted.remove(key)
-                if not wanted:
+                missing.remove(key)
+                if not missing:
                     return
 
     def sample(self, key: str) -> Sample | None:
-        """Photo and record of a key that was looked up; None if it is not in the shards or cannot be read."""
+        """Read the sample of a key that was looked up; None if it is not in the shards or cannot be read."""
         if self.reader is None or key not in self._numbers:
             return None
         try:
             return self.reader.read(self._numbers[key])
         except DataError as error:
-            logger.warning("a photo of the report cannot be shown: %s", error)
+            logger.warning("an image of the report cannot be shown: %s", error)
             return None
 
     def image(self, key: str) -> Image.Image | None:
-        """RGB; None if it cannot be shown."""
+        """Load the RGB image of a key; None if it cannot be shown."""
         sample = self.sample(key)
         if sample is not None:
             return sample.image
@@ -76,19 +76,19 @@ class Photos:
 
 
 class Thumbnails:
-    """Makes pictures until `max_bytes` of HTML are used up."""
+    """Draws thumbnails until `max_bytes` of HTML are used up."""
 
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes, self.num_left_out = 0, 0
         self._max_bytes = max_bytes
 
-    def draw(self, image: Image.Image | None, size_px: tuple[int, int], boxes: Boxes, alt: str) -> str:
-        """HTML; empty if there is no photo or no room for it.
+    def draw(self, image: Image.Image | None, size_px: tuple[int, int], boxes: Boxes, alt: str) -> Markup:
+        """Return the HTML; empty if there is no image or no room for it.
 
-        size_px: (width, height) that the boxes belong to; the photo may be smaller.
+        size_px: (width, height) that the boxes belong to; the image may be smaller.
         """
         if image is None or min(size_px) < 1:
-            return ""
+            return Markup()
         shown = [_svg(image, size_px, (0, 0, *size_px), SIDE_PX, boxes, alt)]
         zoom = zoom_region(boxes.get("truth", ()), size_px)
         if zoom:
@@ -96,13 +96,13 @@ class Thumbnails:
         num_bytes = sum(map(len, shown))
         if self.num_bytes + num_bytes > self._max_bytes:
             self.num_left_out += 1
-            return ""
+            return Markup()
         self.num_bytes += num_bytes
-        return f'<div class="pictures{" two" if zoom else ""}">{"".join(shown)}</div>'
+        return Markup(f'<div class="pictures{" two" if zoom else ""}">{"".join(shown)}</div>')
 
 
 def zoom_region(truth: Sequence[Box], size_px: tuple[int, int]) -> Region | None:
-    """A square around the first true box, six times as long, inside the photo if it fits; None if it is not small."""
+    """Return a square around the first true box, six times as long, within the image; None if the box is not small."""
     if not truth:
         return None
     x0, y0, x1, y1 = truth[0]
@@ -118,7 +118,7 @@ def zoom_region(truth: Sequence[Box], size_px: tuple[int, int]) -> Region | None
 
 
 def _svg(image: Image.Image, size_px: tuple[int, int], region: Region, side_px: int, boxes: Boxes, alt: str) -> str:
-    """The region, in pixels of `size_px`. Boxes are clipped by the drawing."""
+    """Draw the region, in pixels of `size_px`. Boxes are clipped by the drawing."""
     x0, y0, x1, y1 = region
     part = (max(x0, 0), max(y0, 0), min(x1, size_px[0]), min(y1, size_px[1]))
     width, height = part[2] - part[0], part[3] - part[1]
@@ -136,7 +136,7 @@ def _svg(image: Image.Image, size_px: tuple[int, int], region: Region, side_px: 
 
 
 def _rect(box: Box, style: str) -> str:
-    """On a dark edge, so that it is seen on any photo. An inverted box is the rectangle between its corners."""
+    """Draw a box on a dark edge, visible on any image. An inverted box is the rectangle between its corners."""
     (x0, x1), (y0, y1) = sorted((box[0], box[2])), sorted((box[1], box[3]))
     place = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
     return f'<rect class="edge of-{style}" {place}/><rect class="{style}" {place}/>'

@@ -1,34 +1,10 @@
-"use strict";
 (() => {
-  const root = document.documentElement;
-  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
-  const byId = (id) => document.getElementById(id);
-
-  // What is remembered between visits; a browser may refuse, then it lasts as long as the page.
-  const memory = {
-    get(name) { try { return localStorage.getItem(name); } catch { return null; } },
-    set(name, value) { try { localStorage.setItem(name, value); } catch { /* no place to keep it */ } },
-  };
+  const { byId, all, memory } = page;
   const place = "review decisions of " + document.body.dataset.memory;
 
   // Part -> row of the file that build.py reads.
   let decisions = new Map();
-  try { decisions = new Map(JSON.parse(memory.get(place) || "[]").map((row) => [row.id, row])); } catch { /* start anew */ }
-
-  function setLanguage(language) {
-    root.dataset.lang = language;
-    root.lang = language;
-    memory.set("review language", language);
-  }
-  setLanguage(memory.get("review language") || (navigator.language.startsWith("zh") ? "zh" : "en"));
-  byId("language").onclick = () => setLanguage(root.dataset.lang === "en" ? "zh" : "en");
-
-  if (memory.get("review theme")) root.dataset.theme = memory.get("review theme");
-  byId("theme").onclick = () => {
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-    memory.set("review theme", root.dataset.theme);
-  };
+  try { decisions = new Map(JSON.parse(memory.get(place) || "[]").map((row) => [row.id, row])); } catch { /* start empty */ }
 
   function show() {
     for (const button of all("button[data-decision]")) {

@@ -24,7 +24,7 @@ from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.launch.report import main
 from cogvlm_ft.report.figures import curve_panels
 from cogvlm_ft.report.gallery import choose, read_predictions, save_gallery
-from cogvlm_ft.report.page import ceilings_of
+from cogvlm_ft.report.scores import ceilings_of
 from cogvlm_ft.report.report import REPORT_FILE, try_report, write_report
 from cogvlm_ft.report.thumbnails import Photos, Thumbnails, zoom_region
 
@@ -142,7 +142,7 @@ def test_older_evaluations_lack_fields_and_files(finished: Path, tmp_path: Path)
     old[1]["score"]["from_the_future"] = 2
     (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, [*old, {}])) + "\n")
     text = write_report(tmp_path, None).read_text(encoding="utf-8")
-    assert "IoU 0.30" in text and "no picture" in text
+    assert "IoU 0.30" in text and "no image" in text
     assert "Size and IoU" in text and "Precision and recall" not in text
 
 
@@ -288,5 +288,5 @@ def test_a_report_of_a_run_that_recorded_little(finished: Path, tmp_path: Path) 
 def test_curves_are_drawn_for_what_was_recorded() -> None:
     rows: list[dict[str, Any]] = [{"kind": "val", "epoch": epoch, "step": epoch, "probe_same": 0.9} for epoch in (0, 1)]
     panels = curve_panels([*rows, {"kind": "summary", "best_mean_iou": 0.5}], None)
-    assert "What it forgets" in panels and panels.count('class="chart"') == 1
-    assert curve_panels([], None) == curve_panels([{"kind": "train", "step": 1, "loss": None}], 0.9) == ""
+    assert [panel.title[0] for panel in panels] == ["Forgetting"] and panels[0].chart.count('class="chart"') == 1
+    assert curve_panels([], None) == curve_panels([{"kind": "train", "step": 1, "loss": None}], 0.9) == []
