@@ -1,6 +1,4 @@
-"use strict";
-
-const at = (id) => document.getElementById(id);
+const at = page.byId;
 let photo = null;
 let busy = false;
 
@@ -8,8 +6,17 @@ function refresh() {
   at("send").disabled = busy || !photo || !at("asked").value.trim();
 }
 
-function say(text, bad = false) {
-  at("state").textContent = text;
+// A text in both languages; the page shows one of them.
+function both(en, zh) {
+  return ["en", "zh"].map((language) => {
+    const span = element("span", language === "en" ? en : zh);
+    span.lang = language;
+    return span;
+  });
+}
+
+function report(parts, bad = false) {
+  at("state").replaceChildren(...parts);
   at("state").classList.toggle("bad", bad);
 }
 
@@ -22,7 +29,7 @@ function take(file) {
   preview.hidden = false;
   at("hint").textContent = file.name;
   at("result").hidden = true;
-  say("");
+  report([]);
   refresh();
 }
 
@@ -32,11 +39,14 @@ function element(name, text) {
   return made;
 }
 
-function boxLine(box) {
-  const parts = [box.phrase, box.xyxy.map((value) => value.toFixed(1)).join(", ") + " px"];
-  if (box.confidence !== null) parts.push("confidence 置信度 " + box.confidence.toFixed(2));
-  if (box.zoomed) parts.push("second look 二次查看");
-  return parts.filter(Boolean).join(" · ");
+function boxItem(box) {
+  const parts = [[box.phrase], [box.xyxy.map((value) => value.toFixed(1)).join(", ") + " px"]];
+  if (box.confidence !== null) parts.push([...both("confidence", "置信度"), " " + box.confidence.toFixed(2)]);
+  if (box.zoomed) parts.push(both("second look", "二次查看"));
+  const item = document.createElement("li");
+  const shown = parts.filter((part) => part[0]);
+  item.append(...shown.flatMap((part, number) => (number ? [" · ", ...part] : part)));
+  return item;
 }
 
 function show(found) {
@@ -45,7 +55,7 @@ function show(found) {
     ...found.answers.map((answer) => {
       const article = document.createElement("article");
       const list = document.createElement("ul");
-      list.append(...(answer.boxes || []).map((box) => element("li", boxLine(box))));
+      list.append(...(answer.boxes || []).map(boxItem));
       article.append(element("h2", answer.prompt), element("p", answer.answer || "…"), list);
       return article;
     }),
@@ -56,7 +66,7 @@ function show(found) {
 async function ask() {
   busy = true;
   refresh();
-  say("The model is looking … 模型正在查看……");
+  report(both("The model is answering …", "模型正在回答……"));
   const mode = document.querySelector("[name=mode]:checked").value;
   const query = new URLSearchParams({ asked: at("asked").value, mode });
   try {
@@ -68,12 +78,12 @@ async function ask() {
     const found = await response.json().catch(() => ({ error: "HTTP " + response.status }));
     if (response.ok) {
       show(found);
-      say("");
+      report([]);
     } else {
-      say(found.error, true);
+      report([found.error], true);
     }
   } catch (error) {
-    say("The program does not answer. 程序没有响应。 " + error, true);
+    report([...both("The program does not respond.", "程序没有响应。"), " " + error], true);
   }
   busy = false;
   refresh();

@@ -1,4 +1,4 @@
-"""A small web page on this machine: drop a photo, ask, see the boxes. Needs the extra "serve"."""
+"""A local web page: drop a photo, ask, see the boxes. Needs the extra "serve"."""
 
 from __future__ import annotations
 
@@ -8,48 +8,40 @@ import ipaddress
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import resources
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.html_page import SERVED_POLICY, HtmlPage
 from cogvlm_ft.predict.files import answer_questions, question_of, reply_fields
 from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies, split_phrases
 
 MAX_UPLOAD_BYTES = 50_000_000
 MAX_WAITING = 16
-"""Requests at a time; one is answered after the other, and more are refused."""
+"""Requests at a time, answered one after another; more are refused."""
 MODES = ("prompt", "targets")
 
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; connect-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": SERVED_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_FILES = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
 
 
 def check_installed() -> None:
-    """ConfigError without the extra, before minutes go into loading a model."""
+    """Raise ConfigError without the extra, before minutes are spent on loading a model."""
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ConfigError(f'--serve needs {", ".join(missing)}: pip install -e ".[serve]"')
 
 
 def serve(predictor: Predictor, *, host: str = "127.0.0.1", port: int = 8000, upright: bool = True) -> None:
-    """Until Ctrl-C. Nothing is stored, nothing is sent elsewhere. ConfigError if the port is in use."""
+    """Serve the page until Ctrl-C. Nothing is stored or sent elsewhere. Raises ConfigError if the port is in use."""
     import uvicorn
 
     app = build_app(predictor, host, upright=upright)
@@ -58,13 +50,13 @@ def serve(predictor: Predictor, *, host: str = "127.0.0.1", port: int = 8000, up
     )
     try:
         socket = config.bind_socket()
-    except SystemExit:  # uvicorn has said why
-        raise ConfigError(f"--port {port}: cannot listen there on {host}; another program may do so") from None
+    except SystemExit:  # uvicorn has reported why
+        raise ConfigError(f"--port {port}: cannot listen on {host}; the port may be in use. Choose another") from None
     shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{socket.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+    print(f"http://{shown}:{socket.getsockname()[1]}/  (press Ctrl-C to stop)", flush=True)
     if not _is_own_machine(host):
-        print("Everybody who reaches this machine can ask: there is no password and no encryption.", flush=True)
-    with suppress(KeyboardInterrupt):  # uvicorn has ended, and raises it anew
+        print("Everyone who can reach this machine can use it: there is no password and no encryption.", flush=True)
+    with suppress(KeyboardInterrupt):  # uvicorn has ended, and raises it again
         uvicorn.Server(config).run(sockets=[socket])
 
 
@@ -76,24 +68,30 @@ def _is_own_machine(host: str) -> bool:
 
 
 def build_app(predictor: Predictor, host: str, *, upright: bool) -> Any:
-    """The ASGI application. On a loopback address it answers only to that machine's names: a page elsewhere whose name
-    is made to point here is refused."""
+    """Build the ASGI application. On a loopback address it answers only to that machine's names.
+
+    This refuses pages from elsewhere whose name is made to resolve to this address.
+    """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
     allowed = ["127.0.0.1", "localhost", "[::1]", host] if _is_own_machine(host) else ["*"]
-    routes = [Route(path, _file_endpoint(*file)) for path, file in _FILES.items()]
+    page = HtmlPage(Path(__file__).parent)
+    files = {
+        "/": (page.render_served(), "text/html"),
+        "/page.css": (page.style, "text/css"),
+        "/page.js": (page.script, "text/javascript"),
+    }
+    routes = [Route(path, _file_endpoint(*file)) for path, file in files.items()]
     routes.append(Route("/ask", _ask_endpoint(predictor, upright), methods=["POST"]))
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)])
 
 
-def _file_endpoint(name: str, media_type: str) -> Callable[..., Any]:
+def _file_endpoint(content: str, media_type: str) -> Callable[..., Any]:
     from starlette.requests import Request
     from starlette.responses import Response
-
-    content = (resources.files("cogvlm_ft.predict") / name).read_bytes()
 
     async def endpoint(request: Request) -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
@@ -102,8 +100,11 @@ def _file_endpoint(name: str, media_type: str) -> Callable[..., Any]:
 
 
 def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
-    """The photo is the body, what is asked stands in the address. A type that no plain form can send keeps pages of
-    other origins out: browsers ask first, and nobody answers."""
+    """Build the endpoint that answers: the photo is the body, the question is in the query.
+
+    A content type that no plain form can send keeps out pages of other origins: browsers would have to ask first
+    (a preflight request), which is not answered.
+    """
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
     from starlette.responses import JSONResponse
@@ -116,12 +117,12 @@ def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
 
     async def endpoint(request: Request) -> JSONResponse:
         if request.headers.get("content-type") != "application/octet-stream":
-            return _refusal(415, "the photo is wanted as application/octet-stream")
+            return _refusal(415, "content-type: expected the photo as application/octet-stream")
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_UPLOAD_BYTES:
-                return _refusal(413, f"the photo has more than {MAX_UPLOAD_BYTES // 1_000_000} MB")
+                return _refusal(413, f"the photo has more than {MAX_UPLOAD_BYTES // 1_000_000} MB. Send a smaller one")
         query = request.query_params
         try:
             found = await run_in_threadpool(answer, bytes(body), query.get("asked", ""), query.get("mode", MODES[0]))
@@ -138,12 +139,12 @@ def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
 def answer_upload(
     predictor: Predictor, photo_bytes: bytes, asked: str, mode: str, *, upright: bool = True
 ) -> dict[str, Any]:
-    """Fields for the page: the replies, the size of the photo, and the drawn picture as a data URL. Raises DataError.
+    """Return the fields for the page: replies, size of the photo, drawn picture as a data URL. Raises DataError.
 
-    mode: "prompt", or "targets" if `asked` is a list of phrases to ask for in the words of the wording.
+    mode: "prompt", or "targets" if `asked` is a list of phrases that the wording asks for.
     """
     if mode not in MODES:
-        raise DataError(f"mode {mode!r:.40}: wanted one of {', '.join(MODES)}")
+        raise DataError(f"mode: found {mode!r:.40}; expected one of {', '.join(MODES)}")
     question = (
         question_of(targets=split_phrases(asked.replace("，", "、"))) if mode == "targets" else question_of(asked)
     )
