@@ -50,7 +50,7 @@ class HtmlPage:
         return self._render(None, values)
 
     def _render(self, inlined: dict[str, Markup] | None, values: dict[str, Any]) -> str:
-        """Characters that UTF-8 cannot encode become escapes."""
+        """Fill in the template. Characters that UTF-8 cannot encode become escapes."""
         page = self._template.render(inlined=inlined, **values)
         return page.encode("utf-8", "backslashreplace").decode()
 

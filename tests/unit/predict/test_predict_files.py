@@ -163,4 +163,4 @@ def test_the_page_needs_a_free_port(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert run("--model", tiny_folder, "--serve", "--port", taken.getsockname()[1]) == 2
-    assert "cannot listen there on 127.0.0.1" in capsys.readouterr().err
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err

@@ -24,8 +24,8 @@ from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.launch.report import main
 from cogvlm_ft.report.figures import curve_panels
 from cogvlm_ft.report.gallery import choose, read_predictions, save_gallery
-from cogvlm_ft.report.scores import ceilings_of
 from cogvlm_ft.report.report import REPORT_FILE, try_report, write_report
+from cogvlm_ft.report.scores import ceilings_of
 from cogvlm_ft.report.thumbnails import Photos, Thumbnails, zoom_region
 
 LAST = f"evaluations/step-{max(STEPS):08d}"

@@ -9,7 +9,7 @@ import pytest
 
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.candidates import Candidate
-from cogvlm_ft.shards.reviewing.charts import bar_chart
+from cogvlm_ft.shards.reviewing.page import bars_of
 from cogvlm_ft.shards.reviewing.photos import Photo
 from cogvlm_ft.shards.reviewing.readings import Tally
 from cogvlm_ft.shards.reviewing.sources import Place
@@ -163,8 +163,12 @@ def test_every_kind_gets_its_share_of_the_pictures() -> None:
     assert draw_fairly({"a": list(reversed(suspects["a"]))}, 3)["a"] == chosen["a"]
 
 
-def test_charts_are_escaped() -> None:
-    chart = bar_chart({"<8": 0, "8-16": 2, ">=16": 2}, 'a "title"')
-    assert chart.count("<rect") == 2
-    assert "<8" not in chart and "&gt;=16" in chart and "&quot;title&quot;" in chart
-    assert bar_chart({}, "nothing").count("<rect") == 0
+def test_bars_leave_out_empty_labels_at_both_ends() -> None:
+    bars = bars_of({"<8": 0, "8-16": 2, "16-32": 0, ">=32": 6, ">=64": 0})
+    assert [(bar.label, bar.count, bar.share) for bar in bars] == [
+        ("8-16", 2, 0.25),
+        ("16-32", 0, 0),
+        (">=32", 6, 0.75),
+    ]
+    assert bars[0].length == pytest.approx(bars[2].length / 3) and bars[1].length == 0
+    assert bars_of({}) == bars_of({"a": 0}) == []
