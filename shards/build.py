@@ -1,7 +1,7 @@
 """Build WebDataset shards from annotations and images.
 
-Can be stopped at any time: the same command resumes it. Exit codes: 0 built, 2 an option or the annotations cannot be
-used, 1 anything else. docs/data.md describes the formats.
+A build can be stopped at any time; the same command resumes it. Exit codes: 0 built, 2 an option or the annotations
+cannot be used, 1 anything else. docs/data.md describes the formats.
 
 Examples:
   python shards/build.py --images photos/ --annotations instances.json --out shards_out
@@ -78,7 +78,7 @@ class BuildSettings:
 
 
 def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bool = False) -> str:
-    """Write the shards, index.json and rejected.jsonl; returns a summary for people. Raises DataError."""
+    """Write the shards, index.json and rejected.jsonl; return a summary to print. Raises DataError."""
     _check_settings(settings)
     signature = _signature(settings)
     found = _check_folder(out, signature, overwrite)
@@ -107,14 +107,14 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
         _write_missing_shards(plans, packing, num_workers)
         index, examples = _finish(out, plans, signature, staging, vocabulary, settings.negatives)
     except sqlite3.Error as error:  # no room for it, or another build is writing there
-        raise DataError(f"{staging.path}: {error}; is there room, and does no other build write to {out}?") from None
+        raise DataError(f"{staging.path}: {error}. Check the free space and that no other build uses {out}.") from None
     finally:
         staging.close()
     return f"{exif.explanation}\n\n{summarize(index, examples, out)}"
 
 
 def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
-    """What the annotations say, one stage after another."""
+    """Yield what the annotations contain, with the decisions applied."""
     parts = FORMATS[settings.format].read(settings.annotations, settings.images)
     if settings.decisions:
         parts = _decided(parts, load_decisions(settings.decisions), staging)
@@ -144,21 +144,21 @@ def _first_pass(settings: BuildSettings, staging: StagingDatabase) -> tuple[Voca
 
 def _check_settings(settings: BuildSettings) -> None:
     if not settings.images.is_dir():
-        raise DataError(f"--images {settings.images} is no folder")
+        raise DataError(f"--images {settings.images}: not a folder; expected the folder of the photos")
     if not settings.annotations.exists():
         raise DataError(f"--annotations {settings.annotations}: no such file or folder")
     if not 0 <= settings.val_fraction < 1:
-        raise DataError(f"--val-fraction {settings.val_fraction}, wanted 0 or more and below 1")
+        raise DataError(f"--val-fraction: {settings.val_fraction}; expected at least 0 and below 1")
     for name in ("samples_per_shard", "max_pixels", "max_side"):
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value}, wanted 1 or more")
+            raise DataError(f"--{name.replace('_', '-')}: {value}; expected 1 or more")
     if settings.negatives:
         settings.negatives.check()
 
 
 def _signature(settings: BuildSettings) -> dict[str, Any]:
-    """The settings of build.json: with another one, finished shards must not be mixed with new ones.
+    """Return the settings for build.json; shards of other settings must not be mixed with new ones.
 
     Of the annotations and the decisions counts what came out, of EXIF what was decided: both are added when all is
     read.
@@ -169,7 +169,7 @@ def _signature(settings: BuildSettings) -> dict[str, Any]:
 
 
 def _check_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The build.json of an earlier build that this one may go on with. Raises DataError if there is something else."""
+    """Return the build.json of an earlier build to resume, if any. Raises DataError if the folder is not ours."""
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         return None
@@ -178,24 +178,24 @@ def _check_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> dict
         found: dict[str, Any] = read_json_file(marker)
         if not isinstance(found, dict):
             raise DataError(
-                f"{marker} is not the one of a build: {found!r:.80}; take another --out, or add --overwrite"
+                f"{marker}: {found!r:.80}; expected the settings of a build. Choose another --out, or add --overwrite."
             )
         _refuse_other_settings(out, found, signature)
         return found
     if any(_own_files(out)):
-        raise DataError(f"{out} holds shards or an index.json, but no build.json: not our build; choose another --out")
+        raise DataError(f"{out}: shards but no build.json; expected a new folder or a build. Choose another --out.")
     return None
 
 
 def _refuse_other_settings(out: Path, found: dict[str, Any], signature: dict[str, Any]) -> None:
     other = [name for name in signature if found.get(name) != signature[name]]
     if other:
-        changes = "; ".join(f"{name}: {found.get(name)!r} there, {signature[name]!r} now" for name in other)
-        raise DataError(f"{out} was built with other settings ({changes}); take another --out, or add --overwrite")
+        changes = "; ".join(f"{name}: found {found.get(name)!r}; expected {signature[name]!r}" for name in other)
+        raise DataError(f"{out}: built with other settings: {changes}. Choose another --out, or add --overwrite.")
 
 
 def _begin(out: Path, signature: dict[str, Any], found: dict[str, Any] | None) -> None:
-    """Go on with the earlier build, or delete all that one may have left."""
+    """Resume the earlier build, or delete what it may have left."""
     if found:
         _refuse_other_settings(out, found, signature)
     else:
@@ -207,7 +207,7 @@ def _begin(out: Path, signature: dict[str, Any], found: dict[str, Any] | None) -
 
 
 def _own_files(out: Path) -> Iterator[Path]:
-    """Everything a build writes; index.json first, so that a half-deleted build is never taken for a whole one."""
+    """Yield all files of a build; index.json first, so that a half-deleted build never looks complete."""
     for name in ("index.json", "rejected.jsonl"):
         yield from out.glob(name)
     for split in SPLITS:
@@ -231,7 +231,7 @@ def _finish(
     vocabulary: Vocabulary | None,
     negatives: NegativeSettings | None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Write rejected.jsonl and, last, index.json; returns the index, and for each reason of a rejection an example."""
+    """Write rejected.jsonl and then index.json; return the index and one example per reason of rejection."""
     splits: dict[str, Any] = {split: {"shards": [], **dict.fromkeys(_COUNTS, 0)} for split in SPLITS}
     reasons: Counter[str] = Counter()
     num_added: Counter[str] = Counter()
@@ -245,7 +245,7 @@ def _finish(
     unfinished.replace(out / "rejected.jsonl")
     if not any(split["num_samples"] for split in splits.values()):
         first = next((f"; first: {row['reason']}: {row['detail']}" for row in examples.values()), "")
-        raise DataError(f"no sample is left, see {out / 'rejected.jsonl'}{first}")
+        raise DataError(f"no sample is left; see {out / 'rejected.jsonl'}{first}")
     index = {
         "version": INDEX_VERSION,
         "splits": splits,
@@ -261,7 +261,7 @@ def _finish(
 def _rejected(
     out: Path, plans: list[ShardPlan], staging: StagingDatabase, splits: dict[str, Any], num_added: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The lines of rejected.jsonl; on the way, every shard is counted in its split, and its absent targets by kind."""
+    """Yield the lines of rejected.jsonl; also add up each shard in `splits` and its absent targets in `num_added`."""
     for problem, image in staging.problems():
         yield rejection(problem, image)
     for plan in plans:
@@ -278,37 +278,34 @@ def _rejected(
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__, allow_abbrev=False)
-    parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
-    parser.add_argument("--annotations", type=Path, required=True, help="file or folder, as the format has it")
-    parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--decisions", type=Path, help="what to drop and to edit, as cogvlm-review writes it")
-    parser.add_argument("--val-fraction", type=float, default=BuildSettings.val_fraction, help="share of the images")
-    parser.add_argument("--seed", type=int, default=BuildSettings.seed)
-    parser.add_argument("--samples-per-shard", type=int, default=BuildSettings.samples_per_shard)
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
-    parser.add_argument(
-        "--verify",
-        choices=VERIFY,
-        default=BuildSettings.verify,
-        help="how images are checked: structure finds files that are cut off, and is fast; decode finds more",
-    )
-    parser.add_argument("--exif", choices=EXIF_MODES, default=BuildSettings.exif, help="turn photos upright, if needed")
-    parser.add_argument("--max-side", type=int, help="larger images are made smaller and stored as JPEG, px")
-    parser.add_argument("--negatives", type=float, default=0.0, help="share of absent targets among all, such as 0.2")
-    parser.add_argument("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="what they are made from")
-    parser.add_argument("--synonyms", type=Path, help="YAML file of words that mean the same, for absent targets")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="does not change the result")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier build wrote to --out")
+    add, defaults = parser.add_argument, BuildSettings
+    add("--format", choices=["auto", *sorted(FORMATS)], default="auto", help="default: recognised from the files")
+    add("--annotations", type=Path, required=True, help="annotation file or folder")
+    add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
+    add("--out", type=Path, required=True, help="folder for the shards")
+    add("--decisions", type=Path, help="parts to drop or edit: a file saved from the page of cogvlm-review")
+    add("--val-fraction", type=float, default=defaults.val_fraction, help="fraction of the photos for validation")
+    add("--seed", type=int, default=defaults.seed, help="of the split, the order and the absent targets")
+    add("--samples-per-shard", type=int, default=defaults.samples_per_shard)
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="reject larger photos")
+    verify_help = "structure: detect truncated files (fast); decode: detect more"
+    add("--verify", choices=VERIFY, default=defaults.verify, help=verify_help)
+    add("--exif", choices=EXIF_MODES, default=defaults.exif, help="rotate photos by their EXIF orientation")
+    add("--max-side", type=int, help="shrink larger photos to this side in px, stored as JPEG")
+    add("--negatives", type=float, default=0.0, help="fraction of absent targets among all targets, such as 0.2")
+    add("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="sources of absent targets")
+    add("--synonyms", type=Path, help="YAML file of names with the same meaning, for absent targets")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result does not depend on it")
+    add("--overwrite", action="store_true", help="delete what an earlier build wrote to --out")
     return parser.parse_args(argv)
 
 
 def _settings(args: argparse.Namespace) -> BuildSettings:
-    """Says what was seen if the format is to be found out."""
+    """Convert the command line; report the recognised format."""
     annotations, name = args.annotations, args.format
     if name == "auto":
         name, seen = recognise_format(annotations)
-        print(f"{annotations}: {seen}, read as --format {name}", flush=True)
+        print(f"{annotations}: {seen}; reading it as --format {name}", flush=True)
     kinds = dict.fromkeys(args.negative_kinds, 1.0)
     negatives = NegativeSettings(args.negatives, kinds, args.synonyms, args.seed) if args.negatives else None
     return BuildSettings(
@@ -328,13 +325,13 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; exit code 1 with one line on stderr for a mistake of the user."""
+    """Run the command line; return 0, 2 for a user's mistake, or 1 for any other error, with one line on stderr."""
     args = _parse_args(argv)
     try:
         print(build(_settings(args), args.out, num_workers=args.workers, overwrite=args.overwrite))
-    except (DataError, OSError) as error:  # OSError: no room, no permission
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (DataError, OSError) as error:  # OSError: no space, no permission
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, DataError) else 1
     return 0
 
 

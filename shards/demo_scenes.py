@@ -1,8 +1,7 @@
-"""Make a small grounding set to try everything with: coloured shapes, questions about them in Chinese and English.
+"""Generate a small grounding data set of coloured shapes, with questions in Chinese and English.
 
-python shards/demo_scenes.py --out DIR --num-scenes 5000 --image-size 56 --seed 0
-
-DIR then holds scene-000000.png, ... and annotations.jsonl, ready for shards/build.py. Same seed, same bytes.
+The output folder contains scene-000000.png, ... and annotations.jsonl, ready for shards/build.py. The same seed gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cogvlm_ft import __version__
+
+_EXAMPLES = """examples:
+  python shards/demo_scenes.py --out demo/ --num-scenes 500 --seed 0
+  python shards/build.py --annotations demo/annotations.jsonl --out demo_shards/
+"""
 NUM_TARGETS = 4
 MIN_IMAGE_SIZE_PX = 24
 
@@ -30,11 +36,11 @@ COLOURS = {
 }
 KINDS = {"square": "正方形", "ring": "圆环", "cross": "十字"}
 
-# With these shares a scene has about 2.4 different things, so that about 1.6 of its 4 questions are about absent ones.
-SHAPE_COUNTS, SHAPE_COUNT_SHARES = (2, 3), (0.4, 0.6)
-TWIN_SHARE = 0.25
-HARD_NEGATIVE_SHARE = 0.75
-NUM_CELLS = 8  # a shape's square lies on a lattice of 8 x 8 cells: few coordinates, soon learned
+# So a scene has about 2.4 different objects, and about 1.6 of its 4 questions are about absent ones.
+SHAPE_COUNTS, SHAPE_COUNT_PROBABILITIES = (2, 3), (0.4, 0.6)
+TWIN_PROBABILITY = 0.25
+HARD_NEGATIVE_PROBABILITY = 0.75
+NUM_CELLS = 8  # shapes are aligned to 8 x 8 cells: few coordinates, quickly learned
 SIDES_IN_CELLS = (3, 4)
 TRIES_PER_SHAPE = 100
 
@@ -42,7 +48,7 @@ PixelBox = tuple[int, int, int, int]
 
 
 class Thing(NamedTuple):
-    """What a phrase names."""
+    """A shape of one colour and kind, as a phrase names it."""
 
     colour: str
     kind: str
@@ -65,7 +71,7 @@ def write_scenes(out_dir: Path, num_scenes: int, image_size_px: int, seed: int, 
 
 
 def make_scene(rng: random.Random, image_size_px: int) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """One square picture and its four targets; boxes are the exact extents of the drawn pixels, xyxy."""
+    """Draw a square image; return it with its four targets, whose boxes are the extents of the drawn pixels, xyxy."""
     things = _choose_things(rng)
     image = _noisy_background(rng, image_size_px)
     boxes: dict[Thing, list[PixelBox]] = {}
@@ -77,27 +83,27 @@ def make_scene(rng: random.Random, image_size_px: int) -> tuple[Image.Image, lis
 
 
 def _choose_things(rng: random.Random) -> list[Thing]:
-    """Two or three things, all different except that two of them may be twins."""
-    count = rng.choices(SHAPE_COUNTS, SHAPE_COUNT_SHARES)[0]
+    """Choose two or three objects, all different except that two of them may be twins."""
+    count = rng.choices(SHAPE_COUNTS, SHAPE_COUNT_PROBABILITIES)[0]
     everything = [Thing(colour, kind) for colour in COLOURS for kind in KINDS]
     things = rng.sample(everything, count)
-    if rng.random() < TWIN_SHARE:
+    if rng.random() < TWIN_PROBABILITY:
         things[-1] = things[0]
     return things
 
 
 def _choose_absent(rng: random.Random, present: list[Thing], count: int) -> list[Thing]:
-    """Things that are not there; in most scenes hard ones: colour and kind are seen, but on different shapes."""
+    """Choose absent objects; in most scenes hard ones, whose colour and kind are present, but on different shapes."""
     colours, kinds = {thing.colour for thing in present}, {thing.kind for thing in present}
     absent = [Thing(colour, kind) for colour in COLOURS for kind in KINDS if (colour, kind) not in present]
     rng.shuffle(absent)
-    if rng.random() < HARD_NEGATIVE_SHARE:
+    if rng.random() < HARD_NEGATIVE_PROBABILITY:
         absent.sort(key=lambda thing: (thing.colour in colours) + (thing.kind in kinds), reverse=True)
     return absent[:count]
 
 
 def _choose_places(rng: random.Random, count: int, image_size_px: int) -> list[PixelBox]:
-    """Squares of two sizes with something free between them."""
+    """Choose squares of two sizes with a gap between them."""
     while True:
         places: list[PixelBox] = []
         for _ in range(count * TRIES_PER_SHAPE):
@@ -120,7 +126,7 @@ def _are_apart(a: PixelBox, b: PixelBox) -> bool:
 
 
 def _noisy_background(rng: random.Random, image_size_px: int) -> Image.Image:
-    """Middle grey: about 0 once CogVLM has normalised the colours, so that an untrained model sees the shapes."""
+    """Draw middle grey: about 0 once CogVLM has normalised the colours, so that an untrained model sees the shapes."""
     noise = np.frombuffer(rng.randbytes(image_size_px**2), dtype=np.uint8).reshape(image_size_px, image_size_px, 1) % 12
     tint = np.array([rng.randint(110, 125) for _ in range(3)], dtype=np.uint8)
     return Image.fromarray(tint + noise)
@@ -155,22 +161,26 @@ def _make_target(rng: random.Random, thing: Thing, boxes: Sequence[PixelBox]) ->
     return {"phrase": phrase, "language": language, "boxes": [list(box) for box in boxes]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: write the scenes and print what was made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if missing")
-    parser.add_argument("--num-scenes", type=int, required=True)
-    parser.add_argument("--image-size", type=int, default=56, help="side of the square pictures in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line: write the scenes and print their number."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--num-scenes", type=int, required=True, help="number of images")
+    parser.add_argument("--image-size", type=int, default=56, help="side of the square images in px")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     options = parser.parse_args(argv)
     if options.num_scenes < 1 or options.image_size < MIN_IMAGE_SIZE_PX:
         parser.error(
             f"found --num-scenes {options.num_scenes} and --image-size {options.image_size};"
-            f" wanted at least 1 scene of at least {MIN_IMAGE_SIZE_PX} px"
+            f" expected at least 1 scene of at least {MIN_IMAGE_SIZE_PX} px"
         )
     annotations = write_scenes(options.out, options.num_scenes, options.image_size, options.seed)
     print(f"{options.num_scenes} scenes, {options.num_scenes * NUM_TARGETS} targets: {annotations}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,7 +39,7 @@ def review(
 ) -> Survey:
     """Write review.html, review.json and suspects.jsonl to `out`. Raises DataError."""
     if out.exists() and not out.is_dir():
-        raise DataError(f"--out {out} is a file, wanted a folder")
+        raise DataError(f"--out {out}: a file; expected a folder")
     out.mkdir(parents=True, exist_ok=True)
     found = survey(parts, out, image_size=image_size, max_pictures=max_pictures, num_workers=num_workers)
     write_atomically(out / "review.html", render_page(found, source).encode())
@@ -48,12 +48,12 @@ def review(
 
 
 def summarize(found: Survey, out: Path) -> str:
-    """For the terminal."""
+    """Format the summary for the terminal."""
     counts, best = found.report["counts"], found.report["recommended"]
     lines = [f"{counts['photos']} photos, {counts['targets']} targets, {counts['boxes']} boxes"]
     if best["image_size"]:
-        share = f"{best['share']:.0%} of the boxes have at least one patch"
-        lines.append(f"recommended image size: {best['image_size']} px ({share})")
+        fraction = f"{best['share']:.0%} of the boxes are at least one patch wide"
+        lines.append(f"recommended image size: {best['image_size']} px ({fraction})")
     lines.append(f"suspects: {sum(found.report['suspects'].values()) or 'none'}")
     lines += [f"  {count:>7} {title_of(kind, 'en')}" for kind, count in found.report["suspects"].items()]
     lines.append(f"{out}: review.html, review.json, suspects.jsonl")
@@ -62,26 +62,27 @@ def summarize(found: Survey, out: Path) -> str:
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__, allow_abbrev=False)
-    parser.add_argument("--shards", type=Path, help="a folder that shards/build.py wrote; or give the next three")
-    parser.add_argument("--format", choices=["auto", *sorted(FORMATS)], default="auto")
-    parser.add_argument("--images", type=Path, help="folder of the image paths; default: that of the annotations")
-    parser.add_argument("--annotations", type=Path, help="file or folder, as the format has it")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--image-size", type=int, default=490, help="of training, for boxes under one patch")
-    parser.add_argument("--max-pictures", type=int, default=200, help="on the page; all suspects are in suspects.jsonl")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="does not change the result")
+    add = parser.add_argument
+    add("--shards", type=Path, help="folder written by shards/build.py; instead of the next three options")
+    add("--format", choices=["auto", *sorted(FORMATS)], default="auto", help="default: recognised from the files")
+    add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
+    add("--annotations", type=Path, help="annotation file or folder")
+    add("--out", type=Path, required=True, help="folder for review.html, review.json and suspects.jsonl")
+    add("--image-size", type=int, default=490, help="of training, in px: reports boxes smaller than one patch")
+    add("--max-pictures", type=int, default=200, help="maximum on the page; suspects.jsonl lists all suspects")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result does not depend on it")
     args = parser.parse_args(argv)
     if (args.shards is None) == (args.annotations is None):
-        parser.error("give --shards, or --annotations (and --images)")
+        parser.error("expected --shards, or --annotations (and --images)")
     if args.annotations and not args.images:
         args.images = args.annotations if args.annotations.is_dir() else args.annotations.parent
     if args.image_size < PATCH_PX or args.max_pictures < 0:
-        parser.error(f"wanted --image-size of {PATCH_PX} or more and --max-pictures of 0 or more")
+        parser.error(f"expected --image-size {PATCH_PX} or more, and --max-pictures 0 or more")
     return args
 
 
 def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
-    """What is reviewed, and its name: what the user gave. Raises DataError."""
+    """Return what is reviewed, and its name: the user's input. Raises DataError."""
     if args.shards:
         return shard_items(args.shards), str(args.shards)
     for option, path in (("--annotations", args.annotations), ("--images", args.images)):
@@ -95,7 +96,7 @@ def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; exit code 1 with one line on stderr for a mistake of the user."""
+    """Run the command line; return 0, 2 for a user's mistake, or 1 for any other error, with one line on stderr."""
     args = _parse_args(argv)
     try:
         parts, source = _parts(args)
@@ -108,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
             num_workers=args.workers,
         )
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, DataError) else 1
     print(summarize(found, args.out))
     return 0
 

@@ -1,4 +1,4 @@
-"""Annotation formats. A format is one file: how to read it, and how to tell that a path holds it."""
+"""Annotation formats: one file each, with a reader and a function that recognises the format."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 class Format:
     """A way to write annotations.
 
-    read: (annotations, images folder) -> candidates, and problems that belong to none of them, one by one.
-        Raises DataError if the annotations as a whole are something else.
-    recognise: what it saw there, in words for people, or None if the annotations are something else. Looks at names
-        and the beginning of files only.
+    read: (annotations, images folder) -> candidates, and problems that belong to none of them.
+        Raises DataError if the annotations are of another format.
+    recognise: what was recognised, for people, or None for another format. Inspects names and the ends of files only.
     """
 
     read: Callable[[Path, Path], Iterator[Candidate | Problem]]
@@ -50,11 +49,11 @@ FORMATS: dict[str, Format] = {
     "coco": Format(read_coco, recognise_coco),
     "jsonl": Format(read_jsonl, recognise_jsonl),
 }
-"""By the name that --format takes."""
+"""By the value of --format."""
 
 
 def recognise_format(annotations: Path) -> tuple[str, str]:
-    """(name of the format, what was seen). Raises DataError unless exactly one format fits."""
+    """Return (name of the format, what was recognised). Raises DataError unless exactly one format fits."""
     try:
         seen = {name: format.recognise(annotations) for name, format in FORMATS.items()}
         fits = [(name, what) for name, what in seen.items() if what is not None]
@@ -64,19 +63,19 @@ def recognise_format(annotations: Path) -> tuple[str, str]:
     except OSError as error:
         raise DataError(f"--annotations {annotations} cannot be read: {error.strerror}") from None
     if fits:
-        problem, advice = "fits several formats", "choose one, or name the folder or file of one of them"
+        problem, advice = "fits several formats", "Choose one, or name the folder or file of one of them."
     else:
-        problem, advice = "is of no known format", f"choose --format {', '.join(FORMATS)}"
-    raise DataError(f"--annotations {annotations} {problem}: it has {found}; {advice}")
+        problem, advice = "is of no known format", f"Choose --format {', '.join(FORMATS)}."
+    raise DataError(f"--annotations {annotations} {problem}: found {found}. {advice}")
 
 
 def _describe(annotations: Path) -> str:
-    """What is there, for people."""
+    """Describe for people what the path contains."""
     if annotations.is_dir():
         endings = Counter(path.suffix or "no ending" for path in annotations.iterdir() if path.is_file())
         folders = sum(path.is_dir() for path in annotations.iterdir())
         kinds = [f"{count} x {ending}" for ending, count in endings.most_common(5)]
         return ", ".join([*kinds, f"{folders} folders"])
     if not annotations.is_file():
-        return "neither file nor folder there"
+        return "no file or folder"
     return f"{annotations.stat().st_size} bytes that begin with {read_head(annotations, 40)!r}"

@@ -3,7 +3,7 @@
 {"images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}], "categories": [{"id": 7, "name": "dog"}],
  "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 20, 10], "iscrowd": 0}]}
 
-The file is one JSON object, so all of it goes into memory, except for the outlines, which are its largest part.
+The file is one JSON object and is read into memory, except for the outlines, its largest part.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class _Image:
         self.path = image_path(entry.get("file_name"), '"file_name"')
         self.source = source
         self.stated_size_px = _size(entry)
-        self.boxes: dict[str, list[Box | None]] = defaultdict(list)  # None: a box that cannot be used
+        self.boxes: dict[str, list[Box | None]] = defaultdict(list)  # None: an unusable box
         self.problems: list[Problem] = []
 
 
 def read_coco(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image, one target per category. DataError if the file as a whole is something else."""
+    """Yield one candidate per image with one target per category. Raises DataError if the file is not COCO."""
     content = _load(path)
     problems: list[Problem] = []
     names = _category_names(content["categories"], problems)
@@ -57,7 +57,7 @@ def read_coco(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
 
 
 def recognise_coco(annotations: Path) -> str | None:
-    """Looks at both ends of the file for its lists; MDETR's token spans and panoptic segments are something else."""
+    """Look for the COCO lists at both ends of the file; MDETR's token spans and panoptic segments are other formats."""
     ends = read_ends(annotations, _ENDS_BYTES)
     is_object = ends.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{"
     lists = [name for name in _LISTS if f'"{name}"'.encode() in ends]
@@ -71,20 +71,21 @@ def _load(path: Path) -> dict[str, Any]:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
         content = json.loads(text, object_hook=_without_outlines)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; wanted COCO instances JSON") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; expected COCO instances JSON") from None
     except (ValueError, RecursionError) as error:
         hint = "for one JSON object per line use --format jsonl"
-        raise DataError(f"{path} is no JSON: {error}; wanted one COCO instances object ({hint})") from None
+        raise DataError(f"{path} is not valid JSON: {error}; expected one COCO instances object ({hint})") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, wanted a COCO object with {', '.join(_LISTS)}")
+        raise DataError(f"{path} holds a {type(content).__name__}; expected a COCO object with {', '.join(_LISTS)}")
     missing = [name for name in _LISTS if not isinstance(content.get(name), list)]
     if missing:
         found = ", ".join(sorted(content)[:10]) or "nothing"
-        raise DataError(f"{path} has no list called {' or '.join(missing)}; found {found}; wanted COCO instances JSON")
+        missing_names = " or ".join(missing)
+        raise DataError(f"{path} has no list called {missing_names}; found {found}; expected COCO instances JSON")
     first = next(iter(content["annotations"]), None)
     if isinstance(first, dict) and "segments_info" in first:
         raise DataError(
-            f"{path} is COCO's panoptic JSON, which has segments; wanted the instances JSON of these images"
+            f"{path} is COCO's panoptic JSON, which has segments; expected the instances JSON of these images"
         )
     return content
 
@@ -109,7 +110,7 @@ def _category_names(categories: list[Any], problems: list[Problem]) -> dict[Any,
 
 
 def _images(entries: list[Any], problems: list[Problem]) -> dict[Any, _Image | None]:
-    """By id; None for an image that cannot be used: its boxes go with it."""
+    """Return the images by id; None for an unusable one, whose boxes are lost with it."""
     images: dict[Any, _Image | None] = {}
     for i, entry in enumerate(entries):
         try:
@@ -139,7 +140,7 @@ def _add_annotation(
             raise Rejected("box", "unknown_category_id", f'no usable entry of "categories" has id {category_id!r:.80}')
         name = names[category_id]
         if annotation.get("iscrowd"):
-            raise Rejected("box", "crowd", f"{name!r}: a region around a crowd, not one object")
+            raise Rejected("box", "crowd", f"{name!r}: a region around a crowd, not a single object")
         image.boxes[name].append(None)
         x, y, width, height = four_numbers(annotation.get("bbox"), "[x, y, width, height]")
         image.boxes[name][-1] = x, y, x + width, y + height

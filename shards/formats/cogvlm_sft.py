@@ -1,4 +1,4 @@
-"""Folders like CogVLM-SFT-311K: images/ beside labels_zh/, labels_en/ or labels/ with one JSON per image.
+"""Folders like CogVLM-SFT-311K: images/ next to labels_zh/, labels_en/ or labels/ with one JSON per image.
 
 {"conversations": [{"role": "user", "content": "图中有什么?"}, {"role": "assistant", "content": "一只狗。"}]}
 {"captions": [{"role": "caption", "content": "一只狗躺在草地上。"}]}
@@ -22,19 +22,19 @@ from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_inside
 
 LABEL_FOLDERS = ("labels_zh", "labels_en", "labels")
 CAPTION_PROMPTS = {"zh": "描述这张图片。", "en": "Describe this image."}
-"""The question to a caption, which has none."""
+"""The question for a caption, which has none."""
 _HEAD_BYTES = 4096
 
 
 def read_cogvlm_sft(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image, with what every language says about it.
+    """Yield one candidate per image, with the conversations of every language.
 
     annotations: a folder with images/ and labels, one that holds several such folders, or a folder of labels itself.
     """
     folders = _label_folders(annotations)
     if not folders:
-        wanted = ", ".join(f"{name}/" for name in LABEL_FOLDERS)
-        raise DataError(f"{annotations} has no folder {wanted}; wanted a folder like CogVLM-SFT-311K")
+        expected = ", ".join(f"{name}/" for name in LABEL_FOLDERS)
+        raise DataError(f"{annotations} has no folder {expected}; expected a folder like CogVLM-SFT-311K")
     num_labels = 0
     for root, labels in folders.items():
         pictures = _pictures(root / "images", images_dir)
@@ -43,11 +43,11 @@ def read_cogvlm_sft(annotations: Path, images_dir: Path) -> Iterator[Candidate |
         for name in names:
             yield _candidate([folder / name for folder in labels], annotations, pictures)
     if not num_labels:
-        raise DataError(f"{annotations}: {_words(folders)} without a .json file; wanted one per image")
+        raise DataError(f"{annotations}: {_words(folders)} without a .json file; expected one per image")
 
 
 def recognise_cogvlm_sft(annotations: Path) -> str | None:
-    """Goes by the names of the folders, and by what the first JSON in them begins with."""
+    """Recognise the folder names, and the beginning of the first JSON file in them."""
     folders = _label_folders(annotations)
     labels = (path for group in folders.values() for folder in group for path in folder.glob("*.json"))
     head = read_head(next(labels, Path()), _HEAD_BYTES)
@@ -71,7 +71,7 @@ def _words(folders: dict[Path, list[Path]]) -> str:
 
 
 def _pictures(folder: Path, images_dir: Path) -> dict[str, str]:
-    """Image paths, relative to the images folder, by the name of the file without its ending."""
+    """Map file names without extension to image paths relative to the images folder."""
     folder = folder if folder.is_dir() else images_dir
     if not folder.is_dir():
         return {}
@@ -116,7 +116,7 @@ def _turns(content: dict[str, Any], source: str, problems: list[Problem]) -> lis
 
 
 def _pairs(messages: list[Any], source: str, problems: list[Problem]) -> list[tuple[str, str]]:
-    """Captions are asked for first; a message that is no object speaks for nobody, which is a problem of its own."""
+    """Yield the pairs, captions with a question; a message that is not an object is a problem of its own."""
     spoken: list[tuple[Any, Any]] = []
     for message in messages:
         role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else (message, None)

@@ -1,4 +1,4 @@
-"""Conversations about one picture, as several formats hold them."""
+"""Conversations about one image, as in several formats."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cogvlm_ft.shards.formats.box_text import check_box_text
 from cogvlm_ft.shards.packing.candidates import Problem, Rejected, require, shown
 
 Message = tuple[Any, Any]
-"""Who speaks, and the text."""
+"""The speaker, and the text."""
 MAX_EARLIER = 50
-"""Pairs that a turn carries along as its history: more than any sequence holds."""
+"""Pairs that a turn keeps as its history: more than fit in any sequence."""
 _ASKS, _ANSWERS = ("user", "human"), ("assistant", "gpt", "bot")
 
 
 def questions_and_answers(messages: Iterable[Message], source: str, problems: list[Problem]) -> list[tuple[str, str]]:
-    """The pairs in their order; a message that belongs to no pair becomes a problem, the system's is left out."""
+    """Return the pairs in order; a message outside a pair becomes a problem, a system message is left out."""
     pairs: list[tuple[str, str]] = []
     question: str | None = None
     for i, (role, text) in enumerate(messages):
@@ -25,7 +25,7 @@ def questions_and_answers(messages: Iterable[Message], source: str, problems: li
             require(isinstance(role, str), "turn", "the speaker", role, '"user" or "assistant"')
             if role == "system":
                 continue
-            require(isinstance(text, str), "turn", f"what {role!r:.20} says", text, "a string")
+            require(isinstance(text, str), "turn", f"the text of {role!r:.20}", text, "a string")
             if role in _ASKS:
                 if question is not None:
                     problems.append(_unanswered(question, source))
@@ -44,7 +44,7 @@ def questions_and_answers(messages: Iterable[Message], source: str, problems: li
 
 
 def verbatim_turn(prompt: str, answer: str, earlier: tuple[tuple[str, str], ...]) -> Turn:
-    """A pair that is used as it stands; raises Rejected if it is empty or has box text that the model never saw.
+    """Return a pair unchanged as a turn; raises Rejected if it is empty or has box text unknown to the model.
 
     earlier: the pairs before it in the same conversation.
     """
@@ -52,9 +52,9 @@ def verbatim_turn(prompt: str, answer: str, earlier: tuple[tuple[str, str], ...]
         require(bool(text.strip()), "turn", name, text, "a text that is not empty")
         check_box_text(text, name, is_prompt=name == "the prompt")
     if len(earlier) > MAX_EARLIER:
-        raise Rejected("turn", "long_conversation", f"more than {MAX_EARLIER} questions and answers before it")
+        raise Rejected("turn", "long_conversation", f"more than {MAX_EARLIER} pairs before it")
     return Turn(prompt, answer, history=earlier)
 
 
 def _unanswered(question: str, source: str) -> Problem:
-    return Problem("turn", "no_answer", f"nothing answers {shown(question)}", source)
+    return Problem("turn", "no_answer", f"no answer to {shown(question)}", source)

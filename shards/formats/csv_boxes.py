@@ -4,10 +4,9 @@ image,left,top,right,bottom,question
 a.jpg,1,2,30,20,Where is the dog?
 https://example.org/photos/b.jpg,5,5,9,9,"Which one is red, and round?"
 
-Optional columns: width and height (of the image), language (zh or en). Capitals do not matter, nor does the order;
-other names for the columns are listed below. Of a URL, the last part is the name of the file. Lines of one image
-become one sample wherever they stand, lines with the same phrase one target with several boxes. Separated by comma,
-semicolon or tab; in UTF-8.
+Optional columns: width and height (of the image), language (zh or en). Letter case and order are ignored; other column
+names are listed below. The last part of a URL is the file name. Lines of one image become one sample, in any order;
+lines with the same phrase become one target with several boxes. Separated by comma, semicolon or tab; in UTF-8.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
-from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.formats.rows import groups_of_equal, read_head
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
@@ -57,20 +53,20 @@ _HEAD_BYTES = 2**16
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where what stands in a line. columns: numbers from 0 by our names; num_columns: of every line."""
+    """The positions of the columns. columns: numbers from 0 by our names; num_columns: of every line."""
 
     columns: dict[str, int]
     num_columns: int
     delimiter: str
 
     def cell(self, cells: list[str], name: str) -> str:
-        """Empty if there is no such column."""
+        """Return the text of a column, empty if the column does not exist."""
         return cells[self.columns[name]].strip() if name in self.columns else ""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A line, or several if a text in quotes goes on. cells: empty if it could not be read, see `defect`."""
+    """A line, or several if a quoted text contains line breaks. cells: empty if unreadable, see `defect`."""
 
     source: str
     cells: list[str]
@@ -80,18 +76,18 @@ class _Row:
 
 
 def read_csv_boxes(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image, one target per phrase. DataError if the first line does not name the columns.
+    """Yield one candidate per image with one target per phrase. Raises DataError without a header line.
 
-    Lines are read twice, so that memory holds a few numbers for each and no more.
+    Lines are read twice, so that memory holds only a few numbers per line.
     """
     if not annotations.is_file():
-        raise DataError(f"{annotations} is no file; wanted a CSV file")
+        raise DataError(f"{annotations} is not a file; expected a CSV file")
     hashes, positions, numbers = array("Q"), array("Q"), array("Q")
     with annotations.open("rb") as file:
         layout = _layout_of(file.readline(_MAX_LINE_BYTES))
         if layout is None:
-            wanted = "image,left,top,right,bottom,question or other names of them (see docs/formats.md)"
-            raise DataError(f"{annotations}: the first line is {read_head(annotations, 80)!r}, wanted {wanted}")
+            expected = "image,left,top,right,bottom,question or other names of them (see docs/formats.md)"
+            raise DataError(f"{annotations}: the first line is {read_head(annotations, 80)!r}; expected {expected}")
         position, number_of_line = file.tell(), 2
         while row := _read_row(file, annotations.name, position, number_of_line, layout):
             try:
@@ -103,7 +99,7 @@ def read_csv_boxes(annotations: Path, images: Path) -> Iterator[Candidate | Prob
             except Rejected as rejected:
                 yield rejected.problem(row.source)
             position, number_of_line = row.next_position, row.next_number
-        for group in _equal(hashes):
+        for group in groups_of_equal(hashes):
             by_image: dict[str | None, list[_Row]] = {}  # two images may share a hash
             for i in group:
                 row = _read_row(file, annotations.name, positions[i], numbers[i], layout)
@@ -115,13 +111,13 @@ def read_csv_boxes(annotations: Path, images: Path) -> Iterator[Candidate | Prob
 
 
 def recognise_csv_boxes(annotations: Path) -> str | None:
-    """Looks at the first line."""
+    """Recognise the column names in the first line."""
     layout = _layout_of(read_head(annotations, _HEAD_BYTES).split(b"\n")[0])
     return f"a CSV file with columns for {', '.join(layout.columns)}" if layout else None
 
 
 def _layout_of(line: bytes) -> _Layout | None:
-    """None if a column is missing."""
+    """Return the layout of the header, or None if a column is missing."""
     for delimiter in _DELIMITERS:
         try:
             cells = next(csv.reader([line.decode("utf-8-sig", "surrogateescape")], delimiter=delimiter), [])
@@ -139,7 +135,7 @@ def _layout_of(line: bytes) -> _Layout | None:
 
 
 def _read_row(file: BinaryIO, name: str, position: int, line_number: int, layout: _Layout) -> _Row | None:
-    """The row that begins at this byte; None at the end of the file.
+    """Read the row that begins at this byte; return None at the end of the file.
 
     After a row that cannot be read, the next one begins at the next line: a quote that is never closed costs one line.
     """
@@ -160,14 +156,14 @@ def _read_row(file: BinaryIO, name: str, position: int, line_number: int, layout
 
 
 def _image(row: _Row, layout: _Layout) -> str | None:
-    """None for an empty line."""
+    """Return the image path, or None for an empty line."""
     if row.defect:
         raise Rejected("target", "bad_line", row.defect)
     if not any(cell.strip() for cell in row.cells):
         return None
     check_text(row.cells, "target")
     if len(row.cells) != layout.num_columns:
-        detail = f"{len(row.cells)} columns, wanted {layout.num_columns}; put texts with {layout.delimiter!r} in quotes"
+        detail = f"{len(row.cells)} columns; expected {layout.num_columns}. Quote texts with {layout.delimiter!r}"
         raise Rejected("target", "wrong_number_of_columns", detail)
     image = layout.cell(row.cells, "image")
     if "://" in image:
@@ -178,17 +174,9 @@ def _image(row: _Row, layout: _Layout) -> str | None:
     return image_path(image, "the image")
 
 
-def _equal(hashes: array[int]) -> Iterator[Iterator[int]]:
-    """The indices of equal numbers, groups in the order of their first one."""
-    _, firsts, inverse = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_index=True, return_inverse=True)
-    first_of = firsts[inverse]
-    for _, group in groupby(np.argsort(first_of, kind="stable"), key=first_of.__getitem__):
-        yield group
-
-
 def _candidate(image: str, rows: list[_Row], layout: _Layout) -> Candidate:
     problems: list[Problem] = []
-    boxes_of: dict[str, list[Box | None]] = {}  # None: a box that cannot be used
+    boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
     languages: dict[str, str] = {}
     size: tuple[int, int] | None = None
     for row in rows:
@@ -218,7 +206,7 @@ def _candidate(image: str, rows: list[_Row], layout: _Layout) -> Candidate:
 
 
 def _words(cells: list[str], layout: _Layout) -> tuple[str, str]:
-    """(phrase, language or nothing). Line breaks and doubled blanks become one blank."""
+    """Return (phrase, language or None). Line breaks and repeated blanks become one blank."""
     phrase = " ".join(layout.cell(cells, "question").split())
     if not phrase:
         raise Rejected("target", "empty_phrase", "the phrase is empty")

@@ -1,4 +1,4 @@
-"""Formats with one annotation file per image: the files, and the image that belongs to each."""
+"""Find the files of formats with one annotation file per image, and the image of each."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _IMAGE_FOLDERS = ("images", "JPEGImages")
 
 
 def annotation_files(annotations: Path, ending: str) -> tuple[Path, Iterator[str]]:
-    """(folder, paths in it): all that end so, subfolders too, or the one file that is named.
+    """Return (folder, paths in it): every file with this ending, in subfolders too, or the one named file.
 
     Raises DataError if there is none. Memory holds the names of one folder at a time. What is hidden is left out.
     """
     if not annotations.is_dir():
         return annotations.parent, iter([annotations.name])
     if next(files_below(annotations, ending), None) is None:
-        raise DataError(f"{annotations} has no {ending} file, nor has any folder in it; wanted a folder with some")
+        raise DataError(f"{annotations} has no {ending} file, nor has any folder in it; expected a folder with some")
     return annotations, files_below(annotations, ending)
 
 
 def files_below(root: Path, ending: str) -> Iterator[str]:
-    """Paths relative to `root` with forward slashes, in an order that is always the same."""
+    """Return paths relative to `root` with forward slashes, always in the same order."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         below = Path(folder).relative_to(root).as_posix()
@@ -40,9 +40,9 @@ def files_below(root: Path, ending: str) -> Iterator[str]:
 
 
 class Photos:
-    """Finds images in the images folder; all paths are relative to it, "" is the folder itself.
+    """Find images in the images folder; all paths are relative to it, "" is the folder itself.
 
-    An annotation in `sub/` has its image in `sub/`; one in `train/labels/` may have it in `train/images/`, too.
+    An annotation in `sub/` has its image in `sub/`; one in `train/labels/` may also have it in `train/images/`.
     """
 
     def __init__(self, images: Path) -> None:
@@ -50,17 +50,17 @@ class Photos:
         self._names_in = lru_cache(maxsize=8)(self._list)
 
     def at(self, path: Path) -> str | None:
-        """The image at this path, which starts where the program was started, if it is in the images folder."""
+        """Return the image at this path, relative to the working directory, if it is in the images folder."""
         below = posixpath.normpath(os.path.relpath(path, self._images))
         return below if not below.startswith("..") and self._is_image(below) else None
 
     def named(self, folder: str, name: str) -> str | None:
-        """The image of this name that belongs to annotations in `folder`."""
+        """Return the image of this name that belongs to annotations in `folder`."""
         paths = (posixpath.join(place, name) for place in _image_folders(folder))
         return next((path for path in paths if self._is_image(path)), None)
 
     def of_stem(self, folder: str, stem: str) -> str | None:
-        """The image with this name before its extension. Raises Rejected if there are several in one folder."""
+        """Return the image with this name before its extension. Raises Rejected if a folder has several."""
         for place in _image_folders(folder):
             names = self._names_in(place)
             found = []
@@ -79,7 +79,7 @@ class Photos:
     def _is_image(self, path: str) -> bool:
         try:
             return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and (self._images / path).is_file()
-        except OSError:  # a name that is too long, a circle of links
+        except OSError:  # the name is too long, or a loop of links
             return False
 
     def _list(self, folder: str) -> list[str]:
@@ -91,7 +91,7 @@ class Photos:
 
 
 def _image_folders(folder: str) -> Iterator[str]:
-    """Where the images of an annotation folder may be, the likeliest first."""
+    """Return the folders where the images may be, the most likely first."""
     yield folder
     parts = folder.split("/")
     for i in reversed(range(len(parts))):

@@ -28,9 +28,9 @@ from cogvlm_ft.shards.packing.candidates import (
 
 
 def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per line of our form, and one per image for the guide's pairs. DataError if no line can be used."""
-    wanted = 'one JSON object with "image" and "targets" or "turns" (or "Prompt" and "Label") per line'
-    for rows in rows_by_image(path, _joined_image, wanted=wanted, arrays=False):
+    """Yield one candidate per line, or one per image for Prompt/Label pairs. Raises DataError if no line is usable."""
+    expected = 'one JSON object with "image" and "targets" or "turns" (or "Prompt" and "Label") per line'
+    for rows in rows_by_image(path, _joined_image, expected=expected, arrays=False):
         if isinstance(rows, Problem):
             yield rows
             continue
@@ -41,7 +41,7 @@ def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
 
 
 def recognise_jsonl(annotations: Path) -> str | None:
-    """Lines with "image" and "targets", "turns" or "Prompt" and "Label"."""
+    """Recognise lines with "image" and "targets", "turns" or "Prompt" and "Label"."""
     for line in first_objects(annotations):
         if "image" in line and ("targets" in line or "turns" in line):
             return 'JSON lines with "image" and "targets" or "turns"'
@@ -51,13 +51,13 @@ def recognise_jsonl(annotations: Path) -> str | None:
 
 
 def _joined_image(line: dict[str, Any]) -> str | None:
-    """The image of a pair of the guide, which often has many lines. A line of ours stands alone, it can hold all."""
+    """Return the image of a Prompt/Label pair: several lines may share it. Other lines are complete alone."""
     image = image_path(_image(line), '"image"')
     return image if _is_pair(line) and "key" not in line else None
 
 
 def _is_pair(line: dict[str, Any]) -> bool:
-    """The guide's own form: one question and its answer, whatever the capitals of its keys."""
+    """Return whether the row is one question and its answer: Prompt and Label, in any letter case."""
     return "targets" not in line and "turns" not in line and {"prompt", "label"} <= {name.lower() for name in line}
 
 
@@ -93,8 +93,8 @@ def _target(value: Any, source: str, problems: list[Problem]) -> Target | None:
         require(isinstance(value, dict), "target", "the target", value, 'an object with "phrase" and "boxes"')
         name = "boxes_xyxy" if "boxes_xyxy" in value else "boxes"
         raw_boxes = value.get(name)
-        wanted = "a list of boxes (empty = not in the picture)"
-        require(isinstance(raw_boxes, list), "target", f'"{name}"', raw_boxes, wanted)
+        expected = "a list of boxes (empty = absent from the image)"
+        require(isinstance(raw_boxes, list), "target", f'"{name}"', raw_boxes, expected)
         language, description = value.get("language"), value.get("description")
         require(language in (None, "zh", "en"), "target", '"language"', language, '"zh" or "en"')
         require(description is None or isinstance(description, str), "target", '"description"', description, "a string")
@@ -144,12 +144,12 @@ def _turn(value: Any, source: str, problems: list[Problem]) -> Turn | None:
 
 
 def _pair(line: dict[str, Any], source: str, problems: list[Problem]) -> Turn | None:
-    """The guide's texts as they stand."""
+    """Return the texts of a Prompt/Label pair unchanged."""
     try:
         texts = []
-        for wanted in ("prompt", "label"):
-            names = [name for name in line if name.lower() == wanted]
-            require(len(names) == 1, "turn", "the keys", names, f'"{wanted.capitalize()}" only once')
+        for expected in ("prompt", "label"):
+            names = [name for name in line if name.lower() == expected]
+            require(len(names) == 1, "turn", "the keys", names, f'"{expected.capitalize()}" only once')
             require(isinstance(line[names[0]], str), "turn", f'"{names[0]}"', line[names[0]], "a string")
             texts.append(line[names[0]])
         return verbatim_turn(texts[0], texts[1], ())

@@ -3,10 +3,10 @@
 {"imagePath": "a.jpg", "imageWidth": 40, "imageHeight": 30, "imageData": null, "shapes": [
  {"label": "dog", "description": "the dog on the left", "shape_type": "rectangle", "points": [[1, 2], [30, 20]]}]}
 
-The phrase is the description if there is one, else the label: OCR and captioning tools write the text there. It stays
-one phrase, also where a tool wrote a list ("car | suv") or two languages; a line break in it becomes a space.
-Polygons with one phrase and one group_id are the visible parts of one object: they get one box around all of them, and
-the parts that are joined to the first are counted as "joined_part".
+The phrase is the description if there is one, where OCR and captioning tools write the text, else the label. It is not
+split, even if a tool wrote a list ("car | suv") or two languages; a line break becomes a space. Polygons with one
+phrase and one group_id are the visible parts of one object: they get one box around all of them, and the parts after
+the first are counted as "joined_part".
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_ends, read
 _ENDING = ".json"
 _IGNORED = ("__ignore__", "_background_")
 _MIN_POINTS = {"rectangle": 2, "mask": 2, "circle": 2, "polygon": 3, "rotation": 3, "quadrilateral": 3}
-"""Of the shapes that have an area."""
+"""Minimum number of points, of the shapes with an area."""
 _MAX_LOOKED_AT = 20
 _ENDS_BYTES = 2**16
 
 
 def read_labelme(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per file, one target per phrase. An image that is no file is taken from "imageData" when packed."""
+    """Yield one candidate per file with one target per phrase. A missing image is later taken from "imageData"."""
     root, names = annotation_files(annotations, _ENDING)
     photos = Photos(images)
     for name in names:
@@ -56,7 +56,7 @@ def read_labelme(annotations: Path, images: Path) -> Iterator[Candidate | Proble
 
 
 def recognise_labelme(annotations: Path) -> str | None:
-    """Looks for "shapes" at both ends of the first .json files."""
+    """Look for "shapes" at both ends of the first .json files."""
     if annotations.is_dir():
         names = list(files_below(annotations, _ENDING))
         first, what = [annotations / name for name in names[:_MAX_LOOKED_AT]], f"{len(names)} .json files of labelme"
@@ -71,14 +71,14 @@ def _is_labelme(path: Path) -> bool:
 
 
 class _Boxes:
-    """Boxes by phrase, filled shape by shape; None is a box that cannot be used."""
+    """Boxes by phrase, filled shape by shape; None is an unusable box."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[Box | None]] = {}
         self._places: dict[tuple[str, int | str], int] = {}
 
     def add(self, shape: Any) -> None:
-        """Raises Rejected if the shape cannot be used, or becomes part of a box that is there."""
+        """Add a shape; raises Rejected if it is unusable or becomes part of an existing box."""
         require(isinstance(shape, dict), "box", "the shape", shape, "an object")
         phrase = _phrase(shape)
         boxes = self.of.setdefault(phrase, [])
@@ -122,7 +122,7 @@ def _phrase(shape: dict[str, Any]) -> str:
     label, description = shape.get("label"), shape.get("description")
     require(isinstance(label, str), "box", '"label"', label, "a string")
     if label in _IGNORED:
-        raise Rejected("box", "ignored_label", f"label {label} marks what is not annotated")
+        raise Rejected("box", "ignored_label", f"label {label} marks an area without annotation")
     phrase = " ".join((description if isinstance(description, str) else "").split()) or " ".join(str(label).split())
     if not phrase:
         raise Rejected("target", "empty_phrase", "the shape has neither a description nor a label")
@@ -130,11 +130,11 @@ def _phrase(shape: dict[str, Any]) -> str:
 
 
 def _box(shape: dict[str, Any]) -> Box:
-    """Around the points, or around the circle. Raises Rejected."""
+    """Return the box around the points or the circle. Raises Rejected."""
     kind = shape.get("shape_type") or "polygon"
     require(isinstance(kind, str), "box", '"shape_type"', kind, "a string")
     if kind not in _MIN_POINTS:
-        raise Rejected("box", "no_area", f"shape_type {shown(kind)} has none; wanted {', '.join(_MIN_POINTS)}")
+        raise Rejected("box", "no_area", f"shape_type {shown(kind)} has no area; expected {', '.join(_MIN_POINTS)}")
     points: Any = shape.get("points")
     require(isinstance(points, list), "box", '"points"', points, "a list of [x, y]")
     for point in points:
@@ -142,7 +142,7 @@ def _box(shape: dict[str, Any]) -> Box:
         require(good, "box", "a point", point, "two finite numbers [x, y]")
     num_points, least = len(points), _MIN_POINTS[kind]
     if num_points < least or (kind == "circle" and num_points != 2):
-        detail = f"{num_points} points, wanted {least} {'' if kind == 'circle' else 'or more '}for a {kind}"
+        detail = f"{num_points} points; expected {least} {'' if kind == 'circle' else 'or more '}for a {kind}"
         raise Rejected("box", "wrong_number_of_coordinates", detail)
     xs, ys = zip(*points, strict=True)
     if kind == "circle":  # its centre, and a point on it
@@ -152,7 +152,7 @@ def _box(shape: dict[str, Any]) -> Box:
 
 
 def _image(path: Any, root: Path, source: str, photos: Photos) -> str:
-    """As the file says, else the image of that name where images are, else the one with the name of the .json."""
+    """Return the image named in the file, else that name in the images folder, else the name of the .json."""
     folder, stem = posixpath.dirname(source), posixpath.basename(source)[: -len(_ENDING)]
     name = ""
     if isinstance(path, str) and path.strip():

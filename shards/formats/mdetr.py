@@ -40,14 +40,14 @@ class _Entry:
         self.caption = str(caption)
         self.source = source
         self.size = stated_size(value)
-        self.boxes: list[tuple[str, Box | None]] = []  # with the words they belong to; None: cannot be used
+        self.boxes: list[tuple[str, Box | None]] = []  # with their words; None: unusable
         self.problems: list[Problem] = []
 
 
 def read_mdetr(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image, with one target per caption.
+    """Yield one candidate per image, with one target per caption.
 
-    Where the boxes of a caption belong to different words of it (as in Flickr30k), each part is a target of its own.
+    If the boxes of a caption belong to different words (as in Flickr30k), each part becomes a target.
     """
     content = load_lists(annotations, _WANTED)
     problems: list[Problem] = []
@@ -63,7 +63,7 @@ def read_mdetr(annotations: Path, images_dir: Path) -> Iterator[Candidate | Prob
 
 
 def recognise_mdetr(annotations: Path) -> str | None:
-    """Looks for token spans at both ends of the file, which COCO does not have."""
+    """Look for token spans, which COCO does not have, at both ends of the file."""
     ends = read_ends(annotations, _ENDS_BYTES)
     if read_head(annotations, _ENDS_BYTES)[:1] != b"{":
         return None
@@ -73,7 +73,7 @@ def recognise_mdetr(annotations: Path) -> str | None:
 
 
 def _entries(values: list[Any], problems: list[Problem]) -> dict[Any, _Entry | None]:
-    """By id; None for an entry that cannot be used: its boxes go with it."""
+    """Return the entries by id; None for an unusable one, whose boxes are lost with it."""
     entries: dict[Any, _Entry | None] = {}
     for i, value in enumerate(values):
         try:
@@ -107,7 +107,7 @@ def _add_annotation(annotation: Any, source: str, entries: dict[Any, _Entry | No
 
 
 def _words(spans: Any, caption: str) -> str:
-    """The part of the caption that a box belongs to; the whole of it if the annotation does not say."""
+    """Return the part of the caption that a box belongs to, or the whole caption if there are no token spans."""
     if spans is None:
         return caption
     require(isinstance(spans, list), "box", '"tokens_positive"', spans, "a list of [start, end]")
@@ -126,7 +126,7 @@ def _candidate(entry: _Entry) -> Candidate:
     if len(boxes_of) == 1:
         boxes_of = {entry.caption: [box for _, box in entry.boxes]}
     targets = []
-    if not entry.boxes:  # whether that means "not in the picture" the file does not say
+    if not entry.boxes:  # the file does not state whether that means absent
         detail = f"no usable annotation has a box for {shown(entry.caption)}"
         entry.problems.append(Problem("target", "no_boxes", detail, entry.source))
     for words, boxes in boxes_of.items():

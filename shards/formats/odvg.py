@@ -28,10 +28,10 @@ _CORNERS = "[x0, y0, x1, y1]"
 
 
 def read_odvg(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image, one target per phrase or category of a line. A label_map.json beside names numbers."""
+    """Yield one candidate per image, one target per phrase or category. label_map.json names numbers."""
     names = _label_map(annotations.with_name("label_map.json"))
-    wanted = 'one JSON object with "filename" and "grounding" or "detection" per line'
-    for rows in rows_by_image(annotations, _image, wanted=wanted, arrays=True):
+    expected = 'one JSON object with "filename" and "grounding" or "detection" per line'
+    for rows in rows_by_image(annotations, _image, expected=expected, arrays=True):
         if isinstance(rows, Problem):
             yield rows
         else:
@@ -39,7 +39,7 @@ def read_odvg(annotations: Path, images_dir: Path) -> Iterator[Candidate | Probl
 
 
 def recognise_odvg(annotations: Path) -> str | None:
-    """Objects with "filename" and "grounding" or "detection"."""
+    """Recognise objects with "filename" and "grounding" or "detection"."""
     for line in first_objects(annotations):
         for part in ("grounding", "detection"):
             if "filename" in line and isinstance(line.get(part), dict):
@@ -48,7 +48,7 @@ def recognise_odvg(annotations: Path) -> str | None:
 
 
 def _label_map(path: Path) -> dict[str, str]:
-    """Category names by number; none if there is no such file."""
+    """Return the category names by number; empty if there is no such file."""
     if not path.is_file():
         return {}
     content = load_json(path, "category names by number")
@@ -65,7 +65,7 @@ def _image(line: dict[str, Any]) -> str:
 
 def _candidate(line: dict[str, Any], source: str, names: dict[str, str]) -> Candidate:
     problems: list[Problem] = []
-    boxes_of: dict[str, list[Box | None]] = {}  # None: a box that cannot be used
+    boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
     for part, lists in (("grounding", ("regions",)), ("detection", ("instances", "instance"))):
         content = line.get(part)
         if not isinstance(content, dict):
@@ -73,7 +73,7 @@ def _candidate(line: dict[str, Any], source: str, names: dict[str, str]) -> Cand
         name = next((name for name in lists if name in content), lists[0])
         entries = content.get(name)
         if not isinstance(entries, list):
-            detail = f'"{part}" has {shown(entries)} as "{name}", wanted a list'
+            detail = f'"{part}" has {shown(entries)} as "{name}"; expected a list'
             problems.append(Problem("target", "bad_field", detail, source))
             continue
         for i, entry in enumerate(entries):

@@ -1,8 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as published: refs(unc).p, refs(google).p or refs(umd).p beside instances.json.
+"""RefCOCO, RefCOCO+ and RefCOCOg as published: refs(unc).p, refs(google).p or refs(umd).p next to instances.json.
 
 refs: [{"ref_id": 0, "ann_id": 7, "image_id": 5, "file_name": "COCO_train2014_000000000005_0.jpg",
         "sentences": [{"sent": "the red car", ...}, ...], "split": "train", ...}, ...]
-Their own split is not used: the builder splits by image.
+Their split is not used: the builder splits by image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REFS_NAME = re.compile(r"refs\(\w+\)\.p")
 
 
 class _Instances:
-    """What instances.json says, by id. Entries that cannot be used are missing; only a ref that needs one is hurt."""
+    """The content of instances.json by id. Unusable entries are missing; only refs that need them are lost."""
 
     def __init__(self, path: Path) -> None:
         content = load_lists(path, "the instances.json that RefCOCO publishes beside its refs")
@@ -42,18 +42,18 @@ class _Instances:
 
 
 def read_refcoco(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image, one target per sentence. annotations: the folder, or its refs file."""
+    """Yield one candidate per image, one target per sentence. annotations: the folder, or its refs file."""
     refs_path = _refs_path(annotations)
     refs = load_plain_pickle(refs_path)
     if not isinstance(refs, list):
-        raise DataError(f"{refs_path} holds a {type(refs).__name__}, wanted a list of refs as RefCOCO publishes it")
+        raise DataError(f"{refs_path} holds a {type(refs).__name__}; expected a list of refs as RefCOCO publishes it")
     instances = _Instances(refs_path.with_name("instances.json"))
     by_image: dict[Any, list[int]] = {}
     for i, ref in enumerate(refs):
         number = ref.get("image_id") if isinstance(ref, dict) else None
         if not isinstance(number, int) or number not in instances.images:
             found = f"a {type(ref).__name__}" if not isinstance(ref, dict) else f"image_id {shown(number)}"
-            detail = f"{found}, wanted a ref with an image_id of instances.json"
+            detail = f"{found}; expected a ref with an image_id of instances.json"
             yield from _lost(ref, Rejected("target", "unknown_image_id", detail), _source(refs_path, i))
         else:
             by_image.setdefault(number, []).append(i)
@@ -62,7 +62,7 @@ def read_refcoco(annotations: Path, images_dir: Path) -> Iterator[Candidate | Pr
 
 
 def recognise_refcoco(annotations: Path) -> str | None:
-    """Goes by the names of the files: no pickle is opened."""
+    """Recognise the names of the files; no pickle is opened."""
     if annotations.is_dir():
         names = sorted(path.name for path in annotations.iterdir() if _REFS_NAME.fullmatch(path.name))
     else:
@@ -76,7 +76,7 @@ def _refs_path(annotations: Path) -> Path:
     found = sorted(path for path in annotations.iterdir() if _REFS_NAME.fullmatch(path.name))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{annotations} has {names}, wanted one refs(...).p; name the file itself as --annotations")
+        raise DataError(f"{annotations} has {names}; expected one refs(...).p. Name the file itself as --annotations.")
     return found[0]
 
 
@@ -89,7 +89,7 @@ def _source(refs_path: Path, index: int) -> str:
 
 
 def _image(number: int, refs: list[tuple[str, dict[str, Any]]], instances: _Instances) -> Iterator[Candidate | Problem]:
-    """The candidate of an image, or the problems of its refs if the image has no usable name."""
+    """Yield the candidate of an image, or the problems of its refs if the image has no usable name."""
     file_name, size = instances.images[number]
     problems: list[Problem] = []
     targets: list[Target] = []
@@ -119,7 +119,7 @@ def _image(number: int, refs: list[tuple[str, dict[str, Any]]], instances: _Inst
 
 
 def _check_same_image(ref: dict[str, Any], file_name: str) -> None:
-    """A ref names the image once more, with its own number behind: COCO_train2014_000000000005_0.jpg."""
+    """Raise Rejected if the ref names another image, as in COCO_train2014_000000000005_0.jpg (with its own number)."""
     name = ref.get("file_name")
     if isinstance(name, str) and _stem(file_name) not in (_stem(name), re.sub(r"_\d+$", "", _stem(name))):
         detail = f"the ref is for {shown(name)}, image_id {ref['image_id']} of instances.json is {shown(file_name)}"
@@ -141,7 +141,7 @@ def _box(ref: dict[str, Any], instances: _Instances) -> Box:
 def _sentences(ref: dict[str, Any]) -> list[Any]:
     sentences = ref.get("sentences")
     if not isinstance(sentences, list) or not sentences:
-        raise Rejected("target", "bad_field", f'"sentences" is {shown(sentences)}, wanted a list that is not empty')
+        raise Rejected("target", "bad_field", f'"sentences" is {shown(sentences)}; expected a non-empty list')
     return sentences
 
 
@@ -150,14 +150,14 @@ def _add_sentence(sentence: Any, box: Box, source: str, targets: list[Target], p
         fields = sentence if isinstance(sentence, dict) else {}
         text = fields.get("sent") or fields.get("raw")
         if not isinstance(text, str):
-            raise Rejected("target", "bad_field", f'"sent" is {shown(text)}, wanted a string')
+            raise Rejected("target", "bad_field", f'"sent" is {shown(text)}; expected a string')
         targets.append(make_target(text, [box], num_boxes_found=1))
     except Rejected as rejected:
         problems.append(rejected.problem(source))
 
 
 def _lost(ref: Any, rejected: Rejected, source: str) -> list[Problem]:
-    """A problem for every sentence of a ref: each would have been a target."""
+    """Return a problem for every sentence of a ref, each of which would have been a target."""
     sentences = ref.get("sentences") if isinstance(ref, dict) else None
     count = len(sentences) if isinstance(sentences, list) and sentences else 1
     return [Problem("target", rejected.reason, rejected.detail, source)] * count

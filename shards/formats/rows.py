@@ -1,4 +1,4 @@
-"""JSON objects of a file, one per line or in one array, and those about the same image brought together."""
+"""Read the JSON objects of a file, one per line or in one array, grouped by image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Row:
-    """One object of a file and where it stands."""
+    """One object of a file with its position."""
 
     source: str
     value: dict[str, Any]
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a row stands. position: byte of the line, or index in the array. content: bytes of a line, else a value."""
+    """The position of a row. position: byte of the line, or index in the array. content: bytes, else a value."""
 
     source: str
     position: int
@@ -40,7 +40,7 @@ class _Place:
     content: Any
 
     def row(self) -> Row:
-        """Raises Rejected if it is no JSON object."""
+        """Parse the row; raises Rejected if it is not a JSON object."""
         if isinstance(self.content, bytes):
             return Row(self.source, parse_object(self.content))
         check_text(self.content, "sample")
@@ -65,12 +65,12 @@ class _Rows:
             if line.strip():
                 yield _Place(f"{self._name}:{number}", position, number, line)
             position += len(line)
-            while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):  # too long: no JSON either, go to its end
+            while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):  # too long: not valid JSON either, skip it
                 line = self._file.readline(MAX_LINE_BYTES)
                 position += len(line)
 
     def at(self, position: int, number: int) -> _Place:
-        """A row that was met before."""
+        """Read a row again at its position."""
         if self._values is not None:
             return _Place(f"{self._name}[{position}]", position, number, self._values[position])
         self._file.seek(position)
@@ -78,16 +78,16 @@ class _Rows:
 
 
 def rows_by_image(
-    path: Path, image_of: Callable[[dict[str, Any]], str | None], *, wanted: str, arrays: bool
+    path: Path, image_of: Callable[[dict[str, Any]], str | None], *, expected: str, arrays: bool
 ) -> Iterator[list[Row] | Problem]:
-    """Every object of the file, those of one image together, in the order in which the images first appear.
+    """Yield every object of the file, grouped by image, in the order in which the images first appear.
 
-    image_of: the image an object is about, None if it must not be joined with others; may raise Rejected.
-    arrays: also take a file that is one JSON array. Raises DataError if no object can be used.
-    Rows that may be joined are read twice, so that memory holds 24 bytes for each and no more.
+    image_of: returns the image of an object, None if it must not be joined with others; may raise Rejected.
+    arrays: also accept a file that is one JSON array. Raises DataError if no object can be used.
+    Rows that may be joined are read twice, so that memory holds only 24 bytes per row.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder; wanted a file: {wanted}")
+        raise DataError(f"{path} is a folder; expected a file: {expected}")
     hashes, positions, numbers = array("Q"), array("Q"), array("Q")
     num_bad, num_alone, first = 0, 0, ""
     with path.open("rb") as file:
@@ -109,20 +109,20 @@ def rows_by_image(
             positions.append(place.position)
             numbers.append(place.number)
         if not hashes and not num_alone:
-            raise DataError(f"{path}: none of its {num_bad} lines can be used, wanted {wanted}{first}")
-        for group in _equal(hashes):
+            raise DataError(f"{path}: none of its {num_bad} lines can be used; expected {expected}{first}")
+        for group in groups_of_equal(hashes):
             by_image: dict[str | None, list[Row]] = defaultdict(list)  # two images may share a hash
             for i in group:
                 try:
                     row = rows.at(positions[i], numbers[i]).row()
                     by_image[image_of(row.value)].append(row)
                 except Rejected as rejected:
-                    raise DataError(f"{path} was changed while it was read: {rejected.detail}") from None
+                    raise DataError(f"{path} changed while it was read: {rejected.detail}") from None
             yield from by_image.values()
 
 
 def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
-    """One candidate of all that is said about one image; boxes that contradict the first ones become problems."""
+    """Merge the rows of one image into a candidate; boxes that contradict the first ones become problems."""
     if len(candidates) == 1:
         return candidates[0]
     first = next((candidate for candidate in candidates if candidate.targets), candidates[0])
@@ -152,28 +152,29 @@ def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
     )
 
 
-def load_json(path: Path, wanted: str) -> Any:
-    """A whole JSON file; raises DataError if it is none. Bytes that are no UTF-8 stay, for `check_text` to find."""
+def load_json(path: Path, expected: str) -> Any:
+    """Load a JSON file; raises DataError. Bytes that are not valid UTF-8 are kept for `check_text` to report."""
     try:
         return json.loads(path.read_bytes().removeprefix(_BOM).decode("utf-8", "surrogateescape"))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; wanted {wanted}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; expected {expected}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}; wanted {wanted}") from None
+        raise DataError(f"{path} is not valid JSON: {error}; expected {expected}") from None
 
 
-def load_lists(path: Path, wanted: str) -> dict[str, Any]:
-    """A JSON file with the lists "images" and "annotations"; raises DataError if it is none."""
-    content = load_json(path, wanted)
+def load_lists(path: Path, expected: str) -> dict[str, Any]:
+    """Load a JSON file with the lists "images" and "annotations"; raises DataError."""
+    content = load_json(path, expected)
     names = ("images", "annotations")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in names):
         found = ", ".join(sorted(content)[:10]) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise DataError(f'{path} has no lists "images" and "annotations"; found {found or "nothing"}; wanted {wanted}')
+        detail = f'has no lists "images" and "annotations"; found {found or "nothing"}'
+        raise DataError(f"{path} {detail}; expected {expected}")
     return content
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """One JSON object; raises Rejected if it is something else, too long, or not UTF-8."""
+    """Parse one JSON object; raises Rejected if it is something else, too long, or not UTF-8."""
     if len(data) >= MAX_LINE_BYTES:
         raise Rejected("sample", "too_long", f"{MAX_LINE_BYTES} bytes or more: {data[:80]!r}")
     try:
@@ -181,13 +182,13 @@ def parse_object(data: bytes) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Rejected("sample", "bad_json", f"{error}: {data[:80]!r}") from None
-    if not text.isascii() or "\\u" in text:  # else it holds no byte that is no UTF-8, and no half of a pair
+    if not text.isascii() or "\\u" in text:  # else it has neither invalid UTF-8 nor half a surrogate pair
         check_text(value, "sample")
     return _object(value)
 
 
 def first_objects(path: Path) -> list[dict[str, Any]]:
-    """Some of the first JSON objects of a file of lines or of one array, as far as its head tells."""
+    """Return some of the first JSON objects of a file of lines or of one array, as far as its head shows them."""
     head = read_head(path, _HEAD_BYTES)
     if head[:1] == b"[":
         texts = [head[1:].decode("utf-8", "ignore").lstrip()]
@@ -198,7 +199,7 @@ def first_objects(path: Path) -> list[dict[str, Any]]:
 
 
 def read_head(path: Path, num_bytes: int) -> bytes:
-    """The first bytes of a file without byte order mark and blanks; nothing for a folder."""
+    """Return the first bytes of a file without byte order mark and blanks; empty for a folder."""
     if not path.is_file():
         return b""
     with path.open("rb") as file:
@@ -206,13 +207,13 @@ def read_head(path: Path, num_bytes: int) -> bytes:
 
 
 def stated_size(value: dict[str, Any]) -> tuple[int, int] | None:
-    """(width, height) if the annotation says them."""
+    """Return (width, height) if the annotation states them."""
     size = value.get("width"), value.get("height")
     return size if all(type(side) is int and side > 0 for side in size) else None  # type: ignore[return-value]
 
 
 def _load_array(path: Path) -> list[Any] | None:
-    """None if the file as a whole is no array; then it is taken line by line."""
+    """Load the file as one array; return None if it is not one, to read it line by line."""
     if read_head(path, 4096)[:1] != b"[":
         return None
     try:
@@ -222,8 +223,8 @@ def _load_array(path: Path) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
-def _equal(hashes: array[int]) -> Iterator[list[int]]:
-    """The indices of equal numbers, groups in the order of their first one."""
+def groups_of_equal(hashes: array[int]) -> Iterator[list[int]]:
+    """Group the indices of equal numbers; groups are ordered by their first index."""
     if not hashes:
         return
     order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")

@@ -6,7 +6,7 @@
 {"image": "a.jpg",
  "conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog."}]}
 
-Phrases with boxes become targets, text without boxes stays as it is. Boxes that belong to no phrase become problems.
+Phrases with boxes become targets, text without boxes is kept unchanged. Boxes without a phrase become problems.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class _Region:
 class _Text:
     """A message.
 
-    parts: its phrases and boxes in their order.
-    plain: the text with phrases spelled out, without boxes.
+    parts: its phrases and boxes in order.
+    plain: the text with its phrases, without boxes.
     """
 
     parts: tuple[_Phrase | _Region, ...]
@@ -84,7 +84,7 @@ class _Text:
 
 
 class _Objects:
-    """What the placeholders of a row stand for, handed out in their order."""
+    """The values of the placeholders of a row, returned in order."""
 
     def __init__(self, value: Any) -> None:
         if isinstance(value, str):  # older files hold JSON in a string
@@ -109,7 +109,7 @@ class _Objects:
         self.num_refs = self.num_boxes = 0
 
     def next_ref(self) -> _Phrase:
-        """The phrase for the next <ref-object>."""
+        """Return the phrase for the next <ref-object>."""
         self.num_refs += 1
         if self.num_refs > len(self.refs):
             raise self._mismatch()
@@ -118,7 +118,7 @@ class _Objects:
         return _Phrase(text)
 
     def next_boxes(self) -> list[_Region]:
-        """The box for the next <bbox>, or several."""
+        """Return the box or boxes for the next <bbox>."""
         self.num_boxes += 1
         if self.num_boxes > len(self.boxes):
             raise self._mismatch()
@@ -127,7 +127,7 @@ class _Objects:
         return [_Region(one) for one in box] if several else [_Region(box)]
 
     def check_all_used(self) -> None:
-        """Otherwise it is not clear which placeholder stands for what."""
+        """Raise Rejected if any phrase or box is left over: the placeholders are then ambiguous."""
         may_be_unused = self.in_pairs and self.num_refs + self.num_boxes > 0
         for num_used, values in ((self.num_refs, self.refs), (self.num_boxes, self.boxes)):
             if num_used != len(values) and not (may_be_unused and num_used == 0):
@@ -138,14 +138,14 @@ class _Objects:
             "sample",
             "placeholder_count",
             f'{self.num_refs} <ref-object> and {self.num_boxes} <bbox> in the text, {len(self.refs)} "ref" and '
-            f'{len(self.boxes)} "bbox" in "objects", wanted as many; put <ref-object> where the phrase is',
+            f'{len(self.boxes)} "bbox" in "objects"; expected as many; put <ref-object> where the phrase is',
         )
 
 
 def read_swift(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per image. A row that is not understood becomes a problem; DataError if none is."""
-    wanted = 'one JSON object with "messages", "conversations" or "query" and "response", and one image per line'
-    for rows in rows_by_image(annotations, _image, wanted=wanted, arrays=True):
+    """Yield one candidate per image. An unreadable row becomes a problem; raises DataError if all are."""
+    expected = 'one JSON object with "messages", "conversations" or "query" and "response", and one image per line'
+    for rows in rows_by_image(annotations, _image, expected=expected, arrays=True):
         if isinstance(rows, Problem):
             yield rows
             continue
@@ -160,7 +160,7 @@ def read_swift(annotations: Path, images_dir: Path) -> Iterator[Candidate | Prob
 
 
 def recognise_swift(annotations: Path) -> str | None:
-    """Objects with one of the three kinds of conversation."""
+    """Recognise objects with one of the three kinds of conversation."""
     for row in first_objects(annotations):
         for name in ("messages", "conversations"):
             if isinstance(row.get(name), list):
@@ -208,7 +208,7 @@ def _candidate(row: dict[str, Any], source: str) -> Candidate:
 
 
 def _phrases_with_boxes(question: _Text, answer: _Text) -> list[tuple[_Phrase, list[_Region]]]:
-    """Which boxes belong to which phrase; raises Rejected if that is not clear."""
+    """Return which boxes belong to which phrase; raises Rejected if that is ambiguous."""
     if question.regions and answer.regions:
         raise _not_clear("boxes in question and answer")
     if question.regions:
@@ -234,8 +234,8 @@ def _phrases_with_boxes(question: _Text, answer: _Text) -> list[tuple[_Phrase, l
 
 
 def _not_clear(found: str) -> Rejected:
-    wanted = "wanted <ref-object><bbox> or <ref>the phrase</ref><box>(x0,y0),(x1,y1)</box>"
-    return Rejected("turn", "boxes_without_phrase", f"{found}: it is not clear what they are boxes of; {wanted}")
+    expected = "expected <ref-object><bbox> or <ref>the phrase</ref><box>(x0,y0),(x1,y1)</box>"
+    return Rejected("turn", "boxes_without_phrase", f"{found}: it is not clear what they are boxes of; {expected}")
 
 
 def _targets(regions_of: dict[str, list[_Region]], source: str, problems: list[Problem]) -> Iterator[Target]:
@@ -272,7 +272,7 @@ def _read_text(text: str, objects: _Objects) -> _Text:
 
 
 def _inline_box(text: str) -> Any:
-    """Four numbers; else the text itself, which is no box and will be reported as such."""
+    """Parse four numbers; return any other text as it is, to be reported as an invalid box."""
     points = _POINTS.fullmatch(text)
     return [float(number) for number in points.groups()] if points else text
 
@@ -295,7 +295,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
 
 
 def _image(row: dict[str, Any]) -> str:
-    """The one image that a row is about."""
+    """Return the one image of a row."""
     texts = [text for _, text in _messages(row) if isinstance(text, str)]
     require(bool(texts), "sample", "the row", row, '"messages", "conversations" or "query" and "response"')
     found = row.get("images", row.get("image"))
@@ -305,7 +305,7 @@ def _image(row: dict[str, Any]) -> str:
     others = [name for name in ("videos", "audios") if row.get(name)]
     if len(images) > 1 or num_marks > 1 or others:
         detail = f"{len(images)} images, <image> {num_marks} times{''.join(f', {name}' for name in others)}"
-        raise Rejected("sample", "several_images", f"{detail}; wanted one image per conversation")
+        raise Rejected("sample", "several_images", f"{detail}; expected one image per conversation")
     image = images[0] if images else None
     return image_path(image.get("path") if isinstance(image, dict) else image, "the image")
 
@@ -321,5 +321,5 @@ def _loads(text: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Rejected("sample", "bad_json", f'"objects": {error}: {shown(text)}') from None
-    check_text(value, "sample")  # escapes inside the text may be no text
+    check_text(value, "sample")  # escapes may not be valid text
     return value

@@ -4,8 +4,8 @@
 <object><name>dog</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object>
 </annotation>
 
-The challenge counted pixels from 1, the tools that write its format today mostly from 0, and no file says which. The
-numbers stay as they are: at worst a box is one pixel too far right and down.
+The challenge counted pixels from 1; today's tools mostly count from 0, and no file states which. The numbers are kept:
+at worst a box is one pixel too far right and down.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _ENDING = ".xml"
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _MAX_BYTES = 8 * 2**20
 _MAX_DEPTH = 4
-"""Of what is used: annotation, object, bndbox, xmin."""
+"""Depth of the elements used: annotation, object, bndbox, xmin."""
 
 
 @dataclass
 class _Annotation:
-    """Texts by their path in the XML; the first one counts."""
+    """Texts by their path in the XML; the first one is used."""
 
     fields: dict[str, str] = field(default_factory=dict)
     objects: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_voc(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per file, one target per class name. The folder in <path> is that of another machine: ignored."""
+    """Yield one candidate per file, one target per class name. The folder in <path> is ignored."""
     root, names = annotation_files(annotations, _ENDING)
     photos = Photos(images)
     for name in names:
@@ -59,7 +59,7 @@ def read_voc(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
 
 
 def recognise_voc(annotations: Path) -> str | None:
-    """Looks into the first .xml file."""
+    """Inspect the first .xml file."""
     if annotations.is_dir():
         names = list(files_below(annotations, _ENDING))
         first, what = annotations / (names[0] if names else ""), f"{len(names)} Pascal VOC .xml files"
@@ -70,7 +70,7 @@ def recognise_voc(annotations: Path) -> str | None:
 
 
 def _parse(data: bytes) -> _Annotation:
-    """Raises Rejected if it is no XML, or has a document type, with which a small file can define a huge text."""
+    """Parse XML; raises Rejected if it is invalid or has a document type, which can define a huge text."""
     annotation = _Annotation()
     path: list[str] = []
     text: list[str] = []
@@ -79,7 +79,7 @@ def _parse(data: bytes) -> _Annotation:
         path.append(tag)
         text.clear()
         if path[0] != "annotation":
-            raise Rejected("sample", "bad_xml", f"the outermost element is {shown(tag)}, wanted annotation")
+            raise Rejected("sample", "bad_xml", f"the outermost element is {shown(tag)}; expected annotation")
         if len(path) == 2 and tag == "object":
             annotation.objects.append({})
 
@@ -91,7 +91,7 @@ def _parse(data: bytes) -> _Annotation:
         text.clear()
 
     def refuse(*_: object) -> None:
-        raise Rejected("sample", "bad_xml", "it has a DOCTYPE, which may hide anything; delete that line")
+        raise Rejected("sample", "bad_xml", "found a DOCTYPE, which may define anything. Delete that line.")
 
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -100,14 +100,14 @@ def _parse(data: bytes) -> _Annotation:
     parser.StartDoctypeDeclHandler = refuse
     try:
         parser.Parse(data, True)
-    except (expat.ExpatError, ValueError, LookupError) as error:  # the last two: an encoding that is not there
+    except (expat.ExpatError, ValueError, LookupError) as error:  # the last two: an unknown encoding
         raise Rejected("sample", "bad_xml", str(error)) from None
     return annotation
 
 
 def _candidate(annotation: _Annotation, source: str, photos: Photos) -> Candidate:
     problems: list[Problem] = []
-    boxes_of: dict[str, list[Box | None]] = {}  # None: a box that cannot be used
+    boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
     for i, found in enumerate(annotation.objects):
         try:
             if not found.get("name"):
@@ -129,7 +129,7 @@ def _candidate(annotation: _Annotation, source: str, photos: Photos) -> Candidat
 
 
 def _image(filename: str, source: str, photos: Photos) -> str:
-    """The file that is named, else that with the name of the .xml."""
+    """Return the image named in the file, else the one with the name of the .xml."""
     folder, stem = posixpath.dirname(source), posixpath.basename(source)[: -len(_ENDING)]
     name = posixpath.basename(filename.replace("\\", "/"))
     found = photos.named(folder, name) or photos.of_stem(folder, stem)
@@ -137,7 +137,7 @@ def _image(filename: str, source: str, photos: Photos) -> str:
 
 
 def _size(fields: dict[str, str]) -> tuple[int, int] | None:
-    """None if it is not there or 0, which some tools write."""
+    """Return (width, height), or None if missing or 0, which some tools write."""
     try:
         width, height = int(fields["size/width"]), int(fields["size/height"])
     except (KeyError, ValueError):

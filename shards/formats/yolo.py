@@ -1,11 +1,10 @@
 """YOLO: one .txt file per image, one line per box, and a file of class names.
 
-0 0.5 0.5 0.2 0.1            class, then centre x, centre y, width, height as shares of the image
+0 0.5 0.5 0.2 0.1            class, then centre x, centre y, width, height as fractions of the image
 
-Behind the box there may be a confidence, which is ignored; a line of class and three or more points x y is an outline
-and becomes the box around it. The names are in the nearest classes.txt, *.names or *.yaml (with `names:`): in the
-folder of the labels or above, up to two folders above that of the annotations. Images without a .txt file are not
-looked at.
+A confidence after the box is ignored. A line with a class and three or more points x y is an outline and becomes the
+box around it. The names are in the nearest classes.txt, *.names or *.yaml (with `names:`): in the folder of the labels
+or above, up to two folders above the annotations. Images without a .txt file are ignored.
 """
 
 from __future__ import annotations
@@ -37,24 +36,24 @@ from cogvlm_ft.shards.packing.files import read_inside
 
 _ENDING = ".txt"
 _NAME_FILES = ("classes.txt", "*.names", "*.yaml", "*.yml")
-"""The best first."""
+"""The preferred one first."""
 _NUMBER = re.compile("[0-9]{1,6}")
 _FOLDERS_ABOVE = 2
 _MAX_BYTES = 16 * 2**20
 _MAX_NAMES_BYTES = 2**20
 _BOX, _BOX_AND_CONFIDENCE, _OUTLINE = 5, 6, 7
-"""Columns: an outline has at least so many, and always an odd number."""
+"""Columns: the minimum of an outline, which always has an odd number."""
 
 Names = dict[int, str]
 
 
 def read_yolo(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
-    """One candidate per label file, one target per class, boxes as shares of the image. DataError without class names.
+    """Yield one candidate per label file, one target per class. Raises DataError without class names.
 
-    An image is found by its name without the extension.
+    An image is found by its name without extension.
     """
     if not annotations.is_dir():
-        raise DataError(f"{annotations} is no folder; wanted the folder of the YOLO .txt files")
+        raise DataError(f"{annotations} is not a folder; expected the folder of the YOLO .txt files")
     root, files = annotation_files(annotations, _ENDING)
     photos = Photos(images)
     names_in: dict[str, Names] = {}
@@ -72,7 +71,7 @@ def read_yolo(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
 
 
 def recognise_yolo(annotations: Path) -> str | None:
-    """Looks for a .txt file in the folder that begins with a line of at least five numbers."""
+    """Look for a .txt file in the folder that begins with a line of at least five numbers."""
     if not annotations.is_dir():
         return None
     files = list(files_below(annotations, _ENDING))
@@ -95,7 +94,7 @@ def _is_numbers(columns: Iterable[str]) -> bool:
 
 
 def _class_names(root: Path, folder: str) -> Names:
-    """Raises DataError if there is no file of names, or two of one kind that differ."""
+    """Return the class names. Raises DataError if there is no such file, or two of one kind that differ."""
     below = Path(folder)
     inside = [root / place for place in (below, *below.parents)] if folder else [root]
     for place in [*inside, *root.absolute().parents[:_FOLDERS_ABOVE]]:
@@ -104,15 +103,15 @@ def _class_names(root: Path, folder: str) -> Names:
             found = {path: names for path, names in found.items() if names}
             if len({tuple(names.items()) for names in found.values()}) > 1:
                 files = " and ".join(path.name for path in found)
-                raise DataError(f"{place} has {files} with different class names; leave only the right one there")
+                raise DataError(f"{place} has {files} with different class names. Keep only the correct one.")
             if found:
                 return next(iter(found.values()))
-    wanted = ", ".join(_NAME_FILES)
-    raise DataError(f"no file of class names for the YOLO labels in {root / folder}: none of {wanted} there or above")
+    expected = ", ".join(_NAME_FILES)
+    raise DataError(f"no file of class names for the YOLO labels in {root / folder}: none of {expected} there or above")
 
 
 def _names_of(path: Path) -> Names:
-    """By class number, from 0; nothing if this is no file of names."""
+    """Return the class names by number from 0; empty if the file has none."""
     try:
         data = read_inside(path.parent, path.name, "annotation", _MAX_NAMES_BYTES)
     except Rejected:
@@ -126,7 +125,7 @@ def _names_of(path: Path) -> Names:
 
 
 def _names_of_yaml(text: str) -> Names:
-    """`names:` as a list or by number. BaseLoader takes everything as text, so that the class "no" is not False."""
+    """Return `names:`, a list or a mapping of numbers. BaseLoader reads text only, so that class "no" is not False."""
     try:
         content = yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -139,14 +138,15 @@ def _names_of_yaml(text: str) -> Names:
 
 
 def _candidate(data: bytes, source: str, names: Names, photos: Photos) -> Candidate:
-    """Raises Rejected if no line has numbers: a text that is no label file."""
+    """Return the candidate of a label file. Raises Rejected if no line has numbers."""
     problems: list[Problem] = []
-    boxes_of: dict[str, list[Box | None]] = {}  # None: a box that cannot be used
+    boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
     lines = list(enumerate(data.decode("utf-8-sig", "surrogateescape").split("\n"), start=1))
     rows = [(i, line.split()) for i, line in lines if line.strip()]
     if rows and not any(_is_numbers(columns) for _, columns in rows):
-        wanted = "lines of a class number and a box"
-        raise Rejected("sample", "bad_file", f"no line has numbers only, wanted {wanted}; first: {shown(rows[0][1])}")
+        expected = "lines of a class number and a box"
+        detail = f"no line has numbers only; expected {expected}; first: {shown(rows[0][1])}"
+        raise Rejected("sample", "bad_file", detail)
     for i, columns in rows:
         try:
             boxes = boxes_of.setdefault(_class_name(columns[0], names), [])
@@ -173,7 +173,7 @@ def _class_name(column: str, names: Names) -> str:
 
 
 def _box(columns: list[float]) -> Box:
-    """Corners as shares of the image. Raises Rejected."""
+    """Return the corners as fractions of the image. Raises Rejected."""
     num_columns = len(columns)
     if num_columns in (_BOX, _BOX_AND_CONFIDENCE):
         x, y, width, height = four_numbers(columns[1:5], "x y width height")
@@ -184,6 +184,6 @@ def _box(columns: list[float]) -> Box:
         xs, ys = columns[1::2], columns[2::2]
         corners = [min(xs), min(ys), max(xs), max(ys)]
     else:
-        wanted = "class x y width height, or class and three or more points"
-        raise Rejected("box", "wrong_number_of_coordinates", f"{num_columns} columns, wanted {wanted}")
+        expected = "class x y width height, or class and three or more points"
+        raise Rejected("box", "wrong_number_of_coordinates", f"{num_columns} columns; expected {expected}")
     return four_numbers(corners, "of corners")

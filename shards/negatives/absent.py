@@ -1,4 +1,4 @@
-"""Which absent targets a photo gets: it depends on the seed, its name, what is said about it, and the vocabulary."""
+"""Choose the absent targets of an image; they depend on the seed, its name, its annotations and the vocabulary."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from cogvlm_ft.shards.negatives.vocabulary import Vocabulary
 from cogvlm_ft.shards.packing.candidates import Candidate
 
 KINDS = ("class", "phrase", "attribute")
-"""A class of the data set, if all of every class is annotated; a phrase of another photo, if not; and a phrase of this
-photo with another colour, side or number."""
+"""class: of the data set, if every object of every class is annotated. phrase: of another image, otherwise.
+attribute: a phrase of this image with another colour, side or number."""
 
 _MAX_SHARE = 0.9
-_MOST_AT_ONE_PLACE = 3  # times what a photo would get if all could take some: too many questions show what they are
+_MOST_AT_ONE_PLACE = 3  # times the average: more would reveal which images have absent targets
 _DRAWS = 200
 
 
 @dataclass(frozen=True)
 class NegativeSettings:
-    """share: of absent targets among all targets of the data set; 0 = none are added.
+    """share: fraction of absent targets among all targets of the data set; 0 adds none.
 
-    kinds: how often each kind of KINDS is tried first; one with weight 0 is never made.
-    synonyms: a YAML file of the user's in the form of lexicon.yaml, added to it.
+    kinds: weights by which a kind of KINDS is tried first; weight 0 disables it.
+    synonyms: the user's YAML file in the form of lexicon.yaml, added to it.
     """
 
     share: float = 0.0
@@ -44,19 +44,19 @@ class NegativeSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises DataError for a value that cannot be used, or a file that cannot be read."""
+        """Raise DataError for an unusable value, or a file that cannot be read."""
         if not 0 <= self.share <= _MAX_SHARE:
-            raise DataError(f"negatives share is {self.share}, wanted 0 (none) to {_MAX_SHARE}")
+            raise DataError(f"--negatives: the share is {self.share}; expected 0 (none) to {_MAX_SHARE}")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown:
-            raise DataError(f"negatives kinds has {', '.join(map(str, unknown))}; known are {', '.join(KINDS)}")
+            raise DataError(f"--negative-kinds: unknown {', '.join(map(str, unknown))}; expected {', '.join(KINDS)}")
         good = all(0 <= weight < math.inf for weight in self.kinds.values())
         if not good or not any(self.kinds.values()):
-            raise DataError(f"negatives kinds is {dict(self.kinds)}, wanted weights of 0 or more, not all of them 0")
+            raise DataError(f"--negative-kinds: {dict(self.kinds)}; expected weights of 0 or more, not all of them 0")
         load_lexicon(self.synonyms)
 
     def signature(self) -> dict[str, Any]:
-        """All that decides which targets are added, as JSON: the words by their hash, not by their path."""
+        """Return everything that determines the added targets, as JSON; the lexicon by its hash, not by its path."""
         digest = hashlib.sha256()
         folder = resources.files("cogvlm_ft.shards.negatives")
         for data in ((folder / name).read_bytes() for name in ("lexicon.yaml", "grammar.yaml")):
@@ -74,50 +74,50 @@ def choose_absent(
     counts: Counter[str],
     others: Sequence[Candidate] = (),
 ) -> tuple[Target, ...]:
-    """Absent targets for this photo, the same whatever the order of the photos and the number of workers.
+    """Return absent targets for this image, independent of the order of the images and the number of workers.
 
     others: all other candidates of the same image: what they speak of is in the picture too.
     counts: is added to: targets by kind, and "missed", those for which nothing was found that is surely absent.
     """
     present = [target for target in candidate.targets if target.boxes_xyxy]
     draw = _draws(f"{settings.seed}:{candidate.key or candidate.image}")
-    wanted = _number(len(present) * _absent_per_present(vocabulary, settings.share), draw())
-    if not wanted:
+    num_targets = _number(len(present) * _absent_per_present(vocabulary, settings.share), draw())
+    if not num_targets:
         return ()
     photo = read_photo(candidate, others, vocabulary.exhaustive, vocabulary.lexicon)
     if isinstance(photo, str):
         return ()
-    chosen = _choose(wanted, present, candidate, photo, vocabulary, settings, draw)
+    chosen = _choose(num_targets, present, candidate, photo, vocabulary, settings, draw)
     counts.update(kind for _, kind in chosen)
-    counts["missed"] += wanted - len(chosen)
+    counts["missed"] += num_targets - len(chosen)
     return tuple(target for target, _ in chosen)
 
 
 def _absent_per_present(vocabulary: Vocabulary, share: float) -> float:
-    """For each present target of a photo that can take absent ones, so that all photos together reach the share.
+    """Return how many absent targets an image that can take any gets per present one, to reach the fraction.
 
     Those of the user count; photos that cannot take any are made up for by the others, within limits.
     """
     totals = vocabulary.totals
     places = totals["present_where_absent_can_be_added"]
     plain = share / (1 - share)
-    wanted = plain * totals["present"] - totals["absent"]
-    return min(max(wanted, 0) / places, _MOST_AT_ONE_PLACE * plain) if places else 0.0
+    num_targets = plain * totals["present"] - totals["absent"]
+    return min(max(num_targets, 0) / places, _MOST_AT_ONE_PLACE * plain) if places else 0.0
 
 
 def _draws(name: str) -> Callable[[], float]:
-    """Numbers in [0, 1) that the name alone decides; of `random` only what no version of Python changes."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()  # a file name may be no UTF-8
+    """Return a generator of numbers in [0, 1) seeded by the name; `random()` is stable in all Python versions."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()  # a file name may not be valid UTF-8
     return random.Random(int.from_bytes(digest, "big")).random
 
 
 def _number(expected: float, draw: float) -> int:
-    """A whole number that is `expected` on average."""
+    """Round to a whole number that equals `expected` on average."""
     return math.floor(expected) + (draw < expected % 1)
 
 
 def _choose(
-    wanted: int,
+    num_targets: int,
     present: Sequence[Target],
     candidate: Candidate,
     photo: Photo,
@@ -125,13 +125,13 @@ def _choose(
     settings: NegativeSettings,
     draw: Callable[[], float],
 ) -> list[tuple[Target, str]]:
-    """At most `wanted` targets with their kinds. A kind that has nothing left gives way to the others."""
+    """Return at most `num_targets` targets with their kinds. An exhausted kind gives way to the others."""
     swaps = swapped_phrases(candidate, photo, vocabulary.lexicon) if settings.kinds.get("attribute") else []
     from_others = "class" if photo.exhaustive else "phrase"
     weights = {kind: settings.kinds.get(kind, 0) for kind in (from_others, "attribute")}
     chosen: list[tuple[Target, str]] = []
     taken: set[str] = set()
-    while len(chosen) < wanted and any(weights.values()):
+    while len(chosen) < num_targets and any(weights.values()):
         first, second = weights.values()
         kind = from_others if draw() * (first + second) < first else "attribute"
         if kind == "attribute":
@@ -150,7 +150,7 @@ def _choose(
 def _draw_absent(
     language: str, photo: Photo, vocabulary: Vocabulary, taken: set[str], draw: Callable[[], float]
 ) -> Target | None:
-    """A phrase of the vocabulary of which this photo shows nothing."""
+    """Draw a phrase of the vocabulary that this image certainly does not show."""
     lexicon = vocabulary.lexicon
     for _ in range(_DRAWS):
         phrase = vocabulary.draw(language, draw())
@@ -163,7 +163,7 @@ def _draw_absent(
 
 
 def negatives_report(vocabulary: Vocabulary, settings: NegativeSettings, counts: Mapping[str, int]) -> dict[str, Any]:
-    """For index.json: the share wanted and reached, counts by kind, and what stood in the way."""
+    """Return the entry for index.json: requested and reached fraction, counts by kind, and what was left out."""
     totals = vocabulary.totals
     num_added = sum(counts.get(kind, 0) for kind in KINDS)
     num_absent = totals["absent"] + num_added

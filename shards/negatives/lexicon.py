@@ -146,13 +146,13 @@ class _Relations:
         self._company: dict[str, frozenset[str]] = {}
 
     def relatives(self, concept: str) -> frozenset[str]:
-        """As `Lexicon.relatives`."""
+        """Return what `Lexicon.relatives` describes."""
         if concept not in self._relatives:
             self._relatives[concept] = _reach(concept, self._parents) | _reach(concept, self._children)
         return self._relatives[concept]
 
     def company(self, concept: str) -> frozenset[str]:
-        """As `Lexicon.company`."""
+        """Return what `Lexicon.company` describes."""
         if concept not in self._company:
             kinds = _reach(concept, self._children)
             seen = {other for group in self._together if not group.isdisjoint(kinds) for other in group}
@@ -170,7 +170,7 @@ class _Misspellings:
         self._max_letters = max(map(len, long_names)) + 1
 
     def concept(self, word: str) -> str | None:
-        """As `Lexicon.misspelled`."""
+        """Return what `Lexicon.misspelled` describes."""
         if not 4 <= len(word) <= self._max_letters:
             return None
         return next((self._concepts[form] for form in _shortened(word) if form in self._concepts), None)

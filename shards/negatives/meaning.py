@@ -1,4 +1,4 @@
-"""What a phrase names: the things in it, their colours, sides and numbers, and whether every word was understood."""
+"""Parse what a phrase names: concepts, their colours, sides and numbers, and whether every word is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.shards.negatives.lexicon import Lexicon
 
-_LONGEST_CACHED = 100  # letters: phrases come again, long texts do not
+_LONGEST_CACHED = 100  # letters: phrases recur, long texts do not
 _MOST_WORDS = 4  # of a name
 _SAYS_HOW = ("ing", "ed", "est", "ly")
 
@@ -19,7 +19,7 @@ class Piece:
     """A part of a text.
 
     kind: "name", "colour", "side", "number", "articles", "plain", "links", "amounts", "vague" or "unknown".
-    value: the thing, colour, side or number. text: as in the text, but small and singular.
+    value: the concept, colour, side or number. text: as in the text, but lower-case and singular.
     """
 
     kind: str
@@ -29,11 +29,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a text says.
+    """The parsed content of a text.
 
-    things: all that it names; unless it is complete also what may be meant: parts of names, misspelled names.
-    complete: every word was understood, and what the phrase is about is among the things.
-    content: the words that are more than grammar. head: the last of them that says what it is about, or "".
+    concepts: all that it names; unless complete also what it may mean: parts of names, misspelled names.
+    complete: every word is known, and the subject of the phrase is among the concepts.
+    content: the words that are more than grammar. head: the last of them in the subject, or "".
     core: names and unknown words; whole: all words. In both an English word has blanks around it.
     attributes: colours, sides and numbers. others: words besides articles, attributes and names.
     """
@@ -53,7 +53,7 @@ class Meaning:
 
 
 def read_meaning(text: str, lexicon: Lexicon) -> Meaning:
-    """Of a phrase, or of a longer text, which is seldom complete."""
+    """Parse a phrase, or a longer text, which is seldom complete."""
     return _cached(text, lexicon) if len(text) <= _LONGEST_CACHED else _read(text, lexicon)
 
 
@@ -95,12 +95,12 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def is_chinese(word: str) -> bool:
-    """A run of Chinese among the words of a text."""
+    """Return whether a word is a run of Chinese."""
     return detect_language(word) == "zh"
 
 
 def _head(pieces: Sequence[Piece]) -> list[Piece]:
-    """What the phrase is about: in English it comes before "on", "with" ..., in Chinese after the last 的."""
+    """Return what the phrase is about: in English before "on", "with" ..., in Chinese after the last 的."""
     last = max((i for i, piece in enumerate(pieces) if piece.text == "的"), default=-1)
     head: list[Piece] = []
     for piece in pieces[last + 1 :]:
@@ -128,7 +128,7 @@ def _pieces(tokens: Sequence[str], lexicon: Lexicon) -> list[Piece]:
 
 
 def _english_piece(tokens: Sequence[str], lexicon: Lexicon) -> Piece:
-    """The longest one that starts here."""
+    """Return the longest piece that starts here."""
     token = tokens[0]
     kind, value = lexicon.grammar.kinds.get(token, ("", ""))
     name = _name(tokens, lexicon)
@@ -167,7 +167,7 @@ def _add_chinese(pieces: list[Piece], run: str, lexicon: Lexicon) -> None:
 
 
 def _chinese_piece(run: str, start: int, before: Piece | None, lexicon: Lexicon) -> tuple[Piece, int]:
-    """The longest one that starts here, and its length; a colour may take 色 with it."""
+    """Return the longest piece that starts here, and its length; a colour may include 色."""
     kinds, rest = lexicon.grammar.kinds, len(run) - start
     for length in range(min(lexicon.longest_chinese, rest), 0, -1):
         text, end = run[start : start + length], start + length
@@ -198,7 +198,7 @@ def _starts_with_name(run: str, start: int, lexicon: Lexicon) -> bool:
 
 
 def _possible_concepts(tokens: Sequence[str], lexicon: Lexicon) -> Iterator[str]:
-    """Of every name that is a part of the text, and of those that a word may be a slip for."""
+    """Yield the concept of every name that is part of the text, and of those that a word may misspell."""
     for i, token in enumerate(tokens):
         if is_chinese(token):
             for start in range(len(token)):

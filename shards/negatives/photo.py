@@ -1,4 +1,4 @@
-"""What is said about one photo, and which phrases it rules out as absent."""
+"""What the annotations say about one image, and which phrases therefore cannot be called absent."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LOSES_NOTHING = (_CROWD, "joined_part")
 
 @dataclass(frozen=True)
 class Photo:
-    """names: what is there, each with its target if it has one. texts: whatever else mentions things.
+    """names: what is present, each with its target if it has one. texts: all other texts about the image.
 
-    exhaustive: every thing that the data set has a name for is annotated. understood: all names are.
-    spoken_of: the things of names and texts, with their relatives; if not exhaustive, their company too.
+    exhaustive: every object that the data set has a name for is annotated. understood: all names are complete.
+    spoken_of: the concepts of names and texts with their relatives; if not exhaustive, with their company too.
     """
 
     names: tuple[tuple[Meaning, Target | None], ...]
@@ -29,7 +29,7 @@ class Photo:
     spoken_of: frozenset[str]
 
     def may_show(self, phrase: Meaning, lexicon: Lexicon) -> bool:
-        """Could the phrase name something of which this photo speaks? True when in doubt."""
+        """Return whether the phrase may name something that this image is said to show; True when in doubt."""
         if not self.spoken_of.isdisjoint(phrase.concepts):
             return True
         if phrase.complete and self.understood:
@@ -38,18 +38,18 @@ class Photo:
         return found or self.mentions(phrase, lexicon)
 
     def mentions(self, phrase: Meaning, lexicon: Lexicon) -> bool:
-        """Does a text besides the names speak of it?"""
+        """Return whether a text besides the names mentions it."""
         return any(_is_mentioned(phrase, text, lexicon) for text in self.texts)
 
 
 def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bool, lexicon: Lexicon) -> Photo | str:
-    """What is said about the photo, or in a word why nothing can be called absent from it.
+    """Return what is said about the image, or the reason why nothing can be called absent from it.
 
     others: the other candidates of the same image.
     """
     everything = (candidate, *others)
     if any(problem.reason not in _LOSES_NOTHING for part in everything for problem in part.problems):
-        return "photos_with_losses"  # what was lost is in the picture, and its name may be lost too
+        return "photos_with_losses"  # what was lost is in the image, and its name may be lost too
     names: list[tuple[Meaning, Target | None]] = [pair for part in everything for pair in _names(part, lexicon)]
     crowds = [problem.detail for part in everything for problem in part.problems if problem.reason == _CROWD]
     names += [(read_meaning(detail.rpartition(":")[0] or detail, lexicon), None) for detail in crowds]
@@ -64,9 +64,9 @@ def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bo
 
 
 def could_be(phrase: Meaning, name: Meaning, lexicon: Lexicon, *, trusted: bool) -> bool:
-    """Could both name the same kind of thing? True when in doubt.
+    """Return whether both may name the same kind of object; True when in doubt.
 
-    trusted: they are names of one data set that gives different things different names.
+    trusted: both are names of one data set, which gives different objects different names.
     """
     if name.vague or not lexicon.relatives(phrase.concepts).isdisjoint(name.concepts):
         return True
@@ -76,7 +76,7 @@ def could_be(phrase: Meaning, name: Meaning, lexicon: Lexicon, *, trusted: bool)
 
 
 def _overlap(a: Meaning, b: Meaning) -> bool:
-    """Do they share the word that matters, or does one hold the words of the other?"""
+    """Return whether both have the same head word, or one contains the words of the other."""
     if _holds(a, b) or _holds(b, a):
         return True
     if not a.head or not b.head:
@@ -95,7 +95,7 @@ def _is_mentioned(phrase: Meaning, text: Meaning, lexicon: Lexicon) -> bool:
 
 
 def _names(candidate: Candidate, lexicon: Lexicon) -> Iterator[tuple[Meaning, Target]]:
-    """The phrases with boxes. What one phrase of a box says clearly, its others need not: "the right one"."""
+    """Yield the phrases with boxes. If one phrase of a box is clear, its others need not be: "the right one"."""
     present = [(read_meaning(target.phrase, lexicon), target) for target in candidate.targets if target.boxes_xyxy]
     clear = {target.boxes_xyxy for meaning, target in present if meaning.complete}
     for meaning, target in present:

@@ -1,11 +1,11 @@
-"""Phrases of a photo with another colour, side or number, to which nothing in the photo answers.
+"""Change the colour, side or number in phrases of an image, so that nothing in the image matches them.
 
-An attribute is often written to tell a thing from others of its kind, so that these are what the new phrase may hit.
-Colour: every other phrase for that kind of thing must say a third colour; where not everything is annotated there must
-be no such phrase. Number: only upwards (where there are three dogs, there are also two), only if the boxes are as many
-as the phrase says and no other phrase is about that kind of thing. Side: "left" nearly always has a "right" beside it
-and may mean the thing's own left, so only where everything is annotated, nothing else of its kind is, and the one box
-lies wholly on the side that is named. Where not everything is annotated, commonplace things are left alone.
+An attribute often distinguishes an object from others of its kind, which the new phrase might match.
+Colour: every other phrase for that kind of object must have a third colour; if not everything is annotated, there must
+be no such phrase. Number: only larger ones (three dogs include two), only if the number of boxes equals the number in
+the phrase and no other phrase is about that kind of object. Side: "left" nearly always has a "right" next to it and may
+be the object's own left; so only if everything is annotated, nothing else is of its kind, and its one box is completely
+on the named side. If not everything is annotated, commonplace objects are not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HIGHEST_NUMBER, _MOST_ADDED = 9, 3
 
 
 def swapped_phrases(candidate: Candidate, photo: Photo, lexicon: Lexicon) -> list[Target]:
-    """Every one that can be made of this photo, as an absent target."""
+    """Return every such phrase of this image as an absent target."""
     found: dict[str, Target] = {}
     for i, (meaning, target) in enumerate(photo.names):
         if target is None or target not in candidate.targets or not _is_simple(meaning, most_attributes=1):
@@ -43,7 +43,7 @@ def swapped_phrases(candidate: Candidate, photo: Photo, lexicon: Lexicon) -> lis
 
 
 def _is_simple(meaning: Meaning, *, most_attributes: int) -> bool:
-    """One thing and what it looks like, nothing else."""
+    """Return whether it is one object with its attributes, and nothing else."""
     sides = any(piece.kind == "side" for piece in meaning.attributes)
     plain = not meaning.others - (_GO_WITH_A_SIDE if sides else set())
     return meaning.complete and meaning.num_names == 1 and len(meaning.attributes) <= most_attributes and plain
@@ -58,7 +58,7 @@ def _replacements(
     candidate: Candidate,
     lexicon: Lexicon,
 ) -> Iterator[str]:
-    """Words to put in the place of the old one."""
+    """Yield words to replace the old one with."""
     if old.kind == "colour" and lexicon.relatives([lexicon.concept("person")]).isdisjoint(meaning.concepts):
         yield from _other_colours(old, target, family, photo.exhaustive, lexicon)
     elif old.kind == "number" and not family and len(target.boxes_xyxy) == int(old.value):
@@ -88,7 +88,7 @@ def _other_colours(
 
 
 def _lies_on(side: str, candidate: Candidate, target: Target) -> bool:
-    """Is there one box, all of it in this half of the picture?"""
+    """Return whether there is one box, completely in this half of the image."""
     sizes = {"pixels": candidate.stated_size_px, "unit": (1, 1), "thousandths": (1000, 1000)}
     size = sizes[candidate.units]
     if size is None or len(target.boxes_xyxy) != 1:
@@ -105,7 +105,7 @@ def _opposite_word(old: Piece, lexicon: Lexicon) -> str:
 
 
 def _replace_word(phrase: str, old: str, new: str) -> str | None:
-    """None unless the old word is there exactly once."""
+    """Replace the old word; return None unless it occurs exactly once."""
     if is_chinese(old):
         return phrase.replace(old, new) if phrase.count(old) == 1 else None
     found = list(re.finditer(rf"(?<![A-Za-z0-9]){re.escape(old)}(?![A-Za-z0-9])", phrase, re.IGNORECASE))
@@ -117,7 +117,7 @@ def _replace_word(phrase: str, old: str, new: str) -> str | None:
 
 
 def _differs_in(attribute: Piece, old: Meaning, new: Meaning) -> bool:
-    """Does the new phrase read as the old one with another attribute of the same kind, and nothing else?"""
+    """Return whether the new phrase differs from the old one in the value of this attribute only."""
     same = (new.complete, new.concepts, new.core, new.others) == (old.complete, old.concepts, old.core, old.others)
     values = [(piece.kind, piece.value) for piece in new.attributes]
     return same and len(values) == 1 and values[0][0] == attribute.kind and values[0][1] != attribute.value

@@ -1,4 +1,4 @@
-"""What a data set talks about, gathered in one pass in flat memory: the source of absent targets."""
+"""Gather the phrases of a data set in one pass and constant memory: the source of absent targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN_UNKNOWN_WORDS = 20
 
 
 class BoundedCounts:
-    """Counts texts; of very many it keeps those with the lowest hashes, with exact counts, whatever their order."""
+    """Exact counts of the `limit` texts with the lowest hashes, whatever the order of the texts."""
 
     def __init__(self, limit: int, counts: Iterable[tuple[str, int]] = ()) -> None:
         self._limit = limit
@@ -33,7 +33,7 @@ class BoundedCounts:
             self.add(text, count)
 
     def add(self, text: str, count: int = 1) -> None:
-        """One that was dropped never comes back: what is kept has lower hashes than it."""
+        """Count a text. One that was dropped never returns: all kept texts have lower hashes."""
         if text in self._counts:
             self._counts[text] += count
             return
@@ -48,14 +48,14 @@ class BoundedCounts:
         self._counts[text] = count
 
     def items(self) -> list[tuple[str, int]]:
-        """In the order of the texts."""
+        """Return the counts, sorted by text."""
         return sorted(self._counts.items())
 
 
 class Vocabulary:
-    """Phrases by language with their counts, and how many targets there are. `words` must be the same in both passes.
+    """Phrases by language with their counts, and the number of targets. Both passes need the same lexicon.
 
-    exhaustive: every thing in a photo that the data set has a name for is annotated, as in detection data.
+    exhaustive: every object that the data set has a name for is annotated in every image, as in detection data.
     """
 
     def __init__(self, lexicon: Lexicon, *, exhaustive: bool) -> None:
@@ -67,7 +67,7 @@ class Vocabulary:
         self._drawn_from: dict[str, tuple[list[str], list[int]]] = {}
 
     def add(self, candidate: Candidate, others: Sequence[Candidate] = ()) -> None:
-        """Pass 1: every candidate once, in any order. others: see `choose_absent`."""
+        """Add a candidate in pass 1: each one once, in any order. others: see `choose_absent`."""
         self._drawn_from.clear()
         present = [target for target in candidate.targets if target.boxes_xyxy]
         self.totals["present"] += len(present)
@@ -92,7 +92,7 @@ class Vocabulary:
                 self._unknown.add(word[:MAX_PHRASE_LETTERS])
 
     def draw(self, language: str, share: float) -> str | None:
-        """The phrase at this share (0..1) of all that was counted in the language: frequent ones are met more often."""
+        """Return the phrase at this fraction (0..1) of the counts of the language, frequent ones more often."""
         if language not in self._drawn_from:
             counts = self._phrases[language].items() if language in self._phrases else []
             self._drawn_from[language] = [text for text, _ in counts], list(accumulate(count for _, count in counts))
@@ -100,11 +100,11 @@ class Vocabulary:
         return phrases[bisect_right(sums, int(share * sums[-1]))] if phrases else None
 
     def unknown_words(self) -> list[tuple[str, int]]:
-        """The most frequent words that kept phrases from being used: for the user's list of synonyms."""
+        """Return the most frequent words that kept phrases from being used, for the user's list of synonyms."""
         return sorted(self._unknown.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN_UNKNOWN_WORDS]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; the same candidates in another order give the same."""
+        """Return the content; it does not depend on the order of the candidates."""
         return {
             "exhaustive": self.exhaustive,
             "totals": dict(sorted(self.totals.items())),
@@ -114,7 +114,7 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], lexicon: Lexicon) -> Vocabulary:
-        """What `to_json` gave."""
+        """Restore the content of `to_json`."""
         vocabulary = cls(lexicon, exhaustive=content["exhaustive"])
         vocabulary.totals.update(content["totals"])
         vocabulary._phrases = {name: BoundedCounts(MAX_PHRASES, items) for name, items in content["phrases"].items()}
@@ -123,7 +123,7 @@ class Vocabulary:
 
 
 def why_never_absent(phrase: str, meaning: Meaning, exhaustive: bool, lexicon: Lexicon) -> str | None:
-    """In a word why this phrase is never called absent from any photo."""
+    """Return the reason why this phrase is never called absent from any image, or None."""
     negations = lexicon.grammar.negations
     chinese = any(word in phrase for word in negations["zh"])
     if chinese or not negations["en"].isdisjoint(lexicon.grammar.tokens(phrase)):

@@ -1,4 +1,4 @@
-"""What a format reader finds in an annotation file, before the images are looked at."""
+"""What a format reader finds in an annotation file, before the images are opened."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = _MAX_SHOWN
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is left out, and why.
+    """A part that is skipped, and why.
 
     level: what is lost: "sample", "target", "box" or "turn".
-    reason: a short word to count by; `detail` is for people.
-    source: the line or annotation.
+    reason: a short name to count by. detail: a message for people. source: the line or annotation.
     """
 
     level: str
@@ -38,16 +37,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One image with what is asked about it.
+    """One image with its targets and turns.
 
     image: path relative to the images folder, normalised, so that one image has one name.
-    key: the user's own name for the sample, or None.
-    targets: boxes are four finite numbers; whether they fit the image is not known yet.
-    stated_size_px: the image size the annotation was made for, if it says so.
-    units: of the boxes: "pixels", "unit" (0..1 of width and height) or "thousandths"; all become pixels once the image
-        is open.
-    embedded_in: an annotation file that carries the image itself, used when there is no image file.
-    problems: parts already lost.
+    key: the user's name for the sample, or None.
+    targets: boxes are four finite numbers, not yet compared with the image.
+    stated_size_px: the image size stated by the annotation, if any.
+    units: of the boxes: "pixels", "unit" (0..1 of width and height) or "thousandths"; converted to pixels once the
+        image is open.
+    embedded_in: an annotation file that contains the image, used if there is no image file.
+    problems: parts already skipped.
     """
 
     image: str
@@ -71,28 +70,28 @@ class Rejected(Exception):
         self.detail = detail
 
     def problem(self, source: str) -> Problem:
-        """The same, with the place it was found."""
+        """Return it as a problem of this source."""
         return Problem(self.level, self.reason, self.detail, source)
 
 
-def require(ok: bool, level: str, field: str, value: object, wanted: str) -> None:
-    """Raises Rejected (reason bad_field) unless `ok`."""
+def require(ok: bool, level: str, field: str, value: object, expected: str) -> None:
+    """Raise Rejected (reason bad_field) unless `ok`."""
     if not ok:
-        raise Rejected(level, "bad_field", f"{field} is {shown(value)}, wanted {wanted}")
+        raise Rejected(level, "bad_field", f"{field} is {shown(value)}; expected {expected}")
 
 
 def shown(value: object) -> str:
-    """For messages: short, and without going to the end of what is deep or long."""
+    """Return a short form for messages, without traversing a deep or long value."""
     return _SHOWN.repr(value)[:_MAX_SHOWN]
 
 
 def check_text(value: Any, level: str) -> None:
-    """Raises Rejected (reason not_utf8) if a string anywhere in this JSON value carries bytes that are no UTF-8."""
+    """Raise Rejected (reason not_utf8) if a string in this JSON value has bytes that are not valid UTF-8."""
     for text in _strings(value):
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise Rejected(level, "not_utf8", f"{text!r:.80} is not UTF-8; convert the file") from None
+            raise Rejected(level, "not_utf8", f"{text!r:.80} is not valid UTF-8. Convert the file to UTF-8.") from None
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -108,19 +107,19 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def image_path(value: Any, field: str) -> str:
-    """The normalised path, also of one written on Windows; raises Rejected if it is none."""
+    """Return the normalised path, also from Windows; raises Rejected if it is not a path."""
     require(isinstance(value, str) and bool(value.strip()), "sample", field, value, "the path of an image")
     return posixpath.normpath(value.replace("\\", "/"))
 
 
 def four_numbers(box: Any, meaning: str) -> Box:
-    """The coordinates as floats; raises Rejected if they are not four finite numbers."""
+    """Return the coordinates as floats; raises Rejected if they are not four finite numbers."""
     require(isinstance(box, list), "box", "the box", box, f"a list {meaning}")
     if len(box) != 4:
-        raise Rejected("box", "wrong_number_of_coordinates", f"{shown(box)} has {len(box)}, wanted {meaning}")
+        raise Rejected("box", "wrong_number_of_coordinates", f"{shown(box)} has {len(box)} numbers; expected {meaning}")
     for number in box:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise Rejected("box", "not_numeric", f"{shown(number)} in {shown(box)} is no number")
+            raise Rejected("box", "not_numeric", f"{shown(number)} in {shown(box)} is not a number")
         if not is_finite_number(number):
             raise Rejected("box", "not_finite", f"{shown(number)} in {shown(box)} is not finite")
     a, b, c, d = (float(number) for number in box)
@@ -128,15 +127,15 @@ def four_numbers(box: Any, meaning: str) -> Box:
 
 
 def number(text: str | None, field: str) -> float:
-    """Of a text; raises Rejected if it is none. Whether it is finite is for `four_numbers` to say."""
+    """Parse a number; raises Rejected. `four_numbers` checks that it is finite."""
     try:
         return float(text or "")
     except ValueError:
-        raise Rejected("box", "not_numeric", f"{field} is {shown(text)}, wanted a number") from None
+        raise Rejected("box", "not_numeric", f"{field} is {shown(text)}; expected a number") from None
 
 
 def box_in_pixels(box: Box, units: Units, image_size_px: tuple[int, int]) -> Box:
-    """The box of a candidate whose `units` these are."""
+    """Convert the box of a candidate with these `units`."""
     if units == "pixels":
         return box
     whole = 1 if units == "unit" else 1000
@@ -148,7 +147,7 @@ def box_in_pixels(box: Box, units: Units, image_size_px: tuple[int, int]) -> Box
 def make_target(
     phrase: Any, boxes: list[Box], *, num_boxes_found: int, language: str | None = None, description: str | None = None
 ) -> Target:
-    """A target; raises Rejected if the phrase is empty, or if it had boxes and lost them all.
+    """Return a target; raises Rejected if the phrase is empty, or if all its boxes were lost.
 
     Such a target must not be kept: without boxes it would claim that the thing is not in the picture.
     """
@@ -158,12 +157,12 @@ def make_target(
     if not phrase:
         raise Rejected("target", "empty_phrase", "the phrase (or category name) is empty")
     if num_boxes_found and not boxes:
-        raise Rejected("target", "no_boxes_left", f"{phrase!r} lost all its boxes ({num_boxes_found})")
+        raise Rejected("target", "no_boxes_left", f"{phrase!r} has no valid box left of {num_boxes_found}")
     return Target(phrase, language or detect_language(phrase), tuple(boxes), description)
 
 
 def make_targets(boxes_of: dict[str, list[Box | None]], source: str, problems: list[Problem]) -> tuple[Target, ...]:
-    """One target per phrase; those that cannot be used become problems. None is a box that is lost already."""
+    """Return one target per phrase; unusable ones become problems. None is a box that was already lost."""
     targets = []
     for phrase, boxes in boxes_of.items():
         try:

@@ -1,4 +1,4 @@
-"""Looks at the image of a candidate: what of it can be trained on?"""
+"""Check a candidate against its image, and keep what can be trained on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_candidate(
     *,
     apply_exif: bool = False,
 ) -> tuple[CheckedSample | None, list[Problem]]:
-    """The sample without its bad parts (None if nothing is left), and every problem it has, also the reader's.
+    """Return the sample without its invalid parts (None if nothing is left), and all problems, also the reader's.
 
     apply_exif: the boxes are drawn on the photo as its EXIF orientation turns it.
     """
@@ -54,13 +54,13 @@ def check_candidate(
             raise _nothing_left(candidate, problems)
     except Rejected as rejected:
         return None, [*problems, rejected.problem(candidate.source)]
-    source = candidate.source.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no UTF-8
+    source = candidate.source.encode("utf-8", "backslashreplace").decode()  # the name of a file may not be valid UTF-8
     record = Record(key, image_size_px, source, kept, candidate.turns, upright=not is_upright)
     return CheckedSample(record, ext, data), problems
 
 
 def read_image(candidate: Candidate, images: Path) -> tuple[str, bytes]:
-    """(extension, bytes) of the image file, or of the image inside the annotation. Raises Rejected."""
+    """Return (extension, bytes) of the image file, or of the image inside the annotation. Raises Rejected."""
     try:
         return _extension(candidate.image), read_inside(images, candidate.image, "image", MAX_MEMBER_BYTES)
     except Rejected as rejected:
@@ -78,8 +78,8 @@ def _nothing_left(candidate: Candidate, problems: list[Problem]) -> Rejected:
 def _extension(image: str) -> str:
     ext = PurePosixPath(image).suffix[1:].lower()
     if ext not in IMAGE_EXTENSIONS:
-        wanted = ", ".join(IMAGE_EXTENSIONS)
-        raise Rejected("sample", "unsupported_extension", f"{image!r:.200} is none of {wanted}")
+        expected = ", ".join(IMAGE_EXTENSIONS)
+        raise Rejected("sample", "unsupported_extension", f"{image!r:.200} is not supported; expected {expected}")
     return ext
 
 
@@ -91,8 +91,10 @@ def _verified(data: bytes, key: str, max_pixels: int, verify: str) -> WholeImage
 
 
 def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int], stored_px: tuple[int, int]) -> None:
-    """Boxes made for another size (a resized copy) would point somewhere else; some tools state the size as stored
-    though they show the photo upright."""
+    """Raise Rejected if the boxes were made for another size, such as that of a resized copy.
+
+    Some tools state the stored size though they show the image upright.
+    """
     if candidate.stated_size_px not in (None, image_size_px, stored_px):
         detail = f"the annotation is for {candidate.stated_size_px}, {candidate.image} has {image_size_px} pixels"
         raise Rejected("sample", "size_mismatch", detail)

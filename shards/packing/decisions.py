@@ -1,10 +1,10 @@
-"""What people decided about suspect parts of the annotations: load it, and apply it to the candidates of a build.
+"""Load decisions about suspicious parts of the annotations, and apply them to the candidates of a build.
 
 {"decisions": [{"id": "box-5b1f0c2a9d3e4f60", "decision": "drop"},
                {"id": "target-0a…", "decision": "edit", "phrase": "the red car", "boxes": [[10, 20, 300, 400]]}]}
 
-or the same columns as CSV. The ids are those of a review. They depend on the part itself and on the key of its sample,
-not on its place in the file, so they stay valid while other parts change.
+or the same columns as CSV. The ids are those of a review. They depend on the part and on the key of its sample, not on
+its position in the file, so they stay valid while other parts change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EDITABLE = {
     "box": ("boxes",),
     "turn": ("prompt", "answer"),
 }
-"""What an edit may replace, by level. Boxes are in the units of the annotation; [] says that the target is absent."""
+"""What an edit may replace, by level. Boxes are in the units of the annotation; [] marks the target as absent."""
 _FOR_PEOPLE = ("image", "source", "kind", "note")  # ignored
 
 
@@ -46,7 +46,7 @@ class PartIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """One row. place: where it stands in its file; changes: the new values of an edit."""
+    """One row. place: its position in the file; changes: the new values of an edit."""
 
     part: str
     decision: str
@@ -55,12 +55,12 @@ class Decision:
 
     @property
     def level(self) -> str:
-        """Of the part: "sample", "target", "box" or "turn"."""
+        """Return the level of the part: "sample", "target", "box" or "turn"."""
         return self.part.partition("-")[0]
 
 
 def part_ids(candidate: Candidate) -> PartIds:
-    """The same for the same content, in an annotation file and in the shards that were built from it."""
+    """Return ids that are equal for equal content, in an annotation file and in the shards built from it."""
     key, seen = key_of(candidate), Counter[str]()
 
     def make(level: str, *content: Any) -> str:
@@ -78,7 +78,7 @@ def part_ids(candidate: Candidate) -> PartIds:
 
 
 class Decisions:
-    """The decisions of one file, by part. Remembers which of them were met."""
+    """The decisions of one file, by part; records which of them were applied."""
 
     def __init__(self, rows: list[Decision]) -> None:
         self._rows: dict[str, Decision] = {}
@@ -86,13 +86,13 @@ class Decisions:
         for row in rows:
             first = self._rows.setdefault(row.part, row)
             if (first.decision, first.changes) != (row.decision, row.changes):
-                raise DataError(f"{row.place} and {first.place} decide differently about {row.part}: keep one of them")
+                raise DataError(f"{row.place} and {first.place} decide differently about {row.part}. Keep one of them.")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def apply(self, candidate: Candidate) -> tuple[Candidate | None, list[Problem]]:
-        """The candidate without the dropped parts and with the edited ones; its `problems` say what was dropped.
+        """Return the candidate without dropped and with edited parts; its `problems` list what was dropped.
 
         If nothing is left of it: None, and all its problems.
         """
@@ -120,8 +120,8 @@ class Decisions:
         return None, [*problems, Problem("sample", "no_targets_left", detail, candidate.source)]
 
     def unmet(self) -> list[Problem]:
-        """Decisions that fitted nothing. To be asked when all candidates were seen."""
-        hint = "no such part, or a larger one was dropped or replaced; was the review made from these annotations?"
+        """Return the decisions that matched nothing. Call it after all candidates."""
+        hint = "no such part, or its parent was dropped or replaced. Check that the review is of these annotations."
         return [
             Problem(row.level, "decision_fits_nothing", f"{row.decision} {row.part}: {hint}", row.place)
             for row in self._rows.values()
@@ -184,44 +184,44 @@ class Decisions:
 
 
 def load_decisions(path: Path) -> Decisions:
-    """A file of decisions, JSON or (by its name) CSV. Raises DataError that names the row."""
+    """Load a file of decisions, JSON or (by its name) CSV. Raises DataError that names the row."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} has more than {MAX_FILE_BYTES} bytes, wanted the decisions of a review")
+            raise DataError(f"{path} has more than {MAX_FILE_BYTES} bytes; expected the decisions of a review")
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; wanted the decisions of a review") from None
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; expected the decisions of a review") from None
     rows = _csv_rows(text, path) if path.suffix.lower() == ".csv" else _json_rows(text, path)
     return Decisions([_decision(row, place) for place, row in rows])
 
 
 def _json_rows(text: str, path: Path) -> list[tuple[str, Any]]:
-    wanted = 'wanted {"decisions": [{"id": ..., "decision": ...}, ...]}'
+    expected = 'expected {"decisions": [{"id": ..., "decision": ...}, ...]}'
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}; {wanted} (CSV files end in .csv)") from None
+        raise DataError(f"{path} is not valid JSON: {error}; {expected} (CSV files end in .csv)") from None
     rows = content.get("decisions") if isinstance(content, dict) else content
     if not isinstance(rows, list):
-        raise DataError(f'{path}: "decisions" is {rows!r:.80}, {wanted}')
+        raise DataError(f'{path}: "decisions" is {rows!r:.80}, {expected}')
     return [(f"{path.name} decisions[{i}]", row) for i, row in enumerate(rows)]
 
 
 def _csv_rows(text: str, path: Path) -> list[tuple[str, Any]]:
-    """Empty cells say nothing; a list of boxes is JSON in its cell."""
+    """Read CSV. Empty cells are ignored; a list of boxes is JSON in its cell."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = []
     try:
         for cells in reader:
             place = f"{path.name}:{reader.line_num}"
             if None in cells:
-                raise DataError(f"{place} has more cells than there are columns: {cells[None]!r:.80}")
+                raise DataError(f"{place} has more cells than columns: {cells[None]!r:.80}")
             row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
             if "boxes" in row:
                 row["boxes"] = _parse_cell(row["boxes"], place)
             rows.append((place, row))
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is no CSV: {error}") from None
+        raise DataError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from None
     return rows
 
 
@@ -229,7 +229,7 @@ def _parse_cell(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise DataError(f"{place}: boxes is {text!r:.80}, wanted such as [[10, 20, 300, 400]]") from None
+        raise DataError(f"{place}: boxes is {text!r:.80}; expected a list such as [[10, 20, 300, 400]]") from None
 
 
 def _decision(row: Any, place: str) -> Decision:
@@ -243,7 +243,7 @@ def _decision(row: Any, place: str) -> Decision:
     _require(decision in DECISIONS, place, "decision", decision, " or ".join(DECISIONS))
     given = {field: value for field, value in row.items() if field not in ("id", "decision", *_FOR_PEOPLE)}
     if decision != "edit":
-        _require(not given, place, f"{decision} with", sorted(given), f"no new values; for these take {DECISIONS[2]}")
+        _require(not given, place, f"{decision} with", sorted(given), f"no new values; use {DECISIONS[2]} for them")
         return Decision(part, decision, {}, place)
     allowed = EDITABLE[level]
     _require(bool(allowed), place, "edit of", name, "a target, box or turn; a sample can be accepted or dropped")
@@ -264,7 +264,7 @@ def _new_value(field: str, value: Any, level: str, place: str) -> Any:
 
 def _new_boxes(value: Any, level: str, place: str) -> tuple[Box, ...]:
     good = isinstance(value, list) and (bool(value) or level == "target")
-    _require(good, place, "boxes", value, "such as [[10, 20, 300, 400]]; to lose a box, take drop")
+    _require(good, place, "boxes", value, "such as [[10, 20, 300, 400]]; use drop to remove a box")
     try:
         boxes = tuple(four_numbers(box, "[x0, y0, x1, y1]") for box in value)
     except Rejected as rejected:
@@ -281,6 +281,6 @@ def _check_text(value: Any, place: str, field: str) -> None:
         raise DataError(f"{place}: {field}: {rejected.detail}") from None
 
 
-def _require(ok: bool, place: str, field: str, value: object, wanted: str) -> None:
+def _require(ok: bool, place: str, field: str, value: object, expected: str) -> None:
     if not ok:
-        raise DataError(f"{place}: {field} {value!r:.80}, wanted {wanted}")
+        raise DataError(f"{place}: {field} {value!r:.80}; expected {expected}")

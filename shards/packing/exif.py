@@ -1,6 +1,6 @@
-"""Were the boxes of a source drawn on its photos as cameras turn them (EXIF orientation), or on the pixels as stored?
+"""Decide whether the boxes of a source were drawn on images rotated by EXIF orientation, or on the pixels as stored.
 
-Decided once for a source: photos of one tool are annotated in one way.
+There is one decision per source: one tool annotates all its images in the same way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cogvlm_ft.shards.packing.checks import read_image
 
 EXIF_MODES = ("auto", "apply", "ignore")
 MAX_PHOTOS = 1000
-"""How many photos are looked at."""
+"""How many images are inspected."""
 
 UPRIGHT, STORED = "upright", "as stored"
 
 
 @dataclass(frozen=True)
 class ExifDecision:
-    """apply: turn photos upright, their boxes are drawn on them so. explanation: one line for people."""
+    """apply: rotate images upright, because their boxes were drawn on them so. explanation: one line for people."""
 
     apply: bool
     explanation: str
@@ -35,10 +35,10 @@ class ExifDecision:
 
 @dataclass
 class Evidence:
-    """What the photos say that their EXIF orientation turns.
+    """Evidence from the images that EXIF orientation rotates.
 
-    boxes: how many photos have boxes that stay inside them in one way only. sizes: for how many the annotation states
-    the size that they have in one way only.
+    boxes: number of images whose boxes are inside them in one way only. sizes: number of images whose stated size
+    matches in one way only.
     """
 
     num_photos: int = 0
@@ -47,7 +47,7 @@ class Evidence:
     sizes: dict[str, int] = field(default_factory=lambda: {UPRIGHT: 0, STORED: 0})
 
     def add(self, candidate: Candidate, data: bytes) -> None:
-        """One more photo."""
+        """Add one image."""
         self.num_photos += 1
         orientation = read_orientation(data)
         if orientation == 1:
@@ -63,11 +63,13 @@ class Evidence:
 
 
 def decide_exif(candidates: Iterable[Candidate], images: Path, mode: str) -> ExifDecision:
-    """Looks at the first MAX_PHOTOS candidates if the mode is "auto"; candidates whose image cannot be read are passed
-    over. mode: one of EXIF_MODES."""
+    """Decide by the first MAX_PHOTOS candidates if the mode is "auto"; unreadable images are skipped.
+
+    mode: one of EXIF_MODES.
+    """
     if mode != "auto":
         done = "turned upright" if mode == "apply" else "taken as stored"
-        return ExifDecision(mode == "apply", f"EXIF: photos are {done}, as --exif {mode} says")
+        return ExifDecision(mode == "apply", f"EXIF: photos are {done} (--exif {mode})")
     evidence = Evidence()
     for candidate in islice(candidates, MAX_PHOTOS):
         try:
@@ -79,10 +81,10 @@ def decide_exif(candidates: Iterable[Candidate], images: Path, mode: str) -> Exi
 
 
 def judge(evidence: Evidence) -> ExifDecision:
-    """By the boxes; if they do not tell, by the stated sizes; if they do not either, upright, as tools show photos."""
-    seen = f"EXIF: {evidence.num_turned} of {evidence.num_photos} photos looked at are turned by it"
+    """Decide by the boxes, else by the stated sizes, else upright, as most tools show images."""
+    seen = f"EXIF: {evidence.num_turned} of {evidence.num_photos} photos have an EXIF rotation"
     if not evidence.num_turned:
-        return ExifDecision(True, f"{seen}; others, if there are any, are turned upright")
+        return ExifDecision(True, f"{seen}; any others are turned upright")
     votes = f"{_words(evidence.boxes, 'fit only')}; {_words(evidence.sizes, 'state the size of')}"
     for counts in (evidence.boxes, evidence.sizes):
         if counts[UPRIGHT] != counts[STORED]:
@@ -91,8 +93,8 @@ def judge(evidence: Evidence) -> ExifDecision:
             return ExifDecision(apply, f"{seen}: {votes}: {done}")
     return ExifDecision(
         True,
-        f"{seen}: {votes}: nothing tells how they were annotated. They are turned upright, as most tools show them;"
-        " look at some, and build with --exif ignore if the boxes are wrong",
+        f"{seen}: {votes}: no evidence of how they were annotated. They are turned upright, as most tools show them."
+        " Check some, and build with --exif ignore if the boxes are wrong.",
     )
 
 
@@ -101,7 +103,7 @@ def _words(counts: dict[str, int], what: str) -> str:
 
 
 def _count(counts: dict[str, int], ways: set[str]) -> None:
-    """Evidence is what speaks for one way only."""
+    """Count evidence that supports one way only."""
     if len(ways) == 1:
         counts[ways.pop()] += 1
 

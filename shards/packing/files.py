@@ -1,4 +1,4 @@
-"""Reads a file that annotations name: a plain file inside the folder the user gave, of bounded size."""
+"""Read a file named by annotations: a regular file inside the user's folder, of bounded size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from cogvlm_ft.shards.packing.candidates import Rejected
 
 MAX_ANNOTATION_BYTES = 64 * 2**20
-"""Of a file about one image, also with the image in it."""
+"""Limit for an annotation file of one image, with or without the image in it."""
 
 _KINDS = (
     (b"\xff\xd8\xff", "jpg"),
@@ -26,20 +26,20 @@ _KINDS = (
 
 
 def read_inside(folder: Path, name: str, what: str, max_bytes: int) -> bytes:
-    """Raises Rejected if it is missing, too large, no plain file, or outside the folder, also by a link.
+    """Read a file; raises Rejected if it is missing, too large, not a regular file, or outside the folder.
 
     what: "image" or "annotation", for the reasons: missing_image, unreadable_image, path_outside_images.
     """
     try:
         with open(_path_inside(folder, name), "rb", buffering=0, opener=_open_at_once) as file:
-            # Where the kernel went, and not where a path would lead at another moment.
+            # The file that was opened, not what the path may lead to later.
             if not _is_inside(os.readlink(f"/proc/self/fd/{file.fileno()}"), folder):  # noqa: PTH115
                 raise PermissionError
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError
             if status.st_size > max_bytes:
-                detail = f"{name!r:.200} has {status.st_size} bytes, the limit is {max_bytes}"
+                detail = f"{name!r:.200} has {status.st_size} bytes; expected at most {max_bytes}"
                 raise Rejected("sample", "too_large", detail)
             return file.read(status.st_size)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -57,7 +57,7 @@ def prefetch(folder: Path, name: str) -> None:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """A pipe is opened without waiting for somebody to write to it."""
+    """Open without waiting: a pipe would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -71,7 +71,7 @@ def _real_folder(folder: Path) -> str:
 
 
 def _path_inside(folder: Path, name: str) -> str:
-    """Raises PermissionError if the words of the name lead outside: such a file is not even opened."""
+    """Return the path; raises PermissionError if the name leads outside, so that such a file is not even opened."""
     path = os.path.join(folder, name)  # noqa: PTH118
     if (name.startswith("/") or ".." in name) and not _is_inside(os.path.realpath(path), folder):
         raise PermissionError
@@ -79,16 +79,16 @@ def _path_inside(folder: Path, name: str) -> str:
 
 
 def _unreadable(folder: Path, name: str, what: str, error: Exception) -> Rejected:
-    """What is outside is called so, whether it exists or not."""
+    """Return the reason; a path outside the folder is reported as such whether it exists or not."""
     if isinstance(error, OSError) and not _is_inside(os.path.realpath(folder / name), folder):
         return Rejected("sample", f"path_outside_{what}s", f"{name!r:.200} leads out of {folder}")
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return Rejected("sample", f"missing_{what}", f"no file {name!r:.200} in {folder}")
-    return Rejected("sample", f"unreadable_{what}", f"{name!r:.200}: {error}")  # no permission, a circle of links
+    return Rejected("sample", f"unreadable_{what}", f"{name!r:.200}: {error}")  # no permission, a loop of links
 
 
 def read_ends(path: Path, num_bytes: int) -> bytes:
-    """The first and the last bytes, which tell what a large JSON file is; nothing if it is no plain file."""
+    """Read the first and last bytes, which identify a large JSON file; empty unless it is a regular file."""
     if not path.is_file():
         return b""
     with path.open("rb") as file:
@@ -98,7 +98,7 @@ def read_ends(path: Path, num_bytes: int) -> bytes:
 
 
 def read_embedded(annotation: Path) -> tuple[str, bytes]:
-    """(extension, bytes) of the image in the "imageData" of a labelme file. Raises Rejected if there is none."""
+    """Return (extension, bytes) of the image in "imageData" of a labelme file. Raises Rejected if there is none."""
     content = read_inside(annotation.parent, annotation.name, "annotation", MAX_ANNOTATION_BYTES)
     try:
         data = base64.b64decode(json.loads(content)["imageData"])
@@ -107,6 +107,6 @@ def read_embedded(annotation: Path) -> tuple[str, bytes]:
         raise Rejected("sample", "missing_image", detail) from None
     ext = next((ext for start, ext in _KINDS if data.startswith(start)), None)
     if ext is None:
-        detail = f"the imageData of {annotation.name} is no image: it begins with {data[:8]!r}"
+        detail = f"the imageData of {annotation.name} is not an image: it begins with {data[:8]!r}"
         raise Rejected("sample", "broken_image", detail)
     return ext, data

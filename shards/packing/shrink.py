@@ -1,8 +1,8 @@
-"""Large photos made smaller when shards are built: less to store, to send and to decode.
+"""Shrink large images when shards are built: less to store, transfer and decode.
 
-What it costs: boxes are scaled by exactly what the photo is scaled by, in floating point. So box text changes only for
-edges within the last pixel of the right or lower border, where the reference clamps: that pixel is larger now.
-`max_shift_px` says by how much. The pixels are re-encoded as JPEG.
+Boxes are scaled exactly like the image, in floating point. Box text changes only for edges within the last pixel of the
+right or lower border, where the reference clamps: that pixel is larger now. `max_shift_px` returns by how much. The
+pixels are re-encoded as JPEG.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUALITY = 90
 
 
 def shrink_sample(sample: CheckedSample, max_side: int, quality: int = QUALITY) -> CheckedSample:
-    """The sample with a photo of at most `max_side` pixels a side; the same if it is no larger, bytes and all.
+    """Return the sample with an image of at most `max_side` pixels a side; unchanged, bytes too, if it is no larger.
 
     A shrunken photo is an upright JPEG without EXIF data. Raises BadSampleError if it cannot be decoded.
     """
@@ -45,8 +45,10 @@ def shrink_sample(sample: CheckedSample, max_side: int, quality: int = QUALITY) 
 
 
 def max_shift_px(side_px: int, image_size: int) -> float:
-    """How far an edge can move in the model's input, pixels, where the smaller photo has `side_px` in that direction:
-    its last pixel, and one bin of the box text for rounding."""
+    """Return how far an edge can move in the model's input, in pixels: one pixel of the smaller image, and one bin.
+
+    side_px: size of the smaller image in that direction.
+    """
     return image_size * (1 / side_px + 1 / NUM_BINS)
 
 

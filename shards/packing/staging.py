@@ -189,7 +189,7 @@ _to_json = json.JSONEncoder(default=_fields).encode
 
 
 def _candidate(fields: dict[str, Any]) -> Candidate:
-    """Undo `_to_json`: JSON has neither tuples nor paths."""
+    """Restore a candidate from JSON, which has neither tuples nor paths."""
     size, embedded_in = fields["stated_size_px"], fields["embedded_in"]
     fields["targets"] = tuple(_target(target) for target in fields["targets"])
     fields["turns"] = tuple(_turn(turn) for turn in fields["turns"])

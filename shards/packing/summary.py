@@ -1,4 +1,4 @@
-"""What a build did, as a small table for people."""
+"""Format the result of a build as a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def summarize(index: dict[str, Any], examples: dict[str, dict[str, Any]], out: Path) -> str:
-    """Kept samples by split, rejected parts by reason with one example each, and where the files are."""
+    """Format kept samples by split, rejected parts by reason with one example each, and the output files."""
     lines = [f"{'split':<8}{'shards':>8}{'samples':>10}{'targets':>10}{'boxes':>10}{'absent':>8}{'turns':>8}"]
     for name, split in index["splits"].items():
         counts = f"{split['num_samples']:>10}{split['num_targets']:>10}{split['num_boxes']:>10}"
@@ -16,7 +16,7 @@ def summarize(index: dict[str, Any], examples: dict[str, dict[str, Any]], out: P
         found = index["negatives"]
         added = ", ".join(f"{count} by {kind}" for kind, count in found["added"].items())
         lines.append(
-            f"\nabsent targets: {found['share_reached']:.1%} of all, wanted {found['share_wanted']:.1%}; {added}"
+            f"\nabsent targets: {found['share_reached']:.1%} of all, requested {found['share_wanted']:.1%}; {added}"
         )
     lines.append(f"\nrejected: {sum(index['rejected'].values()) or 'nothing'}")
     for reason, count in index["rejected"].items():

@@ -1,8 +1,7 @@
-"""Is this a whole image, and how large is it? A look at its structure, fast as copying, or a full decoding.
+"""Verify that an image file is complete, and return its size: by its structure, as fast as copying, or by decoding.
 
-The structure shows what goes wrong with files: cut off, empty, another kind of file, a tail of zeros, for PNG any
-changed byte. Changed bytes inside the picture data of a JPEG show in neither way reliably: its decoder paints over
-them.
+The structure shows truncated and empty files, other kinds of file, trailing zeros, and for PNG any changed byte.
+Neither way detects changed bytes in the image data of a JPEG reliably: its decoder conceals them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class WholeImage(NamedTuple):
 
 
 def verify_image(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]) -> WholeImage:
-    """Raises BadSampleError with reason too_many_pixels or broken_image.
+    """Verify the image; raises BadSampleError with reason too_many_pixels or broken_image.
 
     Other kinds than JPEG and PNG are always decoded.
     """
@@ -53,7 +52,7 @@ def verify_image(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]
 
 
 def _first_scan(data: bytes) -> int:
-    """Where the picture data of a JPEG begin; before that, a thumbnail may have an end of image of its own.
+    """Return where the image data of a JPEG begins; before that, a thumbnail may have an end of image of its own.
 
     Behind it, the two bytes of an end of image mean nothing else. Raises ValueError or IndexError if there are none.
     """

@@ -1,1 +1,1 @@
-"""What a review is made of: sources, rules that find suspects, statistics, pictures, the page."""
+"""The parts of a review: sources, rules that find suspects, statistics, pictures, the page."""

@@ -1,4 +1,4 @@
-"""All photos and phrases of a review, on disk: what can only be judged when everything was seen."""
+"""Keep all images and phrases of a review on disk, for the rules that need all of them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ LIMIT ?
 """
 _MAX_VIEWS = 4
 _MAX_COPIES = 50
-"""Of one photo that are looked at."""
+"""Maximum number of copies of one image that are inspected."""
 _MAX_COMPARED = 100
-"""Boxes of a photo that are compared with those of its copy."""
+"""Maximum number of boxes of an image that are compared with those of its copy."""
 
 
 class PhotoRow(NamedTuple):
-    """A photo with what is asked about it. targets: (phrase, boxes in pixels)."""
+    """An image with its targets. targets: (phrase, boxes in pixels)."""
 
     sha256: bytes
     image: str
@@ -58,7 +58,7 @@ class PhotoRow(NamedTuple):
 
 
 class Ledger:
-    """Written by one process."""
+    """A database that one process writes."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -68,7 +68,7 @@ class Ledger:
         self._database.execute("BEGIN")
 
     def add(self, photos: list[PhotoRow], phrases: Counter[str]) -> None:
-        """Of one stretch of the source."""
+        """Add the findings of one part of the source."""
         rows = [
             (
                 photo.sha256,
@@ -84,7 +84,7 @@ class Ledger:
         self._database.executemany(add, safe)
 
     def phrases(self, num_most: int) -> dict[str, Any]:
-        """How many different ones, and the most frequent."""
+        """Return the number of distinct phrases, and the most frequent ones."""
         execute = self._database.execute
         (num_different, num_once) = execute(
             "SELECT count(*), count(*) FILTER (WHERE count = 1) FROM phrases"
@@ -93,7 +93,7 @@ class Ledger:
         return {"different": num_different, "only_once": num_once, "most_frequent": [list(row) for row in rows]}
 
     def suspects(self) -> Iterator[Suspect]:
-        """Identical photos, by their bytes."""
+        """Yield identical images, by their bytes."""
         execute = self._database.execute
         execute("CREATE INDEX by_sha256 ON photos (sha256)")
         groups = execute(_COPIES)
@@ -132,7 +132,7 @@ def _suspect_of_copies(kind: str, rows: list[PhotoRow], count: int) -> Suspect:
 
 
 def _contradictions(rows: list[PhotoRow]) -> Iterator[Suspect]:
-    """One file in several records: their phrases must not have different boxes."""
+    """Yield records of one file whose phrases have different boxes."""
     for row in rows[1:]:
         first, other = ({plain_phrase(phrase): boxes for phrase, boxes in each.targets} for each in (rows[0], row))
         phrase = next(
@@ -149,7 +149,7 @@ def _suspect(kind: str, rows: list[PhotoRow], values: dict[str, Any]) -> Suspect
 
 
 def _agreement(first: PhotoRow, second: PhotoRow) -> tuple[str, str]:
-    """How well the boxes of two copies agree, in English and Chinese."""
+    """Describe how well the boxes of two copies agree, in English and Chinese."""
     a, b = ([box for _, boxes in row.targets for box in boxes] for row in (first, second))
     if not a or not b or max(len(a), len(b)) > _MAX_COMPARED:
         return "", ""

@@ -1,4 +1,4 @@
-"""Suspects that one candidate and its photo show."""
+"""Rules for one candidate and its image."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cogvlm_ft.shards.reviewing.text_rules import count_defect, language_defect,
 
 PATCH_PX = 14
 _MAX_OTHERS = 300
-"""Boxes that are drawn besides the suspicious ones."""
+"""Maximum number of boxes drawn in addition to the suspicious ones."""
 
 
 def find_suspects(item: Item, photo: Photo | Problem, image_size: int) -> list[Suspect]:
-    """Everything suspicious about one candidate that needs no other one.
+    """Yield everything suspicious about one candidate alone.
 
     image_size: of training, for boxes under one patch.
     """
@@ -33,7 +33,7 @@ def find_suspects(item: Item, photo: Photo | Problem, image_size: int) -> list[S
 
 
 def view_of(item: Item, photo: Photo | None) -> View:
-    """The whole candidate: decided about as a sample, all boxes drawn."""
+    """Show the whole candidate: decided on as a sample, all boxes drawn."""
     candidate = item.candidate
     boxes = tuple(box for target in candidate.targets for box in target.boxes_xyxy[:_MAX_OTHERS])
     return View(
@@ -48,7 +48,7 @@ def view_of(item: Item, photo: Photo | None) -> View:
 
 
 class _Candidate:
-    """One candidate while it is looked at."""
+    """One candidate during inspection."""
 
     def __init__(self, item: Item, photo: Photo | Problem, image_size: int) -> None:
         self.item = item
@@ -70,7 +70,7 @@ class _Candidate:
             found += self._exif_suspects(self.photo)
             if candidate.stated_size_px in (None, self.photo.size_px):
                 found += self._box_suspects(self.photo)
-            else:  # boxes of another picture
+            else:  # the boxes are of another image
                 values = {"stated": size_text(candidate.stated_size_px), "stored": size_text(self.photo.size_px)}
                 found.append(self._about(self.ids.sample, "size_mismatch", values, self.view))
         for number, target in enumerate(candidate.targets):
@@ -85,7 +85,7 @@ class _Candidate:
         return Suspect(f"{part}.{kind}", kind, part.partition("-")[0], self.candidate.source, values, views)
 
     def _exif_suspects(self, photo: Photo) -> list[Suspect]:
-        """Was the photo turned when it was annotated?"""
+        """Check whether the image was turned when it was annotated."""
         if not photo.evidence and not is_unclear(self.item, photo):
             return []
         values = {
@@ -113,7 +113,7 @@ class _Candidate:
         return found
 
     def _box_defect(self, box: Box, marked: Box, photo: Photo) -> tuple[str, dict[str, Any], tuple[Box, ...]] | None:
-        """(kind, values, the box as it would be if its numbers meant something else)"""
+        """Return (kind, values, the box if its numbers had another meaning)."""
         x0, y0, x1, y1 = clip_box(marked, photo.size_px)
         width, height = x1 - x0, y1 - y0
         kind = box_defect(marked, photo.size_px)
@@ -178,28 +178,28 @@ class _Candidate:
 
 
 def plain_phrase(phrase: str) -> str:
-    """Equal for phrases that ask the same."""
+    """Simplify a phrase, so that phrases with the same meaning are equal."""
     return " ".join(phrase.casefold().split())
 
 
 def size_text(size: tuple[int, int] | None) -> str:
-    """For people."""
+    """Format for people."""
     return f"{size[0]} x {size[1]}" if size else "?"
 
 
 def box_text(box: Box) -> str:
-    """For people."""
+    """Format for people."""
     return f"[{', '.join(f'{number:.6g}' for number in box)}]"
 
 
 def boxes_text(boxes: tuple[Box, ...]) -> str:
-    """For people; the first few."""
+    """Format the first few boxes for people."""
     more = f" … ({len(boxes)})" if len(boxes) > 3 else ""
     return (" ".join(map(box_text, boxes[:3])) or "[]") + more
 
 
 def _pixels(boxes: tuple[Box, ...], candidate: Candidate, photo: Photo | None) -> tuple[Box, ...]:
-    """Nothing if the photo's size is not known."""
+    """Convert to pixels; empty if the image size is unknown."""
     if not boxes or not photo:
         return ()
     return as_boxes(in_pixels(np.array(boxes), candidate.units, photo.size_px))
@@ -211,12 +211,12 @@ def _answered_boxes(turn: Turn, photo: Photo | None) -> tuple[Box, ...]:
 
 
 def as_boxes(boxes: Boxes) -> tuple[Box, ...]:
-    """From float64[K, 4]."""
+    """Convert from float64[K, 4]."""
     return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist())
 
 
 def _fitting(box: Box, units: str, image_size_px: tuple[int, int]) -> list[tuple[str, Box]]:
-    """Other readings in which this one box fits, in words, and where it would be; a new scale only if it must be."""
+    """Describe other readings in which this one box fits, and where it would be; another scale only if necessary."""
     found: list[tuple[str, Box]] = []
     for reading in all_readings(units)[1:]:
         if reading.layout == "corners" or (reading.scale != units and (found or reading.layout != "xyxy")):

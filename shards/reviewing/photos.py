@@ -1,4 +1,4 @@
-"""What is known about the photo of a candidate without decoding it, also which way up its boxes were drawn."""
+"""Describe the image of a candidate without decoding it, including the orientation in which its boxes were drawn."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.verify import verify_image
 from cogvlm_ft.shards.reviewing.readings import boxes_of, fit
 from cogvlm_ft.shards.reviewing.sources import Item, read_photo
-from cogvlm_ft.shards.reviewing.suspect_texts import Words
+from cogvlm_ft.shards.reviewing.suspect_texts import Texts
 
 
 @dataclass(frozen=True)
 class Photo:
     """stored_px: (width, height) of the file. orientation: by EXIF, 1 to 8.
 
-    upright: its boxes are those of the turned photo. evidence: how we know, if nobody said so.
+    upright: its boxes were drawn on the rotated image. evidence: the reason, if it was not stated.
     """
 
     stored_px: tuple[int, int]
     sha256: bytes
     orientation: int = 1
     upright: bool = False
-    evidence: Words | None = None
+    evidence: Texts | None = None
 
     @property
     def upright_px(self) -> tuple[int, int]:
-        """The size that a viewer shows."""
+        """Return the size that a viewer shows."""
         return upright_size(self.stored_px, self.orientation)
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """The size that its boxes were drawn for."""
+        """Return the size that its boxes were drawn for."""
         return self.upright_px if self.upright else self.stored_px
 
 
 def open_photo(item: Item) -> Photo | Problem:
-    """Reads the file once."""
+    """Read the image file once."""
     source = item.candidate.source
     try:
         data = read_photo(item.place)
@@ -54,7 +54,7 @@ def open_photo(item: Item) -> Photo | Problem:
 
 
 def is_unclear(item: Item, photo: Photo) -> bool:
-    """True if EXIF turns the photo, and neither a build nor the numbers tell whether its boxes were turned too."""
+    """Return whether EXIF turns the image and neither a build nor the numbers show if its boxes were turned too."""
     candidate = item.candidate
     if item.upright is not None or photo.upright or photo.orientation == 1 or not len(boxes_of(candidate)):
         return False
@@ -67,8 +67,8 @@ def is_unclear(item: Item, photo: Photo) -> bool:
     return candidate.units != "pixels" or bool(fit(boxes_of(candidate), photo.upright_px).all())
 
 
-def _boxes_for_upright(candidate: Candidate, photo: Photo) -> Words | None:
-    """Why the boxes must have been drawn on the turned photo; None if that is not certain."""
+def _boxes_for_upright(candidate: Candidate, photo: Photo) -> Texts | None:
+    """Return why the boxes must have been drawn on the upright image; None if that is not certain."""
     if photo.upright_px == photo.stored_px or candidate.stated_size_px == photo.stored_px:
         return None
     if candidate.stated_size_px == photo.upright_px:

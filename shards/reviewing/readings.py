@@ -1,8 +1,8 @@
-"""Would the boxes make more sense if their numbers meant something else? Judged by all boxes of a source together.
+"""Check whether another meaning of the numbers fits the boxes better, over all boxes of a source.
 
-Corners or width and height, x or y first, pixels or shares of the image: a wrong guess of these shows in many boxes at
-once: they are inverted, leave their photos, or are smaller than a pixel. If another reading makes nearly all boxes fit,
-it is reported. A reading that is already good is never doubted for the sake of another that would do as well.
+Corners or width and height, x or y first, pixels or fractions of the image: a wrong choice affects many boxes at once:
+they are inverted, outside their images, or smaller than a pixel. Another reading is reported if nearly all boxes fit
+it. A reading that fits is never questioned because another fits as well.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Tally = Counter[tuple[Any, ...]]
 
 MIN_BAD_BOXES, MIN_BAD_SHARE = 3, 0.1
 MIN_FIT_SHARE = 0.95
-"""A reading is reported if so many boxes do not fit as read, and so many do in the other reading."""
+"""A reading is reported if this fraction of boxes does not fit as read, and this fraction does in the other reading."""
 
-_SAME_SHARE = 0.02  # readings that differ by less are equally good: real errors and chance make that much
+_SAME_SHARE = 0.02  # readings that differ by less are equally good: such differences are errors and chance
 _FAR_PX = 1200
 _MIN_FAR_BOXES = 30
 
@@ -45,7 +45,7 @@ LAYOUTS: dict[str, Callable[[Boxes], Boxes]] = {
     "yxyx": lambda boxes: boxes[:, [1, 0, 3, 2]],
     "corners": lambda boxes: np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]),
 }
-"""What four numbers may be. "corners": x0, y0, x1, y1 that a reader took for x, y, w, h."""
+"""What four numbers may mean. "corners": x0, y0, x1, y1 that a reader took for x, y, w, h."""
 
 _SCALES = ("pixels", "unit", "thousandths")
 _LAYOUT_WORDS = {
@@ -60,19 +60,19 @@ _LAYOUT_KINDS = {"xywh": "looks_like_xywh", "yxyx": "axes_swapped", "corners": "
 
 
 def all_readings(units: str) -> list[Reading]:
-    """As read first, then the simplest changes: of the layout, of the scale, of both."""
+    """List the original reading, then the simplest changes: of the layout, of the scale, of both."""
     scales = [units, *(scale for scale in _SCALES if scale != units)]
     return [Reading(scale, layout) for scale in scales for layout in LAYOUTS]
 
 
 def boxes_of(candidate: Candidate) -> Boxes:
-    """float64[K, 4], as the annotation has them."""
+    """Return float64[K, 4], as in the annotation."""
     boxes = [box for target in candidate.targets for box in target.boxes_xyxy]
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
 def _scale_px(units: str, image_size_px: tuple[int, int]) -> Boxes:
-    """float64[4]: how many pixels one of these units is."""
+    """Return float64[4]: how many pixels one unit is."""
     if units == "pixels":
         return np.ones(4)
     width, height = image_size_px
@@ -80,23 +80,23 @@ def _scale_px(units: str, image_size_px: tuple[int, int]) -> Boxes:
 
 
 def read_as(boxes: Boxes, reading: Reading, image_size_px: tuple[int, int]) -> Boxes:
-    """In pixels; infinite beyond what a float can hold."""
+    """Convert to pixels; infinite beyond the range of a float."""
     with np.errstate(over="ignore", invalid="ignore"):
         return LAYOUTS[reading.layout](boxes) * _scale_px(reading.scale, image_size_px)
 
 
 def in_pixels(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> Boxes:
-    """As the annotation was read."""
+    """Convert to pixels as the annotation was read."""
     return read_as(boxes, Reading(units, "xyxy"), image_size_px)
 
 
 def fits_as(boxes: Boxes, reading: Reading, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
-    """bool[K]"""
+    """Return bool[K]: which boxes fit in this reading."""
     return fit(read_as(boxes, reading, image_size_px), image_size_px)
 
 
 def fit(boxes_px: Boxes, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
-    """bool[K]: lies in the photo, and is at least a pixel wide and high."""
+    """Return bool[K]: is in the image, and at least a pixel wide and high."""
     limit = np.array(image_size_px, dtype=np.float64) + BOX_TOLERANCE_PX
     with np.errstate(over="ignore", invalid="ignore"):
         sides = boxes_px[:, 2:] - boxes_px[:, :2]
@@ -105,7 +105,7 @@ def fit(boxes_px: Boxes, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def count_readings(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> tuple[Tally, list[Reading]]:
-    """What this photo says about every reading, and the readings that put right all that is wrong here."""
+    """Count the boxes that fit in each reading, and the readings that fix everything wrong in this image."""
     tally: Tally = Counter()
     readings = all_readings(units)
     fits = {reading: fits_as(boxes, reading, image_size_px) for reading in readings}
@@ -128,7 +128,7 @@ def count_readings(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> 
 
 
 def judge_readings(tally: Tally) -> list[tuple[str, str, Reading, dict[str, Any]]]:
-    """(kind, units, reading, values) of what the source as a whole seems to be; nothing if its boxes fit as read."""
+    """Return (kind, units, reading, values) of the likely meaning of the source; empty if its boxes fit as read."""
     found = []
     for units in _SCALES:
         best, also = _best_reading(tally, units)
@@ -153,7 +153,7 @@ def judge_readings(tally: Tally) -> list[tuple[str, str, Reading, dict[str, Any]
 
 
 def _best_reading(tally: Tally, units: str) -> tuple[Reading | None, dict[str, str]]:
-    """The simplest of those that fit best, and what else there is to say; None if the boxes are good as they are."""
+    """Return the simplest of the readings that fit best, with values to report; None if the boxes are fine."""
     boxes, bad = tally["boxes", units], tally["bad", units]
     if bad >= MIN_BAD_BOXES and bad >= MIN_BAD_SHARE * boxes:
         shares = {
@@ -174,6 +174,6 @@ def _best_reading(tally: Tally, units: str) -> tuple[Reading | None, dict[str, s
 
 
 def _never_beyond_1000(tally: Tally) -> bool:
-    """Boxes in large photos that go up to 1000 in both directions and never farther."""
+    """Return whether boxes in large images reach 1000 in both directions and never more."""
     many = any(tally["far", axis] >= _MIN_FAR_BOXES for axis in "xy")
     return many and all(tally["near 1000", axis] and not tally["beyond 1000", axis] for axis in "xy")

@@ -1,4 +1,4 @@
-"""What is reviewed: the candidates of annotations, or the samples of shards, and the way to their photos."""
+"""Yield what is reviewed: the candidates of annotations or the samples of shards, with the location of their images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cogvlm_ft.shards.packing.splits import SPLITS
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a photo are: a file below a folder, or a stretch of a tar.
+    """Where the bytes of an image are: a file below a folder, or a part of a tar.
 
-    embedded_in: an annotation that carries the photo, used when there is no file.
+    embedded_in: an annotation that contains the image, used if there is no file.
     """
 
     folder: str
@@ -31,13 +31,13 @@ class Place:
     embedded_in: str | None = None
 
     def row(self) -> list[Any]:
-        """For JSON: Place(*row) is the same place."""
+        """Return the fields for JSON: Place(*row) restores it."""
         return [self.folder, self.name, self.offset, self.size, self.embedded_in]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A candidate and where its photo is; in shards also its split, and whether its boxes are of the upright photo."""
+    """A candidate and the location of its image; in shards also its split, and whether its boxes are upright."""
 
     candidate: Candidate
     place: Place
@@ -46,7 +46,7 @@ class Item:
 
 
 def annotated_items(name: str, annotations: Path, images: Path) -> Iterator[Item | Problem]:
-    """What a format finds, one by one. Raises DataError like the format."""
+    """Yield what a format reads, one by one. Raises DataError like the format."""
     for part in FORMATS[name].read(annotations, images):
         if isinstance(part, Problem):
             yield part
@@ -56,10 +56,10 @@ def annotated_items(name: str, annotations: Path, images: Path) -> Iterator[Item
 
 
 def shard_items(folder: Path) -> Iterator[Item | Problem]:
-    """The samples of both splits, as they are stored: nothing is clipped or left out. Raises DataError."""
+    """Yield the samples of both splits as stored: nothing is clipped or left out. Raises DataError."""
     splits = [split for split in SPLITS if _has_samples(folder, split)]
     if not splits:
-        raise DataError(f"{folder} has no sample in {' or '.join(SPLITS)}; wanted a folder that shards/build.py wrote")
+        raise DataError(f"{folder} has no samples; expected a folder written by shards/build.py")
     for split in splits:
         index = load_index(str(folder), split)
         for loss in index.losses:
@@ -69,7 +69,7 @@ def shard_items(folder: Path) -> Iterator[Item | Problem]:
 
 
 def read_photo(place: Place) -> bytes:
-    """Raises Rejected, also if the path leads out of its folder or to something that is no file."""
+    """Read an image; raises Rejected, also if the path leads out of its folder or is not a regular file."""
     if place.size is None:
         embedded_in = Path(place.embedded_in) if place.embedded_in else None
         return read_image(Candidate(place.name, None, "", embedded_in=embedded_in), Path(place.folder))[1]

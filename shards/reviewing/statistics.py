@@ -1,4 +1,4 @@
-"""What is in a source, counted while it streams by. Sums over parts are the whole, so processes can share the work."""
+"""Count the content of a source in one pass. Counts of its parts add up, so several processes can work on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cogvlm_ft.shards.reviewing.readings import Tally, boxes_of, in_pixels
 
 IMAGE_SIZES = (224, 490, 756, 980)
 WANTED_SHARE = 0.9
-"""The recommended size is the smallest at which so many boxes are at least one patch wide and high."""
+"""The recommended size is the smallest at which this fraction of boxes is at least one patch wide and high."""
 
 SIDE_EDGES_PX = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -35,12 +35,12 @@ _IOU_STEPS = 1000
 
 
 def num_tokens(image_size: int) -> int:
-    """What a photo costs in the sequence: its patches, and the two tokens around them."""
+    """Return the tokens of an image in the sequence: its patches, and the two tokens around them."""
     return (image_size // PATCH_PX) ** 2 + 2
 
 
 def count_candidate(candidate: Candidate, photo: Photo | None, split: str | None) -> Tally:
-    """One candidate; without its photo only the words."""
+    """Count one candidate; without its image only the texts."""
     tally: Tally = Counter({("samples",): 1, ("turns",): len(candidate.turns), ("split", split or ""): 1})
     for target in candidate.targets:
         tally["targets",] += 1
@@ -77,7 +77,7 @@ def _count_box(tally: Tally, box: Box, image_size_px: tuple[int, int]) -> None:
 
 
 def report_of(tally: Tally) -> dict[str, Any]:
-    """The statistics of review.json. Shares are None where there is nothing to divide by."""
+    """Return the statistics for review.json. Fractions are None where the total is 0."""
     counts = ("samples", "photos", "targets", "absent", "described", "boxes", "good boxes", "turns")
     return {
         "counts": {name.replace(" ", "_"): tally[(name,)] for name in counts},
@@ -99,7 +99,7 @@ def report_of(tally: Tally) -> dict[str, Any]:
 
 
 def recommend(tally: Tally) -> dict[str, Any]:
-    """The smallest image size at which nearly all boxes can be seen; the largest if there is none.
+    """Return the smallest image size at which nearly all boxes are visible; the largest if there is none.
 
     A box below one patch (14 px) on its shorter side shares the token with what is around it, so it is hard to find
     and harder to outline. A larger size costs tokens with its square, on every photo of every epoch.
@@ -113,7 +113,7 @@ def recommend(tally: Tally) -> dict[str, Any]:
 
 
 def edge_labels(edges: Sequence[float]) -> list[str]:
-    """Names of the bins that `edges` make: "<8", "8-16", ..., ">=1024"; of counts: "0", "1", "2-3", ">=4"."""
+    """Return the names of the bins between `edges`: "<8", "8-16", ..., ">=1024"; of counts: "0", "1", "2-3", ">=4"."""
     if edges is COUNT_EDGES:
         inner = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(COUNT_EDGES)]
         return ["0", *inner, f">={edges[-1]}"]
@@ -122,7 +122,7 @@ def edge_labels(edges: Sequence[float]) -> list[str]:
 
 
 def _bin(value: float, edges: Sequence[float]) -> int:
-    """How many edges are at or below the value."""
+    """Return how many edges are at or below the value."""
     return sum(edge <= value for edge in edges)
 
 
@@ -135,7 +135,7 @@ def _histogram(tally: Tally, edges: Sequence[float], *name: Any) -> dict[str, in
 
 
 def _lengths(tally: Tally, language: str) -> dict[str, int]:
-    """Characters for Chinese, words for English; the last one stands for all longer ones too."""
+    """Count characters for Chinese and words for English; the last bin includes all longer texts."""
     return {
         str(n): tally["phrase length", language, n]
         for n in range(1, _MAX_LENGTH + 1)

@@ -1,4 +1,4 @@
-"""Goes through a source once, on several processes; its memory does not grow with the source."""
+"""Review a source in one pass with several processes; memory does not grow with the source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CHUNK = 32
 _EXAMPLES = 3
 _MOST_FREQUENT = 30
 _MOST_OF_A_KIND = 0.2
-"""Share of the pictures that one kind of suspects may take."""
+"""Maximum fraction of the pictures for one kind of suspects."""
 
 Example = tuple[bytes, View]
 """(rank, view)"""
@@ -49,7 +49,7 @@ Example = tuple[bytes, View]
 
 @dataclass
 class Findings:
-    """What a stretch of the source has. examples: photos whose boxes another reading puts right, a few of each."""
+    """The findings of one part of the source. examples: a few images per reading that fixes their boxes."""
 
     tally: Tally = field(default_factory=Counter)
     phrases: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a review found. report: review.json; shown: by kind, in the order of the page."""
+    """The result of a review. report: review.json; shown: by kind, in the order of the page."""
 
     report: dict[str, Any]
     shown: dict[str, list[Suspect]]
@@ -118,7 +118,7 @@ class _Gathered:
                 self._chosen[suspect.kind] = smallest(self._chosen[suspect.kind], self._most)
 
     def kinds(self) -> list[str]:
-        """Those that were found, in the order of the page."""
+        """Return the kinds that were found, in the order of the page."""
         order = {kind: number for number, kind in enumerate(KINDS)}
         return sorted(self.counts, key=lambda kind: (order.get(kind, len(order)), kind))
 
@@ -127,7 +127,7 @@ class _Gathered:
 
 
 def examine(parts: list[Item | Problem], image_size: int) -> Findings:
-    """One stretch of the source."""
+    """Examine one part of the source."""
     findings = Findings()
     for part in parts:
         if isinstance(part, Problem):
@@ -145,7 +145,7 @@ def examine(parts: list[Item | Problem], image_size: int) -> Findings:
 
 
 def _all_findings(parts: Iterable[Item | Problem], image_size: int, num_workers: int) -> Iterator[tuple[Findings, int]]:
-    """In the order of the source, whatever the number of processes."""
+    """Yield the findings in the order of the source, whatever the number of processes."""
     stream = iter(parts)
     chunks = iter(lambda: list(islice(stream, _CHUNK)), [])
     if num_workers <= 1:

@@ -1,20 +1,20 @@
-"""What the kinds of suspects are called and what they mean, in English and Chinese."""
+"""Titles, advice and details of the kinds of suspects, in English and Chinese."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-Words = dict[str, str]
+Texts = dict[str, str]
 """By language: "en", "zh"."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """title, advice: for people. detail: what was found, with the placeholders of `Suspect.values`."""
+    """detail: what was found, with the placeholders of `Suspect.values`."""
 
-    title: Words
-    advice: Words
-    detail: Words
+    title: Texts
+    advice: Texts
+    detail: Texts
 
 
 def _kind(title: str, title_zh: str, advice: str, advice_zh: str, detail: str, detail_zh: str) -> Kind:
@@ -22,14 +22,14 @@ def _kind(title: str, title_zh: str, advice: str, advice_zh: str, detail: str, d
 
 
 _READING = (
-    "{bad} of {boxes} boxes ({bad_share}) do not fit their photo as they were read ({as_read})."
-    " Read as {reading}, {fits_share} of all boxes do.{also}",
-    "按读入方式（{as_read}）,{boxes} 个框中有 {bad} 个（{bad_share}）与图片不符;"
-    "若按 {reading} 解读,{fits_share} 的框都符合。{also_zh}",
+    "{bad} of {boxes} boxes ({bad_share}) do not fit their photo in the current reading ({as_read})."
+    " Read as {reading}, {fits_share} of all boxes fit.{also}",
+    "按读入方式（{as_read}），{boxes} 个框中有 {bad} 个（{bad_share}）与图片不符；"
+    "若按 {reading} 解读，{fits_share} 的框都符合。{also_zh}",
 )
 _REBUILD = (
-    "This concerns the whole source: correct the annotations or choose the fitting format, then review again.",
-    "这涉及整个数据源:请改正标注或选择合适的格式,然后重新检查。",
+    "This concerns the whole source: correct the annotations or choose the matching format, then review again.",
+    "这涉及整个数据源：请改正标注或选择合适的格式，然后重新检查。",
 )
 
 KINDS: dict[str, Kind] = {
@@ -38,59 +38,59 @@ KINDS: dict[str, Kind] = {
     "looks_normalised": _kind("Looks normalised (0 to 1)", "像是归一化坐标（0 到 1）", *_REBUILD, *_READING),
     "looks_like_thousandths": _kind("Looks like 0 to 1000", "像是 0 到 1000 的坐标", *_REBUILD, *_READING),
     "looks_like_pixels": _kind("Looks like pixels", "像是像素坐标", *_REBUILD, *_READING),
-    "axes_swapped": _kind("Axes look swapped", "坐标轴像是颠倒的", *_REBUILD, *_READING),
+    "axes_swapped": _kind("Axes look swapped", "坐标轴似乎颠倒", *_REBUILD, *_READING),
     "train_and_val": _kind(
         "Photo in train and val",
         "图片同时在训练集和验证集",
-        "The score on val is too good: drop one of them.",
-        "验证分数会虚高:请去掉其中一个。",
+        "The validation score would be too high. Drop one of them.",
+        "验证分数会虚高：请去掉其中一个。",
         "{count} identical files: {names}.{agreement}",
-        "{count} 个完全相同的文件:{names}。{agreement_zh}",
+        "{count} 个完全相同的文件：{names}。{agreement_zh}",
     ),
     "same_photo": _kind(
         "Identical photo twice",
         "重复的图片",
-        "The split goes by file name, so copies may end up in train and val. Keep the better one.",
-        "划分按文件名进行,副本可能分到训练集和验证集两边。请保留较好的一个。",
+        "Images are split by file name, so copies may end up in both train and val. Keep the better one.",
+        "划分按文件名进行，副本可能分到训练集和验证集两边。请保留较好的一个。",
         "{count} identical files: {names}.{agreement}",
-        "{count} 个完全相同的文件:{names}。{agreement_zh}",
+        "{count} 个完全相同的文件：{names}。{agreement_zh}",
     ),
     "exif_rotated": _kind(
-        "Rotated by EXIF, against its boxes",
+        "EXIF rotation disagrees with the boxes",
         "EXIF 旋转与框不一致",
-        "The boxes fit the photo as viewers turn it, not as it is stored: building with --exif auto or apply turns it.",
-        "框符合查看器旋转后的图片,而不是存储的图片:用 --exif auto 或 apply 构建会将其转正。",
+        "The boxes fit the photo as viewers rotate it, not as stored. Build with --exif auto or apply to rotate it.",
+        "框符合查看器旋转后的图片，而不是存储的图片：用 --exif auto 或 apply 构建会将其转正。",
         "EXIF orientation {orientation}: stored {stored}, upright {upright}; {evidence}",
-        "EXIF 方向 {orientation}:存储为 {stored},转正后 {upright};{evidence_zh}",
+        "EXIF 方向 {orientation}：存储为 {stored}，转正后 {upright}；{evidence_zh}",
     ),
     "exif_unclear": _kind(
-        "Rotated by EXIF: which way were the boxes drawn?",
-        "有 EXIF 旋转:框是按哪个方向画的?",
-        "The numbers do not tell. Look at both pictures; build with --exif apply or ignore.",
-        "仅凭数字无法判断。请对比两张图;并用 --exif apply 或 ignore 构建。",
+        "Rotated by EXIF: orientation of the boxes unknown",
+        "有 EXIF 旋转：无法确定框的方向",
+        "The numbers do not decide it. Compare both pictures, then build with --exif apply or ignore.",
+        "仅凭数字无法判断。请对比两张图；并用 --exif apply 或 ignore 构建。",
         "EXIF orientation {orientation}: stored {stored}, upright {upright}; the boxes fit both",
-        "EXIF 方向 {orientation}:存储为 {stored},转正后 {upright};两种方式框都符合",
+        "EXIF 方向 {orientation}：存储为 {stored}，转正后 {upright}；两种方式框都符合",
     ),
     "size_mismatch": _kind(
         "Annotated for another size",
         "标注对应的图片尺寸不同",
-        "The photo was resized or replaced after annotation; building leaves it out.",
-        "图片在标注后被缩放或替换;构建时会舍弃。",
-        "the annotation says {stated}, the file has {stored}",
-        "标注写的是 {stated},文件实际为 {stored}",
+        "The photo was resized or replaced after annotation; a build skips it.",
+        "图片在标注后被缩放或替换；构建时会跳过。",
+        "the annotation states {stated}, the file has {stored}",
+        "标注写的是 {stated}，文件实际为 {stored}",
     ),
     "box_outside_image": _kind(
         "Outside the image",
         "框超出图片",
-        "Building leaves such a box out. Edit it, or drop it.",
-        "构建时会舍弃这样的框。请修改或去掉。",
+        "A build skips such a box. Edit it, or drop it.",
+        "构建时会跳过这样的框。请修改或去掉。",
         "{box} leaves the photo of {stored} by {by}.{fits_as}",
         "{box} 超出 {stored} 的图片 {by}。{fits_as_zh}",
     ),
     "inverted_box": _kind(
         "Inverted",
         "框的坐标颠倒",
-        "The second corner lies before the first. Edit it, or drop it.",
+        "The second corner is before the first. Edit it, or drop it.",
         "第二个角在第一个角之前。请修改或去掉。",
         "{box} has its second corner before the first.{fits_as}",
         "{box} 的第二个角在第一个角之前。{fits_as_zh}",
@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {
     "zero_area": _kind(
         "Zero area",
         "框的面积为零",
-        "Nothing can be seen in it. Edit it, or drop it.",
+        "The box contains no pixels. Edit it, or drop it.",
         "框内没有内容。请修改或去掉。",
         "{box} has no area inside the photo of {stored}.{fits_as}",
         "{box} 在 {stored} 的图片内没有面积。{fits_as_zh}",
@@ -106,98 +106,98 @@ KINDS: dict[str, Kind] = {
     "below_one_pixel": _kind(
         "Below one pixel",
         "框不足一个像素",
-        "Numbers below one are often shares of the image, not pixels.",
+        "Numbers below 1 are often fractions of the image, not pixels.",
         "小于 1 的数字往往是比例而不是像素。",
         "{box} is {width} x {height} px in a photo of {stored}.{fits_as}",
         "{box} 在 {stored} 的图片中只有 {width} x {height} 像素。{fits_as_zh}",
     ),
     "under_one_patch": _kind(
         "Under one vision patch",
-        "小于一个视觉块",
-        "The model sees squares of 14 px; what is thinner than one is hard to find. Train at a larger size, or crop.",
-        "模型以 14 像素的方块看图;比方块还窄的目标很难找到。请提高分辨率或裁剪训练。",
+        "小于一个图块（patch）",
+        "The model sees patches of 14 px; objects narrower than one are hard to find. Train at a larger size, or crop.",
+        "模型以 14 像素的图块看图；比图块还窄的目标很难找到。请提高训练分辨率，或裁剪图片。",
         "{width} x {height} px; its shorter side is {patches} patches at {image_size} px",
-        "{width} x {height} 像素;在 {image_size} 像素下短边为 {patches} 个块",
+        "{width} x {height} 像素；在 {image_size} 像素下短边为 {patches} 个图块",
     ),
     "same_phrase": _kind(
         "Same phrase, different boxes in one photo",
         "同一图片中相同短语对应不同的框",
-        "The same question has two answers. Put the boxes into one target, or tell the phrases apart.",
-        "同一个问题有两个答案。请把框合并为一个目标,或让短语有所区别。",
+        "The same question has two answers. Put the boxes into one target, or make the phrases distinct.",
+        "同一个问题有两个答案。请把框合并为一个目标，或让短语有所区别。",
         "{phrase!r} is asked twice: {first} and {second}",
-        "{phrase!r} 出现两次:{first} 与 {second}",
+        "{phrase!r} 出现两次：{first} 与 {second}",
     ),
     "wrong_language": _kind(
         "Phrase in the wrong language",
         "短语的语言不符",
-        "The words around it would be in another language. Edit the phrase or its language.",
+        "The question around it would be in another language. Edit the phrase or its language.",
         "提示语会用另一种语言。请修改短语或语言。",
         "{text!r} is marked {language!r}, but {found}",
-        "{text!r} 标为 {language!r},但{found_zh}",
+        "{text!r} 标为 {language!r}，但{found_zh}",
     ),
     "count_mismatch": _kind(
-        "Text and number of boxes disagree",
+        "Text and number of boxes differ",
         "描述与框的数量不一致",
         "The model would learn to count wrongly. Edit the text, or add the missing boxes.",
         "模型会学错数量。请修改文字或补全框。",
-        "{text!r} speaks of {said}, there are {boxes} boxes",
-        "{text!r} 说的是 {said} 个,实际有 {boxes} 个框",
+        "{text!r} states {said}, but there are {boxes} boxes",
+        "{text!r} 说的是 {said} 个，实际有 {boxes} 个框",
     ),
     "bad_box_text": _kind(
-        "Box text in another form",
+        "Unsupported form of box text",
         "框文本格式不对",
-        "Asterisks, blanks or other brackets: the model was trained on [[086,540,400,760]] and nothing else.",
-        "有星号、空格或其他括号:模型只学过 [[086,540,400,760]] 这种写法。",
+        "Asterisks, blanks or other brackets: the model was trained on [[086,540,400,760]] only.",
+        "有星号、空格或其他括号：模型只学过 [[086,540,400,760]] 这种写法。",
         "{detail}",
         "{detail}",
     ),
     "no_targets": _kind(
         "Nothing annotated",
         "没有标注",
-        "A photo without anything to ask about; building leaves it out.",
-        "没有可提问的内容;构建时会舍弃。",
+        "A photo without targets or turns; a build skips it.",
+        "没有可提问的内容；构建时会跳过。",
         "no target and no turn",
         "没有目标也没有对话",
     ),
-    "missing_image": _kind("Photo not found", "找不到图片", "Building leaves it out.", "构建时会舍弃。", "", ""),
-    "broken_image": _kind("Photo is broken", "图片已损坏", "Building leaves it out.", "构建时会舍弃。", "", ""),
+    "missing_image": _kind("Photo not found", "找不到图片", "A build skips it.", "构建时会跳过。", "", ""),
+    "broken_image": _kind("Photo is broken", "图片已损坏", "A build skips it.", "构建时会跳过。", "", ""),
     "joined_part": _kind(
         "Part of a group",
         "组合的一部分",
-        "Its box is part of the box around the group, as it should be.",
-        "它已并入整组的框,这是正常的。",
+        "Its box is part of the box around the group. This is intended.",
+        "它已并入整组的框，这是正常的。",
         "",
         "",
     ),
     "ignored_label": _kind(
         "Marked as not annotated",
         "标为忽略的区域",
-        "Left out while reading, as it should be.",
-        "读取时已舍弃,这是正常的。",
+        "Skipped while reading. This is intended.",
+        "读取时已跳过，这是正常的。",
         "",
         "",
     ),
     "crowd": _kind(
         "Region around a crowd",
         "群体区域",
-        "Not one object: left out while reading, as it should be.",
-        "不是单个目标:读取时已舍弃,这是正常的。",
+        "Not a single object: skipped while reading. This is intended.",
+        "不是单个目标：读取时已跳过，这是正常的。",
         "",
         "",
     ),
 }
-"""In the order of the page, the gravest first. Reasons of readers that are not here have UNKNOWN_KIND."""
+"""In the order of the page, the most serious first. Other reasons of readers have UNKNOWN_KIND."""
 
 UNKNOWN_KIND = _kind(
-    "Left out: {kind}",
-    "已舍弃:{kind}",
-    "Building leaves this part out; correct it in the annotations.",
-    "构建时会舍弃这一部分;请在标注中改正。",
+    "Skipped: {kind}",
+    "已跳过：{kind}",
+    "A build skips this part; correct it in the annotations.",
+    "构建时会跳过这一部分；请在标注中改正。",
     "{detail}",
     "{detail}",
 )
 
 
 def title_of(kind: str, language: str) -> str:
-    """Of any kind, also one that only a reader knows."""
+    """Return the title of any kind, also one that only a format reader defines."""
     return KINDS.get(kind, UNKNOWN_KIND).title[language].format(kind=kind.replace("_", " "))

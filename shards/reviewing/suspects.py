@@ -1,4 +1,4 @@
-"""A suspect: something in the annotations that is wrong or may be, and the photos that show it."""
+"""Suspects: parts of the annotations that are or may be wrong, and the images that show them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, UNKNOWN_KIND
 
 @dataclass(frozen=True)
 class View:
-    """One photo of a suspect.
+    """One image of a suspect.
 
-    part: what a decision about this view decides (`packing/decisions.py`), None if nothing can be.
-    phrase, language, as_read: of that part, its boxes as the annotation has them, in `units`.
-    marked, others, instead: boxes in pixels: the suspicious ones, the rest, and where they would be if read otherwise.
-    upright: show it turned as its EXIF orientation says; its boxes are drawn on that.
+    part: what a decision about this view applies to (`packing/decisions.py`), or None.
+    phrase, language, as_read: of that part; its boxes as in the annotation, in `units`.
+    marked, others, instead: boxes in pixels: the suspicious ones, the others, and those of another reading.
+    upright: show it rotated by its EXIF orientation, with its boxes on that.
     """
 
     image: str
@@ -50,18 +50,18 @@ class Suspect:
     views: tuple[View, ...] = ()
 
     def detail(self, language: str) -> str:
-        """What was found here, in words."""
-        if "detail" in self.values:  # a reader's own words
+        """Describe what was found."""
+        if "detail" in self.values:  # a message of the reader
             return str(self.values["detail"])
         return KINDS.get(self.kind, UNKNOWN_KIND).detail[language].format_map(self.values)
 
     @property
     def rank(self) -> bytes:
-        """Which suspects get a picture: those with the smallest rank, a fair draw that depends on nothing else."""
+        """Return the order in which suspects get a picture: a fair draw that depends on nothing else."""
         return blake2b(self.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
     def row(self) -> dict[str, Any]:
-        """A line of suspects.jsonl."""
+        """Return a line of suspects.jsonl."""
         return {
             "id": self.id,
             "kind": self.kind,
@@ -76,7 +76,7 @@ class Suspect:
 
 
 def suspect_of_problem(problem: Problem, views: tuple[View, ...] = ()) -> Suspect:
-    """What a reader left out: there is no part any more that a decision could be about."""
+    """Report a part that a reader left out; no decision can be made about it."""
     text = f"{problem.source}\0{problem.reason}\0{problem.detail}"
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     name = f"left-out-{digest}.{problem.reason}"
@@ -84,7 +84,7 @@ def suspect_of_problem(problem: Problem, views: tuple[View, ...] = ()) -> Suspec
 
 
 def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int) -> dict[str, list[Suspect]]:
-    """Some of each kind, so that all their views together are `num_views` at most: in turn one of every kind."""
+    """Select some of each kind, at most `num_views` views in total, one of every kind in turn."""
     waiting = {kind: sorted(found, key=lambda suspect: suspect.rank) for kind, found in suspects.items()}
     chosen: dict[str, list[Suspect]] = {kind: [] for kind in suspects}
     while any(waiting.values()):
@@ -100,5 +100,5 @@ def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int) -> dict[str,
 
 
 def smallest(suspects: Iterable[Suspect], count: int) -> list[Suspect]:
-    """Those that a fair draw takes first."""
+    """Return those that a fair draw takes first."""
     return nsmallest(count, suspects, key=lambda suspect: suspect.rank)

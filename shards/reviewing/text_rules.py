@@ -1,4 +1,4 @@
-"""Suspects that the words alone show: language, counts, box text."""
+"""Rules for texts alone: language, counts, box text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ZH_COUNT = re.compile(
 
 
 def language_defect(text: str, language: str) -> dict[str, Any] | None:
-    """The values of a wrong_language suspect, or None if the text may well be in this language."""
+    """Return the values of a wrong_language suspect, or None if the text may be in this language."""
     found = _odd_script(text, language)
     if found is None:
         return None
@@ -40,14 +40,14 @@ def language_defect(text: str, language: str) -> dict[str, Any] | None:
 
 
 def count_defect(target: Target) -> dict[str, Any] | None:
-    """The values of a count_mismatch suspect: a description that begins with another number than there are boxes."""
+    """Return the values of a count_mismatch suspect: a description beginning with another number than its boxes."""
     if not target.description or not target.boxes_xyxy:
         return None
     return _count_values(target.description, len(target.boxes_xyxy))
 
 
 def turn_defects(turn: Turn) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, values) of what is wrong with the words of a verbatim turn."""
+    """Yield (kind, values) of what is wrong with the texts of a verbatim turn."""
     found: list[tuple[str, dict[str, Any]]] = []
     for field, text in (("prompt", turn.prompt), ("answer", turn.answer)):
         try:
@@ -60,7 +60,7 @@ def turn_defects(turn: Turn) -> list[tuple[str, dict[str, Any]]]:
 
 
 def phrase_defect(target: Target) -> dict[str, Any] | None:
-    """The values of a bad_box_text suspect: double brackets in words would be read as boxes."""
+    """Return the values of a bad_box_text suspect: double brackets in a phrase would be read as boxes."""
     for text in (target.phrase, target.description or ""):
         if _OTHER_FORM.search(text):
             return {"detail": f"{_short(text)!r} has double brackets, which only box text may have"}
@@ -68,7 +68,7 @@ def phrase_defect(target: Target) -> dict[str, Any] | None:
 
 
 def said_count(text: str) -> int | None:
-    """The number that a description begins with ("two dogs", "图片中有3只狗"), or None if it begins otherwise."""
+    """Return the number that a description begins with ("two dogs", "图片中有3只狗"), or None."""
     text = text.strip()
     match = _EN_COUNT.match(text) or _ZH_COUNT.match(text)
     if not match:

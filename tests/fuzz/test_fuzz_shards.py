@@ -194,7 +194,7 @@ def test_a_build_does_not_go_on_where_build_json_is_none(
 ) -> None:
     folder = copy_of(built, tmp_path)
     (folder / "build.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"build\.json .*--overwrite"):
+    with pytest.raises(DataError, match=r"build\.json.*--overwrite"):
         build(settings, folder, num_workers=1)
     build(settings, folder, num_workers=1, overwrite=True)
     assert read_set(folder) == read_set(built)

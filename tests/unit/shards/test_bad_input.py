@@ -286,7 +286,7 @@ def test_coco_strings_that_are_not_utf8(build_coco: Build) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"<xml/>", "is no JSON"),
+        (b"<xml/>", "is not valid JSON"),
         (b'{"image": "a.jpg"}\n{"image": "b.jpg"}\n', "--format jsonl"),
         (b"[]", "holds a list"),
         (b'{"images": [], "annotations": [], "info": 1}', "no list called categories; found annotations, images, info"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import webdataset
 from photo_builds import Build, image_bytes, run_build
 from PIL import Image
 
+from cogvlm_ft import __version__
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
@@ -210,8 +212,8 @@ def test_other_settings_need_overwrite(photos: Path, tmp_path: Path, capsys: pyt
     arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations), "--workers", "1"]
     arguments += ["--out", str(tmp_path)]
     assert main([*arguments, "--samples-per-shard", "1"]) == 0
-    assert main([*arguments, "--samples-per-shard", "5"]) == 1
-    assert "samples_per_shard: 1 there, 5 now" in capsys.readouterr().err
+    assert main([*arguments, "--samples-per-shard", "5"]) == 2
+    assert "samples_per_shard: found 1; expected 5" in capsys.readouterr().err
     assert main([*arguments, "--samples-per-shard", "5", "--overwrite"]) == 0
     assert not (tmp_path / "train-000001.tar").exists()
     assert annotations.exists()  # --overwrite deletes what a build writes, and nothing else
@@ -229,7 +231,7 @@ def test_the_format_is_found_out_and_said(photos: Path, tmp_path: Path, capsys: 
     annotations = write_lines(photos / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"])
     assert main(["--annotations", str(annotations), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(f"{annotations}: ") and printed[0].endswith("read as --format jsonl")
+    assert printed[0].startswith(f"{annotations}: ") and printed[0].endswith("reading it as --format jsonl")
     assert json.loads((tmp_path / "out" / "index.json").read_bytes())["build"]["format"] == "jsonl"
 
 
@@ -240,14 +242,14 @@ def test_cut_off_images_are_found_either_way_and_the_way_is_part_of_the_build(ph
         found = run_build("jsonl", annotations, photos, tmp_path / verify, verify=verify)
         assert set(found["records"]) == {"a"} and found["index"]["rejected"] == {"broken_image": 1}
     assert (tmp_path / "structure/train-000000.tar").read_bytes() == (tmp_path / "decode/train-000000.tar").read_bytes()
-    with pytest.raises(DataError, match="verify: 'structure' there, 'decode' now"):
+    with pytest.raises(DataError, match="verify: found 'structure'; expected 'decode'"):
         run_build("jsonl", annotations, photos, tmp_path / "structure", verify="decode")
 
 
 def test_a_format_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.bin").write_bytes(b"\0\1\2" * 50)
     for path in (tmp_path / "x.bin", tmp_path / "nowhere"):
-        assert main(["--annotations", str(path), "--out", str(tmp_path / "out")]) == 1
+        assert main(["--annotations", str(path), "--out", str(tmp_path / "out")]) == 2
         assert str(path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -307,14 +309,14 @@ def test_absent_targets_are_added_by_any_number_of_workers(photos: Path, tmp_pat
             absent = {target.phrase for target in record.targets if not target.boxes_xyxy}
             shown = {target.phrase for target in record.targets if target.boxes_xyxy}
             assert not absent & (shown | present.get(record.key, set()))
-    with pytest.raises(DataError, match=r"negatives: .*there, None now"):
+    with pytest.raises(DataError, match=r"negatives: found .*; expected None"):
         build(replace(settings, negatives=None), tmp_path / "out1", num_workers=1)
 
 
 def test_a_share_that_cannot_be(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     annotations = zoo(photos, tmp_path)
     arguments = ["--format", "coco", "--images", str(photos), "--annotations", str(annotations), "--workers", "1"]
-    assert main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "1.5"]) == 1
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "1.5"]) == 2
     assert "share is 1.5" in capsys.readouterr().err
     assert (
         main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "0.3", "--negative-kinds", "attribute"]) == 0
@@ -332,7 +334,7 @@ def test_large_photos_are_made_smaller_with_their_boxes(photos: Path, tmp_path: 
     samples = {sample.record.key: sample for sample in map(reader.read, range(2))}
     assert samples["large"].image.size == (100, 50) and samples["a"].image.size == (40, 30)
     assert (photos / "a.jpg").read_bytes() in (tmp_path / "out" / "train-000000.tar").read_bytes()
-    with pytest.raises(DataError, match="max_side: 100 there, None now"):
+    with pytest.raises(DataError, match="max_side: found 100; expected None"):
         run_build("jsonl", annotations, photos, tmp_path / "out")
 
 
@@ -369,7 +371,7 @@ def test_annotations_that_are_wrong_leave_the_old_shards(photos: Path, tmp_path:
 def test_foreign_shards_are_left_alone(photos: Path, tmp_path: Path) -> None:
     annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")])
     (tmp_path / "train-000000.tar").write_bytes(b"somebody's data")
-    with pytest.raises(DataError, match="choose another --out"):
+    with pytest.raises(DataError, match="Choose another --out"):
         build(BuildSettings("jsonl", photos, annotations), tmp_path, num_workers=1)
     assert (tmp_path / "train-000000.tar").read_bytes() == b"somebody's data"
 
@@ -405,3 +407,34 @@ def test_a_shard_can_end_up_empty_without_a_gap_in_the_names(build_jsonl: Build,
 def test_building_needs_no_torch_until_a_worker_writes() -> None:
     code = "import sys, cogvlm_ft.shards.build; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("program", ["build", "review", "demo_scenes"])
+def test_programs_have_a_version_and_examples(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = importlib.import_module(f"cogvlm_ft.shards.{program}").main
+    for option, expected in (("--version", __version__), ("--help", f"  python shards/{program}.py --")):
+        with pytest.raises(SystemExit) as caught:
+            run([option])
+        assert caught.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_other_errors_than_a_mistake_of_the_user_have_exit_code_1(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")])
+    monkeypatch.setattr("cogvlm_ft.shards.build.build", fail)
+    arguments = ["--annotations", str(annotations), "--images", str(photos), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_the_staging_file_of_a_former_version_is_deleted(photos: Path, tmp_path: Path) -> None:
+    annotations, out = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")]), tmp_path / "out"
+    out.mkdir()
+    (out / ".spool.sqlite").write_bytes(b"of a killed build")
+    build(BuildSettings("jsonl", photos, annotations, val_fraction=0.0), out, num_workers=1)
+    assert sorted(path.suffix for path in out.iterdir() if path.name.startswith(".")) == []

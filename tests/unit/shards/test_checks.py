@@ -121,7 +121,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_files_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"12345")
     assert read_inside(tmp_path, "a.txt", "annotation", 5) == b"12345"
-    with pytest.raises(Rejected, match="has 5 bytes, the limit is 4") as error:
+    with pytest.raises(Rejected, match="has 5 bytes; expected at most 4") as error:
         read_inside(tmp_path, "a.txt", "annotation", 4)
     assert error.value.reason == "too_large"
     found = candidate((1, 1, 9, 9), image="gone.jpg", embedded_in=embedded(tmp_path, image_bytes()))

@@ -55,7 +55,7 @@ def test_boxes_that_fit_the_upright_photo_only_decide(tmp_path: Path) -> None:
     decision = decide_exif(candidates, tmp_path, "auto")
     assert decision.apply
     assert decision.explanation == (
-        "EXIF: 3 of 4 photos looked at are turned by it: 2 fit only the upright photo, 0 the stored one;"
+        "EXIF: 3 of 4 photos have an EXIF rotation: 2 fit only the upright photo, 0 the stored one;"
         " 0 state the size of the upright photo, 0 the stored one: photos are turned upright with their boxes"
     )
 
@@ -89,13 +89,13 @@ def test_the_majority_wins(tmp_path: Path) -> None:
 def test_when_nothing_tells_it_says_so(tmp_path: Path) -> None:
     file, _ = save_held("raccoon-1.jpg", 6, tmp_path)
     decision = decide_exif([candidate(file, (1, 1, 5, 5))], tmp_path, "auto")
-    assert decision.apply and "nothing tells" in decision.explanation and "--exif ignore" in decision.explanation
+    assert decision.apply and "no evidence" in decision.explanation and "--exif ignore" in decision.explanation
 
 
 def test_photos_without_a_turn(tmp_path: Path) -> None:
     file, size = save_held("raccoon-1.jpg", 1, tmp_path)
     decision = decide_exif([candidate(file, (1, 1, *size))] * 3, tmp_path, "auto")
-    assert decision.apply and decision.explanation.startswith("EXIF: 0 of 3 photos looked at are turned by it")
+    assert decision.apply and decision.explanation.startswith("EXIF: 0 of 3 photos have an EXIF rotation")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

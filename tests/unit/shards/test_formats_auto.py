@@ -109,7 +109,7 @@ def test_real_sets(path: str, name: str) -> None:
     ("path", "words"),
     [
         ("labelme_examples/examples/bbox_detection", r"several formats: .*\(--format voc\); .*\(--format labelme\)"),
-        ("coco128_train/panoptic_segmentation/annotations", r"no known format: it has 1 x \.json, 0 folders"),
+        ("coco128_train/panoptic_segmentation/annotations", r"no known format: found 1 x \.json, 0 folders"),
         ("refexp_annotations_only/talk2car/val_commands.json", "no known format: .* begin with .*commands"),
     ],
 )
@@ -123,11 +123,11 @@ def test_what_is_of_no_format_is_described(tmp_path: Path) -> None:
     (tmp_path / "a.foo").write_text("x")
     (tmp_path / "b.foo").write_text("x")
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match=f"is of no known format: it has 2 x .foo, 1 folders; choose --format {names}"):
+    with pytest.raises(DataError, match=f"is of no known format: found 2 x .foo, 1 folders. Choose --format {names}"):
         recognise_format(tmp_path)
-    with pytest.raises(DataError, match="no known format: it has 1 bytes that begin with b'x'; choose --format"):
+    with pytest.raises(DataError, match=r"no known format: found 1 bytes that begin with b'x'. Choose --format"):
         recognise_format(tmp_path / "a.foo")
-    with pytest.raises(DataError, match="neither file nor folder there"):
+    with pytest.raises(DataError, match="no file or folder"):
         recognise_format(tmp_path / "gone")
 
 
@@ -135,7 +135,7 @@ def test_two_formats_in_one_folder_are_a_choice_for_the_user(tmp_path: Path) -> 
     refcoco(tmp_path)
     cogvlm_sft(tmp_path)
     with pytest.raises(
-        DataError, match=r"fits several formats: it has RefCOCO.*\(--format refcoco\); conv.*-sft\); choose one"
+        DataError, match=r"fits several formats: found RefCOCO.*\(--format refcoco\); conv.*-sft\). Choose one"
     ):
         recognise_format(tmp_path)
 

@@ -45,7 +45,7 @@ def test_panoptic_json_is_something_else(tmp_path: Path) -> None:
     segments = [{"image_id": 1, "file_name": "a.png", "segments_info": [{"category_id": 7, "bbox": [1, 2, 20, 10]}]}]
     path = write_json(tmp_path / "x.json", {**CONTENT, "annotations": segments})
     assert recognise_coco(path) is None
-    with pytest.raises(DataError, match=r"panoptic JSON.*wanted the instances JSON"):
+    with pytest.raises(DataError, match=r"panoptic JSON.*expected the instances JSON"):
         read_all(read_coco, path)
 
 

@@ -186,14 +186,14 @@ def test_a_phrase_that_loses_all_its_boxes_is_lost(tmp_path: Path) -> None:
     ["", "a.jpg,1,2,30,20,dog", "image,left,top,right,bottom", "image\tleft,top", "\0", '"image', "x" * 200_000],
 )
 def test_without_names_of_columns_nothing_can_be_read(tmp_path: Path, first: str) -> None:
-    with pytest.raises(DataError, match=r"the first line is b.*, wanted image,left,top"):
+    with pytest.raises(DataError, match=r"the first line is b.*; expected image,left,top"):
         read(tmp_path, first, GOOD)
     assert recognise_csv_boxes(tmp_path / "x.csv") is None
 
 
 def test_a_folder_is_no_csv(tmp_path: Path) -> None:
     assert recognise_csv_boxes(tmp_path) is None
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         read_all(read_csv_boxes, tmp_path)
 
 

@@ -79,15 +79,15 @@ def test_a_pair_with_a_key_of_its_own_stands_alone(tmp_path: Path) -> None:
         ("[[086,540,400,760; 1,2,3,4]]", "bad_box_text", r"write \[\[086,540,400,760;001,002,003,004\]\]"),
         ("[[086,540,400,1000]]", "bad_box_text", "from 000 to 999"),
         ("[[0.1,0.2,0.3,0.4]]", "bad_box_text", "thousandths"),
-        ("[[086,540,400]]", "bad_box_text", "wanted"),
+        ("[[086,540,400]]", "bad_box_text", "expected"),
         ("[[086，540，400，760]]", "bad_box_text", r"write \[\[086,540,400,760\]\]"),
-        ("[[x0,y0,x1,y1]]", "bad_box_text", "wanted"),
-        ("[[[086,540,400,760]]]", "bad_box_text", "wanted"),
-        ("[086,540,400,760]", "bad_box_text", "wanted"),
-        ("在[[086,540,400,760]]和[ [1,2,3,4] ]", "bad_box_text", "wanted"),
-        ("(86,540),(400,760)", "bad_box_text", "wanted"),
-        ("<box>(86,540),(400,760)</box>", "bad_box_text", "wanted"),
-        ('{"bbox_2d": [86, 540, 400, 760]}', "bad_box_text", "wanted"),
+        ("[[x0,y0,x1,y1]]", "bad_box_text", "expected"),
+        ("[[[086,540,400,760]]]", "bad_box_text", "expected"),
+        ("[086,540,400,760]", "bad_box_text", "expected"),
+        ("在[[086,540,400,760]]和[ [1,2,3,4] ]", "bad_box_text", "expected"),
+        ("(86,540),(400,760)", "bad_box_text", "expected"),
+        ("<box>(86,540),(400,760)</box>", "bad_box_text", "expected"),
+        ('{"bbox_2d": [86, 540, 400, 760]}', "bad_box_text", "expected"),
         ("[[400,540,086,760]]", "inverted_box", "x0 <= x1"),
         ("", "bad_field", "not empty"),
         (7, "bad_field", "a string"),
@@ -171,12 +171,12 @@ def test_a_file_that_changes_meanwhile_is_a_data_error(tmp_path: Path) -> None:
     found = read_jsonl(path, tmp_path)
     next(found)
     write_lines(path, [{**OURS, "image": "other.jpg" * 9}, PAIR])
-    with pytest.raises(DataError, match="was changed while it was read"):
+    with pytest.raises(DataError, match="changed while it was read"):
         list(found)
 
 
 def test_a_file_without_a_usable_line_says_what_it_wanted(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r'none of its 1 lines can be used, wanted one JSON object with "image".*first'):
+    with pytest.raises(DataError, match=r"none of its 1 lines can be used; expected one JSON object.*first"):
         read(tmp_path, {"file_name": "a.jpg"})
 
 

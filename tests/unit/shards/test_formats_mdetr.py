@@ -134,8 +134,8 @@ def test_a_caption_made_for_another_size_is_a_contradiction(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "found a list"),
         (b'{"images": {}}', 'has no lists "images" and "annotations"; found images'),
     ],

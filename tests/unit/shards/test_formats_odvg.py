@@ -123,7 +123,7 @@ def test_a_bad_line_is_lost_alone(tmp_path: Path, line: Any, level: str, reason:
 def test_nothing_usable_is_a_data_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r'none of its \d lines can be used, wanted one JSON object with "filename"'):
+    with pytest.raises(DataError, match=r'none of its \d lines can be used; expected one JSON object with "filename"'):
         read_all(read_odvg, path)
 
 

@@ -364,15 +364,15 @@ def test_bad_instances_cost_only_their_refs(tmp_path: Path, name: str, value: An
 
 def test_wrong_folders_say_what_is_missing(tmp_path: Path) -> None:
     folder = write(tmp_path, pickle.dumps({"refs": []}))
-    with pytest.raises(DataError, match="holds a dict, wanted a list of refs"):
+    with pytest.raises(DataError, match="holds a dict; expected a list of refs"):
         read_all(read_refcoco, folder)
     (folder / "refs(google).p").write_bytes(pickle.dumps(REFS))
-    with pytest.raises(DataError, match=r"has refs\(google\)\.p, refs\(unc\)\.p, wanted one"):
+    with pytest.raises(DataError, match=r"has refs\(google\)\.p, refs\(unc\)\.p; expected one"):
         read_all(read_refcoco, folder)
     (folder / "instances.json").unlink()
     with pytest.raises(DataError, match=r"instances\.json cannot be read: No such file"):
         read_all(read_refcoco, folder / "refs(google).p")
-    with pytest.raises(DataError, match="has none, wanted one"):
+    with pytest.raises(DataError, match="has none; expected one"):
         read_all(read_refcoco, tmp_path)
     assert recognise_refcoco(tmp_path) is None and recognise_refcoco(tmp_path / "x.json") is None
 

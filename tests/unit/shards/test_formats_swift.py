@@ -275,7 +275,7 @@ def test_unclosed_marks_take_no_time(tmp_path: Path) -> None:
 
 
 def test_nothing_usable_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r'none of its 1 lines can be used, wanted one JSON object with "messages"'):
+    with pytest.raises(DataError, match=r'none of its 1 lines can be used; expected one JSON object with "messages"'):
         read(tmp_path, {"a": 1})
 
 

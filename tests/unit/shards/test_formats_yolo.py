@@ -203,7 +203,7 @@ def test_recognise(tmp_path: Path) -> None:
     write(tmp_path / "labels" / "b.txt", "")
     assert recognise_yolo(tmp_path) == "2 .txt files with YOLO lines"
     assert recognise_yolo(label) is None
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         read_all(read_yolo, label)
     label.write_text("0 0.5 0.5 1\n")
     assert recognise_yolo(tmp_path) is None

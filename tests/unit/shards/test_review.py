@@ -99,9 +99,9 @@ FLAWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "Japanese": (line("a.jpg", ("いぬがいます", GOOD)), "wrong_language", "neither"),
     "Cyrillic": (line("a.jpg", ("собака", GOOD)), "wrong_language", "neither"),
     "mixed": (line("a.jpg", ("狗 dog and a small cat", GOOD)), "wrong_language", "English words"),
-    "count": (line("a.jpg", ("dog", GOOD, None, "Two dogs on grass")), "count_mismatch", "speaks of 2, there are 1"),
-    "Chinese count": (line("a.jpg", ("狗", GOOD, None, "图片中有3只狗")), "count_mismatch", "speaks of 3"),
-    "answer count": (turn("There are 3 dogs: [[100,100,500,600]]"), "count_mismatch", "speaks of 3"),
+    "count": (line("a.jpg", ("dog", GOOD, None, "Two dogs on grass")), "count_mismatch", "states 2, but there are 1"),
+    "Chinese count": (line("a.jpg", ("狗", GOOD, None, "图片中有3只狗")), "count_mismatch", "states 3"),
+    "answer count": (turn("There are 3 dogs: [[100,100,500,600]]"), "count_mismatch", "states 3"),
     "asterisks": (turn("**[[100,100,500,600]]**"), "bad_box_text", "*"),
     "blanks": (turn("[[100, 100, 500, 600]]"), "bad_box_text", "[[100, 100, 500, 600]]"),
     "brackets": (line("a.jpg", ("dog [[1]]", GOOD)), "bad_box_text", "double brackets"),
@@ -320,14 +320,14 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--out", "out"]) == 1
+    assert main([*arguments, "--out", "out"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and words in error
+    assert error.startswith("DataError: ") and words in error
 
 
 def test_out_that_is_a_file(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(DataError, match="a file; expected a folder"):
         review(iter(()), "nothing", tmp_path / "file")
 
 

@@ -125,5 +125,5 @@ def test_the_page_shows_examples_and_says_why(tmp_path: Path) -> None:
     (whole,) = [suspect for suspect in suspects if suspect["level"] == "source"]
     assert whole["kind"] == "looks_like_xywh"
     assert len(whole["photos"]) == 3
-    assert "of 929 boxes" in whole["detail"] and "Read as x,y,w,h, px, 100% of all boxes do" in whole["detail"]
+    assert "of 929 boxes" in whole["detail"] and "Read as x,y,w,h, px, 100% of all boxes fit" in whole["detail"]
     assert "Looks like x, y, width, height" in (tmp_path / "review.html").read_text(encoding="utf-8")
