@@ -1,4 +1,4 @@
-"""Whole checkpoints without an engine: slices of made tensors, in the files and under the manifest of a real one."""
+"""Whole checkpoints without an engine: slices of generated tensors in the files and manifest of a real one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SHAPES = {"embed": (7, 3), "norm": (5,), "scale": (1,)}
 
 
 def made_tensor(kind: str, name: str, step: int) -> torch.Tensor:
-    """Always the same for the same arguments."""
+    """Return a random tensor that depends only on the arguments."""
     seed = sum(f"{kind}/{name}".encode()) * 1000 + step
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
 
 
 def write_checkpoint(folder: Path, step: int, state: TrainState | None = None, num_ranks: int = 2) -> Path:
-    """As CheckpointSaver leaves it."""
+    """Write a checkpoint as CheckpointSaver does and return its path."""
     path = folder / step_name(step)
     (path / MODEL_FOLDER).mkdir(parents=True)
     (path / MODEL_FOLDER / "config.json").write_text('{"hidden_size": 3}\n')

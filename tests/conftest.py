@@ -11,13 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tiny import odd_config, tiny_config
 
-from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
 from cogvlm_ft.model.tokenizer import train_tokenizer
 from cogvlm_ft.shards.build import main as build
 from cogvlm_ft.shards.demo_scenes import write_scenes
 
-# The same examples every time, and no clock: a property fails because of a change, not of the day or the machine.
+# The same examples every time and no deadline, so that a property fails only because the code has changed.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -50,22 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CogVLMTokenizer:
 @pytest.fixture
 def tiny_model(tokenizer: CogVLMTokenizer) -> CogVLMForCausalLM:
     torch.manual_seed(0)
-    vision = dict(
-        hidden_size=48, num_heads=3, intermediate_size=96, num_hidden_layers=2, image_size=56, num_positions=17
-    )
-    config = CogVLMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        initializer_range=0.1,
-        template_version="base",
-        vision_config=vision,
-    )
-    return CogVLMForCausalLM(config)
+    return CogVLMForCausalLM(tiny_config(vocab_size=len(tokenizer)))
 
 
 @pytest.fixture
@@ -78,7 +64,7 @@ def tiny_folder(tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, tmp_p
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """33 training and 9 validation scenes with 1 to 4 targets each, some with a pair of the user's own."""
+    """Build 33 training and 9 validation scenes with 1 to 4 targets each, some with a pair of the user's own."""
     folder = tmp_path_factory.mktemp("data")
     annotations = write_scenes(folder / "scenes", NUM_SCENES, 56, seed=1)
     lines = []
@@ -97,24 +83,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_model(tokenizer: CogVLMTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model; sizes that two ranks cannot share evenly (odd numbers of elements) are among its tensors."""
+    """Return the folder of a tiny random model with tensors that two ranks cannot divide evenly."""
     folder = tmp_path_factory.mktemp("start")
-    vision = dict(
-        hidden_size=45, num_heads=3, intermediate_size=63, num_hidden_layers=2, image_size=56, num_positions=17
-    )
-    config = CogVLMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=60,
-        intermediate_size=99,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        initializer_range=0.08,
-        template_version="base",
-        vision_config=vision,
-    )
     torch.manual_seed(0)
-    CogVLMForCausalLM(config).save_pretrained(folder)
+    CogVLMForCausalLM(odd_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The folder of a run as a training leaves it, with answers of growing quality: real files, real scores, no model."""
+"""A run folder as a training run leaves it, with answers of growing quality: real files, real scores, no model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cogvlm_ft.tracking.tracker import Tracker
 
 NUM_PATCHES = 16
 STEPS = {0: 2.0, 20: 0.3, 40: 0.05}
-"""Step -> how far answered corners are off, as a share of the box."""
+"""Step -> how far answered corners are off, as a fraction of the box."""
 HARD = 7
 """This training sample has a high loss in every epoch."""
 
 
 def write_run(folder: Path, shards: Path) -> None:
-    """Three evaluations, forty steps over four epochs, the losses of every training sample."""
+    """Write three evaluations, forty steps over four epochs, and the losses of every training sample."""
     reader, train = (ShardReader(load_index(shards, split)) for split in ("val", "train"))
     settings = [f"output_dir={folder}", f"data.shards={shards}", "model.path=models/tiny", "tracking.mode=disabled"]
     config = load_config(None, settings)
@@ -51,7 +51,7 @@ def write_run(folder: Path, shards: Path) -> None:
 
 
 def _add_losses(losses: SampleLosses, train: ShardReader, step: int) -> None:
-    """A tenth of the samples in each of ten steps."""
+    """Add a tenth of the samples in each of ten steps."""
     numbers = range((step - 1) % 10, len(train), 10)
     values = [30.0 if i == HARD else 5.0 + i / 100 for i in numbers]
     losses.add(step, (step - 1) // 10, [train.index.key(i) for i in numbers], values, [10] * len(values))

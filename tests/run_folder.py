@@ -1,4 +1,4 @@
-"""A run folder without a training: weights of a model as the checkpoint that ranks would have written, and settings."""
+"""A run folder without a training run: a model's weights as the checkpoint that ranks would write, and settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_run(
     settings: dict[str, object],
     num_ranks: int = 2,
 ) -> Path:
-    """The checkpoint's path. settings: of config.yaml, by their dotted names. Adam's moments are left out."""
+    """Write the run folder without Adam's moments and return its checkpoint. settings: dotted names and values."""
     checkpoint = run / "checkpoints" / step_name(STEP)
     (checkpoint / MODEL_FOLDER).mkdir(parents=True)
     config.architectures = ["CogVLMForCausalLM"]

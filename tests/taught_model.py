@@ -1,15 +1,16 @@
-"""A tiny model that has learned some answers by heart, whatever the photo shows: real generation, known answers."""
+"""A tiny model that has memorized some answers, whatever the image shows: real generation, known answers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from tiny import tiny_config
 
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
 from cogvlm_ft.predict.steps import target_turns
 
 NOT_FOUND = "未找到指定目标"
@@ -25,7 +26,7 @@ MAX_NEW_TOKENS = 64
 
 
 def _conversation(first_prompt: str | None) -> list[Turn]:
-    """The turns about the dog and the cat, with the answers of those before them."""
+    """Return the turns about the dog and the cat, each with the answers of those before it."""
     said: list[tuple[str, str]] = []
     turns = []
     for turn in target_turns([DOG, CAT], load_wording("conversation")):
@@ -46,22 +47,13 @@ def lessons() -> list[Turn]:
 
 
 def teach(tokenizer: CogVLMTokenizer, folder: Path) -> Path:
-    """A model folder; 8 x 8 patches, and a template that shows the model earlier turns."""
+    """Train and save the model: 8 x 8 patches, and a template that shows the model earlier turns."""
     torch.manual_seed(0)
-    vision = dict(
-        hidden_size=24, num_heads=3, intermediate_size=48, num_hidden_layers=1, image_size=112, num_positions=65
-    )
-    config = CogVLMConfig(
+    config = tiny_config(
+        vision=dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, image_size=112, num_positions=65),
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        initializer_range=0.1,
         template_version="chat",
-        vision_config=vision,
     )
     model = CogVLMForCausalLM(config)
     rows = encode_turns(lessons(), tokenizer, config)
@@ -79,7 +71,7 @@ def teach(tokenizer: CogVLMTokenizer, folder: Path) -> Path:
         optimizer.step()
         if loss.item() < 0.01:
             break
-    assert loss.item() < 0.05, "it has not learned its answers"
+    assert loss.item() < 0.05, "the model has not learned its answers"
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return folder

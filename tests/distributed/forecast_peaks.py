@@ -1,9 +1,9 @@
-"""Runs on every rank: what a real engine holds after real steps, in bytes, as one line of JSON.
+"""Measure on every rank what an engine holds after training steps, in bytes, as one line of JSON.
 
 Usage: forecast_peaks.py SIZE IMAGES PRECISION CHECKPOINTING DEEPSPEED; SIZE is tiny or middle.
 
-Start it with MALLOC_MMAP_THRESHOLD_=65536: then freed tensors leave the process at once, and resident memory is what is
-alive.
+Start it with MALLOC_MMAP_THRESHOLD_=65536: freed tensors then leave the process at once, so that resident memory is
+live memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import odd_config
 from torch import Tensor
 from transformers import initialization
 
@@ -27,16 +28,7 @@ from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition
 from cogvlm_ft.settings import Config
 
 SIZES = {
-    "tiny": CogVLMConfig(
-        vocab_size=401,
-        hidden_size=60,
-        intermediate_size=99,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        vision_config=dict(
-            hidden_size=45, num_heads=3, intermediate_size=63, num_hidden_layers=2, image_size=56, num_positions=17
-        ),
-    ),
+    "tiny": odd_config(vocab_size=401, num_hidden_layers=3),
     "middle": CogVLMConfig(
         vocab_size=32000,
         hidden_size=512,
@@ -83,7 +75,7 @@ def engine_of(model_config: CogVLMConfig, config: Config) -> Any:
 
 
 def batch_of(config: CogVLMConfig, sequences: MicroBatchShape) -> dict[str, Any]:
-    """Random tokens and pictures, every turn with its labels at the end."""
+    """Return random tokens and images, every turn with its labels at the end."""
     layout = build_layout(config.num_patches, [sequences.turn_tokens] * sequences.turns)
     shape = (sequences.num_images, len(layout.block_ids))
     ids = torch.randint(3, config.vocab_size, shape)
@@ -102,7 +94,7 @@ def step(engine: Any, batch: dict[str, Any]) -> None:
 
 
 class GatheredNow:
-    """The most elements that were gathered at once since the warm-up, persistent parameters aside."""
+    """Track the largest number of elements gathered at once after the warm-up, without persistent parameters."""
 
     def __init__(self, engine: Any) -> None:
         self.peak, self._parameters = 0, list(engine.module.parameters())
@@ -118,7 +110,7 @@ class GatheredNow:
 
 
 def lasting_bytes(optimizer: Any) -> dict[str, int]:
-    """The tensors themselves; two names of one memory count once."""
+    """Return the bytes of persistent tensors; two names of one memory count once."""
     weights = [p.ds_tensor for group in optimizer.fp16_groups for p in group]
     masters = [part for part in optimizer.fp32_partitioned_groups_flat if not shares_memory(part, weights)]
     moments = [s[name] for s in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -135,7 +127,7 @@ def shares_memory(part: Tensor, others: list[Tensor]) -> bool:
 
 
 def passing_bytes(engine: Any, batch: dict[str, Any]) -> dict[str, int]:
-    """Resident memory above that before the step: behind the forward pass, and at most until the backward pass ends."""
+    """Return resident memory beyond that before the step: after the forward pass, and at most until backward ends."""
     gc.collect()
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

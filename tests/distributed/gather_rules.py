@@ -1,6 +1,6 @@
-"""Runs on every rank: generation under ZeRO-3, and the training behind it. Usage: gather_rules.py MODEL SHARDS OUT
+"""Generate under ZeRO-3 on every rank and train before and after. Usage: gather_rules.py MODEL SHARDS OUT
 
-Prints one JSON line per rank with what the test looks at.
+Prints one JSON line per rank with what the test checks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NUM_NEW = 10
 
 
 class Gathers:
-    """Names of the parameters that were gathered and those that were seen whole, pass by pass."""
+    """Record the names of parameters that were gathered and that were seen whole, pass by pass."""
 
     def __init__(self, model: Any) -> None:
         self.gathered: list[set[str]] = []
@@ -78,7 +78,7 @@ class Gathers:
 
     @contextmanager
     def of_generation(self) -> Iterator[dict[str, list[str]]]:
-        """What the first pass, over the images, and all later ones took."""
+        """Report what the first pass, over the images, and all later ones gathered."""
         report: dict[str, list[str]] = {}
         self.gathered, self.whole = [], []
         yield report
@@ -111,7 +111,7 @@ def step(engine: Any, tokenizer: CogVLMTokenizer, number: int) -> float:
 
 
 def generate_and_train(config: Config, folder: str) -> dict[str, Any]:
-    """Answers before, between and after steps, in both modes; rank 0 ends its answers earlier than rank 1."""
+    """Generate before, between and after steps, in both modes; rank 0 ends its answers earlier than rank 1."""
     engine, tokenizer = build_model_engine(config)
     model, gathers, report = engine.module, Gathers(engine.module), {}
     num_hooks = len(engine.optimizer.parameter_offload.forward_hooks), len(FWD_MODULE_STACK)
@@ -119,15 +119,15 @@ def generate_and_train(config: Config, folder: str) -> dict[str, Any]:
         plain, own = load_model(folder).eval(), CogVLMTokenizer.from_folder(folder)
         if rank() == 0:
             own.eos_token_id = ask(plain, own)[0][0].token_ids[1]  # a token that ends an answer early
-        wanted = ids_of(ask(plain, own))
-    report["losses"], report["lengths"] = [], [len(ids) for row in wanted for ids in row]
+        expected = ids_of(ask(plain, own))
+    report["losses"], report["lengths"] = [], [len(ids) for row in expected for ids in row]
     with inference(model):
         with gathers.of_generation() as report["before"], parameters_gathered(model, "layerwise"):
-            report["layerwise_equal"] = ids_of(ask(model, own)) == wanted
+            report["layerwise_equal"] = ids_of(ask(model, own)) == expected
         barrier()
         with parameters_gathered(model, "once"), gathers.of_generation() as report["once"]:
             for _ in range(1 + 2 * rank()):  # every rank as often as it likes
-                report["once_equal"] = ids_of(ask(model, own)) == wanted
+                report["once_equal"] = ids_of(ask(model, own)) == expected
             report["once_needs_ranks"] = needs_all_ranks(model)
     report["layerwise_needs_ranks"] = needs_all_ranks(model)
     report["hooks_equal"] = num_hooks == (

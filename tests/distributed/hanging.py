@@ -1,6 +1,6 @@
-"""Runs on every rank: steps that are all-reduces, under the watchdog.
+"""Run steps that are all-reduces on every rank, under the watchdog.
 
-Usage: hanging.py OUT TIMEOUT_S NUM_STEPS STEP_S [gil]; gil: rank 0 then holds the interpreter's lock for ever, in C
+Usage: hanging.py OUT TIMEOUT_S NUM_STEPS STEP_S [gil]; gil: rank 0 then holds the interpreter's lock indefinitely, in C
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A training with so much more address space than its libraries take. Usage: limited_memory.py GIB key=value..."""
+"""Train with GIB more address space than the libraries take. Usage: limited_memory.py GIB key=value..."""
 
 from __future__ import annotations
 

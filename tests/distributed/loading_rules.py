@@ -1,4 +1,4 @@
-"""Runs on every rank: a model folder becomes partitions. Usage: loading_rules.py MODEL_FOLDER key=value ..."""
+"""Load a model folder into partitions on every rank. Usage: loading_rules.py MODEL_FOLDER key=value ..."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def load_counting(folder: str, parameters: list) -> int:
-    """Load as training does; returns the bytes of the slices that this rank asked for."""
+    """Load as training does; return the bytes of the slices that this rank read."""
     bytes_read = 0
     assign = partition_assign(parameters)
 

@@ -1,7 +1,7 @@
-"""Runs on every rank: a few real steps with each preset, and the last ones again from a checkpoint.
+"""Train a few steps with each preset on every rank, and the last ones again from a checkpoint.
 
 Usage: preset_steps.py MODEL SHARDS OUT PRESET[=PRECISION][+resumed]...; a preset is a name in configs/deepspeed or a
-path. "+resumed" goes on from the checkpoint that the same without it has left in OUT.
+path. "+resumed" resumes from the checkpoint that the same without it has left in OUT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_STEPS, SAVED_STEP = 4, 2
 
 
 def losses(settings: list[str], checkpoints: Path, first_step: int = 0) -> list[float]:
-    """The mean loss per target token of every step; from a checkpoint if first_step is not 0, else one is saved."""
+    """Return each step's mean loss per target token; from a checkpoint if first_step is not 0, else save one."""
     config = load_config(None, settings)
     run = build_run(config)
     saver = CheckpointSaver(run.engine, checkpoints, run.save_model_files, CheckpointConfig())

@@ -43,7 +43,7 @@ OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
 class ForkedProcess:
-    """The part of subprocess.Popen that tests need, for a process that the server has forked."""
+    """Control a process that the server has forked, like subprocess.Popen."""
 
     def __init__(self, server: ForkServer, number: int, pid: int) -> None:
         self.pid, self._server, self._number = pid, server, number
@@ -72,7 +72,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The client's side of rank_server.py; any thread may use it."""
+    """Start processes through rank_server.py; any thread may use it."""
 
     def __init__(self) -> None:
         self._lock, self._number = threading.Lock(), 0
@@ -116,7 +116,7 @@ class ForkServer:
             return self._codes.get(number)
 
     def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next answer, None after the timeout."""
+        """Return the next answer, None after the timeout."""
         self._control.settimeout(timeout_s)
         try:
             message = self._control.recv(1 << 16)
@@ -140,7 +140,7 @@ class ForkServer:
 
 @functools.cache
 def fork_server() -> ForkServer:
-    """The server of this test session, started at the first call."""
+    """Return the server of this test session, started at the first call."""
     return ForkServer()
 
 
@@ -235,8 +235,10 @@ def _start(
     if not fresh:
         return fork_server().start(arguments, environment, cwd, stdout, stderr)
     command = [sys.executable, *map(str, arguments)]
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY / "tests"), environment.get("PYTHONPATH")]))
+    own = {**environment, "PYTHONPATH": paths}
     with stdout.open("a") as out, stderr.open("a") as err:
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err, start_new_session=True)
+        return subprocess.Popen(command, cwd=cwd, env=own, stdout=out, stderr=err, start_new_session=True)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Runs on every rank: steps of which one is not finite on one rank alone, then the same steps without that one.
+"""Train on every rank: steps of which one is not finite on one rank, then the same steps without that one.
 
 Usage: skipped_steps.py MODEL SHARDS OUT STEP CASE...; STEP: from 0, the one that must be skipped in every case;
 a CASE is a name and the settings that make it: NAME;key=value;key=value
@@ -23,7 +23,7 @@ NUM_STEPS = 5  # an epoch
 
 
 def train(settings: list[str], left_out: int | None) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """This rank's weights and moments after the steps, and what was said of each step."""
+    """Return this rank's weights and moments after the steps, and what was reported of each step."""
     config = load_config(None, settings)
     run = build_run(config)
     steps = read_steps(
@@ -35,19 +35,19 @@ def train(settings: list[str], left_out: int | None) -> tuple[dict[str, torch.Te
         micro_batch_size=config.train.micro_batch_size,
         num_workers=0,
     )
-    told = []
+    reported = []
     for step, batches in zip(range(NUM_STEPS), steps, strict=False):
         if step != left_out:
             stats = train_step(run.engine, batches, lr=1e-3 * (step + 1), seed=0, step=step)
             losses = stats.row_losses.tolist()
-            told.append(
+            reported.append(
                 {"skipped": stats.is_skipped, "norm": stats.grad_norm, "finite": list(map(math.isfinite, losses))}
             )
     keys = [spec.name for spec in local_specs(run.engine)]
     slices = {key: tensor.clone() for key, tensor in zip(keys, local_slices(run.engine), strict=True)}
     slices["optimizer step"] = torch.tensor(layout_of(run.engine).optimizer_step)
     run.engine.destroy()
-    return slices, told
+    return slices, reported
 
 
 def main() -> None:
@@ -57,10 +57,10 @@ def main() -> None:
     common += ["train.global_batch_size=8", "train.micro_batch_size=2"]
     for case in cases:
         name, *settings = case.split(";")
-        found, told = train([*common, *settings], None)
-        wanted, _ = train([*common, *settings], int(bad))
-        unequal = [key for key in wanted if not torch.equal(found[key], wanted[key])]
-        everywhere = gather_to_main({"told": told, "unequal": unequal, "keys": len(found)})
+        found, reported = train([*common, *settings], None)
+        expected, _ = train([*common, *settings], int(bad))
+        unequal = [key for key in expected if not torch.equal(found[key], expected[key])]
+        everywhere = gather_to_main({"reported": reported, "unequal": unequal, "keys": len(found)})
         if is_main():
             print(json.dumps({"case": name, "ranks": everywhere}), flush=True)
     shut_down()

@@ -1,4 +1,4 @@
-"""The doctor on real ranks: what they say to each other, and what only several machines can get wrong."""
+"""The doctor on real ranks: communication, and the problems that only several machines have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def own_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_ranks(start_model: Path, shards: Path, tmp_path: Path) -> None:
-    """Only rank 0 speaks; a sample is read by one rank or the other; rates were really measured."""
+    """Only rank 0 prints; each sample is read by one rank; rates are measured."""
     with started([*arguments(start_model, shards, tmp_path / "run"), "--all-shards"], 2, tmp_path / "logs") as ranks:
         codes = ranks.wait(TIMEOUT_S)
     said, silent = (log.read_text() for log in ranks.logs)
@@ -41,7 +41,7 @@ def test_two_ranks(start_model: Path, shards: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_with_a_run_that_cannot_fit(start_model: Path, shards: Path, tmp_path: Path) -> None:
-    """Every rank ends with 1, whatever only rank 0 knows."""
+    """Every rank ends with 1, although only rank 0 knows why."""
     settings = ["train.micro_batch_size=100000", "train.global_batch_size=300000"]
     with started(arguments(start_model, shards, tmp_path / "run", *settings), 2, tmp_path / "logs") as ranks:
         codes = ranks.wait(TIMEOUT_S)
@@ -53,7 +53,7 @@ def test_two_ranks_with_a_run_that_cannot_fit(start_model: Path, shards: Path, t
 
 
 def test_two_nodes_that_share_neither_output_dir_nor_shards(start_model: Path, shards: Path, tmp_path: Path) -> None:
-    """Two hosts in namespaces: the second has a disk of its own at output_dir, and an empty folder for the shards."""
+    """Run two hosts in namespaces; the second has its own disk at output_dir and an empty folder for the shards."""
     if subprocess.run(["unshare", "--map-root-user", "--mount", "--uts", "true"], check=False).returncode != 0:
         pytest.skip("no user namespaces here")
     output_dir = tmp_path / "run"

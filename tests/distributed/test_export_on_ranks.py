@@ -19,29 +19,9 @@ from cogvlm_ft.model.loading import read_whole
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def trained(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps in bf16 with fp32 master weights, the last one evaluated."""
-    folder = tmp_path_factory.mktemp("trained")
-    settings = [
-        f"output_dir={folder / 'run'}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        "train.max_steps=2",
-        "train.global_batch_size=4",
-        "train.precision=bf16",
-        "evaluate.max_samples=2",
-        "evaluate.max_new_tokens=4",
-        "tracking.mode=disabled",
-    ]
-    run(["launch/train.py", *settings], 2, folder / "logs")
-    return folder / "run"
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_program_exports_and_verifies_what_ranks_trained(trained: Path, tmp_path: Path, dtype: str) -> None:
-    checkpoint, out = list_checkpoints(trained / "checkpoints")[-1], tmp_path / "exported"
+def test_the_program_exports_and_verifies_what_ranks_trained(bf16_run: Path, tmp_path: Path, dtype: str) -> None:
+    checkpoint, out = list_checkpoints(bf16_run / "checkpoints")[-1], tmp_path / "exported"
     output = run(["launch/export.py", "--checkpoint", checkpoint, "--out", out, "--dtype", dtype], 1, tmp_path / "logs")
     assert "verified: " in output and f"--model {out}" in output
     weights = open_weights(checkpoint)
@@ -55,12 +35,12 @@ def test_the_program_exports_and_verifies_what_ranks_trained(trained: Path, tmp_
         assert torch.equal(parameter.data, read_whole(weights[name], torch_dtype)), name
 
 
-def test_the_card_tells_of_the_run(trained: Path, tmp_path: Path) -> None:
-    checkpoint, out = list_checkpoints(trained / "checkpoints")[-1], tmp_path / "exported"
+def test_the_card_tells_of_the_run(bf16_run: Path, tmp_path: Path) -> None:
+    checkpoint, out = list_checkpoints(bf16_run / "checkpoints")[-1], tmp_path / "exported"
     run(["launch/export.py", "--checkpoint", checkpoint, "--out", out], 1, tmp_path / "logs")
     card = (out / "README.md").read_text(encoding="utf-8")
     state = json.loads((checkpoint / "state.json").read_text())
-    metrics = json.loads((trained / "evaluations" / checkpoint.name / "metrics.json").read_text())
+    metrics = json.loads((bf16_run / "evaluations" / checkpoint.name / "metrics.json").read_text())
     assert state["data_sha256"] in card and fingerprint(out) in card
     assert f"| `mean_iou` | {metrics['mean_iou']:.4g} |" in card
     assert "| precision of training; of these weights | bf16; float32 |" in card
@@ -68,9 +48,9 @@ def test_the_card_tells_of_the_run(trained: Path, tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in card and str(REPOSITORY) not in card
 
 
-def test_a_run_that_was_moved_away_from_its_shards(trained: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_away_from_its_shards(bf16_run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
-    shutil.copytree(trained / "checkpoints", moved / "checkpoints")
+    shutil.copytree(bf16_run / "checkpoints", moved / "checkpoints")
     checkpoint = list_checkpoints(moved / "checkpoints")[-1]
     output = run(["launch/export.py", "--checkpoint", checkpoint, "--out", tmp_path / "out"], 1, tmp_path / "logs")
     assert "verified: " in output

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ranks import REPOSITORY, TIMEOUT_S, read_metrics
+from tiny import short_run_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 REQUIRED = "COGVLM_REQUIRE_SLURM"
@@ -59,18 +60,7 @@ def test_two_hosts(shards: Path, start_model: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.98.0.10 host0\n10.98.0.11 host1\n")
     (tmp_path / "nsswitch.conf").write_text("passwd: files\nhosts: files\n")
     (tmp_path / "hostfile").write_text("host0 slots=1\nhost1 slots=1\n")
-    settings = [
-        f"output_dir={tmp_path / 'run'}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        "train.max_steps=2",
-        "train.global_batch_size=4",
-        "train.micro_batch_size=2",
-        "evaluate.max_samples=2",
-        "evaluate.max_new_tokens=4",
-        "tracking.mode=disabled",
-    ]
+    settings = short_run_settings(shards, start_model, tmp_path / "run")
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--no_ssh", "--hostfile", str(tmp_path / "hostfile")]
     program = ["--master_addr", "host0", "--master_port", "29500", "launch/train.py", *settings]
     (tmp_path / "run.sh").write_text(f"exec {shlex.join(launcher)} --node_rank $1 {shlex.join(program)}\n")

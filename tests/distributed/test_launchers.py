@@ -1,4 +1,4 @@
-"""The same launch/train.py under every launcher; and mistakes are told before anything heavy starts."""
+"""The same launch/train.py under every launcher; mistakes are reported before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -8,26 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, free_port, read_metrics
+from ranks import REPOSITORY, free_port, read_metrics, run_program
+from tiny import short_run_settings
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def short_run(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
-    return [
-        f"output_dir={output_dir}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        "train.max_steps=2",
-        "train.global_batch_size=4",
-        "train.micro_batch_size=2",
-        "evaluate.max_samples=2",
-        "evaluate.max_new_tokens=4",
-        "tracking.mode=disabled",
-    ]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -49,14 +35,14 @@ def test_launcher(launcher: str, shards: Path, start_model: Path, tmp_path: Path
         "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
         "python": [sys.executable],
     }[launcher]
-    result = launch([*prefix, "launch/train.py", *short_run(shards, start_model, tmp_path / "run")])
+    result = launch([*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")])
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2]
 
 
 def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> None:
-    """What `srun` sets for each task, plus the address that slurm/train.sbatch exports."""
-    command = [sys.executable, "launch/train.py", *short_run(shards, start_model, tmp_path / "run")]
+    """Set what `srun` sets for each task, and the address that slurm/train.sbatch exports."""
+    command = [sys.executable, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
     ranks = [
         subprocess.Popen(
@@ -90,8 +76,8 @@ def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> No
     ],
 )
 def test_mistakes_are_explained(setting: str, message: str, shards: Path, start_model: Path, tmp_path: Path) -> None:
-    arguments = [*short_run(shards, start_model, tmp_path / "run"), setting]
-    result = launch([sys.executable, "launch/train.py", *arguments])
+    arguments = [*short_run_settings(shards, start_model, tmp_path / "run"), setting]
+    result = run_program(["launch/train.py", *arguments], environment=environment())
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ranks import REPOSITORY, read_metrics, run, started
 from safetensors.torch import load_file, save_file
+from tiny import short_run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.export.export import export_checkpoint
@@ -23,7 +24,7 @@ PROGRAM = Path(__file__).with_name("loading_rules.py")
 
 
 def test_ranks_read_one_checkpoint_between_them(start_model: Path, tmp_path: Path) -> None:
-    """At another image size, in bf16 and into host memory; tests/distributed/zero3_rules.py does it plainly."""
+    """Load at another image size, in bf16 and into host memory; zero3_rules.py loads without these."""
     settings = ["model.image_size=112", "train.precision=bf16", "deepspeed=configs/deepspeed/zero3_offload_all.json"]
     output = run([PROGRAM, start_model, *settings], 2, tmp_path)
     read = [json.loads(line)["bytes_read"] for line in output.splitlines() if line.startswith('{"rank"')]
@@ -32,26 +33,12 @@ def test_ranks_read_one_checkpoint_between_them(start_model: Path, tmp_path: Pat
     assert max(read) < 0.55 * total
 
 
-def short_run(shards: Path, model: Path, output_dir: Path) -> list[object]:
-    return [
-        "launch/train.py",
-        f"output_dir={output_dir}",
-        f"model.path={model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        "train.max_steps=2",
-        "train.global_batch_size=4",
-        "evaluate.max_samples=2",
-        "evaluate.max_new_tokens=4",
-        "tracking.mode=disabled",
-    ]
-
-
 def test_training_at_a_raised_resolution(shards: Path, start_model: Path, tmp_path: Path) -> None:
-    """The interpolated table is what is trained, and the exported folder knows its size by itself."""
+    """Train the interpolated table; the exported folder has the new size in its config."""
     out = tmp_path / "run"
     frozen = "model.freeze=[model.vision.*]"
-    run([*short_run(shards, start_model, out), "model.image_size=112", frozen], 2, tmp_path / "logs")
+    settings = short_run_settings(shards, start_model, out, "model.image_size=112", frozen)
+    run(["launch/train.py", *settings], 2, tmp_path / "logs")
     assert [row["step"] for row in read_metrics(out, "train")] == [1, 2]
     export_checkpoint(list_checkpoints(out / "checkpoints")[-1], tmp_path / "exported", torch.float32)
     assert load_config(tmp_path / "exported").image_size == 112
@@ -72,7 +59,8 @@ def test_a_folder_that_does_not_fit_stops_every_rank(shards: Path, start_model: 
     weights["model.extra"] = torch.zeros(1)
     weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
     save_file(weights, broken / SINGLE_FILE)
-    with started(short_run(shards, broken, tmp_path / "run"), 2, tmp_path / "logs") as ranks:
+    settings = short_run_settings(shards, broken, tmp_path / "run")
+    with started(["launch/train.py", *settings], 2, tmp_path / "logs") as ranks:
         assert ranks.wait() == [2, 2], ranks.output()
         for log in ranks.logs:
             text = log.read_text()

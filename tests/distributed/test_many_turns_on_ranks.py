@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ranks import REPOSITORY, read_metrics, run, started
+from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.data.encode import encode_turns
@@ -22,23 +23,12 @@ PROGRAM = REPOSITORY / "tests" / "distributed" / "turns_seen.py"
 
 
 def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
-    return [
-        f"output_dir={output_dir}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.wording=conversation",
-        "data.num_workers=0",
-        "data.max_turns_per_image=2",
-        "train.global_batch_size=8",
-        "train.micro_batch_size=2",
-        "evaluate.max_samples=1",
-        "evaluate.max_new_tokens=4",
-        "tracking.mode=disabled",
-    ]
+    changes = ["data.wording=conversation", "data.max_turns_per_image=2", "evaluate.max_samples=1"]
+    return run_settings(shards, start_model, output_dir, *changes)
 
 
 def turns_to_see(shards: Path, start_model: Path) -> Counter[str]:
-    """All turns of every photo, one after the other."""
+    """Count all turns of every image."""
     reader, wording = ShardReader(load_index(shards, "train")), load_wording("conversation")
     tokenizer, config = CogVLMTokenizer.from_folder(start_model), load_config(start_model)
     records = [reader.read(i).record for i in range(len(reader))]
@@ -48,7 +38,7 @@ def turns_to_see(shards: Path, start_model: Path) -> Counter[str]:
 
 
 def turns_seen(out: Path, arguments: list[str]) -> list[Counter[str]]:
-    """Of every step, over both ranks."""
+    """Count the turns of every step over both ranks."""
     run([PROGRAM, out, *arguments], 2, out / "logs")
     ranks = [json.loads((out / f"rank-{rank}.json").read_text())["steps"] for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
@@ -59,7 +49,7 @@ def test_every_turn_once_an_epoch_and_after_a_stop(shards: Path, start_model: Pa
     split = settings(shards, start_model, tmp_path / "run")
     whole = turns_seen(tmp_path / "whole", split)
     assert sum(whole, Counter()) == turns_to_see(shards, start_model)
-    assert len(whole) > 33 // 8 + 1, "more steps than for as many photos"
+    assert len(whole) > 33 // 8 + 1, "more steps than with one sequence per image"
 
     num_done = len(whole) // 2
     run(["launch/train.py", *split, f"train.max_steps={num_done}"], 2, tmp_path / "logs")
@@ -69,5 +59,5 @@ def test_every_turn_once_an_epoch_and_after_a_stop(shards: Path, start_model: Pa
     assert turns_seen(tmp_path / "rest", split) == whole[num_done:]
 
     with started(["launch/train.py", *split, "data.max_turns_per_image=1"], 2, tmp_path / "logs") as ranks:
-        assert ranks.wait() == [2, 2], "its position counts other sequences"
+        assert ranks.wait() == [2, 2], "the position counts other sequences"
         assert "with another data.max_turns_per_image" in ranks.output()

@@ -1,4 +1,4 @@
-"""The forecast of memory against real engines: what lasts to the byte, what passes within 15 %."""
+"""Estimated memory against real engines: persistent memory to the byte, transient memory within 15 %."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LASTING = ("weights", "gradients", "master weights", "Adam")
 
 
 def preset(folder: Path, **changes: object) -> Path:
-    """zero3.json with limits that matter for small models."""
+    """Write zero3.json with limits that matter for small models."""
     written = json.loads((REPOSITORY / "configs/deepspeed/zero3.json").read_text(encoding="utf-8"))
     written["zero_optimization"] |= changes
     path = folder / "preset.json"
@@ -29,7 +29,7 @@ def preset(folder: Path, **changes: object) -> Path:
 def both(
     size: str, num_images: int, precision: str, checkpointing: str, deepspeed: Path, num_ranks: int, logs: Path
 ) -> tuple[dict[str, int], Planner]:
-    """(what rank 0 measured, what foretells it)"""
+    """Return what rank 0 measured and the planner that estimates it."""
     output = run([PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs, fresh=True)
     measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"measured"')))["measured"]
     config = settings(num_images, precision, checkpointing, str(deepspeed), num_ranks)
@@ -47,7 +47,7 @@ def both(
 def test_what_lasts_and_what_is_gathered_on_two_ranks(
     precision: str, checkpointing: str, limits: dict[str, int], tmp_path: Path
 ) -> None:
-    """Odd sizes, so that the parts of the ranks are padded."""
+    """Compare at odd sizes, so that the ranks' parts are padded."""
     deepspeed = preset(tmp_path, stage3_param_persistence_threshold=100, reduce_bucket_size=10_000, **limits)
     measured, planner = both("tiny", 2, precision, checkpointing, deepspeed, 2, tmp_path / "logs")
     forecast = planner.forecast(MicroBatchShape(num_images=2))
@@ -61,7 +61,7 @@ def test_what_lasts_and_what_is_gathered_on_two_ranks(
 def test_activations_of_a_middle_sized_model(
     checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resident memory of a process. The bucket of gradients is there before and so is not in what was measured."""
+    """Compare with resident memory; the gradient bucket exists before and so is not in what was measured."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     deepspeed = preset(tmp_path, reduce_bucket_size=1_000_000)
     measured, planner = both("middle", 1, "fp32", checkpointing, deepspeed, 1, tmp_path / "logs")
@@ -71,4 +71,4 @@ def test_activations_of_a_middle_sized_model(
     assert passing == pytest.approx(measured["peak"], rel=TOLERANCE)
     kept = kept_bytes(probe_stages(planner.model, MicroBatchShape()))
     assert kept == pytest.approx(measured["kept"], rel=TOLERANCE)
-    assert measured["peak"] > 50 * 2**20, "too little to tell from noise"
+    assert measured["peak"] > 50 * 2**20, "too little to distinguish from noise"

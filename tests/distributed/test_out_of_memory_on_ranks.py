@@ -1,4 +1,4 @@
-"""A real training whose photos do not fit into its memory ends with the arithmetic and a smaller micro-batch."""
+"""A training run that does not fit into memory ends with the arithmetic and a smaller micro-batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run, started
+from tiny import run_settings
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("limited_memory.py")
@@ -14,10 +15,9 @@ LIMIT_GIB = 1.0
 
 
 def settings_of(shards: Path, model: Path, folder: Path, *more: str) -> list[str]:
-    settings = [f"output_dir={folder}", f"model.path={model}", f"data.shards={shards}", "data.num_workers=0"]
-    settings += ["train.global_batch_size=512", "train.max_steps=1", "model.gradient_checkpointing=none", "plan=ignore"]
-    settings += ["evaluate.before_training=false", "evaluate.max_samples=1", "evaluate.max_new_tokens=1"]
-    return [*settings, "tracking.mode=disabled", *more]
+    changes = ["train.global_batch_size=512", "train.max_steps=1", "model.gradient_checkpointing=none", "plan=ignore"]
+    changes += ["evaluate.before_training=false", "evaluate.max_samples=1", "evaluate.max_new_tokens=1"]
+    return run_settings(shards, model, folder, *changes, *more)
 
 
 def test_the_message_names_a_smaller_micro_batch(shards: Path, start_model: Path, tmp_path: Path) -> None:

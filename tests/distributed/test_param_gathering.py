@@ -1,4 +1,4 @@
-"""Generation on two real ZeRO-3 ranks: what is gathered, that it hangs nobody, and that training goes on as before."""
+"""Generation on two ZeRO-3 ranks: what is gathered, that no rank hangs, and that training continues as before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_vision(name: str) -> bool:
 
 @pytest.mark.parametrize("when", ["before", "after_a_step", "second_batch"])
 def test_decoded_tokens_gather_no_vision(reports: list[dict], when: str) -> None:
-    """Not by calling it and not ahead of a call; the pass over the image gathers it, so the watch does see it."""
+    """Gather it neither for a call nor ahead of one; the pass over the image does, so the recorder works."""
     for report in reports:
         seen = report[when]
         assert seen["num_passes"] > 2
@@ -69,7 +69,7 @@ def test_afterwards_everything_is_as_before(reports: list[dict]) -> None:
 
 
 def test_all_ranks_choose_alike(reports: list[dict], start_model: Path) -> None:
-    """The second time only rank 0 has the memory."""
+    """Give only rank 0 the memory at the second call."""
     assert [report["fits"] for report in reports] == [[True, False], [True, False]]
     weights = load_file(start_model / "model.safetensors")
     numel = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("inv_freq"))

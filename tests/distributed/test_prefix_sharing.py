@@ -1,4 +1,4 @@
-"""Under ZeRO-3, all turns of a photo behind one prefix train as each turn in a sequence of its own."""
+"""Under ZeRO-3, turns that share an image prefix train as turns in sequences of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import read_metrics, run
+from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.data.index import load_index
@@ -21,24 +22,11 @@ NUM_STEPS = 3
 
 
 def train(shards: Path, start_model: Path, folder: Path, num_sequences: int, *settings: str) -> list[dict]:
-    """Every step sees the whole split, filled up to two ranks; so both ways see the same in each."""
-    arguments = [
-        f"output_dir={folder / 'run'}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        f"train.epochs={NUM_STEPS}",
-        f"train.global_batch_size={num_sequences + num_sequences % 2}",
-        "train.lr=1e-3",
-        "train.eps=1e-6",  # see test_training.py
-        "train.patience=null",
-        "evaluate.before_training=false",
-        f"evaluate.every_epochs={NUM_STEPS}",
-        "evaluate.max_samples=2",
-        "evaluate.max_new_tokens=2",
-        "tracking.mode=disabled",
-        *settings,
-    ]
+    """Train with the whole split in every step, so that both ways see the same in each."""
+    changes = [f"train.epochs={NUM_STEPS}", f"train.global_batch_size={num_sequences + num_sequences % 2}"]
+    changes += ["train.micro_batch_size=1", "evaluate.before_training=false", f"evaluate.every_epochs={NUM_STEPS}"]
+    changes += ["evaluate.max_samples=2", "evaluate.max_new_tokens=2", *settings]
+    arguments = run_settings(shards, start_model, folder / "run", *changes)
     run(["launch/train.py", *arguments], 2, folder / "logs")
     export_checkpoint(list_checkpoints(folder / "run" / "checkpoints")[-1], folder / "exported", torch.float32)
     return read_metrics(folder / "run", "train")
@@ -54,6 +42,6 @@ def test_together_as_apart(shards: Path, start_model: Path, tmp_path: Path) -> N
     assert len(together) == len(apart) == NUM_STEPS
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in together] == pytest.approx([row[name] for row in apart], rel=1e-5)
-    wanted = dict(load_model(tmp_path / "apart" / "exported").named_parameters())
+    expected = dict(load_model(tmp_path / "apart" / "exported").named_parameters())
     for name, parameter in load_model(tmp_path / "together" / "exported").named_parameters():
-        torch.testing.assert_close(parameter.data, wanted[name].data, atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(parameter.data, expected[name].data, atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)

@@ -1,4 +1,4 @@
-"""Every engine preset says when to take it, starts on real ranks, and trains the same model."""
+"""Every engine preset states its use, starts on real ranks, and trains the same model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings_for(preset: Path, *settings: str) -> dict:
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_says_when_to_take_it(preset: Path) -> None:
+def test_a_preset_states_its_use(preset: Path) -> None:
     written = json.loads(preset.read_text(encoding="utf-8"))
     assert next(iter(written)) == "//" and len(" ".join(written["//"])) > 100
     precision = "bf16" if "bf16" in written else "fp32"
@@ -54,7 +54,7 @@ def test_one_owner_per_number(written: dict, message: str, tmp_path: Path) -> No
         settings_for(preset)
 
 
-def test_the_bf16_preset_wants_bf16() -> None:
+def test_the_bf16_preset_expects_bf16() -> None:
     with pytest.raises(ConfigError, match=r"zero3_bf16\.json: bf16=.* clashes with train\.precision"):
         settings_for(FOLDER / "zero3_bf16.json", "train.precision=fp32")
 
@@ -79,7 +79,7 @@ def test_every_preset_trains_the_same_model_and_resumes(shards: Path, start_mode
     for name, losses in found.items():
         assert losses == pytest.approx(reference, rel=0.02 if name.endswith("=bf16") else 1e-5), name
 
-    # Four ranks that think they are two nodes of two: hpZ's second copies really are gathered within a node.
+    # Four ranks as two nodes of two: hpZ's second copies are gathered within a node.
     preset = tmp_path / "two_nodes.json"
     preset.write_text((FOLDER / "zero3_multinode.json").read_text().replace('"auto"', "2"))
     found = steps_of(run([*program, preset], 4, tmp_path / "logs"))

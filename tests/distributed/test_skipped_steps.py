@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite, on one rank of two: all skip the step, and what was in it can be looked at."""
+"""A loss or gradient that is not finite on one rank of two: all skip the step, and its samples are kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from ranks import read_metrics, run, started
 from safetensors.torch import load_file, save_file
 from skipped_steps import NUM_STEPS
+from tiny import run_settings
 
 from cogvlm_ft.build import build_dataset
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
@@ -33,10 +34,8 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def settings_of(shards: Path, model: Path, output_dir: Path, *more: str) -> list[str]:
-    settings = [f"output_dir={output_dir}", f"model.path={model}", f"data.shards={shards}", "data.num_workers=0"]
-    settings += [f"train.global_batch_size={BATCH}", "train.micro_batch_size=2", "train.lr=1e-3", "train.eps=1e-6"]
-    settings += ["evaluate.before_training=false", "evaluate.max_samples=2", "evaluate.max_new_tokens=2"]
-    return [*settings, "train.patience=null", "tracking.mode=disabled", *more]
+    changes = ["evaluate.before_training=false", "evaluate.max_samples=2", "evaluate.max_new_tokens=2"]
+    return run_settings(shards, model, output_dir, *changes, *more)
 
 
 def training_samples(shards: Path, model: Path) -> GroundingDataset:
@@ -47,7 +46,7 @@ def training_samples(shards: Path, model: Path) -> GroundingDataset:
 
 
 def with_weights(model: Path, folder: Path, name: str, row: int, value: float) -> Path:
-    """A copy of the model folder in which one row of a matrix is `value`."""
+    """Copy the model folder with one row of a matrix set to `value`."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     weights[name][row] = value
@@ -57,7 +56,7 @@ def with_weights(model: Path, folder: Path, name: str, row: int, value: float) -
 
 @pytest.fixture(scope="module")
 def rare(shards: Path, start_model: Path) -> tuple[int, int, str]:
-    """(token, step from 0, key): only one training sample of the first epoch has the token, in a step in the middle."""
+    """Return (token, step from 0, key) of the only sample in the first epoch with that token, in a middle step."""
     dataset = training_samples(shards, start_model)
     order = plan_samples([len(dataset.reader)], [1.0], global_batch_size=BATCH, seed=0).order(0).tolist()
     examples = [dataset[Item(0, index, 1.0)] for index in order]
@@ -72,14 +71,14 @@ def rare(shards: Path, start_model: Path) -> tuple[int, int, str]:
 
 @pytest.fixture(scope="module")
 def poisoned_model(start_model: Path, rare: tuple[int, int, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whatever reads the rare token becomes NaN."""
+    """Return a model in which whatever reads the rare token becomes NaN."""
     return with_weights(start_model, tmp_path_factory.mktemp("poisoned") / "model", EMBEDDINGS, rare[0], torch.inf)
 
 
 def test_a_skipped_step_changes_nothing(
     poisoned_model: Path, shards: Path, rare: tuple[int, int, str], tmp_path: Path
 ) -> None:
-    """Bit for bit: weights, moments and step count are those of a training that never saw the step."""
+    """Compare weights, moments and step count bit for bit with a run that never saw the step."""
     cases = ["fp32;train.precision=fp32", "bf16;train.precision=bf16"]
     cases += ["offload;deepspeed=configs/deepspeed/zero3_offload_optimizer.json"]
     cases += ["offload bf16;deepspeed=configs/deepspeed/zero3_offload_all.json;train.precision=bf16"]
@@ -87,11 +86,11 @@ def test_a_skipped_step_changes_nothing(
     rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
     assert [row["case"] for row in rows] == [case.partition(";")[0] for case in cases]
     for row in rows:
-        for number, told in enumerate(zip(*(of_rank["told"] for of_rank in row["ranks"]), strict=True)):
+        for number, reported in enumerate(zip(*(of_rank["reported"] for of_rank in row["ranks"]), strict=True)):
             is_bad = number == rare[1]
-            assert [each["skipped"] for each in told] == [is_bad] * 2, row
-            assert [each["norm"] == float("inf") for each in told] == [is_bad] * 2
-            assert sum(finite for each in told for finite in each["finite"]) == BATCH - is_bad
+            assert [each["skipped"] for each in reported] == [is_bad] * 2, row
+            assert [each["norm"] == float("inf") for each in reported] == [is_bad] * 2
+            assert sum(finite for each in reported for finite in each["finite"]) == BATCH - is_bad
         assert [of_rank["unequal"] for of_rank in row["ranks"]] == [[], []]
         assert all(of_rank["keys"] > 100 for of_rank in row["ranks"])
 
@@ -99,7 +98,7 @@ def test_a_skipped_step_changes_nothing(
 def test_a_loss_without_limits_but_with_a_gradient_is_skipped_too(
     shards: Path, start_model: Path, tmp_path: Path
 ) -> None:
-    """All is frozen but lm_head, so no gradient passes through its huge row and the sum of all stays finite."""
+    """Freeze all but lm_head, so that no gradient passes through its huge row and the norm stays finite."""
     dataset = training_samples(shards, start_model)
     order = plan_samples([len(dataset.reader)], [1.0], global_batch_size=BATCH, seed=0).order(0).tolist()
     example = dataset[Item(0, order[0], 1.0)]

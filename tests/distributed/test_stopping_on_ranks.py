@@ -1,4 +1,4 @@
-"""A training on two ranks that stops early by a weighted composite, with the forgetting probe in it."""
+"""A run on two ranks stops early by a weighted composite that includes the forgetting probe."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from ranks import read_metrics, run
+from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.evaluate.fingerprint import fingerprint
@@ -16,26 +17,18 @@ pytestmark = pytest.mark.slow
 
 
 def test_no_gain_in_the_composite_ends_the_training(shards: Path, start_model: Path, tmp_path: Path) -> None:
-    """One question for two ranks: one of them has nothing to ask."""
+    """Give two ranks one question: one of them has none."""
     Image.new("RGB", (50, 40), (200, 60, 30)).save(tmp_path / "a.png")
     (tmp_path / "probe.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "what is it?"}) + "\n")
     folder = tmp_path / "run"
-    settings = [
-        f"output_dir={folder}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        "train.epochs=4",
-        "train.global_batch_size=8",
-        "train.micro_batch_size=2",
+    changes = [
         "train.monitor={mean_iou: 1.0, unreadable: 0.5, probe_same: 0.25}",
-        "train.min_gain=10",  # which no composite of shares can bring
+        "train.min_gain=10",  # more than a composite of fractions can gain
         "train.patience=1",
         f"evaluate.probe={tmp_path / 'probe.jsonl'}",
-        "evaluate.max_new_tokens=6",
         "evaluate.max_samples=3",
-        "tracking.mode=disabled",
     ]
+    settings = run_settings(shards, start_model, folder, *changes)
     run(["launch/train.py", *settings], 2, tmp_path / "logs")
     before, after = read_metrics(folder, "val")
     assert (before["epoch"], after["epoch"]) == (0, 1)

@@ -1,4 +1,4 @@
-"""ZeRO-3 on two ranks is the same training as one plain PyTorch process; stopping and resuming changes nothing."""
+"""ZeRO-3 on two ranks trains as one plain PyTorch process; stopping and resuming change nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import read_metrics, run, started, wait_for_step
+from reference import NUM_STEPS, VOLATILE, reference_settings
+from run_states import assert_same_end
+from tiny import short_run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.config import load_config
@@ -21,14 +24,10 @@ from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 from cogvlm_ft.train.schedule import lr_at
 
 pytestmark = pytest.mark.slow
-NUM_STEPS = 20
-RATES = ("images_per_s", "turns_per_s", "tokens_per_s", "tflops", "mfu")
-SLOWEST = ("slowest_rank", "slowest_rank_ratio", "slowest_rank_data_wait_s")
-VOLATILE = (*RATES, *SLOWEST, "step_s", "data_wait_fraction", "memory_gib")
 
 
 def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:
-    """The same training without DeepSpeed, ranks or accumulation: AdamW on the whole batch at once."""
+    """Train without DeepSpeed, ranks or accumulation: AdamW on the whole batch at once."""
     config = load_config(None, settings)
     model = load_model(config.model.path).train()
     index = load_index(config.data.shards, config.data.train_split)
@@ -71,40 +70,12 @@ def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:
     return losses, model
 
 
-@pytest.fixture(scope="module")
-def reference_run(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty steps over four epochs on two ranks, undisturbed."""
-    folder = tmp_path_factory.mktemp("reference")
-    run(["launch/train.py", *common(shards, start_model, folder / "run")], 2, folder / "logs")
-    return folder / "run"
-
-
-def common(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
-    return [
-        f"output_dir={output_dir}",
-        f"model.path={start_model}",
-        f"data.shards={shards}",
-        "data.num_workers=0",
-        f"train.max_steps={NUM_STEPS}",
-        "train.epochs=10",
-        "train.global_batch_size=8",
-        "train.micro_batch_size=2",  # two ranks x two: accumulation 2
-        "train.lr=1e-3",
-        # The gradient of a key bias is zero but for rounding noise (softmax does not see it). At eps 1e-8 Adam would
-        # blow that noise up to whole steps, of another sign in every summation order.
-        "train.eps=1e-6",
-        "train.patience=null",
-        "evaluate.max_new_tokens=8",
-        "tracking.mode=disabled",
-    ]
-
-
-def assert_same_curve(found: Path, wanted: Path) -> None:
-    """Every logged number of every step and evaluation, bit for bit, but for clocks and memory."""
+def assert_same_curve(found: Path, expected: Path) -> None:
+    """Compare every logged number but times and memory, bit for bit."""
     for kind in ("train", "val"):
         a, b = (
             [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(path, kind)]
-            for path in (found, wanted)
+            for path in (found, expected)
         )
         assert a == b
 
@@ -112,7 +83,7 @@ def assert_same_curve(found: Path, wanted: Path) -> None:
 def test_two_ranks_equal_one_plain_process(
     reference_run: Path, shards: Path, start_model: Path, tmp_path: Path
 ) -> None:
-    losses, plain = train_plainly(common(shards, start_model, tmp_path))
+    losses, plain = train_plainly(reference_settings(shards, start_model, tmp_path))
     found = [row["loss"] for row in read_metrics(reference_run, "train")]
     assert len(found) == NUM_STEPS
     assert found == pytest.approx(losses, rel=1e-5)
@@ -136,54 +107,51 @@ def test_export_gives_the_same_logits_in_the_published_form(reference_run: Path,
         torch.testing.assert_close(loaded(**batch).logits, ours(**batch).logits)
 
 
-@pytest.mark.parametrize("setting", ["model.gradient_checkpointing=none", "data.num_workers=2"])
 def test_settings_that_must_not_change_a_number(
-    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path, setting: str
-) -> None:
-    run(["launch/train.py", *common(shards, start_model, tmp_path / "run"), setting], 2, tmp_path)
-    assert_same_curve(tmp_path / "run", reference_run)
-
-
-@pytest.mark.parametrize("after_step", [3, 13])
-def test_stop_signal_then_resume_is_bit_identical(
-    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path, after_step: int
-) -> None:
-    arguments = ["launch/train.py", *common(shards, start_model, tmp_path / "run")]
-    with started(arguments, 2, tmp_path) as ranks:
-        wait_for_step(tmp_path / "run", after_step, ranks)
-        ranks.processes[1].send_signal(signal.SIGTERM)  # one rank only: all must agree
-        assert ranks.wait() == [0, 0], ranks.output()
-    stopped_at = read_metrics(tmp_path / "run", "train")[-1]["step"]
-    assert after_step <= stopped_at < NUM_STEPS
-    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{stopped_at:08d}"
-    run(arguments, 2, tmp_path)
-    assert_same_curve(tmp_path / "run", reference_run)
-
-
-def test_kill_then_resume_is_bit_identical(
     reference_run: Path, shards: Path, start_model: Path, tmp_path: Path
 ) -> None:
-    arguments = ["launch/train.py", *common(shards, start_model, tmp_path / "run"), "checkpoint.every_steps=2"]
-    with started(arguments, 2, tmp_path) as ranks:
-        wait_for_step(tmp_path / "run", 7, ranks)
+    """Keep activations, read in workers, save at other steps and before training continues."""
+    changes = ["model.gradient_checkpointing=none", "data.num_workers=2"]
+    changes += ["checkpoint.background=false", "checkpoint.every_steps=3"]
+    run(["launch/train.py", *reference_settings(shards, start_model, tmp_path / "run", *changes)], 2, tmp_path)
+    assert_same_curve(tmp_path / "run", reference_run)
+    assert_same_end(tmp_path / "run", reference_run)
+
+
+def test_a_run_that_is_stopped_and_killed_resumes_bit_identically(
+    reference_run: Path, shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ["launch/train.py", *reference_settings(shards, start_model, folder)]
+    for after_step in (1, 4):  # in the first epoch, and again in the second
+        with started(arguments, 2, tmp_path / "logs") as ranks:
+            wait_for_step(folder, after_step, ranks)
+            ranks.processes[1].send_signal(signal.SIGTERM)  # one rank only: all must agree
+            assert ranks.wait() == [0, 0], ranks.output()
+        stopped_at = read_metrics(folder, "train")[-1]["step"]
+        assert after_step <= stopped_at < NUM_STEPS
+        assert list_checkpoints(folder / "checkpoints")[-1].name == f"step-{stopped_at:08d}"
+    with started(arguments, 2, tmp_path / "logs") as ranks:
+        wait_for_step(folder, 7, ranks)
         ranks.kill()
-    output = run(arguments, 2, tmp_path)
+    output = run(arguments, 2, tmp_path / "logs")
     assert "resuming from" in output
-    assert_same_curve(tmp_path / "run", reference_run)
-    output = run(arguments, 2, tmp_path)  # a finished run, started again, ends well and repeats nothing
-    assert_same_curve(tmp_path / "run", reference_run)
+    assert_same_curve(folder, reference_run)
+    assert_same_end(folder, reference_run)
+    run(arguments, 2, tmp_path / "logs")  # a finished run, started again, ends well and repeats nothing
+    assert_same_curve(folder, reference_run)
 
 
-def test_bf16_trains_and_stays_near_fp32(reference_run: Path, shards: Path, start_model: Path, tmp_path: Path) -> None:
-    arguments = [*common(shards, start_model, tmp_path / "run"), "train.precision=bf16"]
-    run(["launch/train.py", *arguments], 2, tmp_path)
-    found = [row["loss"] for row in read_metrics(tmp_path / "run", "train")]
-    assert found == pytest.approx([row["loss"] for row in read_metrics(reference_run, "train")], rel=0.03)
+def test_bf16_trains_and_stays_near_fp32(reference_run: Path, bf16_run: Path) -> None:
+    found, expected = ([row["loss"] for row in read_metrics(run, "train")] for run in (bf16_run, reference_run))
+    assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_frozen_parameters_stay_as_they_are(shards: Path, start_model: Path, tmp_path: Path) -> None:
-    frozen = ["model.freeze=[model.vision.*,lm_head.weight]", "train.max_steps=3"]
-    run(["launch/train.py", *common(shards, start_model, tmp_path / "run"), *frozen], 2, tmp_path)
+    frozen = short_run_settings(
+        shards, start_model, tmp_path / "run", "model.freeze=[model.vision.*,lm_head.weight]", "train.warmup_fraction=0"
+    )
+    run(["launch/train.py", *frozen], 2, tmp_path / "logs")
     export_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], tmp_path / "exported", torch.float32)
     after = dict(load_model(tmp_path / "exported").named_parameters())
     for name, before in load_model(start_model).named_parameters():

@@ -1,4 +1,4 @@
-"""A rank that waits in vain says where and ends; ranks that are only slow are left alone."""
+"""A rank that waits in vain reports where and ends; slow ranks are not ended."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_rank_that_waits_for_a_stopped_one_ends_with_its_stacks(tmp_path: Path
 
 
 def test_slow_steps_are_not_a_hang_and_nothing_is_left(tmp_path: Path) -> None:
-    """Together several times as long as the timeout."""
+    """Take several times the timeout in total."""
     output = run([PROGRAM, tmp_path / "run", 1.5, 5, 0.8], 2, tmp_path / "logs")
     assert output.count("end") == 2
     assert not (tmp_path / "run" / "stacks").exists()

@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).with_name("zero3_rules.py")
 
 @pytest.fixture(scope="module")
 def outputs(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Evaluation folders by world size; 9 photos, so that 2 ranks get 5 and 4 with answers of different length."""
+    """Return evaluation folders by world size; of 9 images 2 ranks get 5 and 4, with answers of different lengths."""
     folder = tmp_path_factory.mktemp("zero3")
     for world_size in (1, 2, 3):
         out = folder / str(world_size)
@@ -33,7 +33,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(outputs: dict[int, Path], w
         assert (outputs[world_size] / name).read_text() == (outputs[1] / name).read_text()
 
 
-def test_every_photo_is_answered_once(outputs: dict[int, Path], shards: Path) -> None:
+def test_every_image_is_answered_once(outputs: dict[int, Path], shards: Path) -> None:
     index = load_index(shards, "val")
     rows = [json.loads(line) for line in (outputs[2] / "predictions.jsonl").read_text().splitlines()]
     seen = [(row["key"], row["turn"]) for row in rows]

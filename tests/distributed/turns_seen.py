@@ -1,4 +1,4 @@
-"""Runs on every rank: writes down the turns of every step from a run's position to the end of its epoch.
+"""Write the turns of every step, from a run's position to the end of its epoch, on every rank.
 
 Usage: turns_seen.py OUT_FOLDER key=value ...
 """
@@ -17,7 +17,7 @@ from cogvlm_ft.train.loop import epoch_steps, start_or_resume
 
 
 def turns_of(batch: Batch) -> list[tuple[str, list[int]]]:
-    """(key, tokens) of those that count."""
+    """Return (key, tokens) of turns with weight."""
     found = []
     for row in range(len(batch.keys)):
         blocks = batch.block_ids[row]

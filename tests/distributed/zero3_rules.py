@@ -1,4 +1,4 @@
-"""Runs on every rank: what must hold under ZeRO-3. Usage: zero3_rules.py MODEL_FOLDER SHARDS OUT_DIR"""
+"""Check on every rank what must hold under ZeRO-3. Usage: zero3_rules.py MODEL_FOLDER SHARDS OUT_DIR"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cogvlm_ft.runtime.engine import inference
 
 
 def check_partitions_equal_the_files(model: torch.nn.Module, folder: str) -> None:
-    """Every tensor is spread over the ranks and, gathered, is what the files hold."""
+    """Check that every tensor is partitioned and, gathered, equals the files."""
     whole = dict(load_model(folder).named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // world_size()), name
@@ -30,7 +30,7 @@ def check_partitions_equal_the_files(model: torch.nn.Module, folder: str) -> Non
 
 
 def check_ranks_may_differ_in_images(engine: torch.nn.Module) -> None:
-    """Published call form: rank 0 has a picture, the others text only, and forward and backward still end."""
+    """Use the published call form: rank 0 has an image, the others only text; forward and backward still end."""
     model, num_patches = engine.module, engine.module.config.num_patches
     types = [0] + [1] * (num_patches + 2) * is_main() + [0] * 5
     ids = torch.arange(len(types))[None] % 50 + 3
@@ -44,7 +44,7 @@ def check_ranks_may_differ_in_images(engine: torch.nn.Module) -> None:
     engine.backward(loss)
     engine.step()
     assert torch.isfinite(loss)
-    # transformers' own generate() too: prompts of different length, one with a picture and the others without.
+    # transformers' own generate() too: prompts of different length, one with an image and the others without.
     with inference(model):
         new = model.generate(
             input_ids=ids,
