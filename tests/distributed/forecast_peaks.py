@@ -28,7 +28,7 @@ from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition
 from cogvlm_ft.settings import Config
 
 SIZES = {
-    "tiny": odd_config(vocab_size=401, num_hidden_layers=3),
+    "tiny": odd_config(vocab_size=401, num_hidden_layers=3, max_position_embeddings=2048),
     "middle": CogVLMConfig(
         vocab_size=32000,
         hidden_size=512,

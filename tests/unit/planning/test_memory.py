@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from tiny import tiny_config
 from torch import Tensor, nn
 
 from cogvlm_ft.config import load_config
@@ -26,7 +25,16 @@ from cogvlm_ft.settings import Config
 REPOSITORY = Path(__file__).resolve().parents[3]
 PARAMETERS_17B = 17_639_685_376
 OFFLOAD = "deepspeed=configs/deepspeed/zero3_offload_optimizer.json"
-SMALL = tiny_config(num_hidden_layers=3)
+SMALL = CogVLMConfig(
+    vocab_size=400,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    vision_config=dict(
+        hidden_size=48, num_heads=3, intermediate_size=96, num_hidden_layers=2, image_size=56, num_positions=17
+    ),
+)
 
 
 def config(*settings: str) -> Config:
