@@ -1,4 +1,4 @@
-"""The composition root: a config becomes the objects of a run."""
+"""The composition root: builds the objects of a run from its config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cogvlm_ft.tracking.provenance import without_passwords
 
 @dataclass(frozen=True)
 class Run:
-    """What a training works with. `dataset` reads training samples, `val_reader` held-out ones."""
+    """The objects of a training run. `dataset` reads training samples, `val_reader` held-out ones."""
 
     config: Config
     engine: Any
@@ -52,16 +52,16 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Optimizer steps of the whole run."""
         num_steps = self.config.train.epochs * self.plan.steps_per_epoch
         return min(num_steps, self.config.train.max_steps or num_steps)
 
     def epochs_done(self, state: TrainState) -> float:
-        """Epochs of training behind a state, with the fraction of the current one."""
+        """Return the epochs before a state, with the fraction of the current one."""
         return state.samples_consumed / self.plan.num_samples
 
     def save_model_files(self, folder: Path) -> None:
-        """config.json, tokenizer, and what else an export needs besides the weights."""
+        """Write config.json, tokenizer, and what else an export needs besides the weights."""
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
@@ -70,7 +70,10 @@ class Run:
 
 
 def build_run(config: Config) -> Run:
-    """Collective. Data and wording first: what is wrong with them is told before the weights are read."""
+    """Build everything; data and wording first, so that mistakes in them are reported before weights are loaded.
+
+    Collective.
+    """
     data = config.data
     train_index = open_split(config, data.train_split).index
     val_reader = open_split(config, data.val_split)
@@ -103,7 +106,7 @@ def build_dataset(
     tokenizer: CogVLMTokenizer,
     model_config: CogVLMConfig,
 ) -> GroundingDataset:
-    """Training samples, as the model is shown them."""
+    """Build the dataset of training samples as the model sees them."""
     return GroundingDataset(
         reader=ShardReader(index, draft_side=draft_side(config.data, model_config.image_size)),
         wording=wording,
@@ -117,7 +120,7 @@ def build_dataset(
 
 
 def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> PhotoParts | None:
-    """Collective. Which photos go to several sequences; None if all turns of each go to one."""
+    """Return which images are split into several sequences, or None if no image is. Collective."""
     if max_turns is None:
         return None
     most_turns = from_main(most_turns_of(ShardReader(index), wording) if is_main() else None)
@@ -126,7 +129,7 @@ def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> P
 
 
 def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
-    """Collective. The model folder's weights in a ZeRO-3 engine, each rank reading only what it owns."""
+    """Load the model folder into a ZeRO-3 engine; each rank reads only the slices it owns. Collective."""
     settings = deepspeed_settings(config)
     tokenizer = CogVLMTokenizer.from_folder(config.model.folder)
     model_config = model_config_of(config)

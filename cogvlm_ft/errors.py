@@ -1,6 +1,6 @@
 """The three kinds of a user's mistake.
 
-Each message says which key or file, what was found, what was wanted and what to do.
+A message reads `<key or file>: <what was found>; expected <what>. <what to do>.`
 """
 
 
@@ -13,4 +13,4 @@ class DataError(Exception):
 
 
 class CheckpointError(Exception):
-    """A model folder or a training checkpoint is missing, incomplete or of another shape than wanted."""
+    """A model folder or a training checkpoint is missing, incomplete or of another shape than expected."""

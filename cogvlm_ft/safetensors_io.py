@@ -1,7 +1,7 @@
-"""Safetensors files written and read in parts: never more than one tensor in memory, hashed while they are written.
+"""Safetensors files read and written in parts: at most one tensor in memory, hashed while writing.
 
-The library's own functions take all tensors of a file at once and map files into memory; these serve where a file is
-larger than what may be held, and where it must be on the disk when the call returns. Format:
+The library's own functions take all tensors of a file at once and map files into memory. These are for files larger
+than memory, and for files that must be on disk when the call returns. Format:
 https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data).
 """
 
@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the header says of a tensor."""
+    """Name, shape and dtype of a tensor, as the header has them."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class FileRecord:
 
 
 def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> FileRecord:
-    """Write the file and return when it is on the disk. `tensors` come in the order of `specs`, one at a time."""
+    """Write the file and return when it is on disk. `tensors` come in the order of `specs`, one at a time."""
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         for chunk in _chunks(specs, tensors):
@@ -63,13 +63,13 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Ten
 
 
 def _write_all(file: Any, chunk: memoryview) -> None:
-    """A raw file may take less than it is given: on a full disk, or from 2 GiB on."""
+    """Write all bytes: a raw file may take fewer than it is given, on a full disk or from 2 GiB on."""
     while chunk:
         chunk = chunk[file.write(chunk) :]
 
 
 def _flush_soon(file: Any) -> None:
-    """Let the disk begin now, and not when all is in the page cache, of which the rest of the machine keeps more."""
+    """Start writing to disk now, instead of when the page cache is full."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -103,7 +103,7 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
 
 
 class TensorFile:
-    """The float32 tensors of a safetensors file, read in parts; nothing is mapped, so nothing stays in memory."""
+    """The float32 tensors of a safetensors file, read in parts and not mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,10 +118,10 @@ class TensorFile:
             raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements start to stop of the flattened tensor, float32[stop - start]."""
+        """Return elements start to stop of the flattened tensor, float32[stop - start]."""
         entry = self._entries[name]
         if entry["dtype"] != "F32":
-            raise CheckpointError(f"{self.path}: {name} is {entry['dtype']}, wanted F32")
+            raise CheckpointError(f"{self.path}: {name} is {entry['dtype']}; expected F32")
         at = self._start + entry["data_offsets"][0] + 4 * start
         values = np.fromfile(self.path, dtype="<f4", count=stop - start, offset=at)
         if len(values) < stop - start:
@@ -130,7 +130,7 @@ class TensorFile:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """As write_tensors returns it, of any file."""
+    """Return the record of any file, as write_tensors does."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
         return FileRecord(file.tell(), digest.hexdigest())
@@ -144,7 +144,7 @@ def _digest(file: Any) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Return when the file, or the names in the folder, are on the disk."""
+    """Return when the file, or the names in the folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -153,6 +153,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Everything below the folder, and itself."""
+    """Sync everything below the folder, and the folder itself."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)

@@ -1,4 +1,4 @@
-"""Training checkpoints: complete or invisible, and never believed without a look.
+"""Training checkpoints: complete or invisible, and verified before use.
 
     checkpoints/step-00000120/manifest.json  every file with its size and sha256
                               state.json     TrainState
@@ -6,8 +6,8 @@
                               model/         config.json and tokenizer: what an export needs
                               ranks/         fp32 weights and Adam's moments, one safetensors file per rank
 
-Everything is written into `.tmp-step-...` and published by one rename, so a folder named step-* was whole once; whether
-it still is says the manifest. Which is the newest is seen from the names: no file says so.
+Everything is written into `.tmp-step-...` and published by one rename, so a folder named step-* was complete once; its
+manifest tells whether it still is. The newest is found by name; no file records it.
 """
 
 from __future__ import annotations
@@ -35,25 +35,29 @@ MODEL_FOLDER = "model"
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation so far."""
+    """The best evaluation so far.
+
+    num_since: evaluations since then. monitor: what was compared; values of another monitor do not count.
+    """
 
     value: float
     step: int
-    num_since: int = 0  # evaluations since then
-    monitor: str = ""  # what was compared: a value of something else is no rival
+    num_since: int = 0
+    monitor: str = ""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands; all of it fits in a few lines of JSON.
+    """The position of a run, as a few lines of JSON.
 
-    samples_consumed is the position in the data: epoch = samples_consumed // num_samples.
+    samples_consumed: the position in the data; epoch = samples_consumed // num_samples. evaluated_step: the last step
+    that was evaluated.
     """
 
     step: int = 0
     epoch: int = 0
     samples_consumed: int = 0
-    evaluated_step: int = -1  # the last step that was evaluated
+    evaluated_step: int = -1
     best: Best | None = None
     wandb_run_id: str | None = None
     config_sha256: str = ""
@@ -61,18 +65,19 @@ class TrainState:
     world_size: int = 1
 
     def advanced(self, num_samples: int, epoch: int) -> TrainState:
-        """One step later."""
+        """Return the state one step later."""
         return dataclasses.replace(
             self, step=self.step + 1, samples_consumed=self.samples_consumed + num_samples, epoch=epoch
         )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were complete, oldest first."""
+    """Return the checkpoints that were complete, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST_FILE).is_file())
 
 
 def read_state(checkpoint: Path) -> TrainState:
+    """Read the state of a checkpoint; CheckpointError if it cannot be read."""
     try:
         fields = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         best = fields.pop("best")
@@ -82,10 +87,10 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """Collective. The newest checkpoint that is as it was written; None if there is none at all.
+    """Return the newest checkpoint that is as it was written, or None if there is none at all. Collective.
 
-    Damaged ones that are newer are renamed, so that they are neither taken nor counted. Raises CheckpointError if all
-    are damaged.
+    Newer ones that are corrupt are renamed, so that they are neither loaded nor counted. Raises CheckpointError if all
+    are corrupt.
     """
     damaged: dict[Path, list[str]] = {}
     found = sorted(path for path in folder.glob("step-*") if path.is_dir()) if is_main() else None
@@ -96,23 +101,23 @@ def newest_intact(folder: Path) -> Path | None:
             return path
         damaged[path] = problems
         if is_main():
-            logger.warning("%s is damaged and passed over: %s", path, "; ".join(problems))
+            logger.warning("%s is corrupt and skipped: %s", path, "; ".join(problems))
     if damaged:
         listed = "\n  ".join(f"{path.name}: {'; '.join(problems)}" for path, problems in damaged.items())
         raise CheckpointError(
-            f"{folder} holds no intact checkpoint; restore one, or take another output_dir to begin anew:\n  {listed}"
+            f"{folder} holds no intact checkpoint; restore one, or use another output_dir to start over:\n  {listed}"
         )
     return None
 
 
 def _misplaced(checkpoint: Path) -> list[str]:
-    """A copy under another step's name."""
+    """Report a copy under another step's name."""
     step = read_state(checkpoint).step
     return [] if checkpoint.name == step_name(step) else [f"{STATE_FILE} is that of step {step}"]
 
 
 def _set_aside(damaged: list[Path]) -> None:
-    """Collective."""
+    """Rename corrupt checkpoints. Collective."""
     barrier()
     if is_main():
         for path in damaged:
@@ -127,19 +132,19 @@ def _set_aside(damaged: list[Path]) -> None:
 def load_checkpoint(
     engine: Any, checkpoint: Path, *, with_optimizer: bool = True, is_checked: bool = False
 ) -> TrainState:
-    """Collective. Weights, Adam's moments and the position, on any number of ranks; CheckpointError if not intact.
+    """Load weights, Adam's moments and the position on any number of ranks. Collective.
 
-    is_checked: its hashes were just compared, as newest_intact does.
+    is_checked: its hashes were just compared, as newest_intact does. Raises CheckpointError if it is not intact.
     """
     problems = [] if is_checked else find_damage(checkpoint)
     if problems:
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+        raise CheckpointError(f"{checkpoint} is corrupt:  {'; '.join(problems)}")
     assign_slices(engine, checkpoint, with_optimizer=with_optimizer)
     return read_state(checkpoint)
 
 
 def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int | None) -> None:
-    """Rank 0. Keep the newest `keep_last`, the best, and the first of every `keep_every_steps` steps."""
+    """Keep the newest `keep_last`, the best, and the first of every `keep_every_steps` steps. Rank 0 only."""
     checkpoints = list_checkpoints(folder)
     kept = {*checkpoints[-settings.keep_last :], *_milestones(checkpoints, settings.keep_every_steps)}
     for path in checkpoints:
@@ -150,7 +155,7 @@ def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int |
 
 
 def _milestones(checkpoints: list[Path], every: int | None) -> list[Path]:
-    """The first checkpoint at or after each multiple of `every` steps; never one before the first multiple."""
+    """Return the first checkpoint at or after each multiple of `every` steps."""
     if every is None:
         return []
     first: dict[int, Path] = {}
@@ -160,6 +165,6 @@ def _milestones(checkpoints: list[Path], every: int | None) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Rank 0. What a killed run left half written or half deleted."""
+    """Remove what a killed run left half written or half deleted. Rank 0 only."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Whole tensors out of a training checkpoint, one at a time, without a GPU or a process group."""
+"""Reads whole tensors from a training checkpoint, one at a time, without a GPU or a process group."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cogvlm_ft.errors import CheckpointError
 
 
 def open_weights(checkpoint: Path) -> dict[str, SlicedTensor]:
-    """Every parameter by name, read when asked for; CheckpointError if the checkpoint is not intact."""
+    """Return every parameter by name, read when accessed; CheckpointError if the checkpoint is not intact."""
     damage = find_damage(checkpoint)
     if damage:
         raise CheckpointError(
-            f"{checkpoint} cannot be used; wanted an intact folder such as runs/x/checkpoints/step-00000100:\n  "
+            f"{checkpoint} cannot be used; expected an intact folder such as runs/x/checkpoints/step-00000100:\n  "
             + "\n  ".join(damage)
         )
     return open_slices(checkpoint)

@@ -1,8 +1,8 @@
-"""Which files a checkpoint has, and their hashes: what it takes to tell an intact one from a damaged one.
+"""The files of a checkpoint and their hashes, which show whether it is intact.
 
-    manifest.json    {"files": {"state.json": {"num_bytes": 312, "sha256": "9f..."}, ...}, "sha256": of all the former}
+    manifest.json    {"files": {"state.json": {"num_bytes": 312, "sha256": "9f..."}, ...}, "sha256": of all these}
 
-Hashes find what disks, networks and killed programs do. Whoever can change a file can change its hash as well.
+Hashes detect faults of disks, networks and killed programs, not deliberate changes.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(checkpoint: Path, files: Mapping[str, FileRecord]) -> None:
-    """`files` by their path in the checkpoint, with forward slashes."""
+    """Write the manifest. `files` by their path in the checkpoint, with forward slashes."""
     records = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
     text = json.dumps({"files": records, "sha256": _own_hash(records)}, indent=1)
     (checkpoint / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
-    """Raises CheckpointError if there is none, or it is not as it was written."""
+    """Read the manifest; CheckpointError if there is none, or it is not as it was written."""
     path = checkpoint / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         records, found = manifest["files"], manifest["sha256"]
         files = {name: FileRecord(**record) for name, record in records.items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {checkpoint} is no whole checkpoint") from None
+        raise CheckpointError(f"{path} is missing: {checkpoint} is not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}") from error
     if found != _own_hash(records):
@@ -50,7 +50,10 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
 
 
 def find_damage(checkpoint: Path) -> list[str]:
-    """Collective. What is wrong with the checkpoint's files; the ranks share the reading. Empty: intact."""
+    """Return what is wrong with the checkpoint's files, nothing if it is intact. Collective.
+
+    The ranks share the reading.
+    """
     try:
         files = read_manifest(checkpoint)
         problems = _differences(checkpoint, files, sorted(files)[rank() :: world_size()])
@@ -73,12 +76,12 @@ def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[
     return problems
 
 
-def _difference(path: Path, wanted: FileRecord) -> str:
+def _difference(path: Path, expected: FileRecord) -> str:
     try:
         found_bytes = path.stat().st_size
-        if found_bytes != wanted.num_bytes:
-            return f"has {found_bytes} bytes, wanted {wanted.num_bytes}"
-        return "" if hash_file(path) == wanted else "is not what was written: its sha256 differs"
+        if found_bytes != expected.num_bytes:
+            return f"has {found_bytes} bytes, expected {expected.num_bytes}"
+        return "" if hash_file(path) == expected else "is not what was written: its sha256 differs"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 

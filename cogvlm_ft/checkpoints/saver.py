@@ -1,4 +1,4 @@
-"""Saves checkpoints while training goes on: copy the slices, write them aside, publish when all ranks are done."""
+"""Saves checkpoints during training: copy the slices, write them in the background, publish when all ranks are done."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """One checkpoint at a time: `start` it, `finish` it once no rank `is_writing`.
+    """Saves one checkpoint at a time: `start` it, `finish` it once no rank `is_writing`.
 
-    With settings.background the slices are copied into host memory, which is all that training waits for; without, they
-    are written one tensor at a time before `start` returns.
-    last_step: of the newest checkpoint, published or begun; -1 if there is none.
+    With settings.background, slices are copied into host memory, which is all that training waits for; without, they
+    are written one tensor at a time before `start` returns. last_step: of the newest checkpoint, published or started;
+    -1 if there is none.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CheckpointSaver:
         settings: CheckpointConfig,
         last_step: int = -1,
     ) -> None:
-        """`save_model_files(path)` writes config and tokenizer; rank 0 calls it."""
+        """Prepare for `folder`. `save_model_files(path)` writes config and tokenizer; rank 0 calls it."""
         self._engine = engine
         self._folder = folder
         self._save_model_files = save_model_files
@@ -63,11 +63,11 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's files are not yet on the disk."""
+        """Whether this rank's files are not yet on disk."""
         return self._written is not None and not self._written.done()
 
     def start(self, state: TrainState) -> None:
-        """Collective. Begin a checkpoint; a former one is finished first."""
+        """Start a checkpoint, after finishing an earlier one. Collective."""
         self.finish()
         self._state, self.last_step = dataclasses.replace(state, world_size=world_size()), state.step
         specs = local_specs(self._engine)
@@ -82,8 +82,10 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Collective. Wait for what was begun, publish it, delete what is no longer needed; its path, None if there is
-        nothing or it could not be saved."""
+        """Wait until the checkpoint is written, publish it and delete old ones. Collective.
+
+        Returns its path; None if there is none, or if it could not be saved.
+        """
         if self._written is None:
             return None
         try:
@@ -99,14 +101,17 @@ class CheckpointSaver:
         return self._folder / step_name(self._state.step)
 
     def close(self, step: int) -> None:
-        """Collective. Finish; a run's last state that is not saved is an error, whatever settings.on_error says."""
+        """Finish; raise CheckpointError if the run's last state is not saved, whatever settings.on_error is.
+
+        Collective.
+        """
         self.finish()
         self._writer.shutdown()
         if self.last_step != step:
             raise CheckpointError(f"the last state, that of step {step}, could not be saved: see the warning before")
 
     def _make_room(self, num_bytes: float) -> str:
-        """Rank 0. Why it cannot be begun, before the disk is filled up; quotas show only while writing."""
+        """Return why there is no room, "" if there is. Rank 0 only. Quotas show only while writing."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self._folder)
@@ -118,10 +123,10 @@ class CheckpointSaver:
         if num_bytes < free:
             return ""
         gib = num_bytes / 2**30
-        return f"No space left on device: it takes {gib:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+        return f"No space left on device: the checkpoint needs {gib:.2f} GiB, {free / 2**30:.2f} GiB are free"
 
     def _copied_slices(self, specs: list[TensorSpec]) -> list[Tensor]:
-        """This rank's slices in host memory, which is taken once and used again."""
+        """Copy this rank's slices into host memory, which is allocated once and reused."""
         for spec, tensor in zip(specs, local_slices(self._engine), strict=True):
             if spec not in self._copies:
                 self._copies[spec] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -131,7 +136,10 @@ class CheckpointSaver:
         return [self._copies[spec] for spec in specs]
 
     def _write(self, layout: Layout, specs: list[TensorSpec], slices: Iterable[Tensor]) -> dict[str, FileRecord]:
-        """In the background. This rank's files, by their path in the checkpoint; no collective here."""
+        """Write this rank's files and return them by their path in the checkpoint. In the background.
+
+        No collective here.
+        """
         partial = self._partial
         path = partial / rank_file(rank())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +163,7 @@ class CheckpointSaver:
                 yield path.relative_to(partial).as_posix(), hash_file(path)
 
     def _publish(self, everywhere: list[dict[str, FileRecord] | str]) -> str:
-        """Rank 0. Manifest, then one rename; why it cannot be, or nothing."""
+        """Write the manifest and rename the folder; return why it cannot be done, "" if it is. Rank 0 only."""
         problems = [found for found in everywhere if isinstance(found, str)]
         partial, final = self._partial, self._folder / step_name(self._state.step)
         try:
@@ -187,14 +195,14 @@ class CheckpointSaver:
 
     def _report(self, problem: str) -> None:
         message = (
-            f"the checkpoint of step {self._state.step} could not be saved in {self._folder}: {problem}. Those before "
-            "are untouched. Make room, or lower checkpoint.keep_last"
+            f"the checkpoint of step {self._state.step} could not be saved in {self._folder}: {problem}. Earlier ones "
+            "are unchanged. Free space, or lower checkpoint.keep_last"
         )
         self.last_step = -1
         if self._settings.on_error == "stop":
             raise CheckpointError(message)
         if is_main():
-            logger.warning("%s; training goes on, as checkpoint.on_error=continue", message)
+            logger.warning("%s; training continues, as checkpoint.on_error=continue", message)
 
     @property
     def _partial(self) -> Path:
@@ -202,7 +210,7 @@ class CheckpointSaver:
 
 
 def _seen_by_watchdog(slices: Iterable[Tensor]) -> Iterator[Tensor]:
-    """A slow disk is no hang."""
+    """Yield the slices and report progress: a slow disk is not a hang."""
     for tensor in slices:
         progress()
         yield tensor

@@ -1,10 +1,10 @@
-"""The training state in slices: what a rank holds of every parameter and of Adam's two moments, and whole again.
+"""The training state in slices: each rank's part of every parameter and of Adam's two moments.
 
     ranks/rank-00000.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME: float32, flat, without ZeRO-3's padding
     layout.json                     world size, shapes, Adam's step count
 
-The slices of one tensor, in the order of the ranks, are the flattened tensor. So any number of ranks can cut theirs out
-of them, and no rank reads more than it keeps.
+The slices of a tensor, in the order of the ranks, are the flattened tensor. Any number of ranks can cut their own
+slices from them, and no rank reads more than it keeps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class Layout:
-    """optimizer_step: updates so far, which are fewer than the training's steps where some were skipped."""
+    """What the files of all ranks hold. optimizer_step: updates so far, fewer than steps where some were skipped."""
 
     world_size: int
     optimizer_step: int
@@ -62,16 +62,18 @@ class Layout:
 
 
 def rank_file(number: int) -> str:
+    """Return the path of a rank's file in a checkpoint."""
     return f"ranks/rank-{number:05d}.safetensors"
 
 
 def layout_of(engine: Any) -> Layout:
+    """Return the layout of a live engine."""
     shapes = {name: tuple(parameter.ds_shape) for name, parameter in engine.module.named_parameters()}
     return Layout(world_size(), optimizer_step(engine), shapes)
 
 
 def local_specs(engine: Any) -> list[TensorSpec]:
-    """What `local_slices` yields."""
+    """Return the specs of what `local_slices` yields."""
     return [
         TensorSpec(f"{kind}/{name}", (stop - start,))
         for name, parameter, kinds in _held(engine)
@@ -81,9 +83,10 @@ def local_specs(engine: Any) -> list[TensorSpec]:
 
 
 def local_slices(engine: Any) -> Iterator[Tensor]:
-    """float32[n] of all that this rank holds: views of the live state where it is fp32 on this device, else copies.
+    """Yield float32[n] for all that this rank holds.
 
-    A weight in bf16 has its fp32 master beside it, and that is the one that counts; a frozen one has none.
+    These are views of the live state where it is fp32 on this device, else copies. For a bf16 weight it is the fp32
+    master weight; a frozen one has none.
     """
     for _, parameter, kinds in _held(engine):
         start, stop = local_range(parameter)
@@ -93,14 +96,14 @@ def local_slices(engine: Any) -> Iterator[Tensor]:
 
 
 def _held(engine: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """(name, parameter, kinds of its slices), in one order every time."""
+    """Yield (name, parameter, kinds of its slices), always in the same order."""
     has_moments = optimizer_step(engine) > 0
     for name, parameter in engine.module.named_parameters():
         yield name, parameter, (WEIGHT, *MOMENTS) if has_moments and parameter.requires_grad else (WEIGHT,)
 
 
 class SlicedTensor:
-    """A tensor whose slices lie in the files of the ranks that wrote it."""
+    """A tensor whose slices are in the files of the ranks that wrote it."""
 
     def __init__(self, key: str, shape: tuple[int, ...], files: list[TensorFile]) -> None:
         self.shape = torch.Size(shape)
@@ -113,10 +116,10 @@ class SlicedTensor:
                 self._pieces.append((start, stop, file))
                 start = stop
         if start != math.prod(shape):
-            raise CheckpointError(f"{files[0].path.parent}: {start} elements of {key}, wanted {list(shape)}")
+            raise CheckpointError(f"{files[0].path.parent}: {start} elements of {key}; expected {list(shape)}")
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements start to stop of the flattened tensor, float32[stop - start]."""
+        """Return elements start to stop of the flattened tensor, float32[stop - start]."""
         parts = [
             file.read(self._key, max(start, first) - first, min(stop, last) - first)
             for first, last, file in self._pieces
@@ -126,7 +129,7 @@ class SlicedTensor:
 
 
 def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
-    """Every tensor of a kind by its parameter's name; moments are there only for parameters that were trained."""
+    """Return every tensor of a kind by parameter name; moments exist only for parameters that were trained."""
     layout = Layout.load(checkpoint)
     files = [TensorFile(checkpoint / rank_file(number)) for number in range(layout.world_size)]
     keys = {name: f"{kind}/{name}" for name in layout.shapes}
@@ -138,7 +141,7 @@ def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]
 
 
 def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True) -> None:
-    """Collective. Let every rank read its slices of the checkpoint, whatever number of ranks wrote it."""
+    """Read this rank's slices of the checkpoint, whatever number of ranks wrote it. Collective."""
     parameters = dict(engine.module.named_parameters())
     _check_shapes(checkpoint, Layout.load(checkpoint).shapes, {n: tuple(p.ds_shape) for n, p in parameters.items()})
     with overwriting_state(engine):
@@ -149,7 +152,7 @@ def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True)
 
 
 def _assign_moments(engine: Any, checkpoint: Path) -> None:
-    """Moments that the checkpoint lacks, as its parameter was frozen then, begin at zero."""
+    """Read Adam's moments; those of parameters that were frozen before start at zero."""
     step = Layout.load(checkpoint).optimizer_step
     if step == 0:
         return
@@ -169,14 +172,14 @@ def _padded(tensor: SlicedTensor, parameter: Any) -> Tensor:
     return values
 
 
-def _check_shapes(checkpoint: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(checkpoint: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     problems = [
-        f"{name}: found {found.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
     ]
     if problems:
         raise CheckpointError(
-            f"{checkpoint} belongs to another model than model.path and model.image_size say; take those of its run, "
+            f"{checkpoint} belongs to another model than model.path and model.image_size; use those of its run, "
             f"or another output_dir:\n  " + "\n  ".join(problems)
         )

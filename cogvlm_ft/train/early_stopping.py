@@ -1,4 +1,4 @@
-"""What a training is after: one validation metric or several with weights, which was best, and when to give up."""
+"""The monitored value of an evaluation, the best one so far, and when to stop."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ COMPOSITE = "monitor"
 
 
 def monitor_name(monitor: Any) -> str:
-    """The metric, or `monitor` for several."""
+    """Return the metric's name, or `monitor` for several metrics."""
     return monitor if isinstance(monitor, str) else COMPOSITE
 
 
 def monitor_value(metrics: Mapping[str, float], monitor: Any) -> float:
-    """The metric itself, or the sum of weight x metric, with a minus where lower is better.
+    """Return the metric, or the sum of weight x metric with a minus where lower is better.
 
     Raises ConfigError for a metric that the evaluation does not have.
     """
@@ -39,9 +39,9 @@ def monitor_value(metrics: Mapping[str, float], monitor: Any) -> float:
 
 
 def updated_best(best: Best | None, value: float, step: int, train: TrainConfig) -> Best:
-    """The best so far, after an evaluation at `step`; a gain of up to `train.min_gain` is none.
+    """Return the best value so far, after an evaluation at `step`.
 
-    A run that goes on with another `train.monitor` begins to compare anew.
+    A gain of up to `train.min_gain` does not count. With another `train.monitor` than before, comparison starts over.
     """
     new = Best(value, step, monitor=str(train.monitor))
     if best is None or best.monitor != new.monitor:

@@ -1,6 +1,6 @@
-"""Warnings about a run that goes on but not well: loss spikes, memory that creeps up, a rank that is always the last.
+"""Warnings about a run that continues but has a problem: loss spikes, growing memory, a slow rank.
 
-None of it stops a run. Each needs a while of its own steps before it says anything.
+None of them stops the run. Each needs a number of steps before its first warning.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MAX_NAMED = 16
 
 
 class LossSpikes:
-    """A loss is a spike if it is above the median of the last WINDOW ones by LIMIT robust standard deviations, which
-    are 1.4826 x the median absolute deviation, and by LEAST_SHARE of the median.
+    """Detects losses far above the recent median.
 
-    Median and deviation do not see single spikes, so one does not hide the next; the second rule is for losses that
-    hardly vary, where many deviations are still little. Spikes stay out of the window; where LEAST losses one after
-    another are called spikes, that is the new level, and the window begins anew.
+    A spike exceeds the median of the last WINDOW losses by LIMIT robust standard deviations (1.4826 x the median
+    absolute deviation) and by LEAST_SHARE of the median; the second rule is for losses that hardly vary. Single spikes
+    change neither median nor deviation. Spikes stay out of the window; after LEAST of them in a row, that is the new
+    level, and the window starts over.
     """
 
     WINDOW, LEAST, LIMIT, LEAST_SHARE = 100, 20, 8.0, 0.3
@@ -39,11 +39,11 @@ class LossSpikes:
         self._in_a_row = 0
 
     def usual(self) -> float | None:
-        """The median, None as long as there are too few."""
+        """Return the median, or None while there are too few losses."""
         return median(self._recent) if len(self._recent) >= self.LEAST else None
 
     def add(self, loss: float) -> bool:
-        """Whether it is a spike. Not for NaN."""
+        """Return whether the loss is a spike. Not for NaN."""
         usual = self.usual()
         if usual is not None:
             deviation = 1.4826 * median(abs(each - usual) for each in self._recent)
@@ -59,10 +59,10 @@ class LossSpikes:
 
 
 class CreepingMemory:
-    """Memory creeps if the least of BLOCK steps rises RISES times one after another, each time by LEAST_BYTES.
+    """Detects memory that grows step by step.
 
-    The least, because single steps may need more; several rises, because a buffer that is made once is none: so there
-    is no warm-up to choose. After a warning it needs as many rises again.
+    It grows if the minimum over BLOCK steps rises RISES times in a row, by at least LEAST_BYTES each time. The minimum,
+    since single steps may need more; several rises, since a buffer that is allocated once is not a leak.
     """
 
     BLOCK, RISES, LEAST_BYTES = 50, 3, 8 * MIB
@@ -73,7 +73,7 @@ class CreepingMemory:
         self._levels: list[int] = []
 
     def add(self, num_bytes: int) -> str | None:
-        """What to warn of, after one more step."""
+        """Record one more step; return a warning or None."""
         self._block.append(num_bytes)
         if len(self._block) < self.BLOCK:
             return None
@@ -86,18 +86,18 @@ class CreepingMemory:
         first, self._levels = self._levels[0], [level]
         per_100_steps = (level - first) / (self.RISES * self.BLOCK) * 100
         return (
-            f"{self._name} of rank {rank()} creeps up: {level / GIB:.2f} GiB, {per_100_steps / MIB:.0f} MiB more every "
+            f"{self._name} of rank {rank()} grows: {level / GIB:.2f} GiB, {per_100_steps / MIB:.0f} MiB more every "
             f"100 steps for {self.RISES * self.BLOCK} steps"
         )
 
 
 class SlowRanks:
-    """A rank is slow if, in the median of the last WINDOW log lines, it takes LIMIT times what the median rank takes
-    by itself. Said once, and again after as many log lines.
+    """Detects a rank that is slow by itself.
 
-    What can be seen: ranks work in lockstep, so all steps take as long on every rank, and a GPU that computes slowly
-    makes all wait inside the passes. What differs is the time before a rank's first pass, above all that for its data;
-    the time that it then waits for the others is taken off.
+    A rank is slow if, in the median of the last WINDOW log lines, its own time is LIMIT times that of the median rank.
+    Ranks run in lockstep, so a GPU that computes slowly makes all ranks wait inside the passes and cannot be told
+    apart. What differs is the time before a rank's first pass, mainly for its data; waiting for the others does not
+    count.
     """
 
     WINDOW, LIMIT = 20, 1.3
@@ -106,7 +106,7 @@ class SlowRanks:
         self._lines: deque[Sequence[Timing]] = deque(maxlen=self.WINDOW)
 
     def add(self, ranks: Sequence[Timing]) -> str | None:
-        """What to warn of, after one more log line."""
+        """Record one more log line; return a warning or None."""
         if len(ranks) < 2:
             return None
         self._lines.append(ranks)
@@ -128,7 +128,7 @@ class SlowRanks:
 
 
 class Health:
-    """All of them, for the loop."""
+    """Runs all checks on the steps of a run."""
 
     def __init__(self) -> None:
         self._spikes, self._num_spikes = LossSpikes(), 0
@@ -138,7 +138,7 @@ class Health:
         self._keys: list[Sequence[str]] = []
 
     def add(self, keys: Sequence[str]) -> None:
-        """After every step, with the keys of this rank's rows."""
+        """Record a step by the keys of this rank's rows, and warn of growing memory."""
         self._keys.append(keys)
         found = [self._memory.add(process_bytes())]
         if device().type == "cuda":
@@ -147,7 +147,7 @@ class Health:
             logger.warning("%s", warning)
 
     def report(self, report: Report, step: int) -> dict[str, float]:
-        """Collective. At a log line, `step` being its last step: warnings, and what to log besides."""
+        """Warn of loss spikes and slow ranks at a log line that ends with `step`; return values to log. Collective."""
         first = step - len(report.losses) + 1
         for number, loss in enumerate(report.losses):
             usual = self._spikes.usual()
@@ -170,7 +170,6 @@ class Health:
 
 
 def process_bytes() -> int:
-    """Of this process, without mapped files and what it shares, which come and go with the page cache. Loader processes
-    have their own."""
+    """Return the bytes of this process alone: no mapped files, shared pages or loader processes."""
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared

@@ -1,4 +1,4 @@
-"""The training: decide -> evaluate -> save -> (stop?) -> step. So the last state is always evaluated and saved."""
+"""The training loop: evaluate, save, stop or step. The last state is always evaluated and saved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run, stop_request: StopRequest) -> TrainState:
-    """Collective. Train to the end, to an early stop, or to a stop request; return the last state, which is saved."""
+    """Train to the end, an early stop or a stop request; return the last state, which is saved. Collective."""
     state, saver = start_or_resume(run)
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
@@ -86,7 +86,10 @@ def next_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], float]:
 
 
 def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
-    """Collective. The newest intact checkpoint's state if there is one and resuming is on, else a new one."""
+    """Load the newest intact checkpoint, or start with a new state. Collective.
+
+    Raises ConfigError if there are checkpoints but `resume` is off, CheckpointError if they belong to other data.
+    """
     folder = run.folder.checkpoints
     if is_main():
         remove_leftovers(folder)
@@ -97,7 +100,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
         return fresh, CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint)
     if not run.config.resume:
         raise ConfigError(
-            f"{folder} holds checkpoints of a former run: take another output_dir, or resume=true to go on"
+            f"{folder}: checkpoints of an earlier run; expected resume=true to continue, or another output_dir"
         )
     state = load_checkpoint(run.engine, newest, is_checked=True)
     if state.data_sha256 != fresh.data_sha256:
@@ -112,7 +115,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
 
 
 def start_tracking(run: Run, state: TrainState) -> Tracker | None:
-    """Rank 0's tracker."""
+    """Start the tracker on rank 0; return None on the others."""
     if not is_main():
         return None
     tracking = run.config.tracking
@@ -148,6 +151,7 @@ def finish_tracking(run: Run, state: TrainState, tracker: Tracker | None) -> Non
 
 
 def is_evaluation_due(run: Run, state: TrainState, finished: bool) -> bool:
+    """Return whether the state must be evaluated: before training, at the end of an epoch, or at the end."""
     if state.evaluated_step == state.step:
         return False
     settings = run.config.evaluate
@@ -164,7 +168,7 @@ def is_save_due(run: Run, state: TrainState, saved: TrainState, on_hold: bool) -
 
 
 def is_patience_over(run: Run, state: TrainState) -> bool:
-    """Early stopping: as many evaluations as `train.patience` without a new best."""
+    """Return whether `train.patience` evaluations in a row brought no new best."""
     patience = run.config.train.patience
     over = patience is not None and state.best is not None and state.best.num_since >= patience
     if over and is_main() and state.best:
@@ -173,7 +177,7 @@ def is_patience_over(run: Run, state: TrainState) -> bool:
 
 
 def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None) -> TrainState:
-    """Collective. Evaluate, write the results down, and keep score of the best."""
+    """Evaluate, save the results and update the best value. Collective."""
     folder = run.folder.evaluation(state.step)
     probed = run_probe(run.config, run.model, run.tokenizer, folder, is_untouched=state.step == 0)
     result = evaluate(
@@ -194,7 +198,7 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None) -> Trai
 
 
 def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:
-    """Which weights an evaluation was of."""
+    """Describe which weights were evaluated."""
     return {
         "model": run.config.model.path,
         "step": state.step,
@@ -204,7 +208,7 @@ def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:
 
 
 def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Best, tracker: Tracker) -> None:
-    """Rank 0. Files, W&B and one line to read."""
+    """Write files and pages, log to W&B, and print one line. Rank 0 only."""
     epoch = run.epochs_done(state)
     folder = run.folder.evaluation(state.step)
     save_evaluation(result, folder)
@@ -241,7 +245,7 @@ def epoch_steps(run: Run, samples_consumed: int) -> Iterator[list[Batch]]:
 
 
 def advance(run: Run, state: TrainState) -> TrainState:
-    """The state after one more step: the last batch of an epoch may be short."""
+    """Return the state after one more step; the last batch of an epoch may be short."""
     _, offset = run.plan.position(state.samples_consumed)
     num_samples = min(run.plan.global_batch_size, run.plan.num_samples - offset)
     epoch, _ = run.plan.position(state.samples_consumed + num_samples)

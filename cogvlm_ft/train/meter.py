@@ -1,9 +1,11 @@
-"""Sums over the steps of one log line; one all-reduce per line."""
+"""Sums over the steps of one log line, reduced over the ranks in one message."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +16,10 @@ from cogvlm_ft.train.step import StepStats
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one rank, in a mean step of a log line: what it took by itself, which is all but waiting for the others before
-    the first pass; and how much of that it waited for its data."""
+    """Seconds per step of one rank.
+
+    own_s: without waiting for other ranks before the first pass. data_wait_s: the part of it spent waiting for data.
+    """
 
     own_s: float
     data_wait_s: float
@@ -23,8 +27,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Report:
-    """The same on every rank. values: for the log line. losses: of the single steps, NaN for a skipped one. ranks: one
-    Timing each."""
+    """A log line, the same on every rank.
+
+    values: to log. losses: of each step, NaN for a skipped one. ranks: one Timing each.
+    """
 
     values: dict[str, float]
     losses: list[float]
@@ -32,7 +38,7 @@ class Report:
 
 
 class Meter:
-    """Collects steps, and reports them as one dict of numbers."""
+    """Collects steps and reports them as one dict of numbers."""
 
     def __init__(self, flops: StepFlops) -> None:
         self._flops = flops
@@ -40,51 +46,88 @@ class Meter:
         self._num_skipped = 0
 
     def add(self, stats: StepStats, data_wait_s: float) -> None:
+        """Record a step and how many seconds it waited for its data."""
         self._steps.append((stats, data_wait_s))
 
     def report(self) -> Report:
-        """Collective. Means and rates since the last report. Skipped steps count as time, but not in the loss."""
-        stats = [step for step, _ in self._steps]
-        own_s = sum(wait + step.step_s - step.sync_wait_s for step, wait in self._steps)
-        busy_s, wait_s = sum(step.step_s for step in stats), sum(wait for _, wait in self._steps)
-        slots = [0.0] * (3 * world_size())
-        slots[3 * rank() : 3 * rank() + 3] = own_s, wait_s, busy_s
-        reduced = all_reduce_sum([*slots, *(step.loss_sum.item() for step in stats)])
-        own, waits, busy = (reduced[part : len(slots) : 3] for part in range(3))
-        loss_sums, num_steps = reduced[len(slots) :], len(stats)
-        seconds = (sum(busy) + sum(waits)) / world_size()
-        flops = sum(
-            self._flops.of(step.num_images, step.num_turns, step.num_tokens, step.num_target_tokens) for step in stats
-        )
-        pairs = list(zip(loss_sums, stats, strict=True))
-        made = [(loss, step.num_target_tokens) for loss, step in pairs if not step.is_skipped]
-        self._num_skipped += num_steps - len(made)
-        slowest = max(range(world_size()), key=own.__getitem__)
-        values = {
-            "loss": sum(loss for loss, _ in made) / max(1, sum(num for _, num in made)) if made else float("nan"),
-            "grad_norm": stats[-1].grad_norm,
-            "images_per_s": sum(step.num_images for step in stats) / seconds,
-            "turns_per_s": sum(step.num_turns for step in stats) / seconds,
-            "tokens_per_s": sum(step.num_tokens for step in stats) / seconds,
-            "step_s": seconds / num_steps,
-            "data_wait_fraction": sum(waits) / (sum(busy) + sum(waits)),
-            **self._flops.rates(flops, seconds),
-            "memory_gib": peak_memory_gib(),
-            "num_bad": float(sum(step.num_bad for step in stats)),
-            "num_cut_boxes": float(sum(step.num_cut_boxes for step in stats)),
-            "num_skipped": float(self._num_skipped),
-            "slowest_rank": float(slowest),
-            "slowest_rank_ratio": own[slowest] * world_size() / sum(own),
-            "slowest_rank_data_wait_s": waits[slowest] / num_steps,
-        }
+        """Return means and rates since the last report. Collective.
+
+        Skipped steps count as time, but not in the loss.
+        """
+        steps = [step for step, _ in self._steps]
+        times, loss_sums = self._reduce()
         self._steps = []
+        self._num_skipped += sum(step.is_skipped for step in steps)
+        values = {
+            "loss": _mean_loss(steps, loss_sums),
+            "grad_norm": steps[-1].grad_norm,
+            **self._rates(steps, times),
+            "memory_gib": peak_memory_gib(),
+            "num_bad": float(sum(step.num_bad for step in steps)),
+            "num_cut_boxes": float(sum(step.num_cut_boxes for step in steps)),
+            "num_skipped": float(self._num_skipped),
+            **_slowest(times, len(steps)),
+        }
+        pairs = zip(loss_sums, steps, strict=True)
         losses = [float("nan") if each.is_skipped else loss / max(1, each.num_target_tokens) for loss, each in pairs]
-        timings = [Timing(each / num_steps, wait / num_steps) for each, wait in zip(own, waits, strict=True)]
+        timings = [Timing(each.own_s / len(steps), each.data_wait_s / len(steps)) for each in times]
         return Report(values, losses, timings)
+
+    def _reduce(self) -> tuple[list[_RankTime], list[float]]:
+        """Return the time of every rank, and the loss sum over all ranks of every step. One all-reduce."""
+        stats, waits = [step for step, _ in self._steps], [wait for _, wait in self._steps]
+        busy_s, data_wait_s = sum(step.step_s for step in stats), sum(waits)
+        own_s = sum(wait + step.step_s - step.sync_wait_s for step, wait in self._steps)
+        slots = [0.0] * (3 * world_size())
+        slots[3 * rank() : 3 * rank() + 3] = own_s, data_wait_s, busy_s
+        reduced = all_reduce_sum([*slots, *(step.loss_sum.item() for step in stats)])
+        times = [_RankTime(*reduced[start : start + 3]) for start in range(0, len(slots), 3)]
+        return times, reduced[len(slots) :]
+
+    def _rates(self, steps: Sequence[StepStats], times: Sequence[_RankTime]) -> dict[str, float]:
+        """Return what was done per second, by the mean time of the ranks."""
+        busy_s, wait_s = sum(each.busy_s for each in times), sum(each.data_wait_s for each in times)
+        seconds = (busy_s + wait_s) / len(times)
+        flops = sum(
+            self._flops.of(step.num_images, step.num_turns, step.num_tokens, step.num_target_tokens) for step in steps
+        )
+        return {
+            "images_per_s": sum(step.num_images for step in steps) / seconds,
+            "turns_per_s": sum(step.num_turns for step in steps) / seconds,
+            "tokens_per_s": sum(step.num_tokens for step in steps) / seconds,
+            "step_s": seconds / len(steps),
+            "data_wait_fraction": wait_s / (busy_s + wait_s),
+            **self._flops.rates(flops, seconds),
+        }
+
+
+class _RankTime(NamedTuple):
+    """Seconds of one rank over all steps of a log line. own_s: as in Timing. busy_s: in steps."""
+
+    own_s: float
+    data_wait_s: float
+    busy_s: float
+
+
+def _mean_loss(steps: Sequence[StepStats], loss_sums: Sequence[float]) -> float:
+    """Return the mean over the target tokens of all steps that were not skipped; NaN if all were."""
+    made = [(loss, step.num_target_tokens) for loss, step in zip(loss_sums, steps, strict=True) if not step.is_skipped]
+    return sum(loss for loss, _ in made) / max(1, sum(num for _, num in made)) if made else float("nan")
+
+
+def _slowest(times: Sequence[_RankTime], num_steps: int) -> dict[str, float]:
+    """Describe the rank with the most time of its own."""
+    own = [each.own_s for each in times]
+    slowest = max(range(len(own)), key=own.__getitem__)
+    return {
+        "slowest_rank": float(slowest),
+        "slowest_rank_ratio": own[slowest] * len(own) / sum(own),
+        "slowest_rank_data_wait_s": times[slowest].data_wait_s / num_steps,
+    }
 
 
 def peak_memory_gib() -> float:
-    """This rank's peak: of the GPU's allocator, or of the process on CPU."""
+    """Return this rank's peak memory: of the GPU's allocator, or of the process on CPU."""
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -1,4 +1,4 @@
-"""The samples of a skipped step once more, one by one, on one process: which of them is not finite, and what it is."""
+"""Runs the samples of a skipped step again, one by one in one process, to find the one that is not finite."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ from cogvlm_ft.train.skipped_steps import Row, SkippedStep
 
 @dataclass(frozen=True)
 class Replayed:
-    """row: what was recorded. key: as read now. loss: per token of its answers. grad_norm: of that loss, over all that
-    is trained. turns: (prompt, answer) as the model reads them. picture: where what it sees was saved."""
+    """The result of one sample.
+
+    row: what was recorded. key: as read now. loss: per labelled token. grad_norm: of that loss, over all trained
+    parameters. turns: (prompt, answer) as the model reads them. picture: file of the image as the model sees it.
+    """
 
     row: Row
     key: str
@@ -51,7 +54,7 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Replay:
-    """A model and the samples to run. weights: where they are from."""
+    """A model and the samples to run. weights: where they come from."""
 
     weights: Path
     model: CogVLMForCausalLM
@@ -61,7 +64,7 @@ class Replay:
     out: Path
 
     def run(self) -> Iterator[Replayed]:
-        """One after another, as training reads them: epoch, wording and augmentation of then."""
+        """Yield the result of each sample, read with the epoch, wording and augmentation of the step."""
         self.out.mkdir(parents=True, exist_ok=True)
         for number, row in enumerate(self.step.rows):
             example = self.dataset[Item(row.epoch, row.index, row.weight)]
@@ -72,9 +75,9 @@ class Replay:
 
 
 def open_replay(file: Path, model_folder: Path | None = None, out: Path | None = None) -> Replay:
-    """`file` lies in the nonfinite/ of a run, whose settings and newest checkpoint before that step are taken.
+    """Open a file in the nonfinite/ folder of a run, with the run's settings and newest checkpoint before that step.
 
-    model_folder: instead of that checkpoint. Without a checkpoint it is the model that the run began with.
+    model_folder: weights to use instead. Without a checkpoint, the model that the run started with.
     """
     step = SkippedStep.load(file)
     run_folder = RunFolder.containing(file)
@@ -92,13 +95,13 @@ def open_replay(file: Path, model_folder: Path | None = None, out: Path | None =
 
 
 def weights_before(run_folder: RunFolder, step: int) -> Path | None:
-    """The newest checkpoint that the step may have begun with."""
+    """Return the newest checkpoint that the step may have started from, or None."""
     found = [path for path in list_checkpoints(run_folder.checkpoints) if read_state(path).step < step]
     return found[-1] if found else None
 
 
 def load_weights_of(source: Path, config: Config) -> CogVLMForCausalLM:
-    """A checkpoint's or a model folder's, in the precision of the training and set up as there."""
+    """Load a checkpoint or a model folder in the precision and set-up of the training run."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     if (source / MODEL_FOLDER).is_dir():
         model = load_checkpoint_model(source, dtype)
@@ -111,7 +114,7 @@ def load_weights_of(source: Path, config: Config) -> CogVLMForCausalLM:
 
 
 def load_checkpoint_model(checkpoint: Path, dtype: torch.dtype) -> CogVLMForCausalLM:
-    """The whole model in this process, tensor by tensor; CheckpointError if the checkpoint is not intact."""
+    """Load a whole checkpoint into this process, tensor by tensor; CheckpointError if it is not intact."""
     weights = open_weights(checkpoint)
     with initialization.no_init_weights():
         model = CogVLMForCausalLM(load_model_config(checkpoint / MODEL_FOLDER))
@@ -124,7 +127,7 @@ def load_checkpoint_model(checkpoint: Path, dtype: torch.dtype) -> CogVLMForCaus
 
 
 def run_sample(model: CogVLMForCausalLM, example: Example) -> tuple[float, float]:
-    """(loss per token, norm of its gradient) of one sample; each gradient is dropped as soon as its norm is known."""
+    """Return (loss per token, norm of its gradient) of one sample; gradients are freed as they are computed."""
     batch = collate([example]).to(device())
     squares: list[Tensor] = []
 
@@ -152,7 +155,7 @@ def run_sample(model: CogVLMForCausalLM, example: Example) -> tuple[float, float
 
 
 def turns_of_example(example: Example, tokenizer: CogVLMTokenizer) -> list[tuple[str, str]]:
-    """(prompt, answer) as text, from the ids that the model reads."""
+    """Decode the (prompt, answer) texts from the ids that the model reads."""
     ids, labels, blocks = example.sequences.input_ids, example.sequences.labels, example.sequences.block_ids
     turns = []
     for block in range(1, int(blocks.max()) + 1):
@@ -163,7 +166,7 @@ def turns_of_example(example: Example, tokenizer: CogVLMTokenizer) -> list[tuple
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """What float32[3, S, S] was before it was normalised."""
+    """Convert float32[3, S, S] back to the image it was before normalisation."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     values = (pixels * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, then a cosine. A pure function of the step, so nothing has to be saved."""
+"""The learning rate: linear warm-up, then a cosine. A pure function of the step, so no state needs saving."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cogvlm_ft.settings import TrainConfig
 
 
 def lr_at(step: int, num_steps: int, train: TrainConfig) -> float:
-    """lr of optimizer step `step` (0-based) out of `num_steps`."""
+    """Return the learning rate of optimizer step `step` (from 0) out of `num_steps`."""
     num_warmup = math.ceil(train.warmup_fraction * num_steps)
     if step < num_warmup:
         return train.lr * (step + 1) / num_warmup

@@ -1,4 +1,4 @@
-"""Steps that changed nothing, since their loss or gradient was not finite: their samples, and when it is enough.
+"""Steps that changed nothing because their loss or gradient was not finite.
 
 nonfinite/step-00000120.json    what `launch/replay_step.py` needs to run these samples again, one by one
 """
@@ -24,13 +24,16 @@ MAX_NAMED = 8
 
 
 class DivergedError(CheckpointError):
-    """Too many steps in a row could not be made: the weights themselves are probably broken."""
+    """Too many steps in a row were skipped: the weights themselves are probably broken."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of a step. index, epoch, weight: as in `data.loader.Item`. loss: the sum over its answers' tokens;
-    "nan", "inf" or "-inf" where it is not finite."""
+    """One sequence of a step.
+
+    index, epoch, weight: as in `data.plan.Item`. loss: the sum over its labelled tokens; "nan", "inf" or "-inf" where
+    it is not finite.
+    """
 
     rank: int
     key: str
@@ -47,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """step: as in metrics.jsonl, from 1."""
+    """The samples of a skipped step. step: as in metrics.jsonl, from 1."""
 
     step: int
     lr: float
@@ -55,17 +58,19 @@ class SkippedStep:
     rows: list[Row]
 
     def save(self, path: Path) -> None:
+        """Write the step as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> SkippedStep:
+        """Read a saved step; DataError if it cannot be read."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} cannot be read ({error!r}); wanted a file that a training writes, such as "
+                f"{path} cannot be read ({error!r}); expected a file that a training run writes, such as "
                 "runs/x/nonfinite/step-00000120.json"
             ) from None
 
@@ -85,7 +90,7 @@ class SkippedSteps:
         return bool(self._in_a_row)
 
     def add(self, step: int, is_skipped: bool, losses: Sequence[RowLoss], lr: float) -> None:
-        """Collective where the step was skipped, which all ranks know. losses: of this rank's rows.
+        """Record a step; a skipped one is collective, and all ranks know of it. losses: of this rank's rows.
 
         Raises DivergedError on every rank after too many skipped steps in a row.
         """
@@ -101,7 +106,7 @@ class SkippedSteps:
             raise DivergedError(self._describe())
 
     def _write(self, skipped: SkippedStep) -> None:
-        """Rank 0."""
+        """Save the samples and log which are not finite. Rank 0 only."""
         path = self._run_folder.skipped_step(skipped.step)
         try:
             skipped.save(path)
@@ -111,8 +116,8 @@ class SkippedSteps:
         named = ", ".join(broken[:MAX_NAMED]) + (", ..." if len(broken) > MAX_NAMED else "")
         what = f"the loss of {named} is not finite" if broken else "all losses are finite, their gradient is not"
         logger.warning(
-            "step %d is skipped on all ranks, weights and optimizer stay as they are: %s. Its %d samples are in %s; "
-            "look at them with: python launch/replay_step.py %s",
+            "step %d is skipped on all ranks; weights and optimizer are unchanged: %s. Its %d samples are in %s; "
+            "inspect them with: python launch/replay_step.py %s",
             skipped.step, what, len(skipped.rows), path, path,
         )  # fmt: skip
 
@@ -124,16 +129,17 @@ class SkippedSteps:
         aside = f", move {', '.join(path.name for path in doubtful)} aside" if doubtful else ""
         return (
             f"steps {first} to {last} had no finite loss or gradient, and {self._max_in_a_row} in a row end the run "
-            f"(train.max_skipped_in_a_row): weights or samples are broken. {start}. To go on from there{aside}, lower "
+            f"(train.max_skipped_in_a_row): weights or samples are broken. {start}. To continue{aside}, lower "
             f"train.lr and start again. Samples: {', '.join(files)}; run them one by one: "
             f"python launch/replay_step.py {files[0]}"
         )
 
 
 def sort_checkpoints(folder: Path, first_skipped: int) -> tuple[Path | None, list[Path]]:
-    """(the newest whose weights are known to be good, those that may be broken).
+    """Return (the newest checkpoint known to be good, those that may be broken).
 
-    The last step that was made, `first_skipped` - 1, found the weights before it good; its update may have broken them.
+    The last step that was not skipped, `first_skipped` - 1, found the weights before it good; its update may have
+    broken them.
     """
     checkpoints = list_checkpoints(folder)
     good = [path for path in checkpoints if read_state(path).step <= first_skipped - 2]

@@ -1,4 +1,4 @@
-"""One optimizer step: count the target tokens of the whole step first, then forward, backward, update."""
+"""One optimizer step: count the target tokens of all ranks first, then forward, backward, update."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
 
 @dataclass(frozen=True)
 class StepStats:
-    """loss_sum float[] and row_losses float[rows], of the rows of all micro-batches, are this rank's; the counts are
-    those of all ranks.
+    """The result of a step; counts are over all ranks.
 
-    sync_wait_s: of step_s, what this rank waited before its first pass until the others were there too.
-    is_skipped: the loss or the gradient was not finite somewhere, so no rank changed anything; grad_norm is inf then.
+    loss_sum: float[], row_losses: float[rows]: of this rank's micro-batches. sync_wait_s: the part of step_s spent
+    waiting for the other ranks before the first pass. is_skipped: the loss or the gradient was not finite on some rank,
+    so no rank changed anything; grad_norm is inf then.
     """
 
     loss_sum: Tensor
@@ -52,13 +52,13 @@ class RowLoss:
 
 
 def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, step: int) -> StepStats:
-    """Collective. `batches` are the micro-batches of this rank, as many on every rank.
+    """Run forward, backward and update on this rank's micro-batches, as many on every rank. Collective.
 
-    The loss is the mean over all target tokens of the step: over micro-batches and ranks, not of their means. DeepSpeed
-    divides by the accumulation steps and averages over the ranks; num_items_in_batch undoes both.
+    The loss is the mean over all target tokens of the step, over micro-batches and ranks together. DeepSpeed divides by
+    the accumulation steps and averages over the ranks; num_items_in_batch undoes both.
 
-    DeepSpeed leaves weights and optimizer as they are, on all ranks, where the norm of the whole gradient is not
-    finite: a norm that it reduces over the ranks anyway. A loss that is not finite is made to count as such a gradient.
+    DeepSpeed leaves weights and optimizer unchanged on all ranks where the norm of the whole gradient, which it reduces
+    over the ranks, is not finite. A loss that is not finite is turned into such a gradient.
     """
     start = time.perf_counter()
     torch.manual_seed(((seed * MAX_RANKS + rank()) * MAX_RANKS + step) % 2**64)  # dropout: the same when resumed

@@ -46,7 +46,7 @@ class StepLog:
         lr: float,
         data_wait_s: float,
     ) -> None:
-        """Collective. before, after: the states around the step.
+        """Record one step; before and after are the states around it. Collective.
 
         Raises DivergedError or DataError on every rank where the run cannot continue.
         """
@@ -62,7 +62,7 @@ class StepLog:
             self._write_line(after, lr)
 
     def _write_line(self, state: TrainState, lr: float) -> None:
-        """Collective. metrics.jsonl, W&B, and a line to read."""
+        """Write to metrics.jsonl and W&B, and print a line. Collective."""
         report = self._meter.report()
         values = {"lr": lr, **report.values, **self._health.report(report, state.step)}
         if self._tracker:
@@ -83,7 +83,7 @@ def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
 
 
 class BadSamples:
-    """Counts the samples of an epoch that could not be used, and ends the run when they are too many."""
+    """Counts the samples of an epoch that could not be used, and ends the run when there are too many."""
 
     def __init__(self, run: Run, epoch: int) -> None:
         self._epoch = epoch
@@ -92,7 +92,7 @@ class BadSamples:
         self._here: list[BadSample] = []
 
     def add(self, epoch: int, batches: Sequence[Batch], num_bad_everywhere: int) -> None:
-        """Collective once the limit is passed. num_bad_everywhere: the step's count over all ranks."""
+        """Record a step. Collective once the limit is passed. num_bad_everywhere: the step's count over all ranks."""
         if epoch != self._epoch:
             self._epoch, self._num_everywhere, self._here = epoch, 0, []
         for bad in (bad for batch in batches for bad in batch.bad):

@@ -73,7 +73,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
     output = run(["launch/train.py", *settings(shards, start_model, tmp_path / "run")], 2, tmp_path / "logs")
-    assert "step-00000010 is damaged and passed over: ranks/rank-00001.safetensors is not what was written" in output
+    assert "step-00000010 is corrupt and skipped: ranks/rank-00001.safetensors is not what was written" in output
     assert "resuming from" in output
     assert "step-00000009 (step 9)" in output
     assert losses(tmp_path / "run") == losses(reference_run)

@@ -117,7 +117,7 @@ def test_a_mutation_is_seen_and_the_checkpoint_before_is_taken(
         assert any(named in str(error.value) for named in (inside.name, MANIFEST_FILE, "its sha256 differs"))
         caplog.clear()
         assert newest_intact(folder) == intact, inside
-        assert f"{newer} is damaged and passed over" in caplog.text
+        assert f"{newer} is corrupt and skipped" in caplog.text
         assert read_state(intact).step == OLD_STEP
         for name, tensor in open_weights(intact).items():
             assert torch.equal(read_whole(tensor, torch.float32), made_tensor("weight", name, OLD_STEP))
@@ -127,7 +127,7 @@ def test_a_copy_under_another_name_is_not_taken_for_it(tmp_path: Path, caplog: p
     intact = write_checkpoint(tmp_path, OLD_STEP)
     shutil.copytree(intact, tmp_path / "step-00000099")
     assert newest_intact(tmp_path) == intact
-    assert "step-00000099 is damaged and passed over: state.json is that of step 4" in caplog.text
+    assert "step-00000099 is corrupt and skipped: state.json is that of step 4" in caplog.text
 
 
 def test_a_manifest_cannot_lead_outside(tmp_path: Path) -> None:

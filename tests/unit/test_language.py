@@ -26,21 +26,15 @@ NOT_YET = {
     "model",
     "runtime",
     "data",
-    "checkpoints",
     "tracking",
     "planning",
     "evaluate",
     "predict",
     "report",
-    "train",
     "export",
     "doctor",
     "jobs",
     "shards",
-    "build",
-    "config",
-    "errors",
-    "safetensors_io",
 }
 
 # What a text must not say -> what it says instead.

@@ -163,8 +163,8 @@ def test_damaged_checkpoints_are_passed_over_named_and_kept(tmp_path: Path, capl
     file = tmp_path / step_name(8) / rank_file(0)
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert newest_intact(tmp_path) == tmp_path / step_name(6)
-    assert f"{step_name(10)} is damaged and passed over: {rank_file(1)} cannot be read: No such" in caplog.text
-    assert f"{step_name(8)} is damaged and passed over: {rank_file(0)} is not what was written" in caplog.text
+    assert f"{step_name(10)} is corrupt and skipped: {rank_file(1)} cannot be read: No such" in caplog.text
+    assert f"{step_name(8)} is corrupt and skipped: {rank_file(0)} is not what was written" in caplog.text
     kept = [step_name(4), step_name(6)]
     assert names(tmp_path) == [f"damaged-{step_name(step)}" for step in (8, 10)] + kept
     prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)  # damaged ones do not count

@@ -53,7 +53,7 @@ def test_memory_that_really_grows_is_told_again_and_again_but_not_at_every_step(
         if warning := memory.add(process_bytes()):
             told.append((step, warning))
     assert [step for step, _ in told] == [199, 349]
-    assert "process memory of rank 0 creeps up: " in told[0][1]
+    assert "process memory of rank 0 grows: " in told[0][1]
     growth = float(told[0][1].partition("GiB, ")[2].split()[0])
     assert growth == pytest.approx(100, rel=0.1), told
 
