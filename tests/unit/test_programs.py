@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -121,3 +122,24 @@ def test_commands_to_paste_run_in_any_folder(tmp_path: Path, monkeypatch: pytest
     assert command == [sys.executable, "-m", "cogvlm_ft.launch.export", "--out", "a folder"]
     monkeypatch.chdir(Path(sys.executable).parents[1])
     assert shlex.split(paste("best"))[0] == f"{Path(sys.executable).parent.name}/{Path(sys.executable).name}"
+
+
+def run_batch_script(folder: Path, fakes: Path, **more: str) -> subprocess.CompletedProcess:
+    """Run slurm/evaluate.sbatch in a folder, with an srun that only prints its arguments."""
+    for name, line in (("scontrol", "echo node1"), ("srun", 'echo "$@"')):
+        (fakes / name).write_text(f"#!/bin/sh\n{line}\n")
+        (fakes / name).chmod(0o755)
+    environment = {"PATH": f"{fakes}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "PYTHON": sys.executable}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", **more}
+    command = ["bash", REPOSITORY / "slurm/evaluate.sbatch", "--out", "scores"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_batch_scripts_find_the_programs_from_any_folder(tmp_path: Path) -> None:
+    start = f"--kill-on-bad-exit=1 {sys.executable}"
+    in_checkout = run_batch_script(REPOSITORY, tmp_path)
+    assert in_checkout.stdout == f"{start} launch/evaluate.py --out scores\n", in_checkout.stderr
+    elsewhere = run_batch_script(tmp_path, tmp_path)
+    assert elsewhere.stdout == f"{start} {REPOSITORY}/cogvlm_ft/launch/evaluate.py --out scores\n", elsewhere.stderr
+    without = run_batch_script(tmp_path, tmp_path, PYTHON="false")
+    assert without.returncode == 2 and "false: cannot import cogvlm_ft. Activate the environment" in without.stderr
