@@ -140,7 +140,7 @@ def test_rows_of_several_attempts_are_those_of_one_training(tmp_path: Path) -> N
     path.write_text("[1]\n")
     with pytest.raises(DataError, match=r"line 1: found '\[1\]'"):
         read_rows(path)
-    with pytest.raises(DataError, match=r"wanted the metrics\.jsonl of a run"):
+    with pytest.raises(DataError, match=r"expected the metrics\.jsonl of a run"):
         read_rows(tmp_path / "none.jsonl")
 
 
