@@ -298,8 +298,10 @@ def train_shortly(folder: Path, mode: str, trouble: str = "", argument: str = ""
     A process of its own, because wandb reads its environment once and a broken wandb stays broken.
     """
     program = folder.with_name(f"{folder.name}.py")
-    program.write_text(TRAIN_SHORTLY.format(mode=mode, trouble=trouble, timeout_s=60 if mode == "offline" else 2))
-    done = run_program([program, argument], cwd=folder, environment={**os.environ, **env}, timeout_s=120)
+    program.write_text(TRAIN_SHORTLY.format(mode=mode, trouble=trouble, timeout_s=60 if mode == "offline" else 10))
+    # Not the W&B service of this test process, which outlives the run and writes its files later.
+    inherited = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    done = run_program([program, argument], cwd=folder, environment={**inherited, **env}, timeout_s=120)
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
     return done.stdout.strip(), done.stderr
