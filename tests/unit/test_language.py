@@ -34,7 +34,6 @@ NOT_YET = {
     "export",
     "doctor",
     "jobs",
-    "shards",
 }
 
 # What a text must not say -> what it says instead.
