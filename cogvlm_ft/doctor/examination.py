@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.model import model_config_of
-from cogvlm_ft.planning.memory import Cluster, Forecast, Planner
+from cogvlm_ft.planning.memory import Cluster, MemoryEstimate, Planner
 from cogvlm_ft.planning.preflight import cluster_of, machine_facts, smallest_pass
 from cogvlm_ft.runtime.bandwidth import SideChannel
 from cogvlm_ft.runtime.distributed import is_main, rank, world_size
@@ -70,9 +70,9 @@ class Examination:
             return None
 
     @cached_property
-    def forecast(self) -> Forecast | None:
+    def estimate(self) -> MemoryEstimate | None:
         """Of the smallest pass, as a training judges itself when it starts."""
-        return self.planner.forecast(smallest_pass(self.config)) if self.planner else None
+        return self.planner.estimate(smallest_pass(self.config)) if self.planner else None
 
 
 class Seen(NamedTuple):

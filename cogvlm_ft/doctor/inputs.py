@@ -187,9 +187,9 @@ def look_at_wording(examination: Examination) -> str:
 def judge_plan(examination: Examination, seen: list[Seen]) -> list[Finding]:
     """As launch/train.py does when it starts; alone it cannot know how many GPUs there will be."""
     planner, cluster = examination.planner, examination.cluster
-    if planner is None or examination.forecast is None:
+    if planner is None or examination.estimate is None:
         return [yellow("cannot be told without the model's config.json and the engine's settings", "mend those first")]
-    verdict = judge(examination.forecast, cluster)
+    verdict = judge(examination.estimate, cluster)
     if verdict.status == "fits":
         return [green(f"it fits: {verdict.why}")]
     if verdict.status == "tight":

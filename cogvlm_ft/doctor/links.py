@@ -54,9 +54,9 @@ def _uneven(seen: list[Seen]) -> list[Finding]:
 
 def _judge_pass(examination: Examination, found: str, rates: Rates) -> Finding:
     """By what this model sends, not by what others' networks give."""
-    if examination.forecast is None:
+    if examination.estimate is None:
         return green(found)
-    sent = PASSES * examination.forecast.num_parameters * element_bytes(examination.config)
+    sent = PASSES * examination.estimate.num_parameters * element_bytes(examination.config)
     taken = sent * (world_size() - 1) / world_size() / rates.all_gather
     found = f"{found}; a pass sends {sent / 1e9:.2f} GB, {taken:.1f} s at this rate"
     if taken <= PASS_S:

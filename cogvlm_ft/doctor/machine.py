@@ -191,12 +191,12 @@ def _usable(host: Host) -> int:
 
 
 def _judge_memory(examination: Examination, part: Seen) -> Finding:
-    usable, forecast, cluster = _usable(part.facts), examination.forecast, examination.cluster
+    usable, estimate, cluster = _usable(part.facts), examination.estimate, examination.cluster
     found = f"host memory: {usable / GIB:.1f} GiB can be had on {part.host}"
-    if forecast is None or (examination.is_alone and not cluster.on_cpu):
+    if estimate is None or (examination.is_alone and not cluster.on_cpu):
         return green(found)
-    on_cpu = max(forecast.peaks.values()) * cluster.gpus_per_node
-    needed = on_cpu if cluster.on_cpu else forecast.host_peak
+    on_cpu = max(estimate.peaks.values()) * cluster.gpus_per_node
+    needed = on_cpu if cluster.on_cpu else estimate.host_peak
     if needed > usable:
         return yellow(
             f"{found}, and a node needs about {needed / GIB:.1f}",

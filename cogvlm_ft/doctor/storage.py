@@ -134,10 +134,10 @@ def judge_disk(examination: Examination, seen: list[Seen]) -> list[Finding]:
 
 def _judge_speed(examination: Examination, speed: float) -> Finding:
     found = f"{speed / 1e9:.2f} GB/s written and synced by all nodes together"
-    if examination.forecast is None:
+    if examination.estimate is None:
         return green(found)
-    taken = examination.forecast.disk / speed
-    found = f"{found}; a checkpoint of {examination.forecast.disk / 1e9:.2f} GB takes {taken:.1f} s"
+    taken = examination.estimate.disk / speed
+    found = f"{found}; a checkpoint of {examination.estimate.disk / 1e9:.2f} GB takes {taken:.1f} s"
     if taken <= SLOW_S:
         return green(found)
     to_do = "a faster file system: a run that is told to stop needs that long to save"
@@ -146,12 +146,12 @@ def _judge_speed(examination: Examination, speed: float) -> Finding:
 
 def _judge_room(examination: Examination, free: int) -> list[Finding]:
     """A run holds keep_last checkpoints, the best, and the one that is being written."""
-    config, forecast = examination.config, examination.forecast
-    if forecast is None:
+    config, estimate = examination.config, examination.estimate
+    if estimate is None:
         return [green(f"{free / GIB:.1f} GiB free")]
     there = len(list_checkpoints(RunFolder(config.output_path).checkpoints))
     number = max(1, config.checkpoint.keep_last + 2 - there)
-    needed = number * forecast.disk
+    needed = number * estimate.disk
     found = f"{free / GIB:.2f} GiB free, {number} more checkpoints take {needed / GIB:.2f}"
     milestones = config.checkpoint.keep_every_steps
     found += f", and one more every {milestones} steps" if milestones else ""

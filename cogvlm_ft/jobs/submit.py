@@ -67,9 +67,9 @@ def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
 def check_plan(config: Config, cluster: SlurmCluster) -> str:
     """What launch/plan.py foretells, in a line; ConfigError where the job itself would refuse to start."""
     machines = Cluster(cluster.nodes, cluster.gpus_per_node, cluster.gpu_memory_gib, cluster.host_memory_gib)
-    planner, forecast, verdict = judge_start(config, machines)
+    planner, estimate, verdict = judge_start(config, machines)
     summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
-    time = time_step(planner, forecast, smallest_pass(config), Speeds(tflops=H100_TFLOPS[number_format(config)]))
+    time = time_step(planner, estimate, smallest_pass(config), Speeds(tflops=H100_TFLOPS[number_format(config)]))
     needed_s = time.step_s + 2 * time.checkpoint_s
     if needed_s > cluster.signal_s:
         logger.warning(

@@ -1,7 +1,7 @@
-"""What each part of the model keeps for its backward pass and works with: its own code, run on shapes without data.
+"""Measure the activations of each part of the model by running its own code on shapes without data.
 
-Everything happens on torch's meta device, so a 17B model at 980 px takes seconds and no memory. Sizes are those of the
-tensors that operations make; an allocator's rounding and a kernel's own scratch memory are not in them.
+All of it runs on torch's meta device, so a 17B model at 980 px takes seconds and no memory. Sizes are those of the
+tensors that operations create, without an allocator's rounding and the scratch memory of kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ from cogvlm_ft.model.vision import PatchEmbedding
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What one pass of one rank looks at. num_images: photos together (the micro-batch).
+    """Shape of one pass of one rank. num_images: the micro-batch.
 
-    turns: per photo. turn_tokens: of one turn, prompt and answer. labelled_tokens: of these, the answer's.
+    turns: per image. turn_tokens: of one turn, prompt and answer. labelled_tokens: of these, those of the answer.
     image_size: px; None: the model's own.
     """
 
@@ -40,12 +40,12 @@ class MicroBatchShape:
     image_size: int | None = None
 
     def config_of(self, model: CogVLMConfig) -> CogVLMConfig:
-        """The model's sizes at this resolution."""
+        """Return the model's config at this resolution."""
         return model.at_image_size(self.image_size) if self.image_size else model
 
     @property
     def text_tokens(self) -> int:
-        """Behind one image."""
+        """Count the tokens after one image."""
         return self.turns * self.turn_tokens
 
 
@@ -53,10 +53,10 @@ class MicroBatchShape:
 class Stage:
     """One part of the model in the order of the forward pass; sizes in bytes.
 
-    kept: between its forward and its backward pass, its output included.
-    peak: while its backward pass runs, with what is recomputed for it, or its forward pass if that takes more.
-    forward: while it runs without gradients.
-    output: what the next part gets.
+    kept: between its forward and its backward pass, including its output.
+    peak: of its backward pass with recomputation, or of its forward pass if that is higher.
+    forward: peak of a forward pass without gradients.
+    output: its output.
     """
 
     name: str
@@ -67,12 +67,14 @@ class Stage:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations have made and that are alive; those of `given` tensors do not count."""
+    """Count the live storages that operations have created, without those of `given` tensors."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._given = [tensor.untyped_storage() for tensor in given]  # held, so that their addresses stay theirs
+        self._given = [
+            tensor.untyped_storage() for tensor in given
+        ]  # referenced, so that their addresses are not reused
         self._known: dict[int, Any] = {storage._cdata: None for storage in self._given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Linear(torch.autograd.Function):
-    """As DeepSpeed replaces it under ZeRO-3: the input is saved as it came, not as a contiguous copy."""
+    """F.linear as DeepSpeed replaces it under ZeRO-3: it saves its input as it is, not a contiguous copy."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,7 +120,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """As the flash and memory-efficient kernels do it: the output and one number per query are saved, no weights."""
+    """Attention as in the flash and memory-efficient kernels: saves its output and one number per query, no weights."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class _Attention(torch.autograd.Function):
 
 
 class AsInTraining(TorchFunctionMode):
-    """The meta device would take other ways than a GPU: attention with all its weights, for one."""
+    """Use the kernels of a GPU: the meta device would, for example, save all attention weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
@@ -145,9 +147,9 @@ class AsInTraining(TorchFunctionMode):
 
 
 def probe_stages(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> list[Stage]:
-    """The parts of a model on the meta device in the order of its forward pass, the inputs of the pass first.
+    """Measure the parts of a model on the meta device in the order of its forward pass, inputs first.
 
-    Reads which parameters are trained and which layers recompute (model.freeze, model.gradient_checkpointing).
+    The model has its trained parameters and recomputing layers set (model.freeze, model.gradient_checkpointing).
     """
     config, dtype, inner = sequences.config_of(model.config), model.lm_head.weight.dtype, model.model
     batch, prefix = sequences.num_images, config.num_patches + 3
@@ -198,7 +200,7 @@ def probe_stages(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> list[S
 
 
 def _at_size(patches: PatchEmbedding, config: CogVLMConfig) -> PatchEmbedding:
-    """With a position table for the resolution of `config`."""
+    """Return the embedding with a position table for the resolution of `config`."""
     if patches.position_embedding.num_embeddings == config.vision["num_positions"]:
         return patches
     with torch.device("meta"):
@@ -209,12 +211,31 @@ def _at_size(patches: PatchEmbedding, config: CogVLMConfig) -> PatchEmbedding:
 
 
 def _plain(layer: nn.Module, *more: Any) -> Callable[[Tensor], Tensor]:
-    """The layer's own forward pass, without the wrapper that recomputes."""
+    """Return the layer's own forward pass, without the wrapper that recomputes."""
     return lambda hidden: layer.forward(hidden, *more)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of the model to be measured. keeps_output: whether its output is kept for the backward pass."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    parameters: Sequence[nn.Parameter]
+    recomputes: bool
+    keeps_output: bool
+
+
+class _TrainingPass(NamedTuple):
+    """Bytes of a forward and a backward pass. kept: between the two; has_backward: whether there is one."""
+
+    kept: int
+    peak: int
+    has_backward: bool
+
+
 class _Prober:
-    """Runs part after part; equal parts in equal circumstances only once."""
+    """Measure part after part; equal parts under equal conditions only once."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         self.stages: list[Stage] = []
@@ -233,57 +254,63 @@ class _Prober:
         recomputes: bool = False,
         keeps_output: bool = True,
     ) -> Tensor:
-        """Returns what the next part gets."""
-        parameters = [*module.parameters(), *more]
-        trained = tuple(parameter.requires_grad for parameter in parameters)
-        circumstances = (name, trained, recomputes, self.needs_grad)
-        if circumstances not in self._seen:
+        """Measure the next part and return its output."""
+        part = _Part(name, forward, [*module.parameters(), *more], recomputes, keeps_output)
+        trained = tuple(parameter.requires_grad for parameter in part.parameters)
+        conditions = (name, trained, recomputes, self.needs_grad)
+        if conditions not in self._seen:
             given = hidden.detach()
             if given.is_floating_point():
                 given.requires_grad_(self.needs_grad)
-            self._seen[circumstances] = self._probe(name, forward, given, parameters, recomputes, keeps_output)
-        stage, out = self._seen[circumstances]
+            self._seen[conditions] = self._probe(part, given)
+        stage, output = self._seen[conditions]
         self.stages.append(stage)
         self.needs_grad = self.needs_grad or any(trained)
-        return out
+        return output
 
-    def _probe(
-        self,
-        name: str,
-        forward: Callable[[Tensor], Tensor],
-        given: Tensor,
-        parameters: Sequence[nn.Parameter],
-        recomputes: bool,
-        keeps_output: bool,
-    ) -> tuple[Stage, Tensor]:
-        known = [given, *parameters, *self._known]
-        with torch.no_grad(), AsInTraining(), LiveBytes(known) as live:
-            shape = forward(given)
-        without = live.peak
-        # A gradient leaves as soon as it is whole: DeepSpeed copies it into its bucket.
-        hooks = [p.register_post_accumulate_grad_hook(_drop_grad) for p in parameters if p.requires_grad]
-        with AsInTraining(), LiveBytes([*known, shape]) as live:
-            arriving = torch.empty_like(shape) if recomputes else None
-            out = forward(given)
-            kept = live.now
-            is_trained = out.requires_grad
-            if is_trained:
-                arriving = torch.empty_like(shape) if arriving is None else arriving
-                edge = torch.autograd.graph.get_gradient_edge(out)
-                del out  # the next part is done with it by now
-                torch.autograd.backward([edge], [arriving])  # type: ignore[list-item]
-                given.grad = None
-        for hook in hooks:
-            hook.remove()
-        if not is_trained:
-            kept = 0  # nothing before the first trained part has a backward pass
-        elif recomputes:
-            kept = shape.nbytes
-        if is_trained and given.is_floating_point() and not given.requires_grad:
-            kept += given.nbytes  # which that first part keeps, and nobody before it has counted
-        if not keeps_output:
-            kept = max(0, kept - shape.nbytes)
-        return Stage(name, kept, max(live.peak, without), without, shape.nbytes), shape
+    def _probe(self, part: _Part, given: Tensor) -> tuple[Stage, Tensor]:
+        known = [given, *part.parameters, *self._known]
+        output, forward_peak = _run_without_gradients(part, given, known)
+        training = _run_training_pass(part, given, output, [*known, output])
+        kept = _kept_after_forward(part, given, output, training)
+        return Stage(part.name, kept, max(training.peak, forward_peak), forward_peak, output.nbytes), output
+
+
+def _run_without_gradients(part: _Part, given: Tensor, known: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Return the output and the peak."""
+    with torch.no_grad(), AsInTraining(), LiveBytes(known) as live:
+        output = part.forward(given)
+    return output, live.peak
+
+
+def _run_training_pass(part: _Part, given: Tensor, output: Tensor, known: Sequence[Tensor]) -> _TrainingPass:
+    """Run forward and backward. output: of a former run, for the shape of its gradient."""
+    # DeepSpeed copies a complete gradient into its bucket and frees it.
+    hooks = [p.register_post_accumulate_grad_hook(_drop_grad) for p in part.parameters if p.requires_grad]
+    with AsInTraining(), LiveBytes(known) as live:
+        # A part that recomputes runs forward when the gradient of its output has already arrived.
+        gradient = torch.empty_like(output) if part.recomputes else None
+        out = part.forward(given)
+        kept, has_backward = live.now, out.requires_grad
+        if has_backward:
+            gradient = torch.empty_like(output) if gradient is None else gradient
+            edge = torch.autograd.graph.get_gradient_edge(out)
+            del out  # the next part has released it by now
+            torch.autograd.backward([edge], [gradient])  # type: ignore[list-item]
+            given.grad = None
+    for hook in hooks:
+        hook.remove()
+    return _TrainingPass(kept, live.peak, has_backward)
+
+
+def _kept_after_forward(part: _Part, given: Tensor, output: Tensor, training: _TrainingPass) -> int:
+    """Return the bytes that a part keeps for its backward pass."""
+    if not training.has_backward:
+        return 0  # nothing before the first trained part has a backward pass
+    kept = output.nbytes if part.recomputes else training.kept
+    if given.is_floating_point() and not given.requires_grad:
+        kept += given.nbytes  # the first trained part keeps its input, which no part before it has counted
+    return kept if part.keeps_output else max(0, kept - output.nbytes)
 
 
 def _drop_grad(parameter: Tensor) -> None:
@@ -291,12 +318,12 @@ def _drop_grad(parameter: Tensor) -> None:
 
 
 def kept_bytes(stages: Sequence[Stage]) -> int:
-    """Of all parts, between the forward and the backward pass."""
+    """Sum what all parts keep between the forward and the backward pass."""
     return sum(stage.kept for stage in stages)
 
 
 def peak_of(stages: Sequence[Stage]) -> tuple[int, int, str]:
-    """(kept by the parts before, bytes of the part at work, its name) at the moment when they take most."""
+    """Return (bytes kept by the parts before, bytes of the running part, its name) at the peak."""
     before, worst = 0, (0, 0, "")
     for stage in stages:
         if before + stage.peak >= worst[0] + worst[1]:
@@ -306,5 +333,5 @@ def peak_of(stages: Sequence[Stage]) -> tuple[int, int, str]:
 
 
 def forward_peak(stages: Sequence[Stage]) -> int:
-    """Of a pass without gradients: each part with its input, beside the inputs of the pass."""
+    """Return the peak of a pass without gradients: a part and its input, in addition to the inputs of the pass."""
     return stages[0].kept + max(part.output + following.forward for part, following in pairwise(stages))

@@ -1,6 +1,6 @@
-"""How much of a GPU's arithmetic a training uses: operations of its steps, counted as `count_flops` does, over time.
+"""Count the floating point operations of training steps, for TFLOP/s and MFU.
 
-What is recomputed does not count, as is usual for MFU.
+Recomputation does not count, as is usual for MFU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Of a step, forward and backward, for each image, text token, labelled token, and pair of tokens that attend.
+    """FLOPs of a step, forward and backward, per image, text token, labelled token, and pair of attending tokens.
 
     prefix: tokens before the text. peak: FLOP/s of one GPU, None if not known.
     """
@@ -42,20 +42,20 @@ class StepFlops:
     peak: float | None
 
     def of(self, num_images: float, num_turns: float, num_tokens: float, num_target_tokens: float) -> float:
-        """Of so many images, and of all their tokens, as if all turns were equally long."""
+        """Return the FLOPs for these images and tokens, as if all turns were equally long."""
         text = max(0.0, num_tokens - num_images * self.prefix)
         pairs = text * self.prefix + text**2 / (2 * max(1.0, num_turns))
         parts = (self.image * num_images, self.text_token * text, self.labelled_token * num_target_tokens)
         return sum(parts) + self.pair * pairs
 
     def rates(self, flops: float, seconds: float) -> dict[str, float]:
-        """TFLOP/s of one rank, and the share of its peak where that is known."""
+        """Return TFLOP/s of one rank, and MFU if the peak is known."""
         per_rank = flops / seconds / world_size()
         return {"tflops": per_rank / 1e12} | ({"mfu": per_rank / self.peak} if self.peak else {})
 
 
 def step_flops(config: Config, model_config: CogVLMConfig) -> StepFlops:
-    """From four counts of the model's forward pass, which is a sum of these four parts."""
+    """Derive the four costs from counts of the model's forward pass, which is a sum of them."""
     model = build_on_meta(config, model_config)
 
     def count(turn_tokens: int, labelled_tokens: int = 0) -> float:

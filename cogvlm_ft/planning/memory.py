@@ -1,7 +1,8 @@
-"""Will a run fit: the memory of one GPU by kind, of the host and of the disk, from the settings and real tensor shapes.
+"""Estimate the memory of a run: of one GPU by kind, of the host and of the disk, from settings and tensor shapes.
 
-What lasts (weights, gradients, master weights, Adam) is exact. What passes (gathered layers, activations, ...) follows
-the code of the model and the rules of DeepSpeed, and is within 15 % of what was measured on CPU (docs/performance.md).
+Persistent memory (weights, gradients, master weights, Adam) is exact. Transient memory (gathered layers, activations,
+...) follows the code of the model and the rules of DeepSpeed, and is within 15 % of measurements on CPU
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
-from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, play
+from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, simulate
 from cogvlm_ft.runtime.engine import freeze, parameter_groups, read_deepspeed_json
 from cogvlm_ft.runtime.param_gathering import FREE_SHARE
 from cogvlm_ft.settings import Config
@@ -25,15 +26,15 @@ PHASES = ("training", "evaluation")
 ADAM_BYTES, MASTER_BYTES = 8, 4  # fp32 moments; fp32 weights
 CUDA_BYTES = int(1.5 * GIB)  # the CUDA context, cuBLAS and NCCL of a process; an estimate
 PROCESS_BYTES, WORKER_BYTES = 3 * GIB, GIB // 2  # host memory of a rank and of a loader process; estimates
-FRAGMENTED_SHARE = 0.05  # of a GPU's memory, which the caching allocator cannot use; an estimate
-DOUBT = 1.15  # how far what passes may be off
+FRAGMENTED_SHARE = 0.05  # of a GPU's memory, that the caching allocator cannot use; an estimate
+UNCERTAINTY = 1.15  # factor by which the estimate of transient memory may be off
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """gpu_gib: memory of one GPU; where host_gib, the memory of one node, is None it is not judged.
+    """Machines of a run. gpu_gib: memory of one GPU; host_gib: memory of one node, not judged if None.
 
-    reserved_bytes: what the process takes of the GPU besides tensors.
+    reserved_bytes: GPU memory of a process besides its tensors.
     """
 
     num_nodes: int = 1
@@ -50,7 +51,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What the DeepSpeed JSON says about memory; elements."""
+    """Settings of the DeepSpeed JSON that affect memory; sizes in elements."""
 
     rules: GatherRules
     reduce_bucket: int
@@ -63,7 +64,7 @@ class ZeroSettings:
 
 
 def read_zero_settings(config: Config, gpus_per_node: int) -> ZeroSettings:
-    """Of `config.deepspeed`, with DeepSpeed's defaults for what it leaves out."""
+    """Read `config.deepspeed`, with DeepSpeed's defaults for missing keys."""
     settings = read_deepspeed_json(config)
     zero = settings["zero_optimization"]
     accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
@@ -91,15 +92,15 @@ def element_bytes(config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Bytes. lasting, passing, evaluation: of one GPU, by kind; host: of one node, by kind; disk: of one checkpoint.
+class MemoryEstimate:
+    """Bytes. persistent, transient, evaluation: of one GPU, by kind; host: of one node, by kind; disk: of a checkpoint.
 
-    passing: in forward and backward, at the moment of the peak, which is in `moment`. update: beside what lasts, while
-    the optimizer works. logits: of the loss alone, part of the peak only if that is where it is.
+    transient: in forward and backward, at the peak, which is at the module `moment`. update: in addition to persistent
+    memory during the optimizer step. logits: of the loss alone, in the peak only if that is where it occurs.
     """
 
-    lasting: dict[str, int]
-    passing: dict[str, int]
+    persistent: dict[str, int]
+    transient: dict[str, int]
     moment: str
     logits: int
     update: int
@@ -110,18 +111,18 @@ class Forecast:
     gathered: Gathered
 
     @property
-    def lasting_bytes(self) -> int:
-        return sum(self.lasting.values())
+    def persistent_bytes(self) -> int:
+        return sum(self.persistent.values())
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The most that tensors take on a GPU, by what the run is doing."""
-        passing = {"training": max(sum(self.passing.values()), self.update), "evaluation": self.evaluation_bytes}
-        return {phase: self.lasting_bytes + size for phase, size in passing.items()}
+        """Return the peak of tensors on a GPU for each phase."""
+        transient = {"training": max(sum(self.transient.values()), self.update), "evaluation": self.evaluation_bytes}
+        return {phase: self.persistent_bytes + size for phase, size in transient.items()}
 
     @property
     def host_peak(self) -> int:
-        """Of a node: what stays, and either the weights on their way at the start or the copies of a checkpoint."""
+        """Return the peak of a node: persistent parts, and the weights at the start or copies of a checkpoint."""
         host = self.host
         return host["programs"] + host["offloaded"] + max(host["start"], host["saving"])
 
@@ -131,7 +132,7 @@ class Forecast:
 
 
 class Planner:
-    """Forecasts of one model under one DeepSpeed JSON; the slow parts are done once."""
+    """Estimates for one model under one DeepSpeed JSON; slow parts are computed once."""
 
     def __init__(self, config: Config, model_config: CogVLMConfig, cluster: Cluster) -> None:
         self.config, self.model_config, self.cluster = config, model_config, cluster
@@ -139,7 +140,7 @@ class Planner:
         self._stages: dict[MicroBatchShape, list[Stage]] = {}
 
     def changed(self, config: Config | None = None, cluster: Cluster | None = None) -> Planner:
-        """For other settings or another cluster, with what stays the same taken over."""
+        """Return a planner for other settings or another cluster that reuses what they do not change."""
         other = Planner(config or self.config, self.model_config, cluster or self.cluster)
         ours, theirs = self.config, other.config
         if theirs.model == ours.model and theirs.train.precision == ours.train.precision:
@@ -150,26 +151,26 @@ class Planner:
 
     @cached_property
     def model(self) -> CogVLMForCausalLM:
-        """Shapes only."""
+        """Build the model without data."""
         return build_on_meta(self.config, self.model_config)
 
     @cached_property
     def gathered(self) -> Gathered:
-        return play(module_order(self.model, self.zero.rules), self.zero.rules)
+        return simulate(module_order(self.model, self.zero.rules), self.zero.rules)
 
-    def forecast(self, sequences: MicroBatchShape, *, evaluation: bool = True) -> Forecast:
-        """evaluation: whether that is of interest too; without, it counts as nothing."""
+    def estimate(self, sequences: MicroBatchShape, *, evaluation: bool = True) -> MemoryEstimate:
+        """Estimate the memory of a run. evaluation: whether to include it; if not, it counts as 0."""
         zero, cluster = self.zero, self.cluster
         stages = self.stages(sequences)
-        before, working, moment = self._at_the_peak(stages)
-        passing = {"gathered layers": self._gathered_bytes(), "buckets": self._bucket_bytes()}
-        passing |= {"activations": before, "layer at work": working}
-        lasting = self._lasting()
-        on_gpu = {kind: size for kind, (size, on_host) in lasting.items() if not on_host}
-        on_host = {kind: size for kind, (size, on_host) in lasting.items() if on_host}
-        return Forecast(
-            lasting=dict.fromkeys(lasting, 0) | on_gpu,
-            passing=passing,
+        kept, working, moment = self._peak(stages)
+        transient = {"gathered layers": self._gathered_bytes(), "buckets": self._bucket_bytes()}
+        transient |= {"activations": kept, "layer at work": working}
+        persistent = self._persistent()
+        on_gpu = {kind: size for kind, (size, on_host) in persistent.items() if not on_host}
+        on_host = {kind: size for kind, (size, on_host) in persistent.items() if on_host}
+        return MemoryEstimate(
+            persistent=dict.fromkeys(persistent, 0) | on_gpu,
+            transient=transient,
             moment=moment,
             logits=next(stage.peak for stage in stages if stage.name == "logits"),
             update=0 if zero.offload_optimizer else self._update_bytes(),
@@ -185,19 +186,21 @@ class Planner:
             self._stages[sequences] = probe_stages(self.model, sequences)
         return self._stages[sequences]
 
-    def _shares(self, num_ranks: int, *, trained_only: bool) -> int:
-        """Elements of a rank: each tensor's part, padded."""
+    def _partition_numel(self, num_ranks: int, *, trained_only: bool) -> int:
+        """Return the elements of a rank: its padded partition of each tensor."""
         parameters = (p for p in self.model.parameters() if p.requires_grad or not trained_only)
         return sum(-(-p.numel() // num_ranks) for p in parameters)
 
-    def _lasting(self) -> dict[str, tuple[int, bool]]:
-        """Kind -> (bytes of a rank, whether the host holds them)."""
+    def _persistent(self) -> dict[str, tuple[int, bool]]:
+        """Return kind -> (bytes of a rank, whether they are in host memory)."""
         zero, num_ranks, element = self.zero, self.cluster.num_gpus, element_bytes(self.config)
-        trained = self._shares(num_ranks, trained_only=True)
-        weights = self._shares(num_ranks, trained_only=False) * element
-        second = self._shares(zero.secondary_ranks, trained_only=False) * element if zero.secondary_ranks > 1 else 0
+        trained = self._partition_numel(num_ranks, trained_only=True)
+        weights = self._partition_numel(num_ranks, trained_only=False) * element
+        second = (
+            self._partition_numel(zero.secondary_ranks, trained_only=False) * element if zero.secondary_ranks > 1 else 0
+        )
         has_master = element == 2 or zero.offload_optimizer or zero.offload_param  # runtime.engine.share_fp32_weights
-        # Offloaded, the gradients lie there twice: as they are summed up, and in fp32 for the update.
+        # Offloaded gradients are in host memory twice: as they are accumulated, and in fp32 for the update.
         gradients = trained * (zero.grad_bytes + (4 if zero.offload_optimizer else 0))
         # A rank on CPU has no other memory to offload to.
         optimizer_away = zero.offload_optimizer and not self.cluster.on_cpu
@@ -210,26 +213,27 @@ class Planner:
         }
 
     def _gathered_bytes(self) -> int:
-        """Alone, a rank has all weights at hand already."""
+        """Return the bytes of gathered parameters. A single rank always has all weights."""
         gathered, element = self.gathered, element_bytes(self.config)
         if self.cluster.num_gpus == 1:
             return (gathered.peak + gathered.persistent) * element if self.zero.offload_param else 0
         return (gathered.peak + gathered.persistent + gathered.largest_fetch) * element
 
     def _bucket_bytes(self) -> int:
-        """The bucket of gradients, its copy sorted by rank, and a gradient too large for it that waits for the next.
+        """Return the bytes of the gradient bucket, its copy sorted by rank, and one gradient larger than the bucket.
 
-        The largest two, of the embedding and of lm_head, wait for nothing: small ones follow or none.
+        Such a gradient is kept until the next one is complete. The two largest, of the embedding and of lm_head, are
+        not: only small ones follow them, or none.
         """
         inner = self.model.model
         ends = {inner.embed_tokens.weight, self.model.lm_head.weight}
         sizes = [p.numel() for p in self.model.parameters() if p.requires_grad and p not in ends]
-        bucket = min(self.zero.reduce_bucket, self._shares(1, trained_only=True))
+        bucket = min(self.zero.reduce_bucket, self._partition_numel(1, trained_only=True))
         waiting = max((size for size in sizes if size > self.zero.reduce_bucket), default=0)
         return (2 * bucket + waiting) * element_bytes(self.config)
 
-    def _at_the_peak(self, stages: list[Stage]) -> tuple[int, int, str]:
-        """peak_of, or, on CPU, the moment when gloo copies the gradient of lm_head to send it."""
+    def _peak(self, stages: list[Stage]) -> tuple[int, int, str]:
+        """Return peak_of, or, on CPU, the moment when gloo copies the gradient of lm_head to send it."""
         usual = peak_of(stages)
         head = self.model.lm_head.weight
         if not self.cluster.on_cpu or not head.requires_grad:
@@ -239,7 +243,7 @@ class Planner:
         return max(usual, (before, message, "message"), key=lambda moment: moment[0] + moment[1])
 
     def _update_bytes(self) -> int:
-        """The gradients of a sub-group in fp32, its parts of the fused update, and what stays of the training pass."""
+        """Return the bytes of a sub-group's gradients in fp32, of its fused update, and those left from the pass."""
         zero, num_ranks = self.zero, self.cluster.num_gpus
         largest = 0
         for group in parameter_groups(self.model, self.config.train.weight_decay):
@@ -248,13 +252,13 @@ class Planner:
                 size = 0 if size >= zero.sub_group else size
                 size += -(-parameter.numel() // num_ranks)
                 largest = max(largest, size)
-        temporary = 8 if self.cluster.on_cpu else 0  # two more, since torch's AdamW on CPU works tensor by tensor
+        temporary = 8 if self.cluster.on_cpu else 0  # two more fp32 tensors: torch's AdamW on CPU is not fused
         per_element = 4 + (zero.grad_bytes if zero.grad_bytes != 4 else 0) + temporary
-        bucket = min(zero.reduce_bucket, self._shares(1, trained_only=True)) * element_bytes(self.config)
+        bucket = min(zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element_bytes(self.config)
         return largest * per_element + bucket + self.gathered.persistent * element_bytes(self.config)
 
-    def _evaluation(self, sequences: MicroBatchShape, lasting: int) -> dict[str, int]:
-        """At evaluate.batch_size photos."""
+    def _evaluation(self, sequences: MicroBatchShape, persistent: int) -> dict[str, int]:
+        """Estimate an evaluation of evaluate.batch_size images at a time."""
         config, element = self.config, element_bytes(self.config)
         model = sequences.config_of(self.model_config)
         prompt = max(1, sequences.turn_tokens - sequences.labelled_tokens)
@@ -263,35 +267,35 @@ class Planner:
         slots = model.num_patches + 3 + asked.text_tokens + asked.turns * (config.evaluate.max_new_tokens - 1)
         cache = 2 * asked.num_images * slots * model.hidden_size * model.num_hidden_layers * element
         whole = sum(p.numel() for p in self.model.parameters()) * element
-        free = self.cluster.gpu_gib * GIB - self.cluster.reserved_bytes - lasting
+        free = self.cluster.gpu_gib * GIB - self.cluster.reserved_bytes - persistent
         once = config.evaluate.gather == "once" or (
             config.evaluate.gather == "auto" and whole <= FREE_SHARE * free and self.cluster.num_gpus > 1
         )
         return {
             "all weights" if once else "gathered layers": whole if once else self._gathered_bytes(),
-            "buckets": min(self.zero.reduce_bucket, self._shares(1, trained_only=True)) * element,
+            "buckets": min(self.zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element,
             "keys and values": cache,
             "layer at work": forward_peak(self.stages(asked)),
         }
 
     def _slices_bytes(self, num_ranks: int) -> int:
-        """What a rank writes of a checkpoint: weights in fp32, and Adam's moments of those that are trained."""
-        weights = self._shares(num_ranks, trained_only=False) * MASTER_BYTES
-        return weights + self._shares(num_ranks, trained_only=True) * ADAM_BYTES
+        """Return the bytes that a rank writes to a checkpoint: fp32 weights, and Adam's moments of trained ones."""
+        weights = self._partition_numel(num_ranks, trained_only=False) * MASTER_BYTES
+        return weights + self._partition_numel(num_ranks, trained_only=True) * ADAM_BYTES
 
     def _host(self, offloaded: int, ranks: int) -> dict[str, int]:
-        """Of a node. A checkpoint that is written in the background is copied into host memory first."""
+        """Estimate host memory of a node. A checkpoint saved in the background is copied into host memory first."""
         per_rank = {
             "programs": PROCESS_BYTES + self.config.data.num_workers * WORKER_BYTES,
             "offloaded": offloaded,
-            "start": self._shares(self.cluster.num_gpus, trained_only=False) * element_bytes(self.config),
+            "start": self._partition_numel(self.cluster.num_gpus, trained_only=False) * element_bytes(self.config),
             "saving": self._slices_bytes(self.cluster.num_gpus) if self.config.checkpoint.background else 0,
         }
         return {kind: size * ranks for kind, size in per_rank.items()}
 
 
 def build_on_meta(config: Config, model_config: CogVLMConfig) -> CogVLMForCausalLM:
-    """The model without data, set up as for a run."""
+    """Build the model without data, set up as for a run."""
     with torch.device("meta"):
         model = CogVLMForCausalLM(model_config)
     nn.Module.to(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
@@ -308,26 +312,26 @@ class Verdict:
     why: str
 
 
-def judge(forecast: Forecast, cluster: Cluster, phases: Sequence[str] = PHASES) -> Verdict:
-    """Too much is what does not fit even if all that passes were 15 % less; fits is what does with 15 % more."""
-    phase = max(phases, key=forecast.peaks.__getitem__)
-    lasting, peak = forecast.lasting_bytes, forecast.peaks[phase]
+def judge(estimate: MemoryEstimate, cluster: Cluster, phases: Sequence[str] = PHASES) -> Verdict:
+    """Return too much if not even 15 % less transient memory fits, fits if 15 % more does, else tight."""
+    phase = max(phases, key=estimate.peaks.__getitem__)
+    persistent, peak = estimate.persistent_bytes, estimate.peaks[phase]
     capacity = int(cluster.gpu_gib * GIB)
-    least = lasting + int((peak - lasting) / DOUBT)
-    most = lasting + int((peak - lasting) * DOUBT) + cluster.reserved_bytes
-    kinds = [f"{size / GIB:.1f} {kind}" for kind, size in forecast.lasting.items() if size]
+    least = persistent + int((peak - persistent) / UNCERTAINTY)
+    most = persistent + int((peak - persistent) * UNCERTAINTY) + cluster.reserved_bytes
+    kinds = [f"{size / GIB:.1f} {kind}" for kind, size in estimate.persistent.items() if size]
     why = (
         f"{phase} takes {peak / GIB:.1f} GiB of a {'rank' if cluster.on_cpu else 'GPU'} ("
-        + " + ".join([*kinds, f"{(peak - lasting) / GIB:.1f} that passes"])
-        + f"), and {cluster.reserved_bytes / GIB:.1f} go to the process; it has {cluster.gpu_gib:.1f}"
+        + " + ".join([*kinds, f"{(peak - persistent) / GIB:.1f} transient"])
+        + f"), plus {cluster.reserved_bytes / GIB:.1f} for the process; available are {cluster.gpu_gib:.1f}"
     )
     usable = capacity * (1.0 if cluster.on_cpu else 1 - FRAGMENTED_SHARE)
     status = "too much" if least > capacity else "tight" if most > usable else "fits"
     if cluster.host_gib is None or cluster.on_cpu:
         return Verdict(status, why)
-    needed, host = forecast.host_peak, int(cluster.host_gib * GIB)
-    why += f". A node needs {needed / GIB:.0f} GiB of host memory and has {cluster.host_gib:.0f}"
-    if forecast.host["offloaded"] > host:
+    needed, host = estimate.host_peak, int(cluster.host_gib * GIB)
+    why += f". A node needs {needed / GIB:.0f} GiB of host memory; available are {cluster.host_gib:.0f}"
+    if estimate.host["offloaded"] > host:
         status = "too much"
     elif needed > host and status == "fits":
         status = "tight"

@@ -1,4 +1,4 @@
-"""Out of memory: what took it, by the same arithmetic as launch/plan.py, and which setting would have fitted."""
+"""Explain running out of memory: the estimate of launch/plan.py, and a setting that would have fitted."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from cogvlm_ft.planning.suggestions import cheaper_settings, find_limits, sugges
 from cogvlm_ft.runtime.distributed import device, rank
 from cogvlm_ft.settings import Config
 
-# What torch's allocators say on CPU; a failed mmap or pin comes as a RuntimeError too.
+# Messages of torch's allocators on CPU; a failed mmap or pin is a RuntimeError too.
 ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Recognise the errors of Python, CUDA and torch's CPU allocators."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR_WORDS)
@@ -34,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors_explained(config: Config) -> Iterator[None]:
-    """Collective. Inside, running out of memory is a ConfigError that says what would have fitted."""
+    """Turn running out of memory inside into a ConfigError that names settings that fit. Collective."""
     cluster = this_cluster()
     cluster = replace(cluster, gpu_gib=min(cluster.gpu_gib, memory_limit() / GIB))
     try:
@@ -42,7 +43,7 @@ def memory_errors_explained(config: Config) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        # The traceback's frames hold the tensors; what follows needs memory too.
+        # The traceback's frames keep the tensors alive; the explanation needs memory too.
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
         error.__traceback__ = None
         model_config = model_config_of(config)
@@ -53,13 +54,15 @@ def memory_errors_explained(config: Config) -> Iterator[None]:
 
 
 def explain_out_of_memory(found: str, config: Config, model_config: CogVLMConfig, cluster: Cluster, turns: int) -> str:
-    """`found` is the error's own words, `cluster` what this rank may really use, `turns` those of the photo that has
-    most: all rows of a pass are as long as the longest."""
+    """Return the message. found: text of the error; cluster: with the memory that this rank can really use.
+
+    turns: of the image that has most, since all rows of a pass are padded to the longest.
+    """
     planner = Planner(config, model_config, cluster)
     sequences = MicroBatchShape(num_images=config.train.micro_batch_size, turns=turns)
-    forecast = planner.forecast(sequences)
-    verdict = judge(forecast, cluster)
-    text = f"rank {rank()} ran out of memory ({found}). By the arithmetic of launch/plan.py, {verdict.why}"
+    estimate = planner.estimate(sequences)
+    verdict = judge(estimate, cluster)
+    text = f"rank {rank()} ran out of memory ({found}). Estimate of launch/plan.py: {verdict.why}"
     if verdict.status != "fits":
         changes = suggest_changes(planner, sequences)
         fitting = find_limits(planner, sequences).micro_batch_size
@@ -71,17 +74,17 @@ def explain_out_of_memory(found: str, config: Config, model_config: CogVLMConfig
             return f"{text}. What would fit: {'; or '.join(changes)}"
     else:
         text += (
-            f". So it should fit with {turns} short turns per photo: longer ones, other programs or a fragmented "
-            "allocator take the rest"
+            f". So it should fit with {turns} short turns per image: longer ones, other programs or a fragmented "
+            "allocator need the rest"
         )
-    peak = max(forecast.peaks.values())
+    peak = max(estimate.peaks.values())
     cheaper = cheaper_settings(planner, sequences)
     savings = [f"{name} ({peak / GIB:.2f} -> {less / GIB:.2f} GiB)" for name, less in cheaper]
-    return f"{text}. What takes less: {'; or '.join([*savings, 'more GPUs'])}"
+    return f"{text}. Settings that need less: {'; or '.join([*savings, 'more GPUs'])}"
 
 
 def most_turns_of(config: Config) -> int:
-    """The most turns in a sequence, as far as the index of the shards knows; 1 where it cannot be read."""
+    """Return the most turns in a sequence, by the index of the shards; 1 if it cannot be read."""
     data = config.data
     try:
         index = open_split(config, data.train_split).index
@@ -93,9 +96,9 @@ def most_turns_of(config: Config) -> int:
 
 
 def memory_limit() -> int:
-    """Bytes that this rank can have, of its GPU or, on CPU, of the host: what limits and other programs leave of it.
+    """Return the bytes available to this rank, on its GPU or, on CPU, on the host, after limits and other programs.
 
-    Of an address space (ulimit -v) much is reserved and never used; as much as now is taken off.
+    Much of an address space (ulimit -v) is reserved and never used; what is reserved now is subtracted.
     """
     if device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()

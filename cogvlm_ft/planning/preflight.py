@@ -1,4 +1,4 @@
-"""Before a run: what it will take, whether it fits, what to change; as text, as JSON, and as a check when it starts."""
+"""Estimate a run before it starts: memory, time, whether it fits, what to change; as text, as JSON, and as a check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.model import CogVLMConfig, model_config_of
 from cogvlm_ft.planning.activations import MicroBatchShape
-from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, Forecast, Planner, Verdict, judge
+from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, find_limits, suggest_changes
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
@@ -31,11 +31,11 @@ CPU_PROCESS_BYTES = GIB // 2  # of a rank on CPU, with its libraries
 
 @dataclass(frozen=True)
 class Preflight:
-    """All that is foretold of a run. num_images: of an epoch, None where nobody knows."""
+    """All estimates for a run. num_images: of an epoch, None if not known."""
 
     planner: Planner
     sequences: MicroBatchShape
-    forecast: Forecast
+    estimate: MemoryEstimate
     verdict: Verdict
     limits: Limits
     changes: list[str]
@@ -52,25 +52,25 @@ def inspect_run(
     speeds: Speeds,
     num_images: int | None = None,
 ) -> Preflight:
-    """`sequences` says what a pass looks like; how many photos are in it says the config."""
+    """Estimate a run whose passes have the shape `sequences`."""
     planner = Planner(config, model_config, cluster)
-    forecast = planner.forecast(sequences)
-    verdict = judge(forecast, cluster)
+    estimate = planner.estimate(sequences)
+    verdict = judge(estimate, cluster)
     return Preflight(
         planner=planner,
         sequences=sequences,
-        forecast=forecast,
+        estimate=estimate,
         verdict=verdict,
         limits=find_limits(planner, sequences),
         changes=[] if verdict.status == "fits" else suggest_changes(planner, sequences),
-        time=time_step(planner, forecast, sequences, speeds),
+        time=time_step(planner, estimate, sequences, speeds),
         speeds=speeds,
         num_images=num_images,
     )
 
 
 def count_images(config: Config) -> int | None:
-    """Photos of a training epoch, where the shards can be read from here."""
+    """Count the images of a training epoch; None if the shards cannot be read from here."""
     try:
         index = open_split(config, config.data.train_split).index
     except (DataError, ConfigError):
@@ -80,7 +80,7 @@ def count_images(config: Config) -> int | None:
 
 
 def check_fits(config: Config) -> None:
-    """Collective. Before anything is loaded: what cannot fit ends with the arithmetic, unless `plan` says else."""
+    """Refuse a run that cannot fit, before anything is loaded, unless `plan` says otherwise. Collective."""
     if config.plan == "ignore":
         return
     _, _, verdict = judge_start(config, this_cluster())
@@ -88,47 +88,47 @@ def check_fits(config: Config) -> None:
     logger.log(level, "memory: %s: %s", verdict.status, verdict.why)
 
 
-def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, Forecast, Verdict]:
-    """How a run would begin on that cluster; ConfigError if it cannot fit and plan=refuse.
+def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstimate, Verdict]:
+    """Estimate the smallest pass on a cluster; ConfigError if it cannot fit and plan=refuse.
 
-    Refused is only what would not fit with 15 % less of all that is estimated, with one short turn per photo.
+    A run is refused only if it would not fit with 15 % less transient memory and one short turn per image.
     """
     planner = Planner(config, model_config_of(config), cluster)
-    forecast = planner.forecast(smallest_pass(config))
-    verdict = judge(forecast, cluster)
+    estimate = planner.estimate(smallest_pass(config))
+    verdict = judge(estimate, cluster)
     if verdict.status == "too much" and config.plan == "refuse":
         raise ConfigError(
             f"this run cannot fit on {cluster.num_gpus} {'ranks' if cluster.on_cpu else 'GPUs'}: {verdict.status}: "
             f"{verdict.why}. What would fit: {what_would_fit(planner)}. launch/plan.py shows all "
-            "figures; plan=warn starts it all the same"
+            "figures; plan=warn starts it anyway"
         )
-    return planner, forecast, verdict
+    return planner, estimate, verdict
 
 
 def smallest_pass(config: Config) -> MicroBatchShape:
-    """One short turn per photo."""
+    """Return the shape of a pass with one short turn per image."""
     return MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
 
 
 def what_would_fit(planner: Planner) -> str:
-    """Of the smallest pass, in words."""
-    return "; or ".join(suggest_changes(planner, smallest_pass(planner.config))) or "nothing that was tried"
+    """Return what would make the smallest pass fit, as text."""
+    return "; or ".join(suggest_changes(planner, smallest_pass(planner.config))) or "none of the tested settings"
 
 
 def this_cluster() -> Cluster:
-    """Collective. The machines of this run; of different ones the smallest."""
+    """Return the machines of this run; the smallest if they differ. Collective."""
     return cluster_of(from_main(gather_to_main(machine_facts())))
 
 
 def machine_facts() -> tuple[str, int, int]:
-    """Of this rank: host name, bytes of its memory, bytes of its GPU (0: on CPU)."""
+    """Return this rank's host name, bytes of host memory, bytes of its GPU (0 on CPU)."""
     on_cpu = device().type != "cuda"
     gpu_bytes = 0 if on_cpu else torch.cuda.get_device_properties(device()).total_memory
     return socket.gethostname(), cgroup_limit() or psutil.virtual_memory().total, gpu_bytes
 
 
 def cgroup_limit() -> int | None:
-    """The least that a cgroup around this process allows, None without one: psutil knows only the machine."""
+    """Return the smallest memory limit of this process's cgroups, None without one; psutil reports the machine's."""
     limits = []
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -147,7 +147,7 @@ def cgroup_limit() -> int | None:
 
 
 def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:
-    """Of the `machine_facts` of all ranks."""
+    """Build a cluster from the `machine_facts` of all ranks."""
     on_cpu = device().type != "cuda"
     ranks = Counter(host for host, _, _ in facts)
     ranks_per_node = max(ranks.values())
@@ -164,8 +164,8 @@ def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:
 
 
 def as_json(preflight: Preflight) -> dict[str, Any]:
-    """Everything, in bytes, seconds and operations, for other programs."""
-    forecast, time = preflight.forecast, preflight.time
+    """Return all estimates in bytes, seconds and operations."""
+    estimate, time = preflight.estimate, preflight.time
     return {
         "verdict": asdict(preflight.verdict),
         "changes": preflight.changes,
@@ -173,16 +173,16 @@ def as_json(preflight: Preflight) -> dict[str, Any]:
         "cluster": asdict(preflight.planner.cluster),
         "pass": asdict(preflight.sequences),
         "gpu_bytes": {
-            "lasting": forecast.lasting,
-            "passing": forecast.passing,
-            "update": forecast.update,
-            "logits": forecast.logits,
-            "evaluation": forecast.evaluation,
-            "peaks": forecast.peaks,
+            "persistent": estimate.persistent,
+            "transient": estimate.transient,
+            "update": estimate.update,
+            "logits": estimate.logits,
+            "evaluation": estimate.evaluation,
+            "peaks": estimate.peaks,
         },
-        "host_bytes": {**forecast.host, "peak": forecast.host_peak},
-        "checkpoint_bytes": forecast.disk,
-        "num_parameters": forecast.num_parameters,
+        "host_bytes": {**estimate.host, "peak": estimate.host_peak},
+        "checkpoint_bytes": estimate.disk,
+        "num_parameters": estimate.num_parameters,
         "step": asdict(time),
         "epoch_s": time.epoch_s(preflight.num_images) if preflight.num_images else None,
         "num_images": preflight.num_images,
@@ -191,27 +191,27 @@ def as_json(preflight: Preflight) -> dict[str, Any]:
 
 
 def as_text(preflight: Preflight) -> str:
-    """For people, at a terminal."""
-    forecast, cluster, sequences = preflight.forecast, preflight.planner.cluster, preflight.sequences
+    """Format all estimates for a terminal."""
+    estimate, cluster, sequences = preflight.estimate, preflight.planner.cluster, preflight.sequences
     config, model = preflight.planner.config, sequences.config_of(preflight.planner.model_config)
     lines = [
-        f"{forecast.num_parameters / 1e9:.2f} billion parameters, {model.image_size} px, {config.train.precision}, "
+        f"{estimate.num_parameters / 1e9:.2f} billion parameters, {model.image_size} px, {config.train.precision}, "
         f"{config.deepspeed}",
         f"{cluster.num_gpus} GPUs ({cluster.num_nodes} x {cluster.gpus_per_node}) of {cluster.gpu_gib:.1f} GiB; "
-        f"in a pass {sequences.num_images} x {sequences.turns} turns of {sequences.turn_tokens} tokens",
+        f"one pass: {sequences.num_images} x {sequences.turns} turns of {sequences.turn_tokens} tokens",
         "",
         "one GPU, GiB",
-        *_rows(forecast.lasting, "exact"),
-        *_rows(forecast.passing, f"when most is needed: {forecast.moment}"),
-        _row("training, at most", forecast.peaks["training"]),
-        _row("of it: update", forecast.lasting_bytes + forecast.update, "while the optimizer works"),
-        _row("of it: logits", forecast.logits, "the loss alone"),
-        *_rows(forecast.evaluation, f"evaluation of {config.evaluate.batch_size} photos together"),
-        _row("evaluation, at most", forecast.peaks["evaluation"]),
+        *_rows(estimate.persistent, "exact"),
+        *_rows(estimate.transient, f"at the peak: {estimate.moment}"),
+        _row("training, peak", estimate.peaks["training"]),
+        _row("of it: update", estimate.persistent_bytes + estimate.update, "during the optimizer step"),
+        _row("of it: logits", estimate.logits, "the loss alone"),
+        *_rows(estimate.evaluation, f"evaluation, {config.evaluate.batch_size} images at a time"),
+        _row("evaluation, peak", estimate.peaks["evaluation"]),
         "",
         "one node, GiB of host memory",
-        *_rows({kind: forecast.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
-        _row("at most", forecast.host_peak, "the start passes before anything is saved"),
+        *_rows({kind: estimate.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
+        _row("peak", estimate.host_peak, "start and saving do not coincide"),
         "",
         *_time_lines(preflight),
         "",
@@ -220,7 +220,7 @@ def as_text(preflight: Preflight) -> str:
     lines += [f"  would fit: {change}" for change in preflight.changes]
     limits = preflight.limits
     lines.append(
-        f"largest that fit, each by itself: train.micro_batch_size={limits.micro_batch_size}, "
+        f"largest that fit, each alone: train.micro_batch_size={limits.micro_batch_size}, "
         f"model.image_size={limits.image_size}, evaluate.batch_size={limits.evaluate_batch_size}"
     )
     return "\n".join([*lines, *_warnings(preflight)])
@@ -231,7 +231,7 @@ def _row(kind: str, size: int, note: str = "") -> str:
 
 
 def _rows(sizes: dict[str, int], note: str = "") -> list[str]:
-    """The note stands once, in the first row."""
+    """Format one row per kind, with the note in the first."""
     rows = [(kind, size) for kind, size in sizes.items() if size]
     return [_row(kind, size, "" if number else note) for number, (kind, size) in enumerate(rows)]
 
@@ -239,20 +239,18 @@ def _rows(sizes: dict[str, int], note: str = "") -> list[str]:
 def _time_lines(preflight: Preflight) -> list[str]:
     time, speeds, config = preflight.time, preflight.speeds, preflight.planner.config
     lines = [
-        f"a step: {time.num_images} photos, {time.num_tokens:,} tokens, {time.num_micro_batches} passes per GPU, "
+        f"a step: {time.num_images} images, {time.num_tokens:,} tokens, {time.num_micro_batches} passes per GPU, "
         f"{time.flops / 1e15:.2f} PFLOP and {time.recomputed_flops / 1e15:.2f} recomputed",
-        f"  {time.step_s:.2f} s = computing {time.compute_s:.2f} ({speeds.mfu:.0%} of {speeds.tflops:g} TFLOP/s in "
+        f"  {time.step_s:.2f} s = computation {time.compute_s:.2f} ({speeds.mfu:.0%} of {speeds.tflops:g} TFLOP/s in "
         f"{number_format(config)}), messages {time.messages_s:.2f} ({time.messages_bytes / 1e9:.0f} GB per GPU), "
         f"update {time.update_s:.2f}; messages "
-        + ("hide behind computing" if preflight.planner.zero.overlap_comm else "come on top"),
-        f"a checkpoint: {preflight.forecast.disk / 1e9:.1f} GB, {time.checkpoint_s:.0f} s of standstill at "
-        f"{speeds.disk_gb_s:g} GB/s; {config.checkpoint.keep_last + 2} of them at most",
+        + ("overlap with computation" if preflight.planner.zero.overlap_comm else "are added"),
+        f"a checkpoint: {preflight.estimate.disk / 1e9:.1f} GB, {time.checkpoint_s:.0f} s to write at "
+        f"{speeds.disk_gb_s:g} GB/s; at most {config.checkpoint.keep_last + 2} of them",
     ]
     if preflight.num_images:
         hours = time.epoch_s(preflight.num_images) / 3600
-        lines.append(
-            f"an epoch: {preflight.num_images:,} photos, {hours:.2f} h with its checkpoint, without evaluation"
-        )
+        lines.append(f"an epoch: {preflight.num_images:,} images, {hours:.2f} h with a checkpoint, without evaluation")
     return lines
 
 
@@ -262,4 +260,4 @@ def _warnings(preflight: Preflight) -> list[str]:
     if length <= data.max_sequence_length:
         return []
     limit = data.max_sequence_length
-    return [f"every such photo would be refused: it takes {length} tokens, data.max_sequence_length={limit}"]
+    return [f"every image with these turns would be rejected: {length} tokens; data.max_sequence_length={limit}"]

@@ -1,8 +1,8 @@
-"""How long a step, an epoch and a checkpoint take: multiplications, messages and bytes to disk over the speeds given.
+"""Estimate the time of a step, an epoch and a checkpoint from multiplications, messages, bytes to disk, and speeds.
 
 Multiplications are counted as the model needs them: each token by its own expert, the vision tower once per image,
 causal attention by half of its square, the loss on labelled tokens, and three times the forward pass for a step.
-Recomputing is not counted, as is usual for MFU: the share that is given includes what it costs.
+Recomputation is not counted, as is usual for MFU: the given fraction includes its cost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from cogvlm_ft.config import num_accum_steps
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.planning.activations import MicroBatchShape
-from cogvlm_ft.planning.memory import Forecast, Planner, element_bytes
+from cogvlm_ft.planning.memory import MemoryEstimate, Planner, element_bytes
 from cogvlm_ft.settings import Config
 
 GIGA = 1e9
@@ -25,9 +25,11 @@ UPDATE_BYTES = 28  # per weight: Adam reads weight, gradient and two moments, an
 
 @dataclass(frozen=True)
 class Speeds:
-    """tflops: a GPU's own peak; mfu: the share of it that training reaches. In GB/s: link_gb_s of a GPU to the others
-    of its node, network_gb_s of a node to the others, pcie_gb_s of a GPU to its host, host_gb_s of a node's memory,
-    gpu_gb_s of a GPU's memory, disk_gb_s of the file system, for all nodes together."""
+    """Speeds of the machines. tflops: peak of a GPU; mfu: the fraction of it that training reaches.
+
+    In GB/s: link_gb_s of a GPU to the others of its node, network_gb_s of a node to the others, pcie_gb_s of a GPU to
+    its host, host_gb_s of a node's memory, gpu_gb_s of a GPU's memory, disk_gb_s of the file system for all nodes.
+    """
 
     tflops: float
     mfu: float = 0.4
@@ -41,10 +43,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one optimizer step, over all GPUs; seconds, floating point operations, bytes per GPU.
+    """Estimate of one optimizer step, over all GPUs: seconds, floating point operations, bytes per GPU.
 
-    num_tokens: of all images, patches included. flops: without what is recomputed; recomputed_flops: that.
-    messages_bytes: received by each GPU. seconds are those of the step as a whole.
+    num_tokens: of all images, with patches. flops: without recomputation; recomputed_flops: of recomputation.
+    messages_bytes: received by each GPU. Seconds are those of the whole step.
     """
 
     num_images: int
@@ -60,7 +62,7 @@ class StepTime:
     checkpoint_s: float
 
     def epoch_s(self, num_images: int, saves: int = 1) -> float:
-        """Training and saving; evaluation is not in it."""
+        """Return the seconds of training and saving, without evaluation."""
         return -(-num_images // self.num_images) * self.step_s + saves * self.checkpoint_s
 
 
@@ -68,8 +70,8 @@ def number_format(config: Config) -> str:
     return "bf16" if config.train.precision == "bf16" else "tf32" if config.train.tf32 else "fp32"
 
 
-def time_step(planner: Planner, forecast: Forecast, sequences: MicroBatchShape, speeds: Speeds) -> StepTime:
-    """Messages hide behind the computation if the DeepSpeed JSON says overlap_comm; copies to the host never do."""
+def time_step(planner: Planner, estimate: MemoryEstimate, sequences: MicroBatchShape, speeds: Speeds) -> StepTime:
+    """Estimate a step. Messages overlap with computation under overlap_comm; copies to the host never do."""
     config, zero, cluster = planner.config, planner.zero, planner.cluster
     images, ranks = config.train.global_batch_size, cluster.num_gpus
     num_micro_batches = num_accum_steps(images, config.train.micro_batch_size, ranks)
@@ -78,15 +80,15 @@ def time_step(planner: Planner, forecast: Forecast, sequences: MicroBatchShape, 
     compute_s = 3 * per_image * images / (ranks * speeds.tflops * 1e12 * speeds.mfu)
     element = element_bytes(config)
     trained = sum(p.numel() for p in planner.model.parameters() if p.requires_grad)
-    gathered = forecast.gathered.total * element
+    gathered = estimate.gathered.total * element
     reduced = trained * element
     volume = (gathered + reduced) * num_micro_batches * (ranks - 1) / ranks
-    # Behind a second copy in the node (hpZ), the gathering of the backward pass, half of it, stays there.
+    # With a second copy in the node (hpZ), gathering in the backward pass, half of the volume, stays in the node.
     crossing = gathered * (0.5 if zero.secondary_ranks > 1 else 1.0) + reduced
     nodes = cluster.num_nodes
     between_nodes = crossing * num_micro_batches * (nodes - 1) / nodes
     messages_s = max(volume / speeds.link_gb_s, between_nodes / speeds.network_gb_s) / GIGA
-    update_s = _update_s(planner, forecast, trained, num_micro_batches, speeds)
+    update_s = _update_s(planner, estimate, trained, num_micro_batches, speeds)
     together = max(compute_s, messages_s) if zero.overlap_comm else compute_s + messages_s
     length = sequences.config_of(planner.model_config).num_patches + 3 + sequences.text_tokens
     return StepTime(
@@ -100,27 +102,29 @@ def time_step(planner: Planner, forecast: Forecast, sequences: MicroBatchShape, 
         messages_s=messages_s,
         update_s=update_s,
         step_s=together + update_s,
-        checkpoint_s=forecast.disk / speeds.disk_gb_s / GIGA,
+        checkpoint_s=estimate.disk / speeds.disk_gb_s / GIGA,
     )
 
 
-def _update_s(planner: Planner, forecast: Forecast, trained: int, num_micro_batches: int, speeds: Speeds) -> float:
-    """The optimizer, and what is copied between GPU and host in a step where either is offloaded."""
+def _update_s(
+    planner: Planner, estimate: MemoryEstimate, trained: int, num_micro_batches: int, speeds: Speeds
+) -> float:
+    """Return the seconds of the optimizer step, and of copies between GPU and host if either is offloaded."""
     zero, cluster, element = planner.zero, planner.cluster, element_bytes(planner.config)
-    share = trained / cluster.num_gpus
+    per_rank = trained / cluster.num_gpus
     copied = 0.0
     if zero.offload_optimizer:
-        copied += share * (zero.grad_bytes * num_micro_batches + element)
-        update = share * cluster.gpus_per_node * UPDATE_BYTES / speeds.host_gb_s
+        copied += per_rank * (zero.grad_bytes * num_micro_batches + element)
+        update = per_rank * cluster.gpus_per_node * UPDATE_BYTES / speeds.host_gb_s
     else:
-        update = share * UPDATE_BYTES / speeds.gpu_gb_s
+        update = per_rank * UPDATE_BYTES / speeds.gpu_gb_s
     if zero.offload_param:
-        copied += forecast.gathered.total / cluster.num_gpus * element * num_micro_batches
+        copied += estimate.gathered.total / cluster.num_gpus * element * num_micro_batches
     return (update + copied / speeds.pcie_gb_s) / GIGA
 
 
 def count_flops(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> tuple[float, float]:
-    """(forward pass of `sequences`, what its backward pass recomputes)."""
+    """Return the FLOPs of (forward pass, recomputation in the backward pass)."""
     config, recomputed = sequences.config_of(model.config), 0.0
     total = 0.0
     recomputing = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
@@ -142,7 +146,7 @@ def count_flops(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> tuple[f
 
 
 def _tokens_through(name: str, num_patches: int, sequences: MicroBatchShape) -> int:
-    """Of one image with its turns, through the linear layer of this name."""
+    """Count the tokens of one image with its turns that pass the linear layer of this name."""
     if name == "lm_head":
         return sequences.turns * sequences.labelled_tokens
     if name.startswith(("model.vision.linear_proj.", "model.vision.patch_embedding.")):

@@ -1,4 +1,4 @@
-"""What to change when a run does not fit, and how far it could go when it does: every suggestion is forecast itself."""
+"""Suggest changes when a run does not fit, and find the largest sizes that fit; each suggestion is estimated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OFFLOADS = ("zero3_offload_optimizer", "zero3_offload_all")
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest values that fit, everything else as it is; 0: not even the smallest."""
+    """Largest values that fit, each alone; 0: not even the smallest."""
 
     micro_batch_size: int
     image_size: int
@@ -27,13 +27,13 @@ def find_limits(planner: Planner, sequences: MicroBatchShape) -> Limits:
     patch = planner.model_config.vision["patch_size"]
 
     def trains(shown: MicroBatchShape) -> bool:
-        forecast = planner.forecast(shown, evaluation=False)
-        return judge(forecast, planner.cluster, ("training",)).status == "fits"
+        estimate = planner.estimate(shown, evaluation=False)
+        return judge(estimate, planner.cluster, ("training",)).status == "fits"
 
     def evaluates(batch_size: int) -> bool:
         evaluate = replace(planner.config.evaluate, batch_size=batch_size)
-        forecast = planner.changed(replace(planner.config, evaluate=evaluate)).forecast(sequences)
-        return judge(forecast, planner.cluster, ("evaluation",)).status == "fits"
+        estimate = planner.changed(replace(planner.config, evaluate=evaluate)).estimate(sequences)
+        return judge(estimate, planner.cluster, ("evaluation",)).status == "fits"
 
     return Limits(
         micro_batch_size=_largest(lambda n: trains(replace(sequences, num_images=n)), LARGEST_BATCH),
@@ -44,7 +44,7 @@ def find_limits(planner: Planner, sequences: MicroBatchShape) -> Limits:
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to `most` with fits(n), for a property that ends somewhere; 0 if it does not hold for 1."""
+    """Return the largest n up to `most` with fits(n), if fits is true up to some n; 0 if fits(1) is false."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -56,7 +56,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def suggest_changes(planner: Planner, sequences: MicroBatchShape) -> list[str]:
-    """Each line alone makes the run fit; if none does, all the savings together are tried."""
+    """Return changes each of which makes the run fit; if none does, all savings together if they do."""
     config, cluster = planner.config, planner.cluster
     found = [text for text, change in _savings(config) if _fits(planner.changed(change), sequences)]
     for nodes in range(cluster.num_nodes + 1, MOST_NODES + 1):
@@ -72,22 +72,22 @@ def suggest_changes(planner: Planner, sequences: MicroBatchShape) -> list[str]:
 
 
 def cheaper_settings(planner: Planner, sequences: MicroBatchShape) -> list[tuple[str, int]]:
-    """(what to write, bytes at the peak with it) for each saving that helps at all, the best one first."""
-    peak = max(planner.forecast(sequences).peaks.values())
+    """Return (setting, bytes at the peak with it) for each saving that helps, the best one first."""
+    peak = max(planner.estimate(sequences).peaks.values())
     found = []
     for text, change in _savings(planner.config):
         shown = replace(sequences, num_images=change.train.micro_batch_size)
-        found.append((text, max(planner.changed(change).forecast(shown).peaks.values())))
+        found.append((text, max(planner.changed(change).estimate(shown).peaks.values())))
     return sorted([each for each in found if each[1] < peak], key=lambda each: each[1])
 
 
 def _fits(planner: Planner, sequences: MicroBatchShape) -> bool:
     shown = replace(sequences, num_images=planner.config.train.micro_batch_size)
-    return judge(planner.forecast(shown), planner.cluster).status == "fits"
+    return judge(planner.estimate(shown), planner.cluster).status == "fits"
 
 
 def _savings(config: Config) -> list[tuple[str, Config]]:
-    """(what to write, the settings with it) for all that is not done yet."""
+    """Return (setting, config with it) for each saving that is not in use yet."""
     train, evaluate, model = config.train, config.evaluate, config.model
     found = []
     if evaluate.batch_size > 1:

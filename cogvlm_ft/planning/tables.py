@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md: the 17B model on clusters of one kind of GPU."""
+"""Write the tables of docs/performance.md: the 17B model on clusters of one kind of GPU."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HEAD = "| px | precision | Adam on the | " + " | ".join(f"{nodes * gpus}" for no
 
 
 def write_tables(config: Config, sequences: MicroBatchShape, speeds: Speeds, gpu_gib: float) -> str:
-    """Markdown: memory of training, memory of evaluation, and time of a step, each for 4 to 32 GPUs.
+    """Return Markdown: memory of training, memory of evaluation, and time of a step, each for 4 to 32 GPUs.
 
-    The batch is one photo per GPU and pass, 32 per step, whatever `config` says.
+    The batch is one image per GPU and pass, 32 per step, whatever `config` says.
     """
     train = replace(config.train, micro_batch_size=1, global_batch_size=32)
     config = replace(config, train=train)
@@ -40,17 +40,17 @@ def write_tables(config: Config, sequences: MicroBatchShape, speeds: Speeds, gpu
             cells: dict[str, list[str]] = {name: [] for name in rows}
             for nodes, gpus in CLUSTERS:
                 planner = first.changed(cluster=Cluster(nodes, gpus, gpu_gib))
-                forecast = planner.forecast(shown)
+                estimate = planner.estimate(shown)
                 for phase in ("training", "evaluation"):
-                    status = judge(forecast, planner.cluster, (phase,)).status
-                    cells[phase].append(f"{forecast.peaks[phase] / GIB:.1f}{MARKS[status]}")
-                cells["step"].append(f"{time_step(planner, forecast, shown, at).step_s:.1f}")
+                    status = judge(estimate, planner.cluster, (phase,)).status
+                    cells[phase].append(f"{estimate.peaks[phase] / GIB:.1f}{MARKS[status]}")
+                cells["step"].append(f"{time_step(planner, estimate, shown, at).step_s:.1f}")
             for name, row in cells.items():
                 rows[name].append(f"| {image_size} | {precision} | {where} | {' | '.join(row)} |")
     titles = {
-        "training": "Training, one photo per GPU and pass: GiB per GPU",
-        "evaluation": f"Evaluation, {config.evaluate.batch_size} photos together: GiB per GPU",
-        "step": "A step of 32 photos: seconds",
+        "training": "Training, one image per GPU and pass: GiB per GPU",
+        "evaluation": f"Evaluation, {config.evaluate.batch_size} images at a time: GiB per GPU",
+        "step": "A step of 32 images: seconds",
     }
     rule = "|" + "---|" * (3 + len(CLUSTERS))
     return "\n\n".join("\n".join([f"**{titles[name]}**", "", HEAD, rule, *lines]) for name, lines in rows.items())

@@ -1,17 +1,18 @@
-"""How many parameters ZeRO-3 holds gathered at once: the rules of DeepSpeed's coordinator, played through on sizes.
+"""Simulate how many parameters ZeRO-3 holds gathered at once, by the rules of DeepSpeed's parameter coordinator.
 
-From deepspeed/runtime/zero/partitioned_param_coordinator.py, in its steady state (from the third pass on): a module's
-parameters are fetched before it runs; then the next ones of the pass, until stage3_prefetch_bucket_size elements are on
-their way or stage3_max_live_parameters are there; after the module ran they are released, unless they are used again
-within stage3_max_reuse_distance elements.
+The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py after its third pass, when it knows the
+order of the modules: the parameters of a module are gathered before it runs (`fetch_sub_module`), then parameters of
+the following modules are prefetched, and after the module those are released that are not used again soon
+(`release_sub_module`).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +23,11 @@ from cogvlm_ft.planning.activations import AsInTraining
 
 @dataclass(frozen=True)
 class GatherRules:
-    """Elements, from a DeepSpeed JSON's zero_optimization."""
+    """Limits in elements, from zero_optimization of a DeepSpeed JSON.
+
+    prefetch: stage3_prefetch_bucket_size; max_live: stage3_max_live_parameters; max_reuse: stage3_max_reuse_distance;
+    persistence: stage3_param_persistence_threshold; leaf_classes: modules that are gathered as one.
+    """
 
     prefetch: int = 50_000_000
     max_live: int = 1_000_000_000
@@ -33,8 +38,11 @@ class GatherRules:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Elements. peak: gathered at once, without the persistent ones; persistent: small parameters that always are.
-    largest_fetch: of one message; total: of all messages of a forward and a backward pass."""
+    """Result of a simulation, in elements.
+
+    peak: gathered at once, without the persistent ones; persistent: small parameters that are never released;
+    largest_fetch: of one message; total: of all messages of a forward and a backward pass.
+    """
 
     peak: int
     persistent: int
@@ -42,39 +50,32 @@ class Gathered:
     total: int
 
 
+class _Call(NamedTuple):
+    """A module that runs, and the layer that it is part of (the module itself outside layers)."""
+
+    module: nn.Module
+    layer: nn.Module
+
+
 def module_order(model: CogVLMForCausalLM, rules: GatherRules, *, backward: bool = True) -> list[list[nn.Parameter]]:
-    """The parameters of the modules in the order in which a pass calls them: forward, then backward.
+    """Return the parameters of the modules in the order in which they run: forward, then backward."""
+    parameters = _fetched_together(model, rules)
+    calls = _forward_calls(model, list(parameters))
+    if backward:
+        calls += _backward_calls(calls)
+    return [parameters[call.module] for call in calls]
 
-    A layer that recomputes runs forward once more before its backward pass.
-    """
-    forward: list[tuple[nn.Module, nn.Module]] = []  # (module, the layer that it is part of)
-    layers = [*model.model.vision.transformer.layers, *model.model.layers]
-    owner = {id(part): layer for layer in layers for part in layer.modules()}
-    leaves = {id(module) for module in model.modules() if _is_leaf(module, rules)}
-    inside = {id(part) for module in model.modules() if id(module) in leaves for part in module.modules()} - leaves
-    hooks = []
-    for module in model.modules():
-        if id(module) not in inside and any(True for _ in module.parameters(recurse=id(module) in leaves)):
-            step = (module, owner.get(id(module), module))
-            hooks.append(module.register_forward_pre_hook(lambda *_, step=step: forward.append(step)))
-    _run_on_meta(model)
-    for hook in hooks:
-        hook.remove()
 
-    def parameters(steps: Sequence[tuple[nn.Module, nn.Module]]) -> list[list[nn.Parameter]]:
-        return [list(module.parameters(recurse=id(module) in leaves)) for module, _ in steps]
-
-    order = parameters(forward)
-    rest = list(forward) if backward else []
-    while rest:
-        layer = rest[-1][1]
-        part = [rest.pop()]
-        while rest and rest[-1][1] is layer:
-            part.append(rest.pop())
-        if getattr(layer, "gradient_checkpointing", False):
-            order += parameters(part[::-1])
-        order += parameters(part)
-    return order
+def _fetched_together(model: nn.Module, rules: GatherRules) -> dict[nn.Module, list[nn.Parameter]]:
+    """Return the modules that gather parameters: a leaf module gathers all below it, any other module its own."""
+    leaves = {module for module in model.modules() if _is_leaf(module, rules)}
+    inside_leaves = {part for leaf in leaves for part in leaf.modules()} - leaves
+    fetched = {
+        module: list(module.parameters(recurse=module in leaves))
+        for module in model.modules()
+        if module not in inside_leaves
+    }
+    return {module: parameters for module, parameters in fetched.items() if parameters}
 
 
 def _is_leaf(module: nn.Module, rules: GatherRules) -> bool:
@@ -82,8 +83,23 @@ def _is_leaf(module: nn.Module, rules: GatherRules) -> bool:
     return bool({kind.__name__, f"{kind.__module__}.{kind.__qualname__}"} & set(rules.leaf_classes))
 
 
+def _forward_calls(model: CogVLMForCausalLM, modules: Iterable[nn.Module]) -> list[_Call]:
+    """Run a forward pass on shapes and record in which order it calls these modules."""
+    layers = [*model.model.vision.transformer.layers, *model.model.layers]
+    layer_of = {part: layer for layer in layers for part in layer.modules()}
+    calls: list[_Call] = []
+    hooks = []
+    for module in modules:
+        call = _Call(module, layer_of.get(module, module))
+        hooks.append(module.register_forward_pre_hook(lambda *_, call=call: calls.append(call)))
+    _run_on_meta(model)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
 def _run_on_meta(model: CogVLMForCausalLM) -> None:
-    """One pass over shapes, without gradients and so without recomputing."""
+    """Run one pass on shapes, without gradients and therefore without recomputation."""
     config = model.config
     with torch.device("meta"), torch.no_grad(), AsInTraining():
         ids = torch.zeros(1, config.num_patches + 4, dtype=torch.long)
@@ -91,57 +107,100 @@ def _run_on_meta(model: CogVLMForCausalLM) -> None:
         model(input_ids=ids, pixel_values=pixels, position_ids=ids, block_ids=ids.int())
 
 
-def play(order: Sequence[Sequence[nn.Parameter]], rules: GatherRules) -> Gathered:
-    """What is gathered while the modules of `order` run one after the other."""
-    persistent = {p for step in order for p in step if p.numel() <= rules.persistence}
-    queue = deque((p, number) for number, step in enumerate(order) for p in step)
-    fetched_for: dict[Any, int] = {}
-    available: set[nn.Parameter] = set()
-    live = peak = largest = total = 0
-    for number, step in enumerate(order):
-        needed = set(step)
-        fetch = [p for p in needed if p not in available and p not in persistent]
-        unread = {p for p in needed if fetched_for.get(p, -1) < number}
-        while unread:
-            parameter, used_at = queue.popleft()
-            fetched_for[parameter] = used_at
-            unread.discard(parameter)
-        ahead: set[nn.Parameter] = set()
-        numel_ahead, live_now = 0, live + _numel(fetch)
-        room = min(rules.max_live - live_now, rules.prefetch)
-        while queue and numel_ahead < room:
-            parameter, used_at = queue.popleft()
-            fetched_for[parameter] = max(fetched_for.get(parameter, -1), used_at)
-            if parameter not in available and parameter not in needed | persistent | ahead:
-                ahead.add(parameter)
-                numel_ahead += parameter.numel()
-        available |= {*fetch, *ahead}
-        live = live_now + numel_ahead
-        peak, total = max(peak, live), total + _numel(fetch) + numel_ahead
-        largest = max(largest, _numel(fetch), numel_ahead)
-        for parameter in _released(step, order, number + 1, fetched_for, rules) & available:
-            available.discard(parameter)
-            live -= parameter.numel()
-    return Gathered(peak, _numel(persistent), largest, total)
+def _backward_calls(forward: Sequence[_Call]) -> list[_Call]:
+    """Reverse the forward pass. A layer with gradient checkpointing runs forward again before its backward pass."""
+    calls: list[_Call] = []
+    for _, group in groupby(reversed(forward), key=lambda call: id(call.layer)):
+        backward = list(group)
+        if getattr(backward[0].layer, "gradient_checkpointing", False):
+            calls += backward[::-1]
+        calls += backward
+    return calls
 
 
-def _released(
-    step: Sequence[nn.Parameter],
-    order: Sequence[Sequence[nn.Parameter]],
-    following: int,
-    fetched_for: dict[Any, int],
-    rules: GatherRules,
-) -> set[nn.Parameter]:
-    """Of the parameters of a module that has run, those that nothing within reach uses again."""
-    released = {p for p in step if fetched_for.get(p, -1) <= following}
-    traversed = 0
-    for later in order[following:]:
-        if traversed >= rules.max_reuse or not released:
-            break
-        released -= set(later)
-        traversed += _numel(later)
-    return released
+def simulate(order: Sequence[Sequence[nn.Parameter]], rules: GatherRules) -> Gathered:
+    """Count what is gathered while the modules of `order` run one after the other."""
+    coordinator = _Coordinator(order, rules)
+    peak = largest = total = 0
+    for step in range(len(order)):
+        fetched = coordinator.fetch(step)
+        prefetched = coordinator.prefetch()
+        peak = max(peak, coordinator.num_live)
+        largest = max(largest, fetched, prefetched)
+        total += fetched + prefetched
+        coordinator.release(step)
+    return Gathered(peak, _numel(coordinator.persistent), largest, total)
 
 
-def _numel(parameters: Any) -> int:
+class _Use(NamedTuple):
+    """A use of a parameter by the module that runs at `step`."""
+
+    parameter: nn.Parameter
+    step: int
+
+
+class _Coordinator:
+    """The state of DeepSpeed's PartitionedParameterCoordinator that decides what is gathered.
+
+    persistent: parameters that are gathered once and never released. num_live: elements gathered now, without these.
+    """
+
+    def __init__(self, order: Sequence[Sequence[nn.Parameter]], rules: GatherRules) -> None:
+        self._order, self._rules = order, rules
+        self.persistent = {p for module in order for p in module if p.numel() <= rules.persistence}
+        self.num_live = 0
+        self._available: set[nn.Parameter] = set()
+        # __param_queue: the uses that are still to come, in the order of the pass.
+        self._queue = deque(_Use(parameter, step) for step, module in enumerate(order) for parameter in module)
+        # __most_recent_step_id_param_fetched_for: the last step for which a parameter has left the queue.
+        self._fetched_for: dict[nn.Parameter, int] = defaultdict(lambda: -1)
+
+    def fetch(self, step: int) -> int:
+        """Gather what the module at `step` lacks; return its elements."""
+        gathered = self._gather(self._order[step])
+        # The queue is advanced past the uses of this module, except those that a prefetch has already taken.
+        queued = {parameter for parameter in self._order[step] if self._fetched_for[parameter] < step}
+        while queued:
+            use = self._queue.popleft()
+            self._fetched_for[use.parameter] = use.step
+            queued.discard(use.parameter)
+        return gathered
+
+    def prefetch(self) -> int:
+        """Gather the next parameters of the queue up to the limits; return their elements.
+
+        A parameter that begins below a limit is gathered whole.
+        """
+        room = min(self._rules.max_live - self.num_live, self._rules.prefetch)
+        gathered = 0
+        while self._queue and gathered < room:
+            use = self._queue.popleft()
+            self._fetched_for[use.parameter] = max(self._fetched_for[use.parameter], use.step)
+            gathered += self._gather([use.parameter])
+        return gathered
+
+    def release(self, step: int) -> None:
+        """Release parameters of the module at `step`, unless they were prefetched for later or are used again soon."""
+        next_step = step + 1  # DeepSpeed has incremented its step id when it releases
+        released = {parameter for parameter in self._order[step] if self._fetched_for[parameter] <= next_step}
+        num_traversed = 0
+        for later in self._order[next_step:]:
+            if num_traversed >= self._rules.max_reuse or not released:
+                break
+            released -= set(later)
+            num_traversed += _numel(later)
+        released &= self._available
+        self._available -= released
+        self.num_live -= _numel(released)
+
+    def _gather(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Make these parameters available; return the elements of those that were not."""
+        missing = set(parameters) - self._available - self.persistent
+        self._available |= missing
+        gathered = _numel(missing)
+        self.num_live += gathered
+        return gathered
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)

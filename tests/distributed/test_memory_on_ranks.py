@@ -14,7 +14,7 @@ from cogvlm_ft.planning.memory import Cluster, Planner
 
 PROGRAM = Path(__file__).with_name("forecast_peaks.py")
 TOLERANCE = 0.15
-LASTING = ("weights", "gradients", "master weights", "Adam")
+PERSISTENT = ("weights", "gradients", "master weights", "Adam")
 
 
 def preset(folder: Path, **changes: object) -> Path:
@@ -50,10 +50,10 @@ def test_what_lasts_and_what_is_gathered_on_two_ranks(
     """Compare at odd sizes, so that the ranks' parts are padded."""
     deepspeed = preset(tmp_path, stage3_param_persistence_threshold=100, reduce_bucket_size=10_000, **limits)
     measured, planner = both("tiny", 2, precision, checkpointing, deepspeed, 2, tmp_path / "logs")
-    forecast = planner.forecast(MicroBatchShape(num_images=2))
-    assert {kind: forecast.lasting[kind] for kind in LASTING} == {kind: measured[kind] for kind in LASTING}
+    estimate = planner.estimate(MicroBatchShape(num_images=2))
+    assert {kind: estimate.persistent[kind] for kind in PERSISTENT} == {kind: measured[kind] for kind in PERSISTENT}
     assert (measured["master weights"] > 0) == (precision == "bf16")
-    assert forecast.gathered.peak == pytest.approx(measured["gathered"], rel=TOLERANCE)
+    assert estimate.gathered.peak == pytest.approx(measured["gathered"], rel=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -65,10 +65,10 @@ def test_activations_of_a_middle_sized_model(
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     deepspeed = preset(tmp_path, reduce_bucket_size=1_000_000)
     measured, planner = both("middle", 1, "fp32", checkpointing, deepspeed, 1, tmp_path / "logs")
-    forecast = planner.forecast(MicroBatchShape())
-    assert {kind: forecast.lasting[kind] for kind in LASTING} == {kind: measured[kind] for kind in LASTING}
-    passing = forecast.passing["activations"] + forecast.passing["layer at work"]
-    assert passing == pytest.approx(measured["peak"], rel=TOLERANCE)
+    estimate = planner.estimate(MicroBatchShape())
+    assert {kind: estimate.persistent[kind] for kind in PERSISTENT} == {kind: measured[kind] for kind in PERSISTENT}
+    transient = estimate.transient["activations"] + estimate.transient["layer at work"]
+    assert transient == pytest.approx(measured["peak"], rel=TOLERANCE)
     kept = kept_bytes(probe_stages(planner.model, MicroBatchShape()))
     assert kept == pytest.approx(measured["kept"], rel=TOLERANCE)
     assert measured["peak"] > 50 * 2**20, "too little to distinguish from noise"

@@ -26,7 +26,7 @@ def test_the_message_names_a_smaller_micro_batch(shards: Path, start_model: Path
         assert ranks.wait(120) == [2], ranks.output()
         output = ranks.output()
     assert "ConfigError: rank 0 ran out of memory (RuntimeError: " in output
-    assert re.search(r"By the arithmetic of launch/plan\.py, training takes \S+ GiB of a rank \(\S+ weights", output)
+    assert re.search(r"Estimate of launch/plan\.py: training takes \S+ GiB of a rank \(\S+ weights", output)
     [fitting] = re.findall(r"What would fit: train\.micro_batch_size=(\d+)", output)
     assert 1 < int(fitting) < 512
     # Address space is more than memory (stacks of threads, arenas): what just fits by the arithmetic may not do here.

@@ -1,4 +1,4 @@
-"""Memory of a run: against anchors of the 17B model, against real tensors, and what follows from it."""
+"""Memory of a run: against anchors of the 17B model and real tensors; suggestions and limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, peak_of,
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge, read_zero_settings
 from cogvlm_ft.planning.preflight import check_fits
 from cogvlm_ft.planning.suggestions import find_limits, suggest_changes
-from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, play
+from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, simulate
 from cogvlm_ft.settings import Config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -59,21 +59,24 @@ def planner_17b() -> Planner:
 def test_bytes_per_parameter_of_17b(
     settings: list[str], bytes_on_gpus: int, bytes_on_host: int, planner_17b: Planner
 ) -> None:
-    forecast = planner_17b.changed(config(*settings)).forecast(MicroBatchShape(), evaluation=False)
-    assert forecast.num_parameters == PARAMETERS_17B
-    assert forecast.lasting_bytes * 8 == bytes_on_gpus * PARAMETERS_17B
-    assert forecast.host["offloaded"] == bytes_on_host * PARAMETERS_17B
-    assert forecast.disk == 12 * PARAMETERS_17B  # 212 GB
+    estimate = planner_17b.changed(config(*settings)).estimate(MicroBatchShape(), evaluation=False)
+    assert estimate.num_parameters == PARAMETERS_17B
+    assert estimate.persistent_bytes * 8 == bytes_on_gpus * PARAMETERS_17B
+    assert estimate.host["offloaded"] == bytes_on_host * PARAMETERS_17B
+    assert estimate.disk == 12 * PARAMETERS_17B  # 212 GB
 
 
 def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
     multinode = planner_17b.changed(config("deepspeed=configs/deepspeed/zero3_multinode.json"), Cluster(2, 8))
     assert (
-        multinode.forecast(MicroBatchShape(), evaluation=False).lasting["second copy (hpZ)"] == 4 * PARAMETERS_17B // 8
+        multinode.estimate(MicroBatchShape(), evaluation=False).persistent["second copy (hpZ)"]
+        == 4 * PARAMETERS_17B // 8
     )
-    frozen = planner_17b.changed(config('model.freeze=["model.*"]')).forecast(MicroBatchShape(), evaluation=False)
-    assert frozen.lasting["Adam"] == 8 * 32000 * 4096 // 8 and frozen.lasting["weights"] == 4 * PARAMETERS_17B // 8
-    assert frozen.passing["activations"] < GIB // 20, "nothing before lm_head has a backward pass"
+    frozen = planner_17b.changed(config('model.freeze=["model.*"]')).estimate(MicroBatchShape(), evaluation=False)
+    assert (
+        frozen.persistent["Adam"] == 8 * 32000 * 4096 // 8 and frozen.persistent["weights"] == 4 * PARAMETERS_17B // 8
+    )
+    assert frozen.transient["activations"] < GIB // 20, "nothing before lm_head has a backward pass"
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
@@ -138,37 +141,37 @@ def test_gathering_by_hand() -> None:
     a, b, c, norm = (nn.Parameter(torch.empty(n, device="meta")) for n in (10, 20, 30, 1))
     once = [[a], [norm], [b], [c]]
     one_by_one = GatherRules(prefetch=0, max_live=1000, max_reuse=0, persistence=1)
-    assert play(once, one_by_one) == Gathered(peak=30, persistent=1, largest_fetch=30, total=60)
-    assert play(once, replace(one_by_one, prefetch=1)).peak == 50  # b and c; each fetches the whole next one
-    assert play(once, replace(one_by_one, prefetch=1000)).peak == 60  # all three from the start
+    assert simulate(once, one_by_one) == Gathered(peak=30, persistent=1, largest_fetch=30, total=60)
+    assert simulate(once, replace(one_by_one, prefetch=1)).peak == 50  # b and c; each fetches the whole next one
+    assert simulate(once, replace(one_by_one, prefetch=1000)).peak == 60  # all three from the start
     there_and_back = [*once, *once[::-1]]
-    assert play(there_and_back, one_by_one).total == 120
-    assert play(there_and_back, replace(one_by_one, max_reuse=1)).total == 90  # c is still there
-    assert play(there_and_back, replace(one_by_one, max_reuse=1000)) == Gathered(60, 1, 30, 60)
+    assert simulate(there_and_back, one_by_one).total == 120
+    assert simulate(there_and_back, replace(one_by_one, max_reuse=1)).total == 90  # c is still there
+    assert simulate(there_and_back, replace(one_by_one, max_reuse=1000)) == Gathered(60, 1, 30, 60)
 
 
 def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
-    forecast = planner_17b.forecast(MicroBatchShape())
-    peak, lasting = max(forecast.peaks.values()) / GIB, forecast.lasting_bytes / GIB
+    estimate = planner_17b.estimate(MicroBatchShape())
+    peak, persistent = max(estimate.peaks.values()) / GIB, estimate.persistent_bytes / GIB
 
     def status(gpu_gib: float, host_gib: float | None = None) -> str:
-        return judge(forecast, Cluster(1, 8, gpu_gib, host_gib)).status
+        return judge(estimate, Cluster(1, 8, gpu_gib, host_gib)).status
 
     assert status(peak - 0.01) == status(peak + 1) == "tight", "an estimate just above or below proves nothing"
-    assert status(lasting) == "too much" and status(2 * peak) == "fits"
+    assert status(persistent) == "too much" and status(2 * peak) == "fits"
     assert status(2 * peak, host_gib=100) == "tight", "copies of checkpoints need more host memory"
-    offloaded = planner_17b.changed(config(OFFLOAD)).forecast(MicroBatchShape())
+    offloaded = planner_17b.changed(config(OFFLOAD)).estimate(MicroBatchShape())
     assert judge(offloaded, Cluster(1, 8, 79, host_gib=300)).status == "too much"
 
 
 def test_every_suggestion_fits(planner_17b: Planner) -> None:
     planner = planner_17b.changed(cluster=Cluster(1, 4))
-    assert judge(planner.forecast(MicroBatchShape()), planner.cluster).status == "too much"
+    assert judge(planner.estimate(MicroBatchShape()), planner.cluster).status == "too much"
     changes = suggest_changes(planner, MicroBatchShape())
     assert OFFLOAD in changes and changes[-1].startswith("8 GPUs")
     for change in changes[:-1]:
         other = planner.changed(config(change))
-        assert judge(other.forecast(MicroBatchShape()), other.cluster).status == "fits"
+        assert judge(other.estimate(MicroBatchShape()), other.cluster).status == "fits"
 
 
 def test_limits_are_the_last_that_fit() -> None:
@@ -176,7 +179,7 @@ def test_limits_are_the_last_that_fit() -> None:
     limits = find_limits(planner, MicroBatchShape())
 
     def verdict(sequences: MicroBatchShape) -> Verdict:
-        return judge(planner.forecast(sequences, evaluation=False), planner.cluster, ("training",))
+        return judge(planner.estimate(sequences, evaluation=False), planner.cluster, ("training",))
 
     assert 1 < limits.micro_batch_size < 256 and 56 < limits.image_size < 2240
     assert verdict(MicroBatchShape(num_images=limits.micro_batch_size)).status == "fits"

@@ -1,4 +1,4 @@
-"""What is said when memory runs out: the arithmetic, and a setting that would have fitted."""
+"""Explanations when memory runs out: the estimate, and a setting that would have fitted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cluster_of(gpu_gib: float) -> Cluster:
 
 def peak_gib(config: Config, model: CogVLMForCausalLM) -> float:
     sequences = MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
-    return max(Planner(config, model.config, cluster_of(1)).forecast(sequences).peaks.values()) / GIB
+    return max(Planner(config, model.config, cluster_of(1)).estimate(sequences).peaks.values()) / GIB
 
 
 @pytest.mark.slow
@@ -35,9 +35,7 @@ def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: C
     config = config_of(256)
     small, large = peak_gib(config_of(32), tiny_model), peak_gib(config, tiny_model)
     text = explain_out_of_memory("OutOfMemoryError: x", config, tiny_model.config, cluster_of((small + large) / 2), 1)
-    assert text.startswith(
-        "rank 0 ran out of memory (OutOfMemoryError: x). By the arithmetic of launch/plan.py, training"
-    )
+    assert text.startswith("rank 0 ran out of memory (OutOfMemoryError: x). Estimate of launch/plan.py: training")
     assert f"takes {large:.1f} GiB of a rank (" in text
     [largest] = re.findall(r"What would fit: train\.micro_batch_size=(\d+)", text)
     assert 32 <= int(largest) < 256
@@ -47,12 +45,12 @@ def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: C
 def test_what_takes_less_is_named_where_it_should_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
     config = config_of(64)
     text = explain_out_of_memory("MemoryError: no details", config, tiny_model.config, cluster_of(500), 1)
-    assert "So it should fit with 1 short turns per photo" in text
+    assert "So it should fit with 1 short turns per image" in text
     peak, less = re.findall(r"train\.micro_batch_size=1 \((\S+) -> (\S+) GiB\)", text)[0]
     assert float(less) < float(peak)
 
 
-def test_nothing_that_helps_is_said_too(tiny_model: CogVLMForCausalLM) -> None:
+def test_no_setting_that_fits(tiny_model: CogVLMForCausalLM) -> None:
     text = explain_out_of_memory("x", config_of(1, "bf16"), tiny_model.config, cluster_of(1e-6), 1)
     assert "What would fit" not in text and text.endswith("more GPUs")
 

@@ -50,8 +50,8 @@ def planner_17b() -> Planner:
 
 
 def step_of(planner: Planner, **speeds: float) -> StepTime:
-    forecast = planner.forecast(MicroBatchShape(), evaluation=False)
-    return time_step(planner, forecast, MicroBatchShape(), Speeds(**{"tflops": 989.0, **speeds}))
+    estimate = planner.estimate(MicroBatchShape(), evaluation=False)
+    return time_step(planner, estimate, MicroBatchShape(), Speeds(**{"tflops": 989.0, **speeds}))
 
 
 def test_time_follows_the_speeds(planner_17b: Planner) -> None:
@@ -81,19 +81,19 @@ def small_config(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_program_tells_people_and_programs(small_config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_prints_text_and_json(small_config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model-config", small_config, "--gpus-per-node", "2", "--gpu-memory-gib", "1.65"]
     arguments += ["--images", "1000", "evaluate.batch_size=1", "data.max_turns_per_image=3"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pass"]["turns"] == 3 and found["verdict"]["status"] in ("fits", "tight")
-    assert found["gpu_bytes"]["lasting"]["Adam"] == 2 * found["gpu_bytes"]["lasting"]["gradients"]
+    assert found["gpu_bytes"]["persistent"]["Adam"] == 2 * found["gpu_bytes"]["persistent"]["gradients"]
     assert found["epoch_s"] > 0 and found["num_images"] == 1000
     assert main([*arguments, "data.max_sequence_length=100"]) == 0
     text = capsys.readouterr().out
-    for wanted in (small_config, "56 px", "keys and values", "an epoch: 1,000 photos", "largest that fit"):
-        assert wanted in text
-    assert "every such photo would be refused: it takes 199 tokens" in text
+    for expected in (small_config, "56 px", "keys and values", "an epoch: 1,000 images", "largest that fit"):
+        assert expected in text
+    assert "every image with these turns would be rejected: 199 tokens" in text
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_program_tells_people_and_programs(small_config: str, capsys: pytest
         (["model.image_size=500"], "model.image_size: image_size=500 is not a multiple of the patch size 14"),
     ],
 )
-def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
