@@ -1,4 +1,4 @@
-"""Locks of compilers that were killed: whoever wants the same extension next waits for ever, and says nothing."""
+"""Check locks of compilers that were killed: the next build of the same extension waits indefinitely, silently."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import NamedTuple
 import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
-from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
+from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 
-STALE_AFTER_S = 600  # a build takes one minute; on a shared home it may be that of another node
+STALE_AFTER_S = 600  # a build takes one minute; on a shared home directory it may run on another node
 
 
 class Lock(NamedTuple):
-    """maker: the process on this host that holds it, None if there is none. removed: just now."""
+    """A lock file. maker: the process on this host that holds it, None without one; removed: by this check."""
 
     path: Path
     age_s: float
@@ -33,11 +33,11 @@ def build_root() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
-def look_for_locks(examination: Examination) -> list[Lock]:
-    """Of torch's extensions, ROOT/[py311_cu128/]NAME/lock; removes stale ones if that is asked for."""
+def read_locks(examination: Examination) -> list[Lock]:
+    """Find the locks of torch's extensions, ROOT/[py311_cu128/]NAME/lock; remove stale ones with --fix."""
     found = []
     for path in sorted({*build_root().glob("*/lock"), *build_root().glob("*/*/lock")}):
-        with contextlib.suppress(FileNotFoundError):  # just built, or removed from another node
+        with contextlib.suppress(FileNotFoundError):  # built meanwhile, or removed from another node
             lock = Lock(path, time.time() - path.stat().st_mtime, _maker_of(path), removed=False)
             if lock.is_stale and examination.fix:
                 path.unlink()
@@ -47,7 +47,7 @@ def look_for_locks(examination: Examination) -> list[Lock]:
 
 
 def _maker_of(path: Path) -> int | None:
-    """torch keeps the file open while it builds."""
+    """Find the process that has the file open, as torch does while it builds."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if any(file.path == str(path.resolve()) for file in process.open_files()):
@@ -55,10 +55,10 @@ def _maker_of(path: Path) -> int | None:
     return None
 
 
-def judge_locks(_: Examination, seen: list[Seen]) -> list[Finding]:
-    """A lock on a shared file system is seen by every node; one of them may know its maker."""
+def judge_locks(_: Examination, readings: list[Reading]) -> list[Finding]:
+    """Judge each lock once. Every node reads a lock on a shared file system; one of them may know its maker."""
     locks: dict[Path, Lock] = {}
-    for lock in (lock for part in seen for lock in part.facts):
+    for lock in (lock for part in readings for lock in part.facts):
         known = locks.get(lock.path)
         if known is None or known.maker is None:
             locks[lock.path] = lock
@@ -67,16 +67,13 @@ def judge_locks(_: Examination, seen: list[Seen]) -> list[Finding]:
 
 def _judge_lock(lock: Lock) -> Finding:
     if lock.removed:
-        return green(f"{lock.path} was {lock.age_s / 60:.0f} min old and is removed")
+        return green(f"{lock.path} was {lock.age_s / 60:.0f} min old; removed")
     found = f"{lock.path} is {lock.age_s / 60:.0f} min old"
     if lock.maker is not None:
-        return yellow(f"{found}, held by process {lock.maker}", "wait until it has built its extension")
+        return yellow(f"{found}, held by process {lock.maker}", "wait until its build ends")
     if lock.is_stale:
-        to_do = f"launch/doctor.py --fix, or rm {lock.path}, unless a build is at work on another node"
-        return red(f"{found}, and nobody here holds it", "no lock: a training would wait for ever", to_do)
+        to_do = f"launch/doctor.py --fix, or rm {lock.path}, unless a build runs on another node"
+        return red(f"{found}, and no process here holds it", "no lock: training would wait indefinitely", to_do)
     return yellow(
-        f"{found}, and nobody here holds it", f"if it is still there in {STALE_AFTER_S / 60:.0f} min, remove it"
+        f"{found}, and no process here holds it", f"if it still exists in {STALE_AFTER_S / 60:.0f} min, remove it"
     )
-
-
-LOCKS = Check("build locks", look_for_locks, judge_locks, who="node")

@@ -1,4 +1,4 @@
-"""What a check is, and how all of them are made: every rank looks, rank 0 judges and says it at once."""
+"""Define a check and run checks: every rank reads, rank 0 judges and prints each finding at once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ INDENT = " " * 8
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. What is red says what was wanted and what to do, where `found` does not say it itself."""
+    """One finding of a report. A red one also says what was expected and what to do, unless `found` says so itself."""
 
     level: str  # green | yellow | red
     found: str
-    wanted: str = ""
+    expected: str = ""
     to_do: str = ""
 
 
@@ -41,13 +41,13 @@ def yellow(found: str, to_do: str) -> Finding:
     return Finding("yellow", found, to_do=to_do)
 
 
-def red(found: str, wanted: str, to_do: str) -> Finding:
-    return Finding("red", found, wanted, to_do)
+def red(found: str, expected: str, to_do: str) -> Finding:
+    return Finding("red", found, expected, to_do)
 
 
 @dataclass(frozen=True)
 class Examination:
-    """Of one run-to-be, on these machines. token: the same on all ranks, of nobody else."""
+    """Settings and machines of a planned run. token: the same on all ranks of this examination, and on no others."""
 
     config: Config
     cluster: Cluster
@@ -57,12 +57,12 @@ class Examination:
 
     @property
     def is_alone(self) -> bool:
-        """Whether one process looks for a training that may have many."""
+        """Return whether one process examines for a run that may have many."""
         return world_size() == 1
 
     @cached_property
     def planner(self) -> Planner | None:
-        """None where the model or the engine's settings cannot be read, which is a finding elsewhere."""
+        """Return None if the model or the engine's settings cannot be read, which other checks report."""
         try:
             model_config = model_config_of(self.config)
             return Planner(self.config, model_config, self.cluster)
@@ -71,12 +71,12 @@ class Examination:
 
     @cached_property
     def estimate(self) -> MemoryEstimate | None:
-        """Of the smallest pass, as a training judges itself when it starts."""
+        """Estimate the smallest pass, as a training run does when it starts."""
         return self.planner.estimate(smallest_pass(self.config)) if self.planner else None
 
 
-class Seen(NamedTuple):
-    """What one rank saw. error: why it saw nothing; by_user: in which case it is a mistake that says what to do."""
+class Reading(NamedTuple):
+    """What one rank has read. error: why it could not; by_user: the error is a user's mistake and says what to do."""
 
     rank: int
     host: str
@@ -87,29 +87,32 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """`look` runs where `who` says (main | node: the first rank of each | all) and talks to no other rank unless all
-    take part; `judge` runs on rank 0. is_vital: if it is red, nothing after it can be looked at."""
+    """A check in two steps: ranks read facts, rank 0 judges them.
+
+    who: the ranks that read: main | node (the first rank of each) | all. Only with `all` may `read` be collective.
+    is_vital: if it is red, the checks after it cannot run.
+    """
 
     title: str
-    look: Callable[[Examination], Any]
-    judge: Callable[[Examination, list[Seen]], list[Finding]]
+    read: Callable[[Examination], Any]
+    judge: Callable[[Examination, list[Reading]], list[Finding]]
     who: str = "main"
     is_vital: bool = False
 
 
 def begin(config: Config, channel: SideChannel, *, all_shards: bool = False, fix: bool = False) -> Examination:
-    """Collective."""
+    """Exchange the facts of all machines. Collective."""
     machines = channel.from_main(channel.to_main(machine_facts()))
     token = channel.from_main(os.urandom(8).hex())
     return Examination(config, cluster_of(machines), token, all_shards, fix)
 
 
 def examine(examination: Examination, channel: SideChannel, checks: Sequence[Check]) -> int:
-    """Collective. Make the checks, print a line for each finding as it is made; the number of red ones, everywhere."""
+    """Run the checks, print every finding at once; return the number of red ones on every rank. Collective."""
     num_red = 0
     for check in checks:
-        seen = channel.to_main(_look(check, examination))
-        findings = _judge(check, examination, [part for part in seen if part]) if seen is not None else []
+        readings = channel.to_main(_read(check, examination))
+        findings = _judge(check, examination, [part for part in readings if part]) if readings is not None else []
         for finding in findings:
             print(as_text(check.title, finding, sys.stdout.isatty() and "NO_COLOR" not in os.environ), flush=True)
         red_here = channel.from_main(sum(finding.level == "red" for finding in findings))
@@ -119,44 +122,44 @@ def examine(examination: Examination, channel: SideChannel, checks: Sequence[Che
     return num_red
 
 
-def _look(check: Check, examination: Examination) -> Seen | None:
-    takes_part = {"main": is_main(), "node": os.environ.get("LOCAL_RANK", "0") == "0", "all": True}[check.who]
-    if not takes_part:
+def _read(check: Check, examination: Examination) -> Reading | None:
+    reads = {"main": is_main(), "node": os.environ.get("LOCAL_RANK", "0") == "0", "all": True}[check.who]
+    if not reads:
         return None
-    seen = Seen(rank(), socket.gethostname())
+    reading = Reading(rank(), socket.gethostname())
     try:
-        return seen._replace(facts=check.look(examination))
+        return reading._replace(facts=check.read(examination))
     except (ConfigError, DataError, CheckpointError) as error:
-        return seen._replace(error=str(error), by_user=True)
-    except Exception as error:  # whatever it is, the other checks are still worth making
-        return seen._replace(error=f"{type(error).__name__}: {error}")
+        return reading._replace(error=str(error), by_user=True)
+    except Exception as error:  # the other checks still run
+        return reading._replace(error=f"{type(error).__name__}: {error}")
 
 
-def _judge(check: Check, examination: Examination, seen: list[Seen]) -> list[Finding]:
-    """What ranks could not look at, once for each reason; else what the check makes of it."""
-    reasons = {part.error: part for part in reversed(seen) if part.error}
+def _judge(check: Check, examination: Examination, readings: list[Reading]) -> list[Finding]:
+    """Return errors of ranks, once for each reason; if there are none, the findings of the check."""
+    reasons = {part.error: part for part in reversed(readings) if part.error}
     if not reasons:
         try:
-            return check.judge(examination, seen)
+            return check.judge(examination, readings)
         except Exception as error:
-            reasons = {"": Seen(0, socket.gethostname(), error=f"{type(error).__name__}: {error}")}
+            reasons = {"": Reading(0, socket.gethostname(), error=f"{type(error).__name__}: {error}")}
     return [
         Finding("red", part.error + (f" (seen on {part.host})" if examination.cluster.num_nodes > 1 else ""))
         if part.by_user
         else red(
-            f"rank {part.rank} on {part.host} could not look: {part.error}",
-            "a machine on which this can be looked at",
-            "mend that first: a training would meet it too",
+            f"rank {part.rank} on {part.host} failed: {part.error}",
+            "a check without an error",
+            "fix this first: training would fail as well",
         )
         for part in reasons.values()
     ]
 
 
 def as_text(title: str, finding: Finding, coloured: bool = False) -> str:
-    """`red     shards: ...`, and below it what was wanted and what to do."""
+    """Format `red     shards: ...`, and below it what was expected and what to do."""
     level = f"{finding.level:<{len(INDENT)}}"
     first = f"{COLOURS[finding.level]}{level}{PLAIN}" if coloured else level
     lines = [f"{first}{title}: {finding.found}"]
-    lines += [f"{INDENT}wanted: {finding.wanted}"] if finding.wanted else []
+    lines += [f"{INDENT}expected: {finding.expected}"] if finding.expected else []
     lines += [f"{INDENT}do: {finding.to_do}"] if finding.to_do else []
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Checks of what a training reads: model folder, tokenizer, wording, shards; and whether it fits these machines."""
+"""Check the inputs of training: model folder, tokenizer, wording, shards; and whether the run fits these machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cogvlm_ft.data.plan import PhotoParts, split_photos
 from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
-from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
+from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, model_config_of
@@ -24,12 +24,12 @@ from cogvlm_ft.planning.preflight import what_would_fit
 from cogvlm_ft.runtime.distributed import rank, world_size
 from cogvlm_ft.safetensors_io import hash_file
 
-NUM_SAMPLES = {"train": 64, "val": 16}  # read at random if not all are asked for
+NUM_SAMPLES = {"train": 64, "val": 16}  # random ones, without --all-shards
 MOST_NAMED = 5
 
 
 class Model(NamedTuple):
-    """What the model folder says of itself."""
+    """Facts of a model folder."""
 
     image_size: int
     num_pieces: int
@@ -37,8 +37,8 @@ class Model(NamedTuple):
     num_tensors: int
 
 
-def look_at_model(examination: Examination) -> Model:
-    """Every tensor's name and shape, from the files' headers; no values are read."""
+def read_model(examination: Examination) -> Model:
+    """Check every tensor's name and shape by the files' headers, without reading values."""
     model = examination.config.model
     config = model_config_of(examination.config)
     tokenizer = CogVLMTokenizer.from_folder(model.folder)
@@ -47,29 +47,33 @@ def look_at_model(examination: Examination) -> Model:
     return Model(config.image_size, len(tokenizer), config.vocab_size, len(shapes))
 
 
-def judge_model(examination: Examination, seen: list[Seen]) -> list[Finding]:
+def judge_model(examination: Examination, readings: list[Reading]) -> list[Finding]:
     path = examination.config.model.path
-    if len({part.facts for part in seen}) > 1:
-        return [red(f"{path} is another model on some nodes", "one model", "put it where all nodes see it")]
-    found: Model = seen[0].facts
+    if len({part.facts for part in readings}) > 1:
+        return [
+            red(
+                f"{path} differs between nodes", "the same model on all nodes", "use a file system that all nodes share"
+            )
+        ]
+    found: Model = readings[0].facts
     if found.num_pieces != found.vocab_size:
         return [
             red(
                 f"{path}: tokenizer.model has {found.num_pieces} pieces, config.json has {found.vocab_size}",
-                "the same",
-                "take both from the same model: Vicuna's tokenizer.model for the published 17B",
+                "the same number",
+                "take both files from the same model: Vicuna's tokenizer.model for the published 17B",
             )
         ]
     return [
         green(
-            f"{path}: {found.num_tensors} tensors of the right names and shapes, {found.num_pieces} pieces, "
+            f"{path}: {found.num_tensors} tensors with the expected names and shapes, {found.num_pieces} pieces, "
             f"{found.image_size} px"
         )
     ]
 
 
 class Shards(NamedTuple):
-    """What one rank read. bad: (key, reason) of the samples of each split that cannot be used; num_read: of all."""
+    """Samples that one rank has read, by split. bad: (key, reason) of those that cannot be used."""
 
     data_sha256: tuple[str, ...]
     num_samples: dict[str, int]
@@ -78,8 +82,8 @@ class Shards(NamedTuple):
     damaged: list[str]
 
 
-def look_at_shards(examination: Examination) -> Shards:
-    """This rank's part of the samples, made ready for the model as a training would."""
+def read_shards(examination: Examination) -> Shards:
+    """Read this rank's part of the samples and prepare them for the model as training does."""
     data = examination.config.data
     indexes = {
         name: open_split(examination.config, split).index
@@ -102,7 +106,7 @@ def look_at_shards(examination: Examination) -> Shards:
 
 
 def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset | None:
-    """None where the model is not there, or where photos are split by records that would all have to be read first."""
+    """Return None without a model, or if splitting images into sequences would need all records first."""
     data, model = examination.config.data, examination.config.model
     wording = load_wording(data.wording)
     parts: PhotoParts | None = None
@@ -126,12 +130,12 @@ def _problem_of(i: int, reader: ShardReader, dataset: GroundingDataset | None) -
         return (bad.key, bad.reason) if bad else None
     except BadSampleError as error:
         return error.key, error.reason
-    except DataError as error:  # nor can a hundred neighbours be used
+    except DataError as error:  # none of its replacements could be used either
         return f"sample {i}", str(error)
 
 
 def _damaged_shards(indexes: dict[str, ShardIndex]) -> list[str]:
-    """Of this rank's part of the files on disks: those whose bytes are not what was built."""
+    """Return those of this rank's part of the local files whose bytes differ from what was built."""
     paths = [path for index in indexes.values() for path in index.shard_paths if not isinstance(path, RemoteShard)]
     damaged = []
     for path in paths[rank() :: world_size()]:
@@ -141,19 +145,20 @@ def _damaged_shards(indexes: dict[str, ShardIndex]) -> list[str]:
     return damaged
 
 
-def judge_shards(examination: Examination, seen: list[Seen]) -> list[Finding]:
-    if len({part.facts.data_sha256 for part in seen}) > 1:
-        return [red("not the same on all ranks", "one shard set", "put it where all nodes see it, or copy it anew")]
+def judge_shards(examination: Examination, readings: list[Reading]) -> list[Finding]:
+    if len({part.facts.data_sha256 for part in readings}) > 1:
+        return [red("differ between ranks", "one shard set", "use a file system that all nodes share, or copy again")]
     findings = []
-    damaged = sorted({path for part in seen for path in part.facts.damaged})
+    damaged = sorted({path for part in readings for path in part.facts.damaged})
     if damaged:
         named = ", ".join(damaged[:MOST_NAMED])
         to_do = "copy them again from where they were built, or build them again"
-        findings.append(red(f"{len(damaged)} files are not what was built: {named}", "their sha256", to_do))
+        files = "1 file differs" if len(damaged) == 1 else f"{len(damaged)} files differ"
+        findings.append(red(f"{files} from what was built: {named}", "the sha256 of the index", to_do))
     for name in NUM_SAMPLES:
-        total = seen[0].facts.num_samples[name]
-        num_read = sum(part.facts.num_read[name] for part in seen)
-        bad = sorted({sample for part in seen for sample in part.facts.bad[name]})
+        total = readings[0].facts.num_samples[name]
+        num_read = sum(part.facts.num_read[name] for part in readings)
+        bad = sorted({sample for part in readings for sample in part.facts.bad[name]})
         findings.append(_judge_samples(examination, name, total, num_read, bad))
     return findings
 
@@ -169,13 +174,13 @@ def _judge_samples(
     reasons = ", ".join(f"{reason} {number}x" for reason, number in Counter(reason for _, reason in bad).most_common())
     named = ", ".join(key for key, _ in bad[:MOST_NAMED])
     found = f"{found}, {len(bad)} cannot be used ({reasons}): {named}"
-    to_do = "mend them and build the shards again, or raise data.max_bad_fraction"
+    to_do = "fix them and build the shards again, or raise data.max_bad_fraction"
     if len(bad) > limit * num_read:
         return red(found, f"at most data.max_bad_fraction={limit:g} of them", to_do)
-    return yellow(found, f"they will be left out; {to_do}")
+    return yellow(found, f"training replaces them; {to_do}")
 
 
-def look_at_wording(examination: Examination) -> str:
+def read_wording(examination: Examination) -> str:
     config = examination.config
     load_wording(config.data.wording)
     probe = config.evaluate.probe
@@ -184,25 +189,27 @@ def look_at_wording(examination: Examination) -> str:
     return f"data.wording={config.data.wording}" + (f", evaluate.probe={probe}" if probe else "")
 
 
-def judge_plan(examination: Examination, seen: list[Seen]) -> list[Finding]:
-    """As launch/train.py does when it starts; alone it cannot know how many GPUs there will be."""
+def judge_wording(_: Examination, readings: list[Reading]) -> list[Finding]:
+    return [green(readings[0].facts)]
+
+
+def judge_plan(examination: Examination, readings: list[Reading]) -> list[Finding]:
+    """Judge as launch/train.py does when it starts. One process cannot know how many GPUs the run will have."""
     planner, cluster = examination.planner, examination.cluster
     if planner is None or examination.estimate is None:
-        return [yellow("cannot be told without the model's config.json and the engine's settings", "mend those first")]
+        return [
+            yellow("cannot be estimated without the model's config.json and the engine's settings", "fix those first")
+        ]
     verdict = judge(examination.estimate, cluster)
     if verdict.status == "fits":
-        return [green(f"it fits: {verdict.why}")]
+        return [green(f"fits: {verdict.why}")]
     if verdict.status == "tight":
-        return [yellow(f"tight: {verdict.why}", "launch/plan.py says what would fit")]
+        return [yellow(f"tight: {verdict.why}", "see launch/plan.py for settings that fit")]
     if examination.is_alone:
-        return [yellow(f"on this machine alone it is too much: {verdict.why}", "launch/plan.py --nodes N")]
+        return [
+            yellow(f"too much for this machine alone: {verdict.why}", "estimate more nodes: launch/plan.py --nodes N")
+        ]
     changes = f"{what_would_fit(planner)}; see launch/plan.py"
     if examination.config.plan != "refuse":
         return [yellow(f"too much, and plan={examination.config.plan}: {verdict.why}", changes)]
     return [red(verdict.why, "a run that fits", changes)]
-
-
-MODEL = Check("model", look_at_model, judge_model, who="node")
-WORDING = Check("wording", look_at_wording, lambda _, seen: [green(seen[0].facts)], who="node")
-SHARDS = Check("shards", look_at_shards, judge_shards, who="all")
-PLAN = Check("plan", lambda _: None, judge_plan)

@@ -1,4 +1,4 @@
-"""Checks of programs and machines: versions, ranks, GPUs, memory, open files, cores, clocks."""
+"""Check programs and machines: versions, ranks, GPUs, memory, open files, cores, clocks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import time
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
+from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.planning.memory import GIB
 from cogvlm_ft.planning.preflight import cgroup_limit
 from cogvlm_ft.runtime.distributed import barrier, device, world_size
@@ -26,26 +26,26 @@ from cogvlm_ft.tracking.provenance import git_state
 PACKAGE = "cogvlm-ft"
 SHOWN = ("torch", "deepspeed", "transformers")
 INSTALL = "pip install -c constraints.txt -e ."
-TAKEN_GIB = 2.0  # of a GPU's memory by others; this process itself takes most of 1 GiB
-OPEN_FILES = 1024  # a loader process holds up to 64 shards open, and a file for every batch on its way
-CLOCKS_S = 2.0  # apart; logs of several nodes are read side by side
-PREFETCHED = 3  # batches of a loader process on their way: two waiting, one being made
+TAKEN_GIB = 2.0  # of a GPU's memory by other processes; this process itself takes almost 1 GiB
+OPEN_FILES = 1024  # a loader process keeps up to 64 shards open, and a file for every prefetched batch
+CLOCKS_S = 2.0  # difference; above it, logs of several nodes are hard to compare
+PREFETCHED = 3  # batches of a loader process: two ready, one in preparation
 IN_FLIGHT_MIB = 32  # of shared memory that NCCL takes per rank; an estimate
 
 
 class Versions(NamedTuple):
-    """Of what setup.py asks for. problems: a package -> (found, wanted)."""
+    """Installed requirements of setup.py. problems: package -> (found, expected)."""
 
     installed: dict[str, str]
     problems: dict[str, tuple[str, str]]
     commit: str
 
 
-def look_at_versions(_: Examination) -> Versions:
+def read_versions(_: Examination) -> Versions:
     installed, problems = {"python": platform.python_version()}, {}
-    wanted_python = metadata.metadata(PACKAGE)["Requires-Python"] or ""
-    if not SpecifierSet(wanted_python).contains(installed["python"], prereleases=True):
-        problems["python"] = (installed["python"], wanted_python)
+    expected_python = metadata.metadata(PACKAGE)["Requires-Python"] or ""
+    if not SpecifierSet(expected_python).contains(installed["python"], prereleases=True):
+        problems["python"] = (installed["python"], expected_python)
     for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -60,41 +60,47 @@ def look_at_versions(_: Examination) -> Versions:
     return Versions(installed, problems, f"{code.commit}{' with changes' if code.dirty else ''}" if code else "unknown")
 
 
-def judge_versions(_: Examination, seen: list[Seen]) -> list[Finding]:
-    first: Versions = seen[0].facts
+def judge_versions(_: Examination, readings: list[Reading]) -> list[Finding]:
+    first: Versions = readings[0].facts
     findings = []
-    for package in sorted({name for part in seen for name in part.facts.problems}):
-        part = next(part for part in seen if package in part.facts.problems)
-        found, wanted = part.facts.problems[package]
-        findings.append(red(f"{package}: found {found} on {part.host}", wanted, INSTALL))
+    for package in sorted({name for part in readings for name in part.facts.problems}):
+        part = next(part for part in readings if package in part.facts.problems)
+        found, expected = part.facts.problems[package]
+        findings.append(red(f"{package}: found {found} on {part.host}", expected, INSTALL))
     for package, version in first.installed.items():
-        other = next((part for part in seen if part.facts.installed.get(package) != version), None)
+        other = next((part for part in readings if part.facts.installed.get(package) != version), None)
         if other:
-            found = f"{package} {version} on {seen[0].host}, {other.facts.installed.get(package)} on {other.host}"
-            findings.append(red(found, "the same on every rank", "one environment on a file system that all nodes see"))
-    stray = next((part for part in seen if part.facts.commit != first.commit), None)
+            found = f"{package} {version} on {readings[0].host}, {other.facts.installed.get(package)} on {other.host}"
+            findings.append(
+                red(found, "the same on every rank", "use one environment on a file system that all nodes share")
+            )
+    stray = next((part for part in readings if part.facts.commit != first.commit), None)
     if stray:
         findings.append(
             yellow(
-                f"the code is {first.commit} on {seen[0].host}, {stray.facts.commit} on {stray.host}",
-                "run the same clone everywhere",
+                f"the code is {first.commit} on {readings[0].host}, {stray.facts.commit} on {stray.host}",
+                "run the same clone on all nodes",
             )
         )
     shown = ", ".join(f"{name} {first.installed[name]}" for name in ("python", *SHOWN))
-    return findings or [green(f"{shown}, and {len(first.installed) - 1 - len(SHOWN)} others as setup.py wants them")]
+    return findings or [green(f"{shown}, and {len(first.installed) - 1 - len(SHOWN)} others as setup.py requires")]
 
 
-def judge_ranks(examination: Examination, seen: list[Seen]) -> list[Finding]:
-    ranks = Counter(part.host for part in seen)
+def judge_ranks(examination: Examination, readings: list[Reading]) -> list[Finding]:
+    ranks = Counter(part.host for part in readings)
     hosts = ", ".join(f"{host} x {number}" for host, number in ranks.items())
-    found = f"{len(seen)} on {len(ranks)} host{'s' * (len(ranks) > 1)}: {hosts}"
+    found = f"{len(readings)} on {len(ranks)} host{'s' * (len(ranks) > 1)}: {hosts}"
     if len(set(ranks.values())) > 1:
-        return [yellow(f"{found}: not as many on each", "start as many on every node: the fullest sets the limits")]
+        return [
+            yellow(
+                f"{found}: unequal numbers", "start the same number on every node: the node with most sets the limits"
+            )
+        ]
     return [green(found)]
 
 
 class Gpu(NamedTuple):
-    """What torch sees from one rank. num_visible: GPUs of the node that this rank may use."""
+    """The GPU of one rank. num_visible: GPUs of the node that this rank may use."""
 
     name: str
     gib: float
@@ -104,11 +110,11 @@ class Gpu(NamedTuple):
     has_bf16: bool
 
 
-def look_at_gpus(_: Examination) -> Gpu | None:
-    """After a real computation there: a GPU that this torch was not built for fails here. None without GPUs."""
+def read_gpu(_: Examination) -> Gpu | None:
+    """Compute on the GPU, which fails if torch was not built for it, and return its facts; None without GPUs."""
     if device().type != "cuda":
         if Path("/proc/driver/nvidia").exists():
-            raise RuntimeError(f"there is an NVIDIA driver, but torch {torch.__version__} finds no GPU it can use")
+            raise RuntimeError(f"an NVIDIA driver is installed, but torch {torch.__version__} finds no usable GPU")
         return None
     ones = torch.ones(64, 64, device=device())
     assert float((ones @ ones).sum()) == 64.0**3
@@ -124,38 +130,44 @@ def look_at_gpus(_: Examination) -> Gpu | None:
     )
 
 
-def judge_gpus(examination: Examination, seen: list[Seen]) -> list[Finding]:
-    gpus = [part for part in seen if part.facts]
+def judge_gpus(examination: Examination, readings: list[Reading]) -> list[Finding]:
+    gpus = [part for part in readings if part.facts]
     if not gpus:
-        return [yellow("none, so everything runs on the CPU", "good for trying out; the 17B model needs GPUs")]
-    if len(gpus) < len(seen):
-        missing = next(part for part in seen if not part.facts)
-        return [red(f"none on {missing.host}", "one for every rank", "start ranks only where there are GPUs")]
+        return [yellow("none; training runs on the CPU", "the 17B model needs GPUs; tiny models do not")]
+    if len(gpus) < len(readings):
+        missing = next(part for part in readings if not part.facts)
+        return [red(f"none on {missing.host}", "one for every rank", "start ranks only on nodes with GPUs")]
     kinds = Counter((part.facts.name, round(part.facts.gib)) for part in gpus)
     found = ", ".join(f"{number} x {name} of {gib} GiB" for (name, gib), number in kinds.items())
     findings = [green(f"{found}; {gpus[0].facts.versions}")]
     if len(kinds) > 1:
-        findings.append(yellow("of several kinds", "take one kind: the slowest and the smallest set the pace"))
+        findings.append(yellow("of several kinds", "use one kind: the slowest and the smallest limit all"))
     if len({part.facts.versions for part in gpus}) > 1:
-        findings.append(red("CUDA or NCCL differ between ranks", "the same", "one environment for all nodes"))
-    for part in gpus:
-        if part.facts.taken_gib > TAKEN_GIB:
-            findings.append(
-                yellow(
-                    f"others take {part.facts.taken_gib:.1f} GiB of that of rank {part.rank} on {part.host}",
-                    "look with nvidia-smi; end what is not yours to keep, or take another GPU",
-                )
-            )
+        findings.append(
+            red("CUDA or NCCL differ between ranks", "the same versions", "use one environment for all nodes")
+        )
+    findings += _judge_taken_memory(gpus)
     idle = gpus[0].facts.num_visible - examination.cluster.gpus_per_node
     if idle > 0 and not examination.is_alone and "CUDA_VISIBLE_DEVICES" not in os.environ:
         findings.append(yellow(f"{idle} of {gpus[0].host} have no rank", "start one rank per GPU"))
     if examination.config.train.precision == "bf16" and not all(part.facts.has_bf16 for part in gpus):
-        findings.append(red("no bf16 in hardware", "train.precision=bf16 needs it", "train.precision=fp32"))
+        findings.append(red("no bf16 in hardware", "bf16 for train.precision=bf16", "set train.precision=fp32"))
     return findings
 
 
+def _judge_taken_memory(gpus: list[Reading]) -> list[Finding]:
+    return [
+        yellow(
+            f"other processes take {part.facts.taken_gib:.1f} GiB of the GPU of rank {part.rank} on {part.host}",
+            "find them with nvidia-smi; end your own, or use another GPU",
+        )
+        for part in gpus
+        if part.facts.taken_gib > TAKEN_GIB
+    ]
+
+
 class Host(NamedTuple):
-    """Of one node; bytes. limit: of this job's memory, by its cgroup."""
+    """Facts of one node; sizes in bytes. limit: memory limit of this job's cgroup."""
 
     available: int
     limit: int | None
@@ -165,7 +177,7 @@ class Host(NamedTuple):
     threads: str
 
 
-def look_at_host(_: Examination) -> Host:
+def read_host(_: Examination) -> Host:
     return Host(
         available=psutil.virtual_memory().available,
         limit=cgroup_limit(),
@@ -176,13 +188,13 @@ def look_at_host(_: Examination) -> Host:
     )
 
 
-def judge_host(examination: Examination, seen: list[Seen]) -> list[Finding]:
-    """Of the weakest of the nodes."""
+def judge_host(examination: Examination, readings: list[Reading]) -> list[Finding]:
+    """Judge by the weakest node."""
     return [
-        _judge_memory(examination, min(seen, key=lambda part: _usable(part.facts))),
-        _judge_shm(examination, min(seen, key=lambda part: part.facts.shm_free)),
-        _judge_files(min(seen, key=lambda part: part.facts.num_files)),
-        _judge_cores(examination, min(seen, key=lambda part: part.facts.num_cores)),
+        _judge_memory(examination, min(readings, key=lambda part: _usable(part.facts))),
+        _judge_shm(examination, min(readings, key=lambda part: part.facts.shm_free)),
+        _judge_files(min(readings, key=lambda part: part.facts.num_files)),
+        _judge_cores(examination, min(readings, key=lambda part: part.facts.num_cores)),
     ]
 
 
@@ -190,9 +202,9 @@ def _usable(host: Host) -> int:
     return host.available if host.limit is None else min(host.available, host.limit)
 
 
-def _judge_memory(examination: Examination, part: Seen) -> Finding:
+def _judge_memory(examination: Examination, part: Reading) -> Finding:
     usable, estimate, cluster = _usable(part.facts), examination.estimate, examination.cluster
-    found = f"host memory: {usable / GIB:.1f} GiB can be had on {part.host}"
+    found = f"host memory: {usable / GIB:.1f} GiB available on {part.host}"
     if estimate is None or (examination.is_alone and not cluster.on_cpu):
         return green(found)
     on_cpu = max(estimate.peaks.values()) * cluster.gpus_per_node
@@ -200,12 +212,12 @@ def _judge_memory(examination: Examination, part: Seen) -> Finding:
     if needed > usable:
         return yellow(
             f"{found}, and a node needs about {needed / GIB:.1f}",
-            "ask for more memory (Slurm: --mem), end what else runs there, or see launch/plan.py for what to lower",
+            "request more memory (Slurm: --mem), end other programs there, or see launch/plan.py for smaller settings",
         )
     return green(f"{found}, a node needs about {needed / GIB:.1f}")
 
 
-def _judge_shm(examination: Examination, part: Seen) -> Finding:
+def _judge_shm(examination: Examination, part: Reading) -> Finding:
     config, planner = examination.config, examination.planner
     side = planner.model_config.image_size if planner else config.model.image_size or 490
     batch = config.train.micro_batch_size * 3 * side * side * 4
@@ -214,17 +226,17 @@ def _judge_shm(examination: Examination, part: Seen) -> Finding:
     found = f"/dev/shm: {free / GIB:.2f} GiB free on {part.host}, loader processes and messages need {needed / GIB:.2f}"
     if free >= needed:
         return green(found)
-    return red(found, "as much as is needed", "docker run --shm-size=16g or --ipc=host, or data.num_workers=0")
+    return red(found, f"{needed / GIB:.2f} GiB free", "docker run --shm-size=16g or --ipc=host, or data.num_workers=0")
 
 
-def _judge_files(part: Seen) -> Finding:
+def _judge_files(part: Reading) -> Finding:
     found = f"open files: {part.facts.num_files} allowed on {part.host}"
     if 0 <= part.facts.num_files < OPEN_FILES:
-        return yellow(f"{found}, {OPEN_FILES} are usual", f"ulimit -n {OPEN_FILES} before the start")
+        return yellow(f"{found}, expected {OPEN_FILES}", f"run ulimit -n {OPEN_FILES} before the start")
     return green(found if part.facts.num_files >= 0 else f"open files: no limit on {part.host}")
 
 
-def _judge_cores(examination: Examination, part: Seen) -> Finding:
+def _judge_cores(examination: Examination, part: Reading) -> Finding:
     ranks, workers = examination.cluster.gpus_per_node, examination.config.data.num_workers
     per_rank = part.facts.num_cores / ranks
     found = (
@@ -233,34 +245,23 @@ def _judge_cores(examination: Examination, part: Seen) -> Finding:
     )
     if per_rank < workers:
         return yellow(
-            found, f"data.num_workers={int(per_rank)}, or more cores per rank (Slurm: --cpus-per-task={workers + 1})"
+            found,
+            f"set data.num_workers={int(per_rank)}, or request more cores (Slurm: --cpus-per-task={workers + 1})",
         )
     return green(found)
 
 
-def look_at_clock(_: Examination) -> float:
-    """All ranks at the same moment, to some milliseconds."""
+def read_clock(_: Examination) -> float:
+    """Return the time, on all ranks within a few milliseconds of each other. Collective."""
     barrier()
     return time.time()
 
 
-def judge_clocks(_: Examination, seen: list[Seen]) -> list[Finding]:
-    if len({part.host for part in seen}) == 1:
+def judge_clocks(_: Examination, readings: list[Reading]) -> list[Finding]:
+    if len({part.host for part in readings}) == 1:
         return []
-    early, late = (kind(seen, key=lambda part: part.facts) for kind in (min, max))
+    early, late = (kind(readings, key=lambda part: part.facts) for kind in (min, max))
     apart = late.facts - early.facts
     if apart > CLOCKS_S:
-        return [yellow(f"{late.host} is {apart:.1f} s ahead of {early.host}", "let chrony or ntpd set both")]
+        return [yellow(f"{late.host} is {apart:.1f} s ahead of {early.host}", "synchronise both with chrony or ntpd")]
     return [green(f"at most {apart:.3f} s apart")]
-
-
-def nothing(_: Examination) -> Any:
-    """For what is known from the ranks being there at all."""
-    return None
-
-
-VERSIONS = Check("versions", look_at_versions, judge_versions, who="all")
-RANKS = Check("ranks", nothing, judge_ranks, who="all")
-GPUS = Check("GPUs", look_at_gpus, judge_gpus, who="all")
-HOST = Check("host", look_at_host, judge_host, who="node")
-CLOCKS = Check("clocks", look_at_clock, judge_clocks, who="all")

@@ -1,4 +1,4 @@
-"""Check of Weights & Biases: which mode a training will take, and whether its server answers and knows the key."""
+"""Check Weights & Biases: the mode of the run, and whether the server answers and accepts the key."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 import requests
 
-from cogvlm_ft.doctor.examination import Check, Examination, Finding, Seen, green, red, yellow
+from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.tracking.provenance import without_passwords
 
 TIMEOUT_S = 5
-SENT_LATER = "launch/wandb_sync.py sends it later"
+SENT_LATER = "launch/wandb_sync.py uploads it later"
 
 
 class Server(NamedTuple):
-    """mode: as wandb_run.WandbRun takes it. account: whose the key is; None: the server does not know it.
+    """Facts of the server. mode: of wandb_run.WandbRun; account: owner of the key, None if it is not accepted.
 
-    address: of the server, without a password; empty if it is not asked.
+    address: without a password; empty if no request was sent.
     """
 
     mode: str
@@ -27,10 +27,10 @@ class Server(NamedTuple):
     problem: str = ""
 
 
-def look_at_wandb(examination: Examination) -> Server:
-    """At most one request, and the key goes nowhere but there."""
-    wanted = examination.config.tracking.mode
-    mode = os.environ.get("WANDB_MODE", "auto") if wanted == "auto" else wanted
+def read_wandb(examination: Examination) -> Server:
+    """Send at most one request; the key goes nowhere else."""
+    configured = examination.config.tracking.mode
+    mode = os.environ.get("WANDB_MODE", "auto") if configured == "auto" else configured
     if mode in ("disabled", "offline"):
         return Server(mode, has_key=False)
     import wandb  # slow to import
@@ -44,13 +44,13 @@ def look_at_wandb(examination: Examination) -> Server:
     try:
         account = _account(address, key)
     except (requests.RequestException, ValueError) as error:
-        # Not its text, which may hold the address of a proxy with its password.
+        # Without its text, which may contain the address and password of a proxy.
         return Server(mode, True, shown, problem=f"{type(error).__name__} within {TIMEOUT_S} s")
     return Server(mode, True, shown, account)
 
 
 def _account(address: str, key: str | None) -> str | None:
-    """Whose key it is, "unknown" without one (identity tokens), None where the server does not know it."""
+    """Return the owner of the key, "unknown" for identity tokens, None if the server does not accept the key."""
     with requests.post(
         f"{address}/graphql",
         json={"query": "query { viewer { username } }"},
@@ -67,25 +67,22 @@ def _account(address: str, key: str | None) -> str | None:
     return viewer.get("username")
 
 
-def judge_wandb(examination: Examination, seen: list[Seen]) -> list[Finding]:
-    """Trouble is red only where the settings insist on a server: otherwise a training records offline."""
-    found: Server = seen[0].facts
+def judge_wandb(examination: Examination, readings: list[Reading]) -> list[Finding]:
+    """Report problems as red only with tracking.mode=online: otherwise the run is recorded offline."""
+    found: Server = readings[0].facts
     if found.mode == "disabled":
-        return [green("disabled: metrics.jsonl and report.html have everything")]
+        return [green("disabled: metrics.jsonl and report.html have all results")]
     if found.mode == "offline":
         return [green(f"offline: {SENT_LATER}")]
     if not found.has_key and found.mode == "auto":
-        return [green(f"offline, since there is no key: {SENT_LATER}")]
+        return [green(f"offline, since there is no API key: {SENT_LATER}")]
     if found.account:
-        return [green(f"online: {found.address} answers and knows the key ({found.account})")]
+        return [green(f"online: {found.address} answers and accepts the key ({found.account})")]
     if not found.has_key:
-        trouble = "there is no key"
+        problem = "no API key"
     else:
-        trouble = f"{found.address}: {found.problem or 'the server does not know this key'}"
-    to_do = f"wandb login, WANDB_BASE_URL for a server of your own, or tracking.mode=offline: {SENT_LATER}"
+        problem = f"{found.address}: {found.problem or 'the server does not accept this key'}"
+    to_do = f"run wandb login, set WANDB_BASE_URL for your own server, or tracking.mode=offline: {SENT_LATER}"
     if examination.config.tracking.mode == "online":
-        return [red(trouble, "a server that answers, as tracking.mode=online", to_do)]
-    return [yellow(f"{trouble}: the run will be recorded offline", to_do)]
-
-
-WANDB = Check("W&B", look_at_wandb, judge_wandb)
+        return [red(problem, "a server that answers, since tracking.mode=online", to_do)]
+    return [yellow(f"{problem}: the run will be recorded offline", to_do)]

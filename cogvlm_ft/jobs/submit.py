@@ -1,4 +1,4 @@
-"""A training as Slurm jobs: what the cluster is, whether the run can fit, and the sbatch commands."""
+"""Submit a training run as Slurm jobs: read the cluster, check that the run can fit, build the sbatch commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SlurmCluster:
-    """slurm/cluster.yaml, which explains the keys."""
+    """Settings of slurm/cluster.yaml, which explains the keys."""
 
     partition: Optional[str] = None
     account: Optional[str] = None
@@ -44,7 +44,7 @@ class SlurmCluster:
 
 
 def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
-    """The file, with those overrides that are not None."""
+    """Load the file, with those overrides that are not None."""
     if not path.is_file():
         raise ConfigError(f"--cluster {path}: no such file")
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -57,15 +57,15 @@ def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
     except OmegaConfBaseException as error:
         raise ConfigError(f"--cluster {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
     except YAMLError as error:
-        raise ConfigError(f"--cluster {path} is no valid YAML: {error}") from error
+        raise ConfigError(f"--cluster {path}: not valid YAML: {error}") from error
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "signal_s", "gpu_memory_gib"):
         if not getattr(cluster, name) > 0:
-            raise ConfigError(f"--cluster {path}: {name}={getattr(cluster, name)}: wanted more than 0")
+            raise ConfigError(f"--cluster {path}: {name}={getattr(cluster, name)}; expected more than 0")
     return cluster
 
 
 def check_plan(config: Config, cluster: SlurmCluster) -> str:
-    """What launch/plan.py foretells, in a line; ConfigError where the job itself would refuse to start."""
+    """Return the estimate of launch/plan.py in a line; ConfigError if the job itself would refuse to start."""
     machines = Cluster(cluster.nodes, cluster.gpus_per_node, cluster.gpu_memory_gib, cluster.host_memory_gib)
     planner, estimate, verdict = judge_start(config, machines)
     summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
@@ -73,18 +73,18 @@ def check_plan(config: Config, cluster: SlurmCluster) -> str:
     needed_s = time.step_s + 2 * time.checkpoint_s
     if needed_s > cluster.signal_s:
         logger.warning(
-            "signal_s=%d leaves no time to save: a step of %.0f s and twice a save of %.0f s are foretold; make it %d",
+            "signal_s=%d leaves no time to save: a step takes about %.0f s, a save %.0f s, twice. Set it to %d",
             cluster.signal_s,
             time.step_s,
             time.checkpoint_s,
             needed_s + 60,
         )
-    return f"{summary}. A step takes some {time.step_s:.1f} s, a save {time.checkpoint_s:.0f} s"
+    return f"{summary}. A step takes about {time.step_s:.1f} s, a save {time.checkpoint_s:.0f} s"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """arguments: of launch/train.py. num_tasks: entries of the sweep, None without one. chain: jobs in a row."""
+    """Jobs to submit. arguments: of launch/train.py; num_tasks: entries of the sweep; chain: consecutive jobs."""
 
     cluster: SlurmCluster
     arguments: list[str]
@@ -96,7 +96,7 @@ class Submission:
 
 
 def submit(submission: Submission, *, dry_run: bool) -> list[str]:
-    """Every command that was run, or would be, with JOB1, JOB2, ... in place of job numbers."""
+    """Submit the jobs and return the commands; with dry_run only the commands, with JOB1, ... for job numbers."""
     commands: list[list[str]] = []
     last = ""
     for number in range(submission.chain):
@@ -104,7 +104,7 @@ def submit(submission: Submission, *, dry_run: bool) -> list[str]:
         commands.append([*sbatch_options(submission), *former, script("train"), *submission.arguments])
         last = f"JOB{len(commands)}" if dry_run else run_sbatch(commands[-1])
     if submission.after:
-        kind = "afterok" if submission.num_tasks is None else "aftercorr"  # each task of an array after its own
+        kind = "afterok" if submission.num_tasks is None else "aftercorr"  # each task after the task of the same number
         sweep = [] if submission.sweep is None else ["--sweep", str(submission.sweep)]
         options = sbatch_options(submission, is_training=False)
         commands.append([*options, f"--dependency={kind}:{last}", script("after"), submission.output_dir, *sweep])
@@ -118,6 +118,7 @@ def script(name: str) -> str:
 
 
 def sbatch_options(submission: Submission, *, is_training: bool = True) -> list[str]:
+    """Return sbatch and its options, up to the script."""
     cluster = submission.cluster
     options = ["sbatch", "--parsable"]
     if is_training:
@@ -133,25 +134,27 @@ def sbatch_options(submission: Submission, *, is_training: bool = True) -> list[
 
 
 def run_sbatch(command: Sequence[str]) -> str:
-    """The number of the job."""
+    """Submit a job and return its number."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise ConfigError("there is no sbatch here: submit where Slurm is, or look with --dry-run") from error
+        raise ConfigError(
+            "there is no sbatch here: submit on a node with Slurm, or print the commands with --dry-run"
+        ) from error
     if done.returncode:
         raise ConfigError(f"sbatch refused: {done.stderr.strip()}\n  {shlex.join(command)}")
-    return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow
+    return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow the number
 
 
 def best_checkpoint(run: Path) -> Path:
-    """Of a training's folder; where the untouched model was best, which is no checkpoint, the newest one."""
+    """Return the best checkpoint of a run; the newest one if the model was best before training."""
     checkpoints = list_checkpoints(RunFolder(run).checkpoints)
     if not checkpoints:
         raise CheckpointError(
-            f"{RunFolder(run).checkpoints} holds no checkpoint: is {run} the output_dir of a training?"
+            f"{RunFolder(run).checkpoints} holds no checkpoint. Give the output_dir of a training run; found {run}"
         )
     best = read_state(checkpoints[-1]).best
     found = [path for path in checkpoints if best is not None and path.name == step_name(best.step)]
     if not found:
-        logger.warning("%s: nothing was better than what it started with; this is its last checkpoint", run)
+        logger.warning("%s: no checkpoint was better than the model before training; this is the last checkpoint", run)
     return found[0] if found else checkpoints[-1]

@@ -77,7 +77,7 @@ Exchange Exclude Execute Exit Expand Expect Explain Export Expose Extend Extract
 Finish Fit Fix Flatten Flip Flush Fold Follow Force Fork Format Forward Free Freeze Fuse Gather Generate Get Give Go
 Group Guarantee Guard Guess Halt Handle Hash Hide Highlight Hold Identify Ignore Implement Import Include Increase
 Increment Index Infer Inherit Initialize Inject Insert Inspect Install Instantiate Interpolate Interrupt Intersect
-Invert Invoke Issue Iterate Join Keep Kill Label Launch Leave Let Limit Link List Listen Load Locate Lock Log Look
+Invert Invoke Issue Iterate Join Judge Keep Kill Label Launch Leave Let Limit Link List Listen Load Locate Lock Log Look
 Lower Make Map Mark Mask Match Materialize Measure Merge Mirror Mix Move Multiply Name Narrow Negate Normalize Note
 Notify Number Obtain Offer Offload Omit Open Order Override Overwrite Pack Pad Parse Partition Pass Paste Pause Pick
 Pin Place Plan Play Point Poll Pop Populate Position Postpone Predict Prefetch Prefix Prepare Prepend Preprocess

@@ -1,4 +1,4 @@
-"""How the doctor's checks are made and said; the program around them."""
+"""How the doctor runs checks and prints findings; the program around them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from examining import Examine
 from ranks import REPOSITORY, fork_server
 
-from cogvlm_ft.doctor.checks import CHECKS
+from cogvlm_ft.doctor.checks import CHECKS, CLOCKS, DISK, FOLDER, LEFTOVERS, RANKS, SHARING
 from cogvlm_ft.doctor.examination import (
     Check,
     Examination,
@@ -21,8 +21,6 @@ from cogvlm_ft.doctor.examination import (
     green,
     red,
 )
-from cogvlm_ft.doctor.machine import CLOCKS, RANKS
-from cogvlm_ft.doctor.storage import DISK, FOLDER, LEFTOVERS, SHARING
 from cogvlm_ft.launch.doctor import main
 
 
@@ -31,7 +29,7 @@ def test_nothing_is_red_where_all_is_well_and_nothing_is_left(run_checks: Examin
     assert num_red == 0 and "red " not in said
     for check in CHECKS:
         assert f"{check.title}: " in said or check in (CLOCKS, SHARING, FOLDER), check.title
-    assert "63 tensors of the right names and shapes, 400 pieces, 56 px" in said
+    assert "63 tensors with the expected names and shapes, 400 pieces, 56 px" in said
     assert "train: 33 samples, 33 at random read and decoded" in said and "val: 9 samples" in said
     assert not (tmp_path / "run").exists()
 
@@ -49,7 +47,7 @@ def test_what_was_there_stays(run_checks: Examine, tmp_path: Path) -> None:
     ]
 
 
-def test_a_check_that_crashes_is_a_red_line_and_the_others_go_on(run_checks: Examine) -> None:
+def test_a_check_that_crashes_is_a_red_line_and_the_others_run(run_checks: Examine) -> None:
     def crash(_: Examination) -> None:
         raise ZeroDivisionError("the disk of node7 turned into smoke")
 
@@ -60,9 +58,9 @@ def test_a_check_that_crashes_is_a_red_line_and_the_others_go_on(run_checks: Exa
     assert "red     second: " in said and "green   ranks: 1 on 1 host: " in said and "Traceback" not in said
 
 
-def test_nothing_is_looked_at_behind_a_vital_check_that_is_red(run_checks: Examine) -> None:
+def test_no_check_runs_after_a_vital_one_that_is_red(run_checks: Examine) -> None:
     broken = Check("broken", lambda _: None, lambda _, seen: [red("a", "b", "c")], is_vital=True)
-    assert run_checks([broken, RANKS]) == (1, "red     broken: a\n        wanted: b\n        do: c\n")
+    assert run_checks([broken, RANKS]) == (1, "red     broken: a\n        expected: b\n        do: c\n")
 
 
 def test_colours() -> None:

@@ -10,9 +10,7 @@ import pytest
 from examining import Examine
 from safetensors.torch import load_file, save_file
 
-from cogvlm_ft.doctor.checks import CHECKS
-from cogvlm_ft.doctor.inputs import MODEL, PLAN, SHARDS, WORDING
-from cogvlm_ft.doctor.links import ENGINE, LINKS
+from cogvlm_ft.doctor.checks import CHECKS, ENGINE, LINKS, MODEL, PLAN, SHARDS, WORDING
 from cogvlm_ft.model.tokenizer import train_tokenizer
 
 
@@ -38,16 +36,16 @@ def test_weights_that_are_cut_off(run_checks: Examine, model: Path) -> None:
 
 
 def test_no_model_at_all(run_checks: Examine, tmp_path: Path) -> None:
-    """What needs the model's sizes says that it cannot tell; everything else is still looked at."""
+    """Checks that need the model's sizes report that; all others still run."""
     num_red, said = run_checks(list(CHECKS), f"model.path={tmp_path}")
-    assert num_red == 1 and "is no model folder" in said and "yellow  plan: cannot be told" in said
+    assert num_red == 1 and "is no model folder" in said and "yellow  plan: cannot be estimated" in said
     assert "33 at random read and decoded" in said and "GB/s written" in said
 
 
 def test_an_engine_preset_that_is_not_there(run_checks: Examine) -> None:
     num_red, said = run_checks([MODEL, PLAN, ENGINE], "deepspeed=nosuch.json")
     assert num_red == 1 and "red     engine: deepspeed=nosuch.json: no such file or preset" in said
-    assert "green   model: " in said and "yellow  plan: cannot be told" in said
+    assert "green   model: " in said and "yellow  plan: cannot be estimated" in said
 
 
 def test_a_broken_tokenizer(run_checks: Examine, model: Path) -> None:
@@ -95,7 +93,7 @@ def test_bytes_that_no_sample_holds_are_found_by_their_hash(run_checks: Examine,
         file.write(b"\xff")
     assert run_checks([SHARDS], f"data.shards={set_of_shards}")[0] == 0
     num_red, said = run_checks([SHARDS], f"data.shards={set_of_shards}", all_shards=True)
-    assert num_red == 1 and f"1 files are not what was built: {set_of_shards / 'train-000001.tar'}" in said
+    assert num_red == 1 and f"1 file differs from what was built: {set_of_shards / 'train-000001.tar'}" in said
     assert "33 samples, all read and decoded" in said
 
 
@@ -118,7 +116,7 @@ def test_a_shard_that_is_gone(run_checks: Examine, set_of_shards: Path) -> None:
 def test_a_plan_that_is_too_much_here(run_checks: Examine) -> None:
     """Alone, it may be meant for more machines: tests/distributed has the red line."""
     num_red, said = run_checks([PLAN], "train.micro_batch_size=100000", "train.global_batch_size=100000")
-    assert num_red == 0 and "yellow  plan: on this machine alone it is too much" in said
+    assert num_red == 0 and "yellow  plan: too much for this machine alone" in said
 
 
 def test_a_batch_that_does_not_divide(run_checks: Examine) -> None:

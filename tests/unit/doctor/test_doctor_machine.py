@@ -10,13 +10,12 @@ import pytest
 from examining import Examine
 
 from cogvlm_ft.doctor import build_locks
-from cogvlm_ft.doctor.build_locks import LOCKS
+from cogvlm_ft.doctor.checks import CLOCKS, GPUS, HOST, LOCKS, RANKS, VERSIONS
 from cogvlm_ft.doctor.examination import (
     Check,
     Examination,
-    Seen,
+    Reading,
 )
-from cogvlm_ft.doctor.machine import CLOCKS, GPUS, HOST, RANKS, VERSIONS
 
 
 def test_a_package_of_another_version(run_checks: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,26 +31,26 @@ def test_a_package_of_another_version(run_checks: Examine, tmp_path: Path, monke
 
 
 def test_versions_that_differ_between_nodes(run_checks: Examine) -> None:
-    def look(examination: Examination) -> object:
-        return VERSIONS.look(examination)
+    def read(examination: Examination) -> object:
+        return VERSIONS.read(examination)
 
-    def judge(examination: Examination, seen: list[Seen]) -> list:
+    def judge(examination: Examination, seen: list[Reading]) -> list:
         other = seen[0].facts._replace(installed={**seen[0].facts.installed, "torch": "2.9.0"}, commit="abc")
-        return VERSIONS.judge(examination, [seen[0]._replace(host="node1"), Seen(1, "node2", other)])
+        return VERSIONS.judge(examination, [seen[0]._replace(host="node1"), Reading(1, "node2", other)])
 
-    num_red, said = run_checks([Check("versions", look, judge)])
+    num_red, said = run_checks([Check("versions", read, judge)])
     assert num_red == 1 and "on node1, 2.9.0 on node2" in said and "the same on every rank" in said
     assert "yellow  versions: the code is" in said
 
 
 def test_ranks_that_are_spread_unevenly(run_checks: Examine) -> None:
-    seen = [Seen(0, "node1"), Seen(1, "node1"), Seen(2, "node2")]
+    seen = [Reading(0, "node1"), Reading(1, "node1"), Reading(2, "node2")]
     num_red, said = run_checks([Check("ranks", lambda _: None, lambda e, _: RANKS.judge(e, seen))])
     assert num_red == 0 and "yellow  ranks: 3 on 2 hosts: node1 x 2, node2 x 1" in said
 
 
 def test_clocks_that_differ(run_checks: Examine) -> None:
-    seen = [Seen(0, "node1", 1000.0), Seen(1, "node2", 1007.5)]
+    seen = [Reading(0, "node1", 1000.0), Reading(1, "node2", 1007.5)]
     _, said = run_checks([Check("clocks", lambda _: None, lambda e, _: CLOCKS.judge(e, seen))])
     assert "yellow  clocks: node2 is 7.5 s ahead of node1" in said
 
@@ -90,10 +89,10 @@ def lock(tmp_path: Path) -> Path:
 
 def test_a_stale_build_lock_is_red_and_goes_if_asked(run_checks: Examine, lock: Path) -> None:
     num_red, said = run_checks([LOCKS])
-    assert num_red == 1 and f"{lock} is 60 min old, and nobody here holds it" in said and f"rm {lock}" in said
+    assert num_red == 1 and f"{lock} is 60 min old, and no process here holds it" in said and f"rm {lock}" in said
     assert lock.exists()
     num_red, said = run_checks([LOCKS], fix=True)
-    assert num_red == 0 and "is removed" in said and not lock.exists()
+    assert num_red == 0 and "removed" in said and not lock.exists()
     assert run_checks([LOCKS])[1].startswith("green   build locks: none in ")
 
 

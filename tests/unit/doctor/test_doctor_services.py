@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from examining import Examine
 
-from cogvlm_ft.doctor.services import WANDB
+from cogvlm_ft.doctor.checks import WANDB
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,7 +59,7 @@ def test_wandb_answers_and_knows_the_key(
     monkeypatch.setenv("WANDB_BASE_URL", server["address"])
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     num_red, said = run_checks([WANDB], "tracking.mode=auto")
-    assert num_red == 0 and f"green   W&B: online: {server['address']} answers and knows the key (tester)" in said
+    assert num_red == 0 and f"green   W&B: online: {server['address']} answers and accepts the key (tester)" in said
     assert server["asked"] == [("/graphql", server["login"])] and KEY not in said
     monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1\n  login user\n  password {KEY}\n")
@@ -71,10 +71,10 @@ def test_wandb_does_not_know_the_key(run_checks: Examine, server: dict, monkeypa
     monkeypatch.setenv("WANDB_BASE_URL", server["address"])
     monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
     num_red, said = run_checks([WANDB], "tracking.mode=auto")
-    assert num_red == 0 and "yellow  W&B: " in said and "the server does not know this key" in said
+    assert num_red == 0 and "yellow  W&B: " in said and "the server does not accept this key" in said
     server["status"] = 401
     num_red, said = run_checks([WANDB], "tracking.mode=online")
-    assert num_red == 1 and "does not know this key" in said and "f" * 40 not in said
+    assert num_red == 1 and "does not accept this key" in said and "f" * 40 not in said
 
 
 def test_wandb_is_not_there(run_checks: Examine, server: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_wandb_is_not_there(run_checks: Examine, server: dict, monkeypatch: pyte
 
 def test_wandb_offline(run_checks: Examine, server: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "green   W&B: offline: launch/wandb_sync.py" in run_checks([WANDB], "tracking.mode=offline")[1]
-    assert "green   W&B: offline, since there is no key" in run_checks([WANDB], "tracking.mode=auto")[1]
+    assert "green   W&B: offline, since there is no API key" in run_checks([WANDB], "tracking.mode=auto")[1]
     assert run_checks([WANDB], "tracking.mode=online")[0] == 1
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examining import Examine
 
-from cogvlm_ft.doctor.storage import DISK, FOLDER, LEFTOVERS, SHARING
+from cogvlm_ft.doctor.checks import DISK, FOLDER, LEFTOVERS, SHARING
 
 
 def test_an_output_folder_that_cannot_be(run_checks: Examine, tmp_path: Path) -> None:

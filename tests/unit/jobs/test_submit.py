@@ -1,4 +1,4 @@
-"""What launch/submit.py would queue, and what it refuses to."""
+"""Jobs that launch/submit.py submits, and settings that it refuses."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_is_refused(
     assert message in said.err and "sbatch" not in said.out
 
 
-def test_what_cannot_fit_is_refused_unless_told(
+def test_what_cannot_fit_is_refused_unless_plan_is_warn(
     arguments: list[str], cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.write_text("{gpus_per_node: 4, gpu_memory_gib: 0.001}")
@@ -136,7 +136,7 @@ def test_without_slurm(
         ("node: 2", "node"),
         ("time: 48:00:00", "time needs quotes"),
         ("nodes: two", "nodes"),
-        ("nodes: [", "no valid YAML"),
+        ("nodes: [", "not valid YAML"),
     ],
 )
 def test_mistakes_about_the_cluster(tmp_path: Path, text: str, message: str) -> None:
@@ -157,7 +157,7 @@ def test_the_best_checkpoint(
     for step in (4, 8):
         write_checkpoint(tmp_path / "poor" / "checkpoints", step, TrainState(best=Best(value=0.5, step=0)))
     assert best_checkpoint(tmp_path / "poor").name == "step-00000008"
-    assert "nothing was better than what it started with" in caplog.text
+    assert "no checkpoint was better than the model before training" in caplog.text
 
 
 def test_no_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

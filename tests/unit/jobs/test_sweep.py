@@ -57,11 +57,11 @@ def test_a_task_that_the_sweep_lacks(sweep: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "wanted a list"),
-        ("a: 1", "wanted a list"),
-        ("- [", "no valid YAML"),
-        ("- name: a", "entry 0 is .*wanted"),
-        ("- {name: a, settings: train.lr=1}", "entry 0 is .*wanted"),
+        ("", "expected a list"),
+        ("a: 1", "expected a list"),
+        ("- [", "not valid YAML"),
+        ("- name: a", "entry 0 is .*expected"),
+        ("- {name: a, settings: train.lr=1}", "entry 0 is .*expected"),
         ("- {name: ../a, settings: []}", "names a folder"),
         ("- {name: a, settings: []}\n- {name: a, settings: []}", "a more than once"),
         ("- {name: a, settings: [output_dir=x]}", "entry 0 sets output_dir"),

@@ -24,7 +24,7 @@ from cogvlm_ft.settings import Config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PARAMETERS_17B = 17_639_685_376
-OFFLOAD = "deepspeed=configs/deepspeed/zero3_offload_optimizer.json"
+OFFLOAD = "deepspeed=zero3_offload_optimizer"
 SMALL = CogVLMConfig(
     vocab_size=400,
     hidden_size=64,
