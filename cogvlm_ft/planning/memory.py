@@ -26,7 +26,7 @@ PHASES = ("training", "evaluation")
 ADAM_BYTES, MASTER_BYTES = 8, 4  # fp32 moments; fp32 weights
 CUDA_BYTES = int(1.5 * GIB)  # the CUDA context, cuBLAS and NCCL of a process; an estimate
 PROCESS_BYTES, WORKER_BYTES = 3 * GIB, GIB // 2  # host memory of a rank and of a loader process; estimates
-FRAGMENTED_SHARE = 0.05  # of a GPU's memory, that the caching allocator cannot use; an estimate
+FRAGMENTED_FRACTION = 0.05  # of a GPU's memory, that the caching allocator cannot use; an estimate
 UNCERTAINTY = 1.15  # factor by which the estimate of transient memory may be off
 
 
@@ -325,7 +325,7 @@ def judge(estimate: MemoryEstimate, cluster: Cluster, phases: Sequence[str] = PH
         + " + ".join([*kinds, f"{(peak - persistent) / GIB:.1f} transient"])
         + f"), plus {cluster.reserved_bytes / GIB:.1f} for the process; available are {cluster.gpu_gib:.1f}"
     )
-    usable = capacity * (1.0 if cluster.on_cpu else 1 - FRAGMENTED_SHARE)
+    usable = capacity * (1.0 if cluster.on_cpu else 1 - FRAGMENTED_FRACTION)
     status = "too much" if least > capacity else "tight" if most > usable else "fits"
     if cluster.host_gib is None or cluster.on_cpu:
         return Verdict(status, why)

@@ -27,13 +27,9 @@ NOT_YET = {
     "runtime",
     "data",
     "tracking",
-    "planning",
     "evaluate",
     "predict",
     "report",
-    "export",
-    "doctor",
-    "jobs",
 }
 
 # What a text must not say -> what it says instead.
