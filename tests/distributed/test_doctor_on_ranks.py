@@ -48,7 +48,7 @@ def test_two_ranks_with_a_run_that_cannot_fit(start_model: Path, shards: Path, t
     said = ranks.logs[0].read_text()
     assert codes == [1, 1], ranks.output()
     assert "red     plan: training takes " in said and "train.micro_batch_size=1" in said
-    assert "train.global_batch_size=300000 is no multiple of 2 ranks x train.micro_batch_size=100000" in said
+    assert "train.global_batch_size: 300000 is not a multiple of 2 ranks x train.micro_batch_size=100000" in said
     assert said.endswith("2 red\n") and "Traceback" not in ranks.output()
 
 

@@ -77,7 +77,7 @@ def test_a_sweep_is_an_array(arguments: list[str], tmp_path: Path, capsys: pytes
         (["--nodes", "0"], "nodes=0"),
         (["--chain", "0"], "--chain 0"),
         (["train.lrr=1"], "train.lrr"),
-        (["train.global_batch_size=6"], "train.global_batch_size=6 is no multiple of 4"),
+        (["train.global_batch_size=6"], "train.global_batch_size: 6 is not a multiple of 4 ranks"),
         (["model.path=nowhere"], "nowhere"),
         (["--sweep", "nowhere.yaml"], "nowhere.yaml"),
     ],

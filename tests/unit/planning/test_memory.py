@@ -201,7 +201,7 @@ def test_an_impossible_run_is_refused_with_the_arithmetic(tmp_path: Path, caplog
     assert not caplog.records
     check_fits(config(*settings, "plan=warn"))
     assert "too much" in caplog.text
-    with pytest.raises(ConfigError, match="plan='maybe': wanted one of refuse, warn, ignore"):
+    with pytest.raises(ConfigError, match="plan='maybe': expected one of refuse, warn, ignore"):
         config("plan=maybe")
 
 

@@ -70,7 +70,7 @@ def test_time_follows_the_speeds(planner_17b: Planner) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_a_mistake(planner_17b: Planner) -> None:
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size=32 is no multiple of 12 GPUs"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size: 32 is not a multiple of 12 ranks"):
         step_of(planner_17b.changed(cluster=Cluster(1, 12)))
 
 
