@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from forecast_peaks import SIZES, settings
+from memory_peaks import SIZES, settings
 from ranks import REPOSITORY, run
 
 from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, probe_stages
 from cogvlm_ft.planning.memory import Cluster, Planner
 
-PROGRAM = Path(__file__).with_name("forecast_peaks.py")
+PROGRAM = Path(__file__).with_name("memory_peaks.py")
 TOLERANCE = 0.15
 PERSISTENT = ("weights", "gradients", "master weights", "Adam")
 

@@ -121,4 +121,6 @@ def test_a_plan_that_is_too_much_here(run_checks: Examine) -> None:
 
 def test_a_batch_that_does_not_divide(run_checks: Examine) -> None:
     num_red, said = run_checks([LINKS, ENGINE], "train.micro_batch_size=3")
-    assert num_red == 1 and "train.global_batch_size: 16 is not a multiple of 1 ranks x train.micro_batch_size=3" in said
+    assert (
+        num_red == 1 and "train.global_batch_size: 16 is not a multiple of 1 ranks x train.micro_batch_size=3" in said
+    )

@@ -1,6 +1,6 @@
 """Measure on every rank what an engine holds after training steps, in bytes, as one line of JSON.
 
-Usage: forecast_peaks.py SIZE IMAGES PRECISION CHECKPOINTING DEEPSPEED; SIZE is tiny or middle.
+Usage: memory_peaks.py SIZE IMAGES PRECISION CHECKPOINTING DEEPSPEED; SIZE is tiny or middle.
 
 Start it with MALLOC_MMAP_THRESHOLD_=65536: freed tensors then leave the process at once, so that resident memory is
 live memory.
@@ -56,7 +56,7 @@ def main() -> None:
     counter = GatheredNow(engine)
     for _ in range(NUM_WARM_STEPS):
         step(engine, batch)
-    measured = {**lasting_bytes(engine.optimizer), "gathered": counter.peak, **passing_bytes(engine, batch)}
+    measured = {**persistent_bytes(engine.optimizer), "gathered": counter.peak, **transient_bytes(engine, batch)}
     if rank() == 0:
         print(json.dumps({"measured": measured}), flush=True)
     shut_down()
@@ -109,7 +109,7 @@ class GatheredNow:
         coordinator.fetch_sub_module = fetch_and_count
 
 
-def lasting_bytes(optimizer: Any) -> dict[str, int]:
+def persistent_bytes(optimizer: Any) -> dict[str, int]:
     """Return the bytes of persistent tensors; two names of one memory count once."""
     weights = [p.ds_tensor for group in optimizer.fp16_groups for p in group]
     masters = [part for part in optimizer.fp32_partitioned_groups_flat if not shares_memory(part, weights)]
@@ -126,7 +126,7 @@ def shares_memory(part: Tensor, others: list[Tensor]) -> bool:
     return part.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
 
 
-def passing_bytes(engine: Any, batch: dict[str, Any]) -> dict[str, int]:
+def transient_bytes(engine: Any, batch: dict[str, Any]) -> dict[str, int]:
     """Return resident memory beyond that before the step: after the forward pass, and at most until backward ends."""
     gc.collect()
     before = resident_bytes("VmRSS")
