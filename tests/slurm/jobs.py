@@ -60,7 +60,7 @@ class Job:
 
         self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}", 300, 0.05)
 
-    def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 400) -> None:
+    def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 900) -> None:
         """Wait until it is over; it must end in `state`."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
         found = self.cluster.wait_until(lambda: self.state in over and self.state, f"job {self.number} ends", timeout_s)

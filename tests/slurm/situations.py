@@ -129,5 +129,5 @@ def sweep_and_after(cluster: Cluster, folder: Path, settings: tuple[str, ...]) -
     command += [folder / "sweep.yaml", "--after", *settings, "train.max_steps=3", f"output_dir={folder / 'runs'}"]
     printed = cluster.run(*command, timeout_s=400)
     queued = ("squeue", "--noheader", f"--name={AFTER_NAME}")
-    cluster.wait_until(lambda: not cluster.run(*queued), "evaluations and exports are over", 400, 1)
+    cluster.wait_until(lambda: not cluster.run(*queued), "evaluations and exports are over", 900, 1)
     return folder / "runs", printed
