@@ -127,7 +127,7 @@ def test_a_write_that_fails_half_way_leaves_nothing_and_the_run_continues(
     done = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "rank 0: [Errno 27] File too large" in done.stderr
-    assert "training goes on, as checkpoint.on_error=continue" in done.stderr
+    assert "training continues, as checkpoint.on_error=continue" in done.stderr
     assert f"the last state, that of step {NUM_STEPS}, could not be saved" in done.stderr
     assert len(losses(tmp_path / "run")) == NUM_STEPS
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

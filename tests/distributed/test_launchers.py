@@ -69,7 +69,10 @@ def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> No
     [
         ("train.lrr=1", "train.lrr"),
         ("model.path=nowhere", "nowhere"),
-        ("train.global_batch_size=3", "train.global_batch_size=3 is no multiple of 1 ranks x train.micro_batch_size=2"),
+        (
+            "train.global_batch_size=3",
+            "train.global_batch_size: 3 is not a multiple of 1 ranks x train.micro_batch_size=2",
+        ),
         ("data.val_split=test", "test"),
         ("model.freeze=[model.visoin.*]", "model.visoin.*"),
         ("train.monitor=iou", "mean_iou"),
