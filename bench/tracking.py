@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cogvlm_ft.report.gallery import TABLE_COLUMNS
-from cogvlm_ft.report.wandb_media import MAX_TABLE_ROWS
+from cogvlm_ft.report.gallery import TABLE_COLUMNS, Picture
+from cogvlm_ft.report.wandb_media import MAX_TABLE_ROWS, boxed_image
 from cogvlm_ft.tracking.tracker import Tracker
-from cogvlm_ft.tracking.wandb_run import Picture
 
 SIDE = 512
 VALUES = {name: 0.123456789 for name in (
@@ -90,7 +89,8 @@ def bench_evaluation(tracker: Tracker, folder: Path) -> None:
     Image.effect_noise((1280, 960), 60).convert("RGB").save(folder / "photo.jpg", quality=90)
     boxes = [((10.0 * n, 10.0, 10.0 * n + 50, 90.0), "the red car on the left") for n in range(5)]
     answers = [(box, label, True) for box, label in boxes]
-    pictures = [Picture(f"{n}", folder / "photo.jpg", "caption", boxes, answers) for n in range(NUM_PHOTOS)]
+    picture = boxed_image(Picture("key", folder / "photo.jpg", "caption", boxes, answers))
+    pictures = [picture] * NUM_PHOTOS
     rows = [["key", "question", "[[001,002,003,004]]", "truth", "present", 0.5, "right"]] * MAX_TABLE_ROWS
     start = time.perf_counter()
     tracker.log_val(1.0, 1, {f"mean_iou/source={n}": 0.5 for n in range(NUM_METRICS)})

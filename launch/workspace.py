@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Print the layout, or save it and print its address."""
-    from cogvlm_ft.tracking.workspace import describe_workspace, save_workspace
+    from cogvlm_ft.report.workspace import describe_workspace, save_workspace
 
     if args.print:
         print(json.dumps(describe_workspace(args.project), indent=2))

@@ -1,4 +1,4 @@
-"""A picture to look at: true boxes green, predicted boxes red and dashed, questions and answers below."""
+"""Draw an image: true boxes green, predicted boxes red and dashed, questions and answers below."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWER_COLOUR = (220, 30, 30)
 TEXT_COLOUR = (30, 30, 30)
 STRIP_COLOUR = (248, 248, 246)
 
-# Where Linux distributions and macOS put fonts with Chinese letters.
+# Fonts with Chinese characters on Linux distributions and macOS.
 CHINESE_FONTS = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
     "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
@@ -36,7 +36,7 @@ CHINESE_FONTS = (
     "/System/Library/Fonts/PingFang.ttc",
 )
 
-# An escape, a word with its blanks (long ones are cut), or one letter that is not ASCII.
+# An escape, a word with its blanks (long ones are cut), or one character that is not ASCII.
 _PIECE = re.compile(r"\\u[0-9a-f]{4}|[!-\[\]-~]{1,24} *|.")
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -48,7 +48,7 @@ def draw_boxes(
     predicted_boxes: Sequence[Sequence[Box] | None],
     texts: Sequence[tuple[str, str]],
 ) -> Image.Image:
-    """The picture, enlarged if it is small, with the boxes of its turns and a strip of their texts below.
+    """Draw the boxes of all turns, and a strip of their texts below; a small image is enlarged.
 
     truth_boxes, predicted_boxes: per turn its boxes in pixels of `image`, xyxy; None = the answer was unreadable.
     texts: per turn (prompt, answer). Turns are numbered from 1.
@@ -73,7 +73,7 @@ def draw_boxes(
 
 
 def _enlarge(image: Image.Image, scale: float) -> Image.Image:
-    """Tiny pictures keep their hard pixels, others are smoothed."""
+    """Enlarge an image; tiny ones keep hard pixels, others are smoothed."""
     if scale == 1:
         return image
     resample = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC
@@ -81,13 +81,13 @@ def _enlarge(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _scaled(box: Box, scale: float) -> Box:
-    """The box in pixels of the enlarged picture, corners put in order: an inverted answer is drawn too."""
+    """Scale a box to the enlarged image and order its corners, so that an inverted answer is drawn too."""
     x0, y0, x1, y1 = (value * scale for value in box)
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
 
 
 def _draw_dashed(pen: ImageDraw.ImageDraw, box: Box) -> None:
-    """Red dashes with white between them, so that they show on a green line and on any picture."""
+    """Draw red dashes with white gaps, visible on a green line and on any image."""
     x0, y0, x1, y1 = box
     pen.rectangle(box, outline="white", width=LINE_PX)
     for y in (y0, y1 - LINE_PX + 1):
@@ -106,7 +106,7 @@ def _dash_starts(start: float, end: float) -> list[float]:
 def _draw_label(
     pen: ImageDraw.ImageDraw, corner: tuple[float, float], label: str, colour: tuple[int, int, int], font: Font
 ) -> None:
-    """A filled tag with its top left at `corner`, moved into the picture where it would leave it."""
+    """Draw a filled tag with its top left at `corner`, moved where it would leave the image."""
     picture_width, picture_height = pen.im.size
     x = min(max(corner[0], 0), picture_width - LABEL_PX)
     y = min(max(corner[1], 0), picture_height - LABEL_PX)
@@ -117,7 +117,7 @@ def _draw_label(
 def _draw_strip(
     legend: str, texts: Sequence[tuple[str, str]], width: int, font: Font, writes_chinese: bool
 ) -> Image.Image:
-    """The legend, then per turn its number, its question and, in red, its answer."""
+    """Write the legend, then per turn its number, its question and, in red, its answer."""
     lines = [(legend, TEXT_COLOUR)]
     for number, (prompt, answer) in enumerate(texts, 1):
         lines += [(line, TEXT_COLOUR) for line in _wrap(f"{number}  {prompt}", width, font, writes_chinese)]
@@ -131,7 +131,7 @@ def _draw_strip(
 
 
 def _wrap(text: str, width: int, font: Font, writes_chinese: bool) -> list[str]:
-    """Lines no wider than the strip, broken between words and between Chinese letters."""
+    """Wrap to the width of the strip, between words and between Chinese characters."""
     shown = " ".join(text.splitlines())
     if not writes_chinese:
         shown = shown.encode("ascii", "backslashreplace").decode()
@@ -152,7 +152,7 @@ def _stack(top: Image.Image, bottom: Image.Image) -> Image.Image:
 
 
 def _load_font() -> tuple[Font, bool]:
-    """A font, and whether it has Chinese letters; without one, texts are written in escapes."""
+    """Load a font, and tell whether it has Chinese characters; without them, texts are written in escapes."""
     for path in CHINESE_FONTS:
         if Path(path).is_file():
             return ImageFont.truetype(path, TEXT_PX), True

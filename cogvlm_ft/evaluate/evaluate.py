@@ -1,4 +1,4 @@
-"""Ask the model about held-out photos, score the answers against the records, write both down."""
+"""Ask the model about held-out images, score the answers against the records, save both."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, PREDICTIONS_FILE, PICTURES_FOLDER = "metrics.json", "predictions.jsonl", "pictures"
 CURVES_FILE = "curves.json"
 ABOUT = "about"
-"""The key of metrics.json that holds no number."""
+"""The key of metrics.json whose value is not a number."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One photo and all its turns, whose boxes are in pixels of the frame. source: where the photo came from."""
+    """One image and all its turns, whose boxes are in pixels of the frame. source: where the image came from."""
 
     index: int
     key: str
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Shown:
-    """A photo to look at, with its answered turns."""
+    """An image to draw, with its answered turns."""
 
     key: str
     image: Image.Image
@@ -71,7 +71,7 @@ class Shown:
 class Evaluation:
     """metrics: on every rank. The rest: rank 0 only; predictions and shown in the order of the data.
 
-    curves: grounding.breakdown.Summary. about: what was asked of what, and how it was scored.
+    curves: grounding.breakdown.Summary. about: weights, data, questions and scoring.
     """
 
     metrics: dict[str, float]
@@ -91,10 +91,10 @@ def evaluate(
     seed: int,
     about: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Collective. Score `model` (the module inside the engine) on the reader's first `max_samples` photos.
+    """Score `model` (the module inside the engine) on the reader's first `max_samples` images. Collective.
 
-    Every rank takes every world_size-th photo and runs the same number of batches; no photo is scored twice.
-    about: what the caller knows of the weights; goes with the results.
+    Every rank takes every world_size-th image and runs the same number of batches; no image is scored twice.
+    about: facts of the caller about the weights, recorded with the results.
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
     mine = range(rank(), num_samples, world_size())
@@ -131,7 +131,7 @@ def _about(
     seed: int,
     predictions: Sequence[Prediction],
 ) -> dict[str, Any]:
-    """Two results can be compared if these are the same, the weights aside."""
+    """Return the facts that must be equal for two results to be comparable, apart from the weights."""
     asked = "\n".join(f"{each.key}\t{each.turn}\t{each.prompt}" for each in predictions)
     return {
         "protocol": settings.protocol,
@@ -153,7 +153,7 @@ def _about(
 
 
 def _count_left_out(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Answers that are not scored, and true boxes that are not asked for."""
+    """Count the answers that are not scored, and the true boxes that are not asked for."""
     return {
         "num_unscored": float(sum(prediction.score is None for prediction in predictions)),
         "num_cut_boxes": float(sum(prediction.num_cut_boxes for prediction in predictions)),
@@ -163,7 +163,7 @@ def _count_left_out(predictions: Sequence[Prediction]) -> dict[str, float]:
 def _read_questions(
     reader: ShardReader, indices: Iterable[int], wording: Wording, seed: int, resize: str
 ) -> Iterator[Question]:
-    """The usable photos among `indices`. The wording is that of epoch 0, so every evaluation asks the same."""
+    """Yield the usable images among `indices`. The wording is that of epoch 0, so every evaluation asks the same."""
     for index in indices:
         try:
             sample = reader.read(index)
@@ -171,26 +171,36 @@ def _read_questions(
             worded = turns_of(move_record(sample.record, frame), wording, seed=seed, epoch=0)
             turns = [turn for turn in worded if turn.prompt.strip()]
         except DataError as error:
-            logger.warning("validation photo cannot be used: %s", error)  # and counted by the caller
+            logger.warning("validation image cannot be used: %s", error)  # and counted by the caller
             continue
         if turns:
             yield Question(index, sample.record.key, _source_of(reader, sample.record), sample.image, frame, turns)
 
 
 def _source_of(reader: ShardReader, record: Record) -> str:
-    """The shard set, whose name its keys begin with, where there are several; else the annotation."""
+    """Return the shard set, the prefix of its keys, where there are several; else the annotation."""
     return record.key.partition("/")[0] if len(reader.index.source_sizes) > 1 else record.source
 
 
 def build_grammar(
     tokenizer: CogVLMTokenizer, wording: Wording, decoding: str, min_boxes: int, max_new_tokens: int
 ) -> BoxGrammar | None:
-    """What answers about boxes may be; None for anything. ConfigError if no answer fits into max_new_tokens."""
+    """Build the grammar of answers about boxes; None allows anything. ConfigError if no answer fits max_new_tokens."""
     if decoding == "free":
         return None
     grammar = BoxGrammar(tokenizer.piece_bytes, tokenizer.eos_token_id, wording.not_found_sentences, min_boxes)
-    grammar.start(max_new_tokens)  # here, since every rank comes here; asking such a question, perhaps only one does
+    grammar.start(max_new_tokens)  # here, on every rank: perhaps only one rank asks such a question
     return grammar
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An image and its turns as `generate_answers` takes them, one entry per turn. pixels: f[3, S, S]."""
+
+    pixels: torch.Tensor
+    prompts: list[str]
+    histories: list[Sequence[tuple[str, str]]]
+    grammars: list[BoxGrammar | None]
 
 
 def _answer(
@@ -201,37 +211,44 @@ def _answer(
     settings: EvaluateConfig,
     grammar: BoxGrammar | None,
 ) -> list[tuple[int, list[Prediction]]]:
-    """Collective. A rank without questions asks one about a blank picture, so that all ranks make the same calls."""
-    size, not_found = model.config.image_size, wording.not_found_sentences
-    protocol = PROTOCOLS[settings.protocol]
-    pixels = [model_input(question.image, question.frame, size) for question in questions]
+    """Answer and score a batch. Collective: a rank without questions asks about a blank image, so all calls match."""
+    size, protocol = model.config.image_size, PROTOCOLS[settings.protocol]
+    asked = [_ask(question, size, wording, grammar) for question in questions]
+    asked = asked or [_Asked(torch.zeros(3, size, size), ["?"], [()], [None])]
     answers = generate_answers(
         model,
         tokenizer,
-        torch.stack(pixels or [torch.zeros(3, size, size)]).to(device()),
-        [[turn.prompt for turn in question.turns] for question in questions] or [["?"]],
+        torch.stack([each.pixels for each in asked]).to(device()),
+        [each.prompts for each in asked],
         settings.max_new_tokens,
-        [[turn.history for turn in question.turns] for question in questions] or [[()]],
-        not_found=not_found,
-        grammars=[
-            [grammar if asks_for_boxes(turn, question.frame.size_px, not_found) else None for turn in question.turns]
-            for question in questions
-        ]
-        or [[None]],
+        [each.histories for each in asked],
+        not_found=wording.not_found_sentences,
+        grammars=[each.grammars for each in asked],
     )
     return [
         (question.index, [_predict(question, i, answer, wording, protocol) for i, answer in enumerate(row)])
-        for question, row in zip(questions, answers, strict=False)
+        for question, row in zip(questions, answers, strict=False)  # the blank image has answers but no question
     ]
 
 
+def _ask(question: Question, size: int, wording: Wording, grammar: BoxGrammar | None) -> _Asked:
+    """Prepare the turns of a question; the grammar applies where a good answer holds boxes."""
+    frame_px, not_found = question.frame.size_px, wording.not_found_sentences
+    return _Asked(
+        pixels=model_input(question.image, question.frame, size),
+        prompts=[turn.prompt for turn in question.turns],
+        histories=[turn.history for turn in question.turns],
+        grammars=[grammar if asks_for_boxes(turn, frame_px, not_found) else None for turn in question.turns],
+    )
+
+
 def asks_for_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[str]) -> bool:
-    """Whether a good answer holds boxes or is a not-found sentence."""
+    """Decide whether a good answer holds boxes or is a not-found sentence."""
     return turn.scored and truth_boxes(turn, image_size_px, not_found) is not None
 
 
 def _predict(question: Question, number: int, answer: Answer, wording: Wording, protocol: Protocol) -> Prediction:
-    """Scored in the frame, where a pixel is as large as in the photo."""
+    """Score an answer in the frame, where a pixel is as large as in the original image."""
     turn, frame, size = question.turns[number], question.frame, question.frame.size_px
     not_found = wording.not_found_sentences
     truth = truth_boxes(turn, size, not_found)
@@ -264,7 +281,7 @@ def _predict(question: Question, number: int, answer: Answer, wording: Wording, 
 
 
 def _is_described(turn: Turn, truth: Sequence[Box] | None) -> bool:
-    """Whether the words of the answer say something about the thing itself, and are no frame around its boxes."""
+    """Decide whether the true answer describes the target, beyond the sentence around its boxes."""
     if not turn.scored or truth is None:
         return True
     if turn.target is None:
@@ -273,7 +290,7 @@ def _is_described(turn: Turn, truth: Sequence[Box] | None) -> bool:
 
 
 def truth_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[str]) -> list[Box] | None:
-    """Pixels: the target's own boxes; for a verbatim turn those its answer names, [] for "not found", else None."""
+    """Return the target's boxes in pixels; of a verbatim turn those in its answer, [] for "not found", else None."""
     if turn.target is not None:
         return list(turn.target.boxes_xyxy)
     if turn.answer.strip() in not_found:
@@ -287,7 +304,7 @@ def _boxes(bins: Sequence[Box], image_size_px: tuple[int, int]) -> list[Box]:
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Rank 0. metrics.json, curves.json, predictions.jsonl and the drawn pictures."""
+    """Save metrics.json, curves.json, predictions.jsonl and the drawn images. Rank 0 only."""
     (folder / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
     results = {**evaluation.metrics, ABOUT: evaluation.about}
     (folder / METRICS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -304,5 +321,5 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def _as_file_name(key: str) -> str:
-    """A key of others' shards may have folders in it, and anything else, at any length."""
+    """Convert a key to a file name: keys of foreign shards may hold slashes and any other characters, at any length."""
     return re.sub(r"[/\\\x00-\x1f]", "-", key).encode("utf-8", "replace")[:200].decode("utf-8", "ignore")

@@ -1,4 +1,4 @@
-"""Which weights a result belongs to, without reading tens of gigabytes."""
+"""Identify the weights of a result, without reading tens of gigabytes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ BLOCK_BYTES, NUM_BLOCKS = 2**16, 64
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of a model folder or a training checkpoint: names, sizes, and blocks spread over every file.
+    """Hash a model folder or a training checkpoint (sha256): names, sizes, and blocks spread over every file.
 
-    Training changes all of a file, so a part of it tells two trainings apart. It is no proof against damage.
+    Training changes the whole of a file, so a part of it distinguishes two runs. Corruption may go unnoticed.
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file()):
@@ -26,7 +26,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _block_starts(size: int) -> list[int]:
-    """First and last block and those between; of a small file, all of it."""
+    """List the first and last block and those between; of a small file, all blocks."""
     if size <= BLOCK_BYTES * NUM_BLOCKS:
         return list(range(0, size, BLOCK_BYTES))
     return [(size - BLOCK_BYTES) * i // (NUM_BLOCKS - 1) for i in range(NUM_BLOCKS)]

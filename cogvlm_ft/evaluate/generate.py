@@ -1,7 +1,7 @@
 """Greedy answers for many turns at once: an image and all its questions in one pass, then all answers token by token.
 
 Every rank makes the same calls: one pass over images and prompts, then one for each new token until the last rank is
-done. Under ZeRO-3 each call gathers parameters from all ranks, so a rank that left early would stop the others. Where
+done. Under ZeRO-3 each call gathers parameters from all ranks, so a rank that left early would block the others. Where
 the parameters are gathered once (runtime/param_gathering.py) the ranks do not wait for each other.
 """
 
@@ -30,12 +30,12 @@ FIRST_TEXT_POSITION = 4  # bos 0, boi 1, patches 2, eoi 3
 
 @dataclass(frozen=True)
 class Answer:
-    """All probabilities are the model's own, before a grammar rules anything out.
+    """All probabilities are the model's own, before a grammar excludes anything.
 
-    token_ids: up to and with eos, if it came. token_probs: of each of them.
-    digit_probs: for every digit of the text, in order, the probabilities of 0 to 9 in its place (other tokens have the
-        rest). grounding.boxes.read_boxes makes confidences and expected coordinates of them.
-    not_found_prob: of the not-found sentence, up to the token in which the answer departs from it; the likeliest of
+    token_ids: up to and including eos, if it came. token_probs: of each of them.
+    digit_probs: for every digit of the text, in order, the probabilities of 0 to 9 in its place (the rest belongs to
+        other tokens). grounding.boxes.read_boxes derives confidences and expected coordinates from them.
+    not_found_prob: of the not-found sentence, up to the token where the answer departs from it; the most probable of
         several sentences. None without one.
     """
 
@@ -83,11 +83,11 @@ def generate_answers(
     not_found: Sequence[str] = (),
     grammars: Sequence[Sequence[BoxGrammar | None]] | None = None,
 ) -> list[list[Answer]]:
-    """Collective, unless the parameters are gathered once. Answers to `prompts[b]` about image b of float[B, 3, S, S].
+    """Answer `prompts[b]` about image b of float[B, 3, S, S]. Collective, unless the parameters are gathered once.
 
     Every image has at least one prompt. Equal, id by id, to asking every question alone. histories: for each prompt
-    the (prompt, answer) pairs before it. not_found: sentences whose probability is wanted. grammars: for each prompt
-    what its answer may be; None admits anything.
+    the (prompt, answer) pairs before it. not_found: sentences whose probability is reported. grammars: for each
+    prompt what its answer may be; None allows anything.
     """
     config: CogVLMConfig = model.config
     pasts = histories or [[()] * len(questions) for questions in prompts]
@@ -106,7 +106,7 @@ def generate_answers(
 def _lay_out(
     rows: Sequence[Sequence[list[int]]], bos_token_id: int, config: CogVLMConfig, device: torch.device
 ) -> _Asked:
-    """`bos | image | prompt 1 | ... | prompt T`, as in training, right-padded."""
+    """Arrange `bos | image | prompt 1 | ... | prompt T`, as in training, right-padded."""
     start, num_turns = config.num_patches + 3, max(len(row) for row in rows)
     width = start + max(sum(map(len, row)) for row in rows)
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
@@ -132,7 +132,7 @@ def _decode(
     rules: Sequence[BoxGrammar | None],
     sentences: Sequence[list[int]],
 ) -> list[_Step]:
-    """The new tokens of all turns, until every turn has its eos. `rules`: one for every turn that there is."""
+    """Generate the tokens of all turns, until every turn has its eos. `rules`: one for every existing turn."""
     num_turns = asked.lengths.shape[1]
     cache = TurnCache(asked.block_ids, num_turns, max_new_tokens, model.config.num_hidden_layers)
     forget_order(model)
@@ -153,7 +153,7 @@ def _decode(
     steps: list[_Step] = []
     while True:
         progress()
-        ids = constraint.choose(out.logits, finished)  # of finished turns too; nobody reads those
+        ids = constraint.choose(out.logits, finished)  # of finished turns too, whose tokens are ignored
         steps.append(_probabilities(out.logits, ids, digits, expected[len(steps) : len(steps) + 1]))
         finished = finished | (ids == tokenizer.eos_token_id)
         if len(steps) == max_new_tokens or _is_done(model, bool(finished.all())):
@@ -169,13 +169,16 @@ def _decode(
 
 
 def _is_done(model: Any, done_here: bool) -> bool:
-    """Collective where a pass is."""
+    """Decide whether all turns are finished. Collective where a forward pass is."""
     return every_rank(done_here) if needs_all_ranks(model) else done_here
 
 
 def _probabilities(logits: Tensor, ids: Tensor, digits: Tensor, expected: Tensor) -> _Step:
-    """digits: i64[2, n], ids and the digits that they write. expected: i64[1, sentences], the tokens of the not-found
-    sentences in this place; i64[0, ...] behind them all."""
+    """Collect the probabilities of one step.
+
+    digits: i64[2, n], ids and the digits that they write. expected: i64[1, sentences], the tokens of the not-found
+    sentences in this place; i64[0, ...] after their end.
+    """
     probs = logits.softmax(dim=-1)
     chosen = probs.gather(-1, ids[..., None])[..., 0]
     of_digits = probs.new_zeros(*ids.shape, 10).index_add(-1, digits[1], probs[..., digits[0]])
@@ -183,17 +186,17 @@ def _probabilities(logits: Tensor, ids: Tensor, digits: Tensor, expected: Tensor
 
 
 class _Constraint:
-    """Keeps every turn's place in its grammar and chooses the likeliest token that is allowed there."""
+    """Keeps the state of every turn in its grammar and chooses the most probable token that is allowed."""
 
     def __init__(self, rules: Sequence[BoxGrammar | None], exists: Tensor, max_new_tokens: int) -> None:
-        """exists: bool[B, T], as many True as there are rules, in the same order."""
+        """Start every grammar. exists: bool[B, T], one True per rule, in the same order."""
         turns = [(b, t) for b, t in exists.nonzero().tolist()]
         self._turns = [(turn, rule) for turn, rule in zip(turns, rules, strict=True) if rule is not None]
         self._states: list[GrammarState] = [rule.start(max_new_tokens) for _, rule in self._turns]
         self._remaining = max_new_tokens
 
     def choose(self, logits: Tensor, finished: Tensor) -> Tensor:
-        """i64[B, T] for float[B, T, V]; in a turn that is finished, anything."""
+        """Choose i64[B, T] from float[B, T, V]; arbitrary in finished turns."""
         if not self._turns:
             return logits.argmax(dim=-1)
         done, barred = finished.tolist(), torch.zeros(logits.shape, dtype=torch.bool)
@@ -213,7 +216,7 @@ class _Constraint:
 def _read_answers(
     steps: Sequence[_Step], exists: Tensor, tokenizer: CogVLMTokenizer, sentences: Sequence[list[int]]
 ) -> list[Answer]:
-    """One for every True of bool[B, T], row by row."""
+    """Read one answer for every True of bool[B, T], row by row."""
     ids = torch.stack([step.ids[exists] for step in steps], dim=1).tolist()
     probs = torch.stack([step.prob[exists] for step in steps], dim=1).tolist()
     digits = torch.stack([step.digits[exists] for step in steps], dim=1).tolist()
@@ -239,11 +242,14 @@ def _read_answers(
 
 
 def _prob_up_to_departure(tokens: Sequence[int], sentence: Sequence[int], probs: Sequence[float]) -> float:
-    """probs[i]: the probability of sentence[i] behind tokens[:i]. Answers often begin with the same token as the
-    sentence, a blank in Chinese: not the first token tells them apart, but the first that differs."""
+    """Multiply the probabilities of a sentence up to the first token that differs from the answer.
+
+    probs[i]: the probability of sentence[i] after tokens[:i]. Answers often begin with the same token as the sentence
+    (a blank in Chinese), so the first token alone does not distinguish them.
+    """
     total = 1.0
-    for token, wanted, prob in zip(tokens, sentence, probs, strict=False):
+    for token, expected, prob in zip(tokens, sentence, probs, strict=False):
         total *= prob
-        if token != wanted:
+        if token != expected:
             break
     return total

@@ -1,8 +1,8 @@
-"""What a model forgets: the same general questions before and during training, the answers held against each other.
+"""Measure forgetting: ask the same general questions before and during training, and compare the answers.
 
     probe.jsonl of the user     {"image": "a.jpg", "prompt": "What is in the picture?", "answer": "A dog on a beach."}
 
-Without an "answer", what the untouched model said is the right one. Paths are relative to the file.
+Without an "answer", the answer of the untouched model is the right one. Paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ANSWERS_FILE = "probe.jsonl"
 
 @dataclass(frozen=True)
 class ProbeQuestion:
-    """answer: the right one; None = what the untouched model says."""
+    """answer: the right one; None = that of the untouched model."""
 
     image: Path
     prompt: str
@@ -44,7 +44,7 @@ class ProbeQuestion:
 
 
 def load_probe(path: Path) -> list[ProbeQuestion]:
-    """All questions; DataError names the line, also if an image cannot be read, before any rank asks."""
+    """Load all questions. Raises DataError with the line, also for an unreadable image, before any rank asks."""
     if not path.is_file():
         raise DataError(f"evaluate.probe={path}: no such file")
     questions = []
@@ -52,7 +52,7 @@ def load_probe(path: Path) -> list[ProbeQuestion]:
         if line.strip():
             questions.append(_question(line, path, f"evaluate.probe={path}, line {number}"))
     if not questions:
-        raise DataError(f"evaluate.probe={path}: no questions in it; wanted lines with image and prompt")
+        raise DataError(f"evaluate.probe={path}: no questions; expected lines with image and prompt")
     return questions
 
 
@@ -60,13 +60,13 @@ def _question(line: str, path: Path, place: str) -> ProbeQuestion:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place}: no JSON: {error}") from None
+        raise DataError(f"{place}: not valid JSON ({error})") from None
     answer = fields.get("answer") if isinstance(fields, dict) else None
     texts = [fields.get("image"), fields.get("prompt")] if isinstance(fields, dict) else [None]
     good = all(isinstance(text, str) and text.strip() for text in (*texts, "-" if answer is None else answer))
     if not good:
         raise DataError(
-            f'{place}: found {line:.200}, wanted {{"image": path, "prompt": text}} and perhaps "answer": text'
+            f'{place}: found {line:.200}; expected {{"image": path, "prompt": text}}, optionally "answer": text'
         )
     question = ProbeQuestion(path.parent / fields["image"], fields["prompt"], answer)
     if not question.image.is_file():
@@ -82,7 +82,7 @@ def _read_image(question: ProbeQuestion) -> Image.Image:
 def ask_probe(
     model: Any, tokenizer: CogVLMTokenizer, questions: Sequence[ProbeQuestion], settings: EvaluateConfig
 ) -> list[str]:
-    """Collective. The answers, on every rank. A rank without questions asks about a blank picture."""
+    """Answer the questions, on every rank. Collective: a rank without questions asks about a blank image."""
     mine = range(rank(), len(questions), world_size())
     answers: list[tuple[int, str]] = []
     with inference(model), parameters_gathered(model, settings.gather):
@@ -107,9 +107,10 @@ def _pixels(model: Any, question: ProbeQuestion) -> torch.Tensor:
 def probe_metrics(
     questions: Sequence[ProbeQuestion], answers: Sequence[str], untouched: Sequence[str] | None
 ) -> dict[str, float]:
-    """probe_chrf (0 to 100) and probe_same, the share of equal answers. untouched: what the model said at first.
+    """Compute probe_chrf (0 to 100) and probe_same, the fraction of equal answers.
 
-    Without it, only questions with an answer of their own are scored; empty if there are none.
+    untouched: answers of the untouched model.
+    Without them, only questions with an answer of their own are scored; empty if there are none.
     """
     first: Sequence[str | None] = untouched if untouched is not None else [None] * len(questions)
     pairs = [
@@ -130,9 +131,9 @@ def probe_metrics(
 def run_probe(
     config: Config, model: Any, tokenizer: CogVLMTokenizer, folder: Path, *, is_untouched: bool = False
 ) -> dict[str, float]:
-    """Collective. The metrics of evaluate.probe, the same on every rank, {} without one; answers go to `folder`.
+    """Compute the metrics of evaluate.probe, the same on every rank, {} without it; answers go to `folder`. Collective.
 
-    is_untouched: this is the model before its first step, whose answers are the right ones from now on.
+    is_untouched: the model before its first step, whose answers are the right ones later.
     """
     if config.evaluate.probe is None:
         return {}
@@ -147,8 +148,8 @@ def run_probe(
     num_open = sum(question.answer is None for question in questions)
     if is_main() and untouched is None and num_open:
         logger.warning(
-            "evaluate.probe: %d questions are not scored: they have no answer, and %s holds none of the untouched model"
-            " to these questions, which is asked at step 0 with evaluate.before_training=true",
+            "evaluate.probe: %d questions are not scored: they have no answer, and %s holds no answers of the untouched"
+            " model to them. Train with evaluate.before_training=true, which asks it at step 0",
             num_open,
             untouched_file,
         )
@@ -166,7 +167,7 @@ def _write(path: Path, questions: Sequence[ProbeQuestion], answers: Sequence[str
 
 
 def _read(path: Path, questions: Sequence[ProbeQuestion]) -> list[str] | None:
-    """The answers, or None if there are none to these very questions."""
+    """Read the answers; None if there are none to exactly these questions."""
     if not path.is_file():
         return None
     try:

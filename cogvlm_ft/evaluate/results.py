@@ -1,4 +1,4 @@
-"""What a run or an evaluation left in its folder, read again for people to look at."""
+"""Load what a run or an evaluation left in its folder, for reports."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _UNKNOWN: dict[str, Any] = {
     "image_size_px": (0, 0),
     "score": None,
 }
-"""What a prediction cannot be without."""
+"""Values for fields that older files lack."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation left in its folder. metrics: flat, a group's with `/group=value`. about: what it was of.
+    """The files of an evaluation. metrics: flat, a group's with `/group=value`. about: weights, data, scoring.
 
     curves: grounding.breakdown.Summary; empty where none were recorded.
     """
@@ -60,7 +60,7 @@ class Results:
 class Report:
     """All that the page shows. former: the evaluation before, if there is one. rows: of metrics.jsonl.
 
-    high_losses: training samples; None = not recorded. facts: what else is known of the run, by name.
+    high_losses: training samples; None = not recorded. facts: other facts of the run, by name.
     """
 
     name: str
@@ -73,26 +73,26 @@ class Report:
 
 
 def find_evaluation(folder: Path, step: int | None = None) -> Path:
-    """The evaluation's folder: of a run the last one, or that at a step; else the folder itself. Raises DataError."""
+    """Find the evaluation's folder: of a run the last one, or that at a step; else the folder. Raises DataError."""
     if step is None and (folder / PREDICTIONS_FILE).is_file():
         return folder
     found = sorted(path.parent for path in RunFolder(folder).evaluations.glob(f"step-*/{PREDICTIONS_FILE}"))
     steps = {int(path.name.partition("-")[2]): path for path in found}
     if not steps or step not in (None, *steps):
-        wanted = f"an evaluation at step {step}" if step is not None else "a run with evaluations, or an evaluation"
+        expected = f"an evaluation at step {step}" if step is not None else "a run with evaluations, or an evaluation"
         there = f"those at {', '.join(map(str, steps))}" if steps else f"no step-*/{PREDICTIONS_FILE}"
-        raise DataError(f"{folder}: wanted {wanted}, found {there}")
+        raise DataError(f"{folder}: found {there}; expected {expected}")
     return found[-1] if step is None else steps[step]
 
 
 def former_evaluation(folder: Path) -> Path | None:
-    """The evaluation of the same run before that in `folder` (.../step-00000120)."""
+    """Find the evaluation of the same run before that in `folder` (.../step-00000120)."""
     earlier = [path for path in folder.parent.glob("step-*") if path.name < folder.name]
     return max(earlier, key=lambda path: path.name, default=None)
 
 
 def load_report(folder: Path, run_folder: Path | None = None) -> Report:
-    """Raises DataError if the evaluation cannot be read; of a run, what is not there is left out."""
+    """Load all that the page shows; missing parts of a run are left out. Raises DataError for the evaluation."""
     before = former_evaluation(folder) if run_folder else None
     report = Report(
         name=(run_folder or folder).resolve().name,
@@ -113,7 +113,7 @@ def load_report(folder: Path, run_folder: Path | None = None) -> Report:
 
 
 def _run_facts(run: RunFolder) -> dict[str, Any]:
-    """What run.json says beside the settings: how, on what and with which code it was trained."""
+    """Return the facts in run.json beside the settings: command, code, hashes."""
     if not run.run_file.exists():
         return {}
     config = read_run_file(run.path)["config"]
@@ -122,7 +122,7 @@ def _run_facts(run: RunFolder) -> dict[str, Any]:
 
 
 def load_results(folder: Path) -> Results:
-    """Raises DataError."""
+    """Load the files of an evaluation. Raises DataError."""
     metrics = dict(_read_json(folder / METRICS_FILE, {}))
     about = metrics.pop(ABOUT, None) or {}
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -136,16 +136,16 @@ def _read_json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error!r}); wanted the JSON that an evaluation writes") from None
+        raise DataError(f"{path} cannot be read ({error!r}); expected the JSON that an evaluation writes") from None
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Also those of older evaluations: a field that is missing is not known. Raises DataError."""
+    """Read predictions, also of older evaluations, which lack some fields. Raises DataError."""
     try:
         with path.open(encoding="utf-8") as lines:
             return [_prediction(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error!r}); wanted the predictions.jsonl of an evaluation") from None
+        raise DataError(f"{path} cannot be read ({error!r}); expected the predictions.jsonl of an evaluation") from None
 
 
 def _prediction(row: dict[str, Any]) -> Prediction:
@@ -158,7 +158,7 @@ def _prediction(row: dict[str, Any]) -> Prediction:
 
 
 def score_of(prediction: Prediction) -> float | None:
-    """From 0 to 1: the IoU, or whether "not found" was said about an absent thing; None for what has neither."""
+    """Return the IoU, or 1 or 0 for whether an absent target was reported as not found; None if neither applies."""
     score = prediction.score
     if score is None or score.kind not in (PRESENT, ABSENT):
         return None
@@ -166,7 +166,7 @@ def score_of(prediction: Prediction) -> float | None:
 
 
 def ceiling_of(prediction: Prediction, protocol: Protocol = OURS) -> float | None:
-    """The best IoU that box text allows in this place; None where no boxes are wanted."""
+    """Return the best IoU that box text allows for these boxes; None where none are expected."""
     truth = prediction.truth_boxes_xyxy
     if not truth or min(prediction.image_size_px) < 1:
         return None
@@ -179,7 +179,7 @@ def ceiling_of(prediction: Prediction, protocol: Protocol = OURS) -> float | Non
 
 @dataclass(frozen=True)
 class Gallery:
-    """Answers to look at, of one group at most one of each photo. newly_*: compared with the evaluation before."""
+    """Answers to look at, at most one per image in a group. newly_*: compared with the evaluation before."""
 
     best: list[Prediction]
     worst: list[Prediction]
@@ -188,14 +188,17 @@ class Gallery:
 
 
 def choose_answers(now: Sequence[Prediction], former: Sequence[Prediction], num_photos: int) -> Gallery:
-    """Best: things that are there, by IoU. Worst: of equal answers, those that the model is surest of. Newly: by how
-    much they changed; newly right also with things that are there first, as there is more to see."""
+    """Choose the answers to look at.
+
+    best: present targets, by IoU. worst: of equal answers, the most confident ones first. newly_*: by how much they
+    changed; newly right: present targets first, as they have boxes to show.
+    """
     scored = [(score, each) for each in now if (score := score_of(each)) is not None]
     before = {_question(each): score for each in former if (score := score_of(each)) is not None}
     changes = [(score - before[_question(each)], score, each) for score, each in scored if _question(each) in before]
 
     def first(ranked: list[tuple[float, Prediction]], shown: Sequence[Prediction] = ()) -> list[Prediction]:
-        """Lowest numbers first, equals in the order of the data; no photo that is shown already."""
+        """Take the lowest numbers first, ties in the order of the data; no image that is shown already."""
         keys = {each.key for each in shown}
         by_photo: dict[str, Prediction] = {}
         for _, each in sorted(ranked, key=lambda pair: pair[0]):

@@ -1,4 +1,4 @@
-"""Photos, folders and JSONL of questions -> predictions.jsonl and drawn pictures; a line for each question."""
+"""Photos, folders and JSONL of questions -> predictions.jsonl and drawn images; a line for each question."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MAX_QUESTIONS = 64
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that was given: a prompt, or targets to ask for; or why it cannot be asked.
+    """A prompt, or targets to ask for; or the reason why it cannot be asked.
 
-    name: what to call the photo in the results. in_steps: the prompt begins a conversation.
+    name: of the photo in the results. in_steps: the prompt begins a conversation. problem: empty if it can be asked.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of questions: answered and failed are all that were given. reasons: how often each went wrong."""
+    """Numbers of questions; answered and failed are all of them. reasons: failures by reason."""
 
     answered: int
     failed: int
@@ -55,17 +55,17 @@ class Counts:
 def read_questions(
     source: Path, prompts: Sequence[str], targets: Sequence[str] = (), *, in_steps: bool = False
 ) -> list[Question]:
-    """The questions about a photo, about every photo below a folder, or of a JSONL file.
+    """Read the questions about a photo, about every photo below a folder, or of a JSONL file.
 
-    Raises DataError if there is nothing to ask, ConfigError if it is not clear what.
+    Raises DataError if there is nothing to ask, ConfigError if the options do not fit.
     """
     if source.suffix.lower() == ".jsonl" and source.is_file():
         if prompts or targets:
-            raise ConfigError(f"{source} brings its own questions: leave --prompt and --targets out")
+            raise ConfigError(f"{source} has its own questions: leave --prompt and --targets out")
         lines = source.read_bytes().splitlines()
         questions = [_read_line(source, line, number, in_steps) for number, line in enumerate(lines, 1) if line.strip()]
         if not questions:
-            raise DataError(f'{source} holds no line such as {{"image": "a.jpg", "prompt": "..."}}')
+            raise DataError(f'{source} holds no line; expected lines such as {{"image": "a.jpg", "prompt": "..."}}')
         return questions
     if not prompts and not targets:
         raise ConfigError("nothing is asked: give --prompt or --targets")
@@ -83,34 +83,34 @@ def _photos(source: Path) -> list[tuple[Path, str]]:
         raise DataError(f"--image {source}: no such file")
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
-        raise DataError(f"--image {source}: no photo below it; wanted files that end in {', '.join(SUFFIXES)}")
+        raise DataError(f"--image {source}: no photo below it; expected files that end in {', '.join(SUFFIXES)}")
     return [(path, path.relative_to(source).as_posix()) for path in found]
 
 
 def _read_line(source: Path, line: bytes, number: int, in_steps: bool) -> Question:
-    """{"image", "prompt"} or {"image", "targets"}; the image relative to the file."""
+    """Read {"image", "prompt"} or {"image", "targets"}; the image is relative to the file."""
     where = f"line {number}"
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Question(source, where, problem=f"{where} is no JSON: {error}")
+        return Question(source, where, problem=f"{where}: not valid JSON ({error})")
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str) or not fields["image"].strip("\0 "):
-        return Question(source, where, problem=f"{where}: wanted an object with the name of its image")
+        return Question(source, where, problem=f"{where}: expected an object with the name of its image")
     name, prompt, targets = fields["image"], fields.get("prompt"), fields.get("targets")
     if isinstance(prompt, str) and targets is None:
         return _checked(Question(source.parent / name, name, prompt, in_steps=in_steps))
     if isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets) and prompt is None:
         return _checked(Question(source.parent / name, name, targets=tuple(targets)))
-    return Question(source.parent / name, name, problem=f"{where}: wanted a prompt (text) or targets (list of texts)")
+    return Question(source.parent / name, name, problem=f"{where}: expected a prompt (text) or targets (list of texts)")
 
 
 def question_of(prompt: str = "", targets: Sequence[str] = ()) -> Question:
-    """About a photo that comes from no file."""
+    """Build the question about a photo that is not in a file."""
     return _checked(Question(Path(), "", prompt, tuple(targets)))
 
 
 def _checked(question: Question) -> Question:
-    """With its problem, if this cannot be asked."""
+    """Replace a question that cannot be asked by its problem."""
     texts = question.targets or (question.prompt,)
     length = sum(map(len, texts))
     problem = ""
@@ -124,14 +124,14 @@ def _checked(question: Question) -> Question:
 
 
 def load_photo(path: Path, *, upright: bool) -> Image.Image:
-    """Raises DataError, whatever is wrong with the file."""
+    """Load a photo. Raises DataError, whatever is wrong with the file."""
     try:
         if not path.is_file():  # a device or a pipe may never end
             raise BadSampleError(path.name, "no_such_file", str(path))
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BadSampleError(path.name, "too_large", f"more than {MAX_FILE_BYTES} bytes")
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # a name may hold what no file's name can
+    except (OSError, ValueError) as error:  # a name may hold characters that file names cannot
         raise BadSampleError(path.name, "unreadable_file", str(error)) from None
     return decode_image(data, path.name, MAX_PIXELS, upright=upright)
 
@@ -139,22 +139,32 @@ def load_photo(path: Path, *, upright: bool) -> Image.Image:
 def answer_questions(
     predictor: Predictor, photos: Sequence[Image.Image], questions: Sequence[Sequence[Question]]
 ) -> list[list[list[Reply]]]:
-    """For every photo, for every question about it, the replies: one, or one for each step. All are asked together."""
-    wording = predictor.wording
-    begun = [(n, question.prompt) for n, row in enumerate(questions) for question in row if question.in_steps]
-    conversations = iter(
-        conversation_turns(predictor, [photos[n] for n, _ in begun], [prompt for _, prompt in begun]) if begun else []
-    )
-    turns = [[_turns(question, conversations, wording) for question in row] for row in questions]
+    """Answer `questions[n]` about photos[n], all together: for each question one reply, or one for each step."""
+    turns = _word_questions(predictor, photos, questions)
     answered = predictor.ask_turns(photos, [[turn for part in row for turn in part] for row in turns])
-    replies = [iter(row) for row in answered]
-    return [[list(islice(replies[n], len(part))) for part in row] for n, row in enumerate(turns)]
+    return [_split(replies, [len(part) for part in row]) for replies, row in zip(answered, turns, strict=True)]
 
 
-def _turns(question: Question, conversations: Iterator[list[Turn]], wording: Any) -> list[Turn]:
-    if question.in_steps:
-        return next(conversations)
-    return target_turns(question.targets, wording) if question.targets else [Turn(question.prompt, "")]
+def _word_questions(
+    predictor: Predictor, photos: Sequence[Image.Image], questions: Sequence[Sequence[Question]]
+) -> list[list[list[Turn]]]:
+    """Return the turns of each question; all conversations begin together."""
+    about = [photo for photo, row in zip(photos, questions, strict=True) for each in row if each.in_steps]
+    prompts = [each.prompt for row in questions for each in row if each.in_steps]
+    conversations = iter(conversation_turns(predictor, about, prompts) if prompts else ())
+
+    def turns_of(question: Question) -> list[Turn]:
+        if question.in_steps:
+            return next(conversations)
+        return target_turns(question.targets, predictor.wording) if question.targets else [Turn(question.prompt, "")]
+
+    return [[turns_of(question) for question in row] for row in questions]
+
+
+def _split(replies: Iterable[Reply], lengths: Sequence[int]) -> list[list[Reply]]:
+    """Split replies into consecutive parts of these lengths."""
+    left = iter(replies)
+    return [list(islice(left, length)) for length in lengths]
 
 
 def predict_files(
@@ -166,12 +176,12 @@ def predict_files(
     upright: bool = True,
     pictures: bool = True,
 ) -> Counts:
-    """Write a line of predictions.jsonl for every question, in their order, and a picture for every photo.
+    """Write a line of predictions.jsonl for every question, in their order, and a drawn image for every photo.
 
-    A photo or a question that cannot be used has a line with the reason. Raises ConfigError if `out` has results.
+    The line of a photo or question that cannot be used holds the reason. Raises ConfigError if `out` has results.
     """
     if (out / PREDICTIONS_FILE).exists():
-        raise ConfigError(f"--out {out} holds predictions already: give another folder, or take them away")
+        raise ConfigError(f"--out {out} holds predictions already: give another folder, or delete them")
     (out / PICTURES_FOLDER if pictures else out).mkdir(parents=True, exist_ok=True)
     reasons: dict[str, int] = {}
     with (out / PREDICTIONS_FILE).open("w", encoding="utf-8") as file, tqdm(total=len(questions), unit="answer") as bar:
@@ -189,7 +199,7 @@ def predict_files(
 
 
 def _by_photo(questions: Iterable[Question]) -> Iterator[list[Question]]:
-    """Neighbours about the same photo, at most MAX_QUESTIONS."""
+    """Group neighbours about the same photo, at most MAX_QUESTIONS."""
     for _, same in groupby(questions, key=lambda question: question.path):
         while group := list(islice(same, MAX_QUESTIONS)):
             yield group
@@ -198,7 +208,7 @@ def _by_photo(questions: Iterable[Question]) -> Iterator[list[Question]]:
 def _predict_batch(
     predictor: Predictor, batch: Sequence[tuple[int, list[Question]]], out: Path | None, upright: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """The lines of each photo of the batch, after its picture is drawn."""
+    """Yield the lines of each photo of the batch, after drawing it."""
     good: dict[int, Image.Image] = {}
     bad: dict[int, DataError] = {}
     for number, group in batch:
@@ -222,7 +232,7 @@ def _predict_batch(
 def _draw(
     photo: Image.Image, number: int, question: Question, found: Sequence[Sequence[Reply] | None], out: Path
 ) -> str | None:
-    """The name of the picture; it holds nothing of the photo's name that could lead elsewhere."""
+    """Draw the replies and return the file's name; nothing of the photo's name can lead out of the folder."""
     replies = [reply for part in found for reply in part or ()]
     if not replies:
         return None
@@ -239,7 +249,7 @@ def _line(question: Question, photo: Image.Image, replies: Sequence[Reply], pict
 
 
 def _failure(question: Question, error: DataError | None) -> dict[str, Any]:
-    """What was asked is not repeated where that is what is wrong: it may be long, or no text."""
+    """Build the line of a failure. A question that is the problem is not repeated: it may be long, or not be text."""
     name = question.name.encode("utf-8", "backslashreplace").decode()
     if question.problem:
         return {"image": name, "error": question.problem, "reason": "bad_question"}
@@ -249,7 +259,7 @@ def _failure(question: Question, error: DataError | None) -> dict[str, Any]:
 
 
 def reply_fields(reply: Reply) -> dict[str, Any]:
-    """For JSON; boxes null where the answer holds none that can be read."""
+    """Return a reply for JSON; boxes are null if the answer holds none that can be read."""
     boxes = [
         {
             "xyxy": [round(value, 2) for value in box.xyxy],

@@ -1,10 +1,10 @@
-"""Ask a model about photos: texts, boxes in pixels, conversations step by step, and a second look at small targets."""
+"""Ask a model about photos: texts, boxes in pixels, conversations in steps, and a second look at small targets."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from cogvlm_ft.runtime.distributed import device
 MAX_TURNS = 16
 """Questions about one photo that are answered in one pass; more take several."""
 ZOOM_SHARE = 1 / 4
-"""A second look shows so much of the photo that the target fills this share of its width or its height,"""
+"""A second look shows the part of the photo of which the target fills this fraction of the width or the height,"""
 ZOOM_MIN_PATCHES = 4
-"""but at least so many patches of the first look, whose answer may be off by one,"""
+"""but at least this number of patches of the first look, whose answer may be off by one."""
 ZOOM_MAX_SHARE = 1 / 2
-"""and is not taken if it would show more than this share of width and height: little would be gained."""
+"""No second look if it would show more than this fraction of width and height: little would be gained."""
 DRAWN_SIDE_PX = 1600
 
 
@@ -42,7 +42,7 @@ class Asking:
 
     image_size: px, None: the model's own. resize: one of RESIZES, None: as the model was trained.
     wording: name or file; its not-found sentences, and the questions about targets.
-    reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches are looked at again.
+    reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
     """
 
     image_size: int | None = None
@@ -58,9 +58,9 @@ class Asking:
 
 @dataclass(frozen=True)
 class FoundBox:
-    """xyxy: pixels of the photo. confidence: mean probability of its digits, None if they are not known.
+    """xyxy: pixels of the photo. confidence: mean probability of its digits, None if unknown.
 
-    phrase: what it is of, where that is known. zoomed: from a second look.
+    phrase: its target, where that is known. zoomed: from a second look.
     """
 
     xyxy: Box
@@ -82,7 +82,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class _Look:
-    """One picture that the model sees, and what it is asked about it. free: turns that no grammar holds."""
+    """One image that the model sees, and what it is asked about it. free: turns without a grammar."""
 
     photo: Image.Image
     frame: Frame
@@ -92,7 +92,7 @@ class _Look:
 
 
 def load_predictor(folder: Path, asking: Asking) -> Predictor:
-    """Raises CheckpointError, ConfigError."""
+    """Load a model folder. Raises CheckpointError, ConfigError."""
     if asking.min_boxes and asking.decoding == "free":
         raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
     tokenizer = CogVLMTokenizer.from_folder(folder)
@@ -113,36 +113,40 @@ class Predictor:
         self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes, asking.max_new_tokens)
 
     def ask(self, photos: Sequence[Image.Image], prompts: Sequence[Sequence[str]]) -> list[list[Reply]]:
-        """Replies to `prompts[i]` about photos[i], each question on its own."""
+        """Reply to `prompts[i]` about photos[i], each question on its own."""
         return self.ask_turns(photos, [[Turn(prompt, "") for prompt in row] for row in prompts])
 
     def ask_turns(self, photos: Sequence[Image.Image], turns: Sequence[Sequence[Turn]]) -> list[list[Reply]]:
-        """Replies to the prompts of turns; their answers are not looked at.
+        """Reply to the prompts of turns, `turns[n]` about photos[n]; their answers are ignored.
 
-        A turn whose history has n pairs follows the n turns before it, and what it is told of them is what the model
-        replied. So all first turns of all photos are asked together, then all second turns, and so on.
+        A turn whose history has d pairs follows the d turns before it, and gets the model's replies to these as its
+        history. So the first turns of all photos are asked together, then the second ones, and so on.
         """
-        replies: list[list[Reply | None]] = [[None] * len(row) for row in turns]
-        for depth in range(1 + max((len(turn.history) for row in turns for turn in row), default=-1)):
-            places = [[i for i, turn in enumerate(row) if len(turn.history) == depth] for row in turns]
-            asked = [number for number, places_of_photo in enumerate(places) if places_of_photo]
-            looks = [
-                _Look(
-                    photos[n],
-                    photo_frame(photos[n].size, self._resize),
-                    [turns[n][i].prompt for i in places[n]],
-                    [[(reply.prompt, reply.text) for reply in replies[n][i - depth : i] if reply] for i in places[n]],
-                    [not turns[n][i].scored for i in places[n]],
-                )
-                for n in asked
-            ]
+        replies: list[dict[int, Reply]] = [{} for _ in turns]  # by the number of the turn
+        for depth in sorted({len(turn.history) for row in turns for turn in row}):
+            numbers = [[i for i, turn in enumerate(row) if len(turn.history) == depth] for row in turns]
+            asked = [n for n, row in enumerate(numbers) if row]
+            looks = [self._first_look(photos[n], turns[n], numbers[n], replies[n]) for n in asked]
             for n, row in zip(asked, self._zoom(looks, self._answer(looks)), strict=True):
-                for i, reply in zip(places[n], row, strict=True):
+                for i, reply in zip(numbers[n], row, strict=True):
                     replies[n][i] = _name_boxes(reply, turns[n][i])
-        return [[reply for reply in row if reply is not None] for row in replies]
+        return [[row[i] for i in sorted(row)] for row in replies]
+
+    def _first_look(
+        self, photo: Image.Image, turns: Sequence[Turn], numbers: Sequence[int], replies: Mapping[int, Reply]
+    ) -> _Look:
+        """Ask the turns with these numbers about the whole photo. replies: to the turns before them."""
+        before = [range(i - len(turns[i].history), i) for i in numbers]
+        return _Look(
+            photo,
+            photo_frame(photo.size, self._resize),
+            [turns[i].prompt for i in numbers],
+            [[(replies[j].prompt, replies[j].text) for j in earlier if j in replies] for earlier in before],
+            [not turns[i].scored for i in numbers],
+        )
 
     def _answer(self, looks: Sequence[_Look]) -> list[list[Reply]]:
-        """In passes of at most MAX_TURNS questions a photo."""
+        """Answer in passes of at most MAX_TURNS questions per photo."""
         rows: list[list[Reply]] = [[] for _ in looks]
         for start in range(0, max((len(look.prompts) for look in looks), default=0), MAX_TURNS):
             some = slice(start, start + MAX_TURNS)
@@ -186,9 +190,9 @@ class Predictor:
         return Reply(prompt, answer.text, boxes, not_found, answer.not_found_prob)
 
     def _zoom(self, looks: Sequence[_Look], rows: list[list[Reply]]) -> list[list[Reply]]:
-        """Boxes under `zoom_patches` are replaced by what the model says of the part of the photo around them.
+        """Replace boxes under `zoom_patches` by the answers about the part of the photo around them.
 
-        Asked is the same question, without what was said before: boxes of another frame mean other places.
+        The question is the same, without its history: boxes of another frame mean other places.
         """
         places: list[tuple[int, int, int]] = []
         nearby: list[_Look] = []
@@ -207,12 +211,12 @@ class Predictor:
         return zoomed
 
     def _patch_px(self, frame: Frame) -> tuple[float, float]:
-        """Width and height in the photo of what one vision patch covers."""
+        """Return width and height of one vision patch in pixels of the photo."""
         side = math.isqrt(self.model.config.num_patches)
         return frame.size_px[0] / side, frame.size_px[1] / side
 
     def _closer(self, frame: Frame, box: Box) -> Frame | None:
-        """The part of the photo for a second look at this box, in the shape of the photo; None if it needs none."""
+        """Choose the part of the photo for a second look at this box, in the photo's shape; None if it needs none."""
         patch_w, patch_h = self._patch_px(frame)
         width, height = box[2] - box[0], box[3] - box[1]
         num_patches = width / patch_w * height / patch_h
@@ -231,16 +235,16 @@ class Predictor:
 
 
 def _window(centre: float, length: float, limit: int) -> tuple[int, int]:
-    """Whole pixels inside 0..limit, around the centre where there is room."""
+    """Return whole pixels within 0..limit, around the centre where there is room."""
     whole = min(max(1, round(length)), limit)
     start = min(max(0, round(centre - whole / 2)), limit - whole)
     return start, start + whole
 
 
 def _take_second(reply: Reply, k: int, second: Reply, patch_px: tuple[float, float]) -> Reply:
-    """Box k becomes the nearest box of the second look, if one touches it or lies within a patch of the first look.
+    """Replace box k by the nearest box of the second look, if one touches it or is within a patch of the first look.
 
-    A box that another one of the answer is already (IoU over 0.5) is not taken.
+    A box that the answer already has (IoU over 0.5) is not taken.
     """
     boxes = list(reply.boxes or ())
     first, others = boxes[k], [box.xyxy for at, box in enumerate(boxes) if at != k]
@@ -263,7 +267,7 @@ def _centre(box: Box) -> tuple[float, float]:
 
 
 def _name_boxes(reply: Reply, turn: Turn) -> Reply:
-    """With the phrase of each box: in a step-wise answer that of its line, else that of the turn."""
+    """Add the phrase of each box: in a step-wise answer that of its line, else that of the turn."""
     if turn.target is None or not reply.boxes:
         return reply
     names: list[str | None] = [turn.target.phrase] * len(reply.boxes)
@@ -277,12 +281,12 @@ def _name_boxes(reply: Reply, turn: Turn) -> Reply:
 
 
 def split_phrases(text: str) -> list[str]:
-    """The phrases of a list in Chinese or English, as wordings write it."""
+    """Split a list in Chinese or English, as wordings write it, into its phrases."""
     return [phrase.strip() for phrase in re.split("、|, ", text) if phrase.strip()]
 
 
 def draw_replies(photo: Image.Image, replies: Sequence[Reply]) -> Image.Image:
-    """The photo with the boxes of every reply, at most DRAWN_SIDE_PX on its longer side, and the texts below."""
+    """Draw the boxes of every reply, at most DRAWN_SIDE_PX on the longer side, and the texts below."""
     scale = min(1.0, DRAWN_SIDE_PX / max(photo.size))
     shown = photo if scale == 1 else photo.resize([max(1, round(side * scale)) for side in photo.size])
     boxes = [[_scaled(box.xyxy, scale) for box in reply.boxes or ()] for reply in replies]

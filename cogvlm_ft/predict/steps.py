@@ -19,15 +19,16 @@ MAX_PHRASES = 50
 
 
 def target_turns(phrases: Sequence[str], wording: Wording) -> list[Turn]:
-    """Their prompts ask for these phrases: all in one answer ("steps"), what is there and then one by one
-    ("conversation"), or each alone (other styles). The answers stand for nothing.
+    """Build turns that ask for these phrases. Their answers are empty placeholders.
+
+    Style "steps": all in one answer; "conversation": which are present, then one by one; other styles: each alone.
 
     Raises ConfigError if the wording describes boxes, or lacks a language.
     """
     targets = [Target(phrase, detect_language(phrase), ()) for phrase in phrases]
     turns = build_turns(targets, (1, 1), wording, seed=0, epoch=0, key="")  # always the same sentences
     if not turns or any(turn.style == "describe" for turn in turns):
-        raise ConfigError(f"wording {wording.name} asks about boxes; wanted one that asks for them, such as steps")
+        raise ConfigError(f"wording {wording.name} asks about boxes; expected one that asks for them, such as steps")
     return [replace(turn, scored=False) if _begins_conversation(turn) else turn for turn in turns]
 
 
@@ -38,15 +39,15 @@ def _begins_conversation(turn: Turn) -> bool:
 def conversation_turns(
     predictor: Predictor, photos: Sequence[Image.Image], first_prompts: Sequence[str]
 ) -> list[list[Turn]]:
-    """For each photo: the user's own question about what is there, then one for every phrase that the answer names.
+    """Ask the user's own question about what is present, then build a turn for every phrase that the answer names.
 
-    Raises ConfigError if the wording knows no conversations: then nothing says how their first answers read.
+    Raises ConfigError if the wording has no conversations: then the form of their first answers is not defined.
     """
     wording = predictor.wording
     if wording.style != "conversation":
         raise ConfigError(
-            f"wording {wording.name} has the style {wording.style or 'mix'}: a question of your own in steps wants"
-            " conversation, whose first answers name what is there"
+            f"wording {wording.name} has the style {wording.style or 'mix'}: a question of your own in steps needs"
+            " conversation, whose first answers name what is present"
         )
     firsts = [Turn(prompt, "", scored=False) for prompt in first_prompts]
     replies = predictor.ask_turns(photos, [[first] for first in firsts])
@@ -62,7 +63,7 @@ def conversation_turns(
 
 
 def read_phrases(answer: str, wording: Wording) -> list[str]:
-    """What the first answer of a conversation names; [] if it reads like none of the wording's."""
+    """Return the phrases that the first answer of a conversation names; [] if no sentence of the wording fits it."""
     for sentences in wording.languages.values():
         for template in sentences.first_answers:
             found = re.fullmatch(_pattern(template), answer.strip())
@@ -72,7 +73,7 @@ def read_phrases(answer: str, wording: Wording) -> list[str]:
 
 
 def _pattern(template: str) -> str:
-    """A regular expression for what `fill` makes of a template, which names {phrases} at least once."""
+    """Build a regular expression for what `fill` makes of a template, which names {phrases} at least once."""
     pattern = re.escape(template.strip()).replace(r"\{\{", r"\{").replace(r"\}\}", r"\}")
     pattern = pattern.replace(re.escape("{count}"), "[0-9]+")
     return pattern.replace(re.escape("{phrases}"), "(?P<phrases>.+)", 1).replace(re.escape("{phrases}"), "(?P=phrases)")

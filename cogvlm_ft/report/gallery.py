@@ -1,6 +1,6 @@
-"""Which photos of an evaluation to look at: the same ones every time, the worst, and those newly lost.
+"""Images of an evaluation to look at: the same ones every time, the worst, and those newly lost.
 
-evaluations/photos/<hash of the key>.jpg             the photos, once for all evaluations, shrunk if they are large
+evaluations/photos/<hash of the key>.jpg             the images, once for all evaluations, large ones shrunk
 evaluations/step-00000120/gallery.json               keys by group, and the file of each
 """
 
@@ -21,7 +21,6 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.metrics import ABSENT, PRESENT, pairwise_iou
 from cogvlm_ft.grounding.targets import Box
-from cogvlm_ft.tracking.wandb_run import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,22 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of the gallery, with boxes in pixels of its file, xyxy.
+
+    photo: JPEG or PNG. truth: (box, its label). answers: (box, its label, whether it is right).
+    """
+
+    key: str
+    photo: Path
+    caption: str
+    truth: Sequence[tuple[Box, str]] = ()
+    answers: Sequence[tuple[Box, str, bool]] = ()
+
+
+@dataclass(frozen=True)
 class Gallery:
-    """Keys of photos to show."""
+    """Keys of the images to show."""
 
     same: list[str]
     worst: list[str]
@@ -65,12 +78,12 @@ class Gallery:
 
 
 def read_predictions(path: Path) -> list[Answered]:
-    """Raises DataError."""
+    """Read the predictions of an evaluation. Raises DataError."""
     try:
         with path.open(encoding="utf-8") as lines:
             return [_answered(json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error!r}); wanted the predictions.jsonl of an evaluation") from None
+        raise DataError(f"{path} cannot be read ({error!r}); expected the predictions.jsonl of an evaluation") from None
 
 
 def _answered(row: dict[str, Any]) -> Answered:
@@ -97,10 +110,10 @@ def _boxes(boxes: Sequence[Sequence[float]] | None) -> tuple[Box, ...]:
 
 
 def choose(predictions: Sequence[Answered], former: Sequence[Answered], num_photos: int) -> Gallery:
-    """At most `num_photos` of each group; a photo may be in several.
+    """Choose at most `num_photos` images of each group; an image may be in several.
 
-    former: of the evaluation before this one. worst: lowest mean score of a photo's answers, none that are perfect.
-    newly_lost: photos with most answers that were right before and are wrong now.
+    former: of the evaluation before this one. worst: lowest mean score of an image's answers, none that are perfect.
+    newly_lost: images with most answers that were right before and are wrong now.
     """
     scores: dict[str, list[float]] = {}
     num_lost: dict[str, int] = {}
@@ -114,15 +127,15 @@ def choose(predictions: Sequence[Answered], former: Sequence[Answered], num_phot
     means = {key: sum(of) / len(of) for key, of in scores.items() if of and sum(of) < len(of)}
     return Gallery(
         same=list(scores)[:num_photos],
-        worst=sorted(means, key=means.__getitem__)[:num_photos],  # equals stay in the order of the data
+        worst=sorted(means, key=means.__getitem__)[:num_photos],  # ties stay in the order of the data
         newly_lost=sorted(num_lost, key=num_lost.__getitem__, reverse=True)[:num_photos],
     )
 
 
 def save_gallery(gallery: Gallery, folder: Path, reader: ShardReader) -> None:
-    """Write gallery.json into the evaluation's folder, and those photos that are not there yet beside it.
+    """Write gallery.json into the evaluation's folder, and the images that are not saved yet next to the folder.
 
-    A photo that cannot be read any more is left out with a warning: a picture is no reason to end a training.
+    An image that can no longer be read is left out with a warning: it must not end the training run.
     """
     groups = {"same": gallery.same, "worst": gallery.worst, "newly_lost": gallery.newly_lost}
     photos = _save_photos({key for keys in groups.values() for key in keys}, folder.parent, reader)
@@ -131,20 +144,20 @@ def save_gallery(gallery: Gallery, folder: Path, reader: ShardReader) -> None:
 
 
 def _save_photos(keys: Iterable[str], evaluations: Path, reader: ShardReader) -> dict[str, str]:
-    """Files of the photos by key, relative to `evaluations`."""
+    """Save the images that are not saved yet; return all files by key, relative to `evaluations`."""
     files = {key: f"{PHOTOS_FOLDER}/{hashlib.sha256(key.encode()).hexdigest()[:16]}.jpg" for key in keys}
-    wanted = {key for key, file in files.items() if not (evaluations / file).exists()}
+    missing = {key for key, file in files.items() if not (evaluations / file).exists()}
     (evaluations / PHOTOS_FOLDER).mkdir(exist_ok=True)
     for i in range(len(reader)):
-        if not wanted:
+        if not missing:
             break
         key = reader.index.key(i)
-        if key in wanted:
-            wanted.remove(key)
+        if key in missing:
+            missing.remove(key)
             try:
                 _save_photo(reader.read(i).image, evaluations / files[key])
             except DataError as error:
-                logger.warning("a photo of the gallery cannot be shown: %s", error)
+                logger.warning("an image of the gallery cannot be shown: %s", error)
     return {key: file for key, file in files.items() if (evaluations / file).exists()}
 
 
@@ -157,9 +170,9 @@ def _save_photo(image: Image.Image, path: Path) -> None:
 
 
 def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, list[Picture]]:
-    """The gallery of an evaluation's folder by group, boxes in pixels of the photos' files. Raises DataError.
+    """Load the gallery of an evaluation's folder by group, boxes in pixels of the files. Raises DataError.
 
-    Without a gallery.json these are the pictures with boxes drawn into them.
+    Without a gallery.json these are the images into which boxes are drawn.
     """
     if not (folder / GALLERY_FILE).exists():
         drawn = sorted((folder / "pictures").glob("*.png"))
@@ -168,7 +181,9 @@ def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, li
         content = json.loads((folder / GALLERY_FILE).read_text(encoding="utf-8"))
         groups, photos = dict(content["groups"]), dict(content["photos"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / GALLERY_FILE} cannot be read: {error!r}") from None
+        raise DataError(
+            f"{folder / GALLERY_FILE} cannot be read ({error!r}); expected the gallery.json of an evaluation"
+        ) from None
     answers: dict[str, list[Answered]] = {}
     for each in predictions:
         answers.setdefault(each.key, []).append(each)
@@ -177,12 +192,12 @@ def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, li
 
 
 def _picture(key: str, photo: Path, answers: Sequence[Answered]) -> Picture | None:
-    """One photo, every box labelled with its question; None with a warning if the file is gone."""
+    """Build one picture, every box labelled with its question; None with a warning if the file is missing."""
     try:
         with Image.open(photo) as image:
             scale_x, scale_y = (shown / full for shown, full in zip(image.size, answers[0].image_size_px, strict=True))
     except OSError as error:
-        logger.warning("a photo of the gallery cannot be shown: %s", error)
+        logger.warning("an image of the gallery cannot be shown: %s", error)
         return None
 
     def scaled(box: Box) -> Box:
@@ -199,7 +214,7 @@ def _picture(key: str, photo: Path, answers: Sequence[Answered]) -> Picture | No
 
 
 def right_boxes(answered: Answered) -> list[bool]:
-    """Per box of an answer, whether it has a true box of its own that it meets with IoU 0.5 or more."""
+    """Decide for each box of an answer whether it matches a true box of its own with IoU 0.5 or more."""
     iou = pairwise_iou(answered.boxes_xyxy, answered.truth_boxes_xyxy)
     matches = zip(*linear_sum_assignment(iou, maximize=True), strict=True)
     right = {int(row) for row, column in matches if iou[row, column] >= RIGHT_IOU}
@@ -207,7 +222,7 @@ def right_boxes(answered: Answered) -> list[bool]:
 
 
 def table_rows(predictions: Sequence[Answered], limit: int) -> list[list[Any]]:
-    """Rows of `TABLE_COLUMNS`: up to `limit`, half of them the same every time, the others the worst of the rest."""
+    """Return up to `limit` rows of `TABLE_COLUMNS`: half the same every time, the others the worst of the rest."""
     same, rest = predictions[: limit - limit // 2], predictions[limit - limit // 2 :]
     worst = sorted((each for each in rest if each.score is not None), key=lambda each: each.score or 0.0)
     return [

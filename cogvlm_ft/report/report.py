@@ -1,4 +1,4 @@
-"""report.html: one page about a run, or about one evaluation, that needs no network and no other file."""
+"""Write report.html: one page about a run, or about one evaluation, that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 NUM_PHOTOS = 8
-"""Photos of each group, at most."""
+"""Images of each group, at most."""
 
 
 def write_report(
@@ -30,10 +30,10 @@ def write_report(
     train_reader: ShardReader | None = None,
     num_photos: int = NUM_PHOTOS,
 ) -> Path:
-    """report.html in an evaluation's folder; with `run_folder` about the whole run, and there too, until the next one.
+    """Write report.html into an evaluation's folder; with `run_folder` about the whole run, and there too.
 
-    reader: of the photos that were asked about; train_reader: of those it was trained on. Without them, the page shows
-    the photos that the evaluation kept. Raises DataError for files that cannot be read.
+    reader: of the evaluated images; train_reader: of the training images. Without them, the page shows the images
+    that the evaluations kept. Raises DataError for files that cannot be read.
     """
     report = load_report(folder, run_folder)
     photos, train_photos = Photos(reader, _kept_photos(folder)), Photos(train_reader)
@@ -47,7 +47,7 @@ def write_report(
 
 
 def try_report(folder: Path, reader: ShardReader | None, **options: Any) -> Path | None:
-    """`write_report`, but whatever goes wrong is a warning: a page is no reason to end a training."""
+    """Write the report; whatever goes wrong is a warning, as a page must not end a training run."""
     try:
         return write_report(folder, reader, **options)
     except Exception:
@@ -56,19 +56,19 @@ def try_report(folder: Path, reader: ShardReader | None, **options: Any) -> Path
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Aside and renamed: somebody may be looking at it."""
+    """Write to a temporary file and rename it: the page may be open."""
     partial = path.with_name(f".tmp-{path.name}")
     partial.write_bytes(content)
     partial.replace(path)
 
 
 def _kept_photos(folder: Path) -> dict[str, Path]:
-    """Photos that evaluations of this run kept, by key."""
+    """Find the images that evaluations of this run kept, by key."""
     found: dict[str, Path] = {}
     for path in sorted(folder.parent.glob(f"step-*/{GALLERY_FILE}")):
         try:
             photos = dict(json.loads(path.read_text(encoding="utf-8"))["photos"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read: {error!r}") from None
+            raise DataError(f"{path} cannot be read ({error!r}); expected the gallery.json of an evaluation") from None
         found |= {key: folder.parent / file for key, file in photos.items()}
     return {key: path for key, path in found.items() if path.is_file()}

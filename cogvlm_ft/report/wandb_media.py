@@ -1,4 +1,4 @@
-"""What W&B shows of a run's folder, while it trains and afterwards."""
+"""Send the content of a run folder to W&B: images and predictions during training, the whole run afterwards."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cogvlm_ft.evaluate.results import former_evaluation
 from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.report.gallery import (
     TABLE_COLUMNS,
+    Picture,
     choose,
     load_pictures,
     read_predictions,
@@ -26,32 +27,43 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import WANDB_MODES
 from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import read_run_file
-from cogvlm_ft.tracking.wandb_run import WandbRun
+from cogvlm_ft.tracking.wandb_run import BoxedImage, WandbRun
 
 logger = logging.getLogger(__name__)
 
 MAX_TABLE_ROWS = 200
+BOX_CLASSES = {0: "truth", 1: "right answer", 2: "wrong answer"}
 
 
 def save_pictures(folder: Path, reader: ShardReader, num_photos: int) -> None:
-    """Beside the predictions of an evaluation, the photos to look at: `num_photos` of each group."""
+    """Save the gallery of an evaluation next to its predictions: `num_photos` images of each group."""
     before = former_evaluation(folder)
     try:
         former = read_predictions(before / PREDICTIONS_FILE) if before else []
-    except DataError as error:  # a picture is no reason to end a training
-        logger.warning("no newly lost photos: %s", error)
+    except DataError as error:  # images must not end a training run
+        logger.warning("no newly lost images: %s", error)
         former = []
     gallery = choose(read_predictions(folder / PREDICTIONS_FILE), former, num_photos)
     save_gallery(gallery, folder, reader)
 
 
 def show_evaluation(wandb_run: WandbRun, folder: Path, epoch: float) -> None:
-    """The pictures and predictions that an evaluation left in its folder. Raises DataError."""
+    """Log the images and predictions that an evaluation left in its folder. Raises DataError."""
     if not wandb_run.is_recording:
         return
     predictions = read_predictions(folder / PREDICTIONS_FILE)
-    wandb_run.log_pictures(epoch, load_pictures(folder, predictions))
+    pictures = load_pictures(folder, predictions)
+    wandb_run.log_pictures(epoch, {group: [boxed_image(each) for each in of] for group, of in pictures.items()})
     wandb_run.log_table(epoch, TABLE_COLUMNS, table_rows(predictions, MAX_TABLE_ROWS))
+
+
+def boxed_image(picture: Picture) -> BoxedImage:
+    """Convert a picture of the gallery; W&B can hide true boxes, right answers and wrong answers."""
+    boxes = {
+        "truth": [(box, label, 0) for box, label in picture.truth],
+        "answers": [(box, label, 1 if is_right else 2) for box, label, is_right in picture.answers],
+    }
+    return BoxedImage(picture.photo, f"{picture.key}: {picture.caption}", boxes, BOX_CLASSES)
 
 
 def replay(
@@ -62,20 +74,20 @@ def replay(
     entity: str | None = None,
     new_run: bool = False,
 ) -> WandbRun:
-    """Send what a training left in its folder to W&B as one run, under the id it trained with; finished when returned.
+    """Send a run folder to W&B as one run, under the id it trained with; finished when returned.
 
-    new_run: under another id, for a run that W&B knows already, wholly or in part.
+    new_run: under another id, for a run that W&B already has, completely or in part.
     Raises DataError for files that cannot be read, ConfigError if W&B does not take the run.
     """
     if mode not in WANDB_MODES or mode == "disabled":
-        raise ConfigError(f"--mode: found {mode!r}, wanted auto, online or offline")
+        raise ConfigError(f"--mode: found {mode!r}; expected auto, online or offline")
     identity = read_run_file(run_folder)
     rows = read_rows(RunFolder(run_folder).metrics_log)
     identity |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
     if new_run:
         identity["run_id"] = secrets.token_hex(4)
     wandb_run = WandbRun(run_folder, mode=mode, is_new=True, lower_is_better=LOWER_IS_BETTER, **identity)
-    advice = "If it holds this run already, give --new-run; without a network, --mode offline"
+    advice = "If it already has this run, give --new-run; without a network, --mode offline"
     _check(wandb_run, advice)
     for row in tqdm(rows, desc="replay", unit="row", disable=None):
         _send(wandb_run, run_folder, row)
@@ -85,11 +97,11 @@ def replay(
 
 
 def _check(wandb_run: WandbRun, advice: str) -> None:
-    """Raises ConfigError if W&B did not take something, or nothing at all."""
+    """Check that W&B accepted everything. Raises ConfigError."""
     if wandb_run.stopped_by is not None:
-        raise ConfigError(f"W&B did not take it ({wandb_run.stopped_by}). {advice}")
+        raise ConfigError(f"W&B refused the run ({wandb_run.stopped_by}). {advice}")
     if not wandb_run.place:
-        raise ConfigError("W&B is switched off: found WANDB_MODE=disabled, wanted another one, or --mode")
+        raise ConfigError("W&B is switched off: found WANDB_MODE=disabled. Unset it, or give --mode")
 
 
 def _send(wandb_run: WandbRun, run_folder: Path, row: dict[str, Any]) -> None:
@@ -101,20 +113,20 @@ def _send(wandb_run: WandbRun, run_folder: Path, row: dict[str, Any]) -> None:
         wandb_run.log_val(epoch, row["step"], values)
         try:
             show_evaluation(wandb_run, RunFolder(run_folder).evaluation(row["step"]), epoch)
-        except DataError as error:  # the curves are worth sending without it
-            logger.warning("%s: sent without pictures and predictions", error)
+        except DataError as error:  # the curves are useful without it
+            logger.warning("%s: sent without images and predictions", error)
     elif row["kind"] == "summary":
         wandb_run.summary(values)
 
 
 def note_export(run_folder: Path, export: Path, alias: str, *, mode: str = "auto") -> WandbRun:
-    """Note an exported model in the W&B run of its training: a reference, nothing is uploaded.
+    """Note an exported model in the W&B run it was trained in: a reference, nothing is uploaded.
 
-    Raises DataError if one of the folders is something else, ConfigError if W&B does not take it.
+    Raises DataError if one of the folders is not what it should be, ConfigError if W&B refuses it.
     """
     weights = sorted(export.glob("*.safetensors"))
     if not weights or not (export / "config.json").exists():
-        raise DataError(f"{export}: wanted a model folder with config.json and *.safetensors, as exports are")
+        raise DataError(f"{export}: expected a model folder with config.json and *.safetensors")
     wandb_run = WandbRun(run_folder, mode=mode, **read_run_file(run_folder))
     _check(wandb_run, "Without a network, give --mode offline")
     num_bytes = sum(path.stat().st_size for path in export.iterdir() if path.is_file())

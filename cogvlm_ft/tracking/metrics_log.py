@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, each on disk at once; what a killed attempt left is put right."""
+"""Read and write metrics.jsonl: one JSON object per line, written at once; traces of a killed attempt are removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def open_metrics(path: Path) -> None:
-    """Make the file if there is none, and cut off a last line that a killed run left unfinished."""
+    """Create the file if there is none, and cut off a last line that a killed run left unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     content = path.read_bytes()
@@ -38,7 +38,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """All or nothing. A full disk is waited for: a checkpoint that did not fit is deleted within seconds."""
+    """Append all of it or nothing. Waits while the disk is full: a checkpoint that did not fit is soon deleted."""
     size = path.stat().st_size if path.exists() else 0
     for seconds_left in reversed(range(FULL_DISK_PATIENCE_S + 1)):
         try:
@@ -71,9 +71,10 @@ def _is_done(row: Row, step: int, limits: Mapping[str, int]) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of one training in the order of its steps, evaluations before the next step, the summary last.
+    """Read the rows of one run in the order of its steps, evaluations before the next step, the summary last.
 
-    Of rows of one kind and step, as several attempts leave them, the last one counts; an unfinished last line does not.
+    Of several rows of one kind and step, left by several attempts, the last one counts. An unfinished last line is
+    ignored.
     Raises DataError.
     """
     try:
@@ -86,12 +87,12 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
             rows[(row.get("step", math.inf), row["kind"])] = row
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path}, line {number}: found {line[:80]!r}, wanted a JSON object with a kind") from None
-    return [rows[place] for place in sorted(rows)]  # "train" before "val": a step is made, then evaluated
+            raise DataError(f"{path}, line {number}: found {line[:80]!r}; expected a JSON object with a kind") from None
+    return [rows[place] for place in sorted(rows)]  # "train" before "val": a step is taken, then evaluated
 
 
 def json_value(value: Any) -> bool | int | float | str | None:
-    """A value as JSON can hold it: any number type becomes a float, NaN and infinity become null."""
+    """Convert a value to JSON: any number type becomes a float, NaN and infinity become null."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     number = float(value)

@@ -1,4 +1,4 @@
-"""Which code ran, and by which command: read here, without the network, and without anybody's secrets."""
+"""Find out which code runs, and by which command, without the network and without recording secrets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GitState:
 
 
 def provenance() -> dict[str, Any]:
-    """What a run should tell about itself: the command, and the code's commit (None outside a git checkout)."""
+    """Return the command, and the code's commit (None outside a git checkout)."""
     code = git_state()
     facts = {"commit": code.commit, "dirty": code.dirty} if code else None
     return {"command": without_passwords(shlex.join(sys.argv)), "code": facts}
@@ -35,7 +35,7 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def git_state(folder: Path = CODE) -> GitState | None:
-    """None if `folder` is not the top of a git checkout: a repository around an installed package is another's."""
+    """Return None if `folder` is not the top of a git checkout: a repository around it belongs to something else."""
     top = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
     if not top or not commit or Path(top).resolve() != folder.resolve():
@@ -46,7 +46,7 @@ def git_state(folder: Path = CODE) -> GitState | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command that only reads, or None if it fails. GIT_* of the caller may name another repository."""
+    """Run a git command that only reads; None if it fails. GIT_* of the caller may name another repository."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"}
     command = ["git", "-C", str(folder), *arguments]
@@ -58,12 +58,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def has_password() -> bool:
-    """Whether the command line holds an address with a password in it."""
+    """Check whether the command line holds an address with a password."""
     return any(_PASSWORD.search(argument) for argument in sys.argv)
 
 
 def without_passwords(value: Any) -> Any:
-    """A copy of a value, or of lists and dicts of values, whose addresses hold no user and password."""
+    """Copy a value, or lists and dicts of values, leaving user and password out of addresses."""
     if isinstance(value, str):
         return _PASSWORD.sub("", value)
     if isinstance(value, dict):

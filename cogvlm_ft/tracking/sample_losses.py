@@ -1,4 +1,4 @@
-"""The loss of every training sample in every epoch, one file per rank: who stays high is often labelled wrongly.
+"""The loss of every training sample in every epoch, one file per rank: samples that stay high are often mislabelled.
 
 sample_losses/rank-00000.jsonl      {"step": 7, "epoch": 0, "key": "photo-12", "loss": 31.4, "tokens": 25}
 """
@@ -17,14 +17,14 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import append_text, json_value, open_metrics, truncate_after
 
 NUM_EPOCHS = 3
-"""A loss is high if it was high in so many epochs, up to the last one."""
+"""A loss is high if it was high in that many epochs, up to the last one."""
 
 
 @dataclass(frozen=True)
 class HighLoss:
     """A training sample whose loss stays high.
 
-    ratio: the least that its loss per token was, in any of the epochs, as a multiple of that epoch's median.
+    ratio: the lowest of its losses per token, each as a multiple of the median of its epoch.
     per_token: [(epoch from 0, loss per token)], oldest first.
     """
 
@@ -34,12 +34,12 @@ class HighLoss:
 
 
 class SampleLosses:
-    """Appends what this rank sees. No rank waits for another."""
+    """Appends the losses of this rank. No rank waits for another."""
 
     def __init__(self, run_folder: Path, rank: int, world_size: int, step: int) -> None:
-        """step: where the training goes on; what an earlier attempt recorded after it is dropped, as it comes again.
+        """Drop what an earlier attempt recorded after `step`, where the run resumes: it will be recorded again.
 
-        That attempt may have had more ranks: each rank takes care of every world_size-th file.
+        That attempt may have had more ranks: each rank cleans every world_size-th file.
         """
         self.path = RunFolder(run_folder).sample_losses / f"rank-{rank:05d}.jsonl"
         open_metrics(self.path)
@@ -49,8 +49,7 @@ class SampleLosses:
                 truncate_after(path, step)
 
     def add(self, step: int, epoch: int, keys: Sequence[str], losses: Sequence[float], tokens: Sequence[int]) -> None:
-        """The sums over the answers' tokens, of one optimizer step. Samples without tokens, as fillers are, are left
-        out."""
+        """Append the sums over the answers' tokens in one step. Samples without tokens (padding) are left out."""
         rows = [
             json.dumps({"step": step, "epoch": epoch, "key": key, "loss": json_value(loss), "tokens": num}) + "\n"
             for key, loss, num in zip(keys, losses, tokens, strict=True)
@@ -60,7 +59,7 @@ class SampleLosses:
 
 
 def read_sample_losses(run_folder: Path) -> dict[int, dict[str, float]]:
-    """Loss per token by epoch and key; a photo in several sequences of an epoch has one for all of them.
+    """Read the loss per token by epoch and key; an image in several sequences of an epoch has one for all of them.
 
     Empty if nothing was recorded. Raises DataError.
     """
@@ -76,7 +75,7 @@ def read_sample_losses(run_folder: Path) -> dict[int, dict[str, float]]:
 
 
 def _rows(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """Those with a finite loss; the unfinished last line of a running training is not one."""
+    """Yield the rows with a finite loss, without the unfinished last line of a running job."""
     for path in sorted(RunFolder(run_folder).sample_losses.glob("rank-*.jsonl")):
         try:
             with path.open(encoding="utf-8") as lines:
@@ -85,13 +84,13 @@ def _rows(run_folder: Path) -> Iterator[dict[str, Any]]:
                     if row["loss"] is not None:
                         yield row
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({error!r}); wanted the losses that a training records") from None
+            raise DataError(f"{path} cannot be read ({error!r}); expected the losses that training records") from None
 
 
 def find_high_losses(losses: dict[int, dict[str, float]], num_samples: int) -> list[HighLoss]:
-    """The samples that were above the median in each of the last NUM_EPOCHS epochs they were seen in, worst first.
+    """Find the samples that were above the median in each of the last NUM_EPOCHS epochs they occurred in, worst first.
 
-    losses: as `read_sample_losses` gives them. After one epoch a high loss says little, so two are needed.
+    losses: from `read_sample_losses`. A high loss after one epoch says little, so two are needed.
     """
     medians = {epoch: median(of_epoch.values()) for epoch, of_epoch in losses.items()}
     seen: dict[str, list[tuple[int, float]]] = {}

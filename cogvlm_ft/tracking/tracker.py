@@ -1,4 +1,4 @@
-"""What a run measured: metrics.jsonl always (the truth), Weights & Biases beside it. Only rank 0 has a tracker."""
+"""Record what a run measures: metrics.jsonl always (the truth), and Weights & Biases. Only rank 0 has a tracker."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Values = Mapping[str, Any]
 
 
 class Tracker:
-    """Appends to metrics.jsonl in `output_dir` and mirrors to W&B, whose trouble never ends a training.
+    """Appends to metrics.jsonl in `output_dir` and mirrors to W&B, whose trouble never ends a training run.
 
-    mode: as `WandbRun` describes it. In each, run.json holds what launch/wandb_sync.py needs to send it later.
-    run_id: of the run to go on with; None: the one in run.json, else a new one. So an attempt that is killed before its
-        first checkpoint goes on with the same run too.
+    mode: as `WandbRun` describes it. In each, run.json holds what launch/wandb_sync.py needs to send the run later.
+    run_id: of the run to continue; None: the one in run.json, else a new one. So an attempt that is killed before its
+        first checkpoint continues the same run too.
     config: shown in W&B as the configuration of the run. lower_is_better: as for `WandbRun`.
     """
 
@@ -40,7 +40,7 @@ class Tracker:
         lower_is_better: Collection[str] = (),
     ) -> None:
         if mode not in WANDB_MODES:
-            raise ConfigError(f"tracking mode: found {mode!r}, wanted one of {', '.join(WANDB_MODES)}")
+            raise ConfigError(f"tracking.mode: found {mode!r}; expected one of {', '.join(WANDB_MODES)}")
         folder = Path(output_dir)
         run = RunFolder(folder)
         self.metrics_path = run.metrics_log
@@ -55,7 +55,7 @@ class Tracker:
 
     @property
     def run_dir(self) -> Path | None:
-        """Folder of the W&B run, for `wandb sync`; None without W&B."""
+        """Return the folder of the W&B run, for `wandb sync`; None without W&B."""
         return self.wandb.run_dir
 
     def log_train(self, step: int, values: Values) -> None:
@@ -83,20 +83,20 @@ class Tracker:
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
-    """run.json: run_id, project, entity, name, config. Raises DataError."""
+    """Read run_id, project, entity, name and config of run.json. Raises DataError."""
     path = RunFolder(folder).run_file
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in ("run_id", "project", "entity", "name", "config")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} cannot be read ({error!r}); expected the run.json that a training writes. Without the file, a "
-            "training goes on with the W&B run of its checkpoint, or with a new one"
+            f"{path} cannot be read ({error!r}); expected the run.json that training writes. Without the file, "
+            "training continues the W&B run of its checkpoint, or starts a new one"
         ) from None
 
 
 def _write_run_file(folder: Path, content: Values) -> None:
-    """Aside and renamed: a killed run must not lose its id."""
+    """Write to a temporary file and rename it: a killed run must not lose its id."""
     path = RunFolder(folder).run_file
     partial = path.with_name(f".tmp-{path.name}")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The Weights & Biases side of a run: what it shows, and where. Trouble with W&B is a warning, never an error."""
+"""The Weights & Biases side of a run. Trouble with W&B is a warning, never an error."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 120
-MAX_WAITING = 1000  # rows and pictures that are not recorded yet
+MAX_WAITING = 1000  # rows and images that are not recorded yet
 STEP, EPOCH = "train/step", "epoch"  # the axes: the step that wandb counts starts again at 0 in a resumed offline run
 PICTURES, TABLE = "pictures", "predictions/table"
-BOX_CLASSES = {0: "truth", 1: "right answer", 2: "wrong answer"}
 SLOWEST = ("slowest_rank", "slowest_rank_ratio", "slowest_rank_data_wait_s")
 RATES = ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "tflops", "mfu")
 SPEED = frozenset((*RATES, *SLOWEST, "memory_gib"))
-WORDS = {"@": "_at_", "<": "lt_", ">": "gt_", "+": "_plus", "%": "pct"}  # told apart: <1% and >1% are two metrics
+WORDS = {"@": "_at_", "<": "lt_", ">": "gt_", "+": "_plus", "%": "pct"}  # distinct: <1% and >1% are two metrics
 
 Box = tuple[float, float, float, float]
 Values = Mapping[str, Any]
@@ -34,30 +33,29 @@ Action = Callable[[Any], object]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A photo for the dashboard, with boxes in pixels of its file, xyxy.
+class BoxedImage:
+    """A JPEG or PNG with boxes in pixels of the file, xyxy.
 
-    photo: JPEG or PNG. truth: (box, its label). answers: (box, its label, whether it is right).
+    boxes: by the name of their group, (box, label, number of its class). classes: name by number.
     """
 
-    key: str
-    photo: Path
+    path: Path
     caption: str
-    truth: Sequence[tuple[Box, str]] = ()
-    answers: Sequence[tuple[Box, str, bool]] = ()
+    boxes: Mapping[str, Sequence[tuple[Box, str, int]]]
+    classes: Mapping[int, str]
 
 
 class WandbRun:
-    """One training in W&B, however many attempts it takes: the same `run_id` goes on with it.
+    """A training run in W&B, however many attempts it takes: the same `run_id` continues it.
 
-    A thread of its own does the recording, in order: wandb hands every row to another process and waits for that, which
-    takes milliseconds where all cores are busy. `finish` waits for the thread; before it `stopped_by` may come late.
+    A separate thread records in order: wandb passes every row to another process and waits for it, which takes
+    milliseconds where all cores are busy. `finish` waits for the thread; before that `stopped_by` may be set late.
 
     mode: "auto" is WANDB_MODE if set, else online when a W&B key is found, else offline; "online" becomes offline when
     the server cannot be reached, unless `is_new`; "disabled" records nothing.
     lower_is_better: names of validation metrics whose best value is the lowest.
     is_new: the server must not know this run id yet.
-    place: its page, or offline its folder; empty without W&B. stopped_by: what ended the recording early.
+    place: the address of its page, or offline its folder; empty without W&B. stopped_by: what ended recording early.
     """
 
     def __init__(
@@ -96,16 +94,16 @@ class WandbRun:
 
     @property
     def run_dir(self) -> Path | None:
-        """Folder of the W&B run, for `wandb sync`; None without W&B."""
+        """Return the folder of the W&B run, for `wandb sync`; None without W&B."""
         return None if self._run is None else Path(self._run.settings.sync_dir)
 
     def log_train(self, step: int, values: Values) -> None:
-        """Training values over the step: `train/<name>`, and `speed/<name>` for how fast it went."""
+        """Log training values over the step: `train/<name>`, and `speed/<name>` for rates and times."""
         named = {train_key(name): value for name, value in values.items()}
         self._with_run(lambda run: run.log({STEP: step, **_without_nulls(named)}))
 
     def log_val(self, epoch: float, step: int, values: Values) -> None:
-        """The values of one evaluation over the epoch, named by `val_key`; W&B keeps the best of each."""
+        """Log the values of one evaluation over the epoch, named by `val_key`; W&B keeps the best of each."""
 
         def log(run: Any) -> None:
             named = {val_key(name): value for name, value in _without_nulls(values).items()}
@@ -115,18 +113,18 @@ class WandbRun:
 
         self._with_run(log)
 
-    def log_pictures(self, epoch: float, pictures: Mapping[str, Sequence[Picture]]) -> None:
-        """Photos with boxes that can be toggled by class, as `pictures/<group>`; empty groups are left out."""
+    def log_pictures(self, epoch: float, images: Mapping[str, Sequence[BoxedImage]]) -> None:
+        """Log images whose boxes can be toggled by class, as `pictures/<group>`; empty groups are left out."""
 
         def log(run: Any) -> None:
-            shown = {f"{PICTURES}/{group}": [_image(picture) for picture in of] for group, of in pictures.items() if of}
+            shown = {f"{PICTURES}/{group}": [_image(image) for image in of] for group, of in images.items() if of}
             if shown:
                 run.log({EPOCH: epoch, **shown})
 
         self._with_run(log)
 
     def log_table(self, epoch: float, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Predictions to read, as `predictions/table`."""
+        """Log predictions as a table, `predictions/table`."""
 
         def log(run: Any) -> None:
             import wandb
@@ -136,7 +134,7 @@ class WandbRun:
         self._with_run(log)
 
     def log_export(self, folder: Path, alias: str, facts: Values) -> None:
-        """Note a model folder as an artifact of this run: where it lies and how large it is. Nothing is uploaded."""
+        """Note a model folder as an artifact of this run: its path and size. Nothing is uploaded."""
 
         def log(run: Any) -> None:
             import wandb
@@ -151,7 +149,7 @@ class WandbRun:
         self._with_run(lambda run: run.summary.update(_without_nulls(values)))
 
     def finish(self) -> None:
-        """Close the run, waiting at most two minutes for what is still to be recorded and two for its upload."""
+        """Close the run, waiting at most two minutes for what is not recorded yet and two for its upload."""
         self._with_run(lambda run: run.finish())
         self._with_run(None)
         self._recorder.join(2 * FINISH_TIMEOUT_S)
@@ -160,7 +158,7 @@ class WandbRun:
         self._run = None
 
     def _define(self, run: Any, name: str) -> None:
-        """Once per metric: its axis, and that the best value is kept; a count has no best."""
+        """Define the axis of a metric, once, and keep its best value; a count has none."""
         if name in self._defined:
             return
         self._defined.add(name)
@@ -170,7 +168,7 @@ class WandbRun:
         run.define_metric(val_key(name), step_metric=EPOCH, summary=kept)
 
     def _with_run(self, action: Action | None) -> None:
-        """Have something done with the run, after all that was asked for before; None: nothing comes any more."""
+        """Queue an action on the run; None ends the queue."""
         if self._run is None:
             return
         try:
@@ -179,7 +177,7 @@ class WandbRun:
             self._give_up(TimeoutError("it does not take what is recorded"))
 
     def _record(self) -> None:
-        """The thread's work. Whatever goes wrong ends W&B, not the training."""
+        """Run the queued actions in the thread. An error ends W&B, not the training run."""
         run = self._run
         while run is not None and (action := self._waiting.get()) is not None:
             try:
@@ -189,7 +187,7 @@ class WandbRun:
                 return
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning("W&B stopped (%s: %s); going on without it", type(error).__name__, error)
+        logger.warning("W&B stopped (%s: %s); continuing without it", type(error).__name__, error)
         self.stopped_by = error
         self._run = None
 
@@ -199,7 +197,7 @@ def train_key(name: str) -> str:
 
 
 def val_key(name: str) -> str:
-    """What a validation metric is called in W&B, whose sections are what stands before the first slash.
+    """Return the name of a validation metric in W&B, whose sections are the part before the first slash.
 
     acc@0.5 -> val/acc_at_0_5; acc@0.5/size=small -> val_by_size/acc_at_0_5/small; probe/score -> val_probe/score.
     """
@@ -213,21 +211,21 @@ def val_key(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without the signs that W&B cannot sort, filter or define by: a dot, for one, reads as nesting."""
+    """Return a name without the characters that W&B cannot sort, filter or define by, such as a dot (nesting)."""
     spelled = "".join(WORDS.get(sign, sign) for sign in name)
     return re.sub(r"\W", "_", spelled)
 
 
 def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
-    """A W&B run as `WandbRun` describes its mode, or None if it is disabled; raises whatever wandb raises."""
-    wanted = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
-    if wanted == "disabled":
+    """Start a W&B run as `WandbRun` describes its mode; None if it is disabled. Raises whatever wandb raises."""
+    mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    if mode == "disabled":
         return None
-    import wandb  # slow to import: only who uses it pays
+    import wandb  # slow to import
 
-    if wanted in ("auto", "online"):
+    if mode in ("auto", "online"):
         try:
-            # Looked up first, because wandb.init would ask for a missing key on a terminal and wait.
+            # First, because wandb.init would ask for a missing key on a terminal and wait.
             if wandb.login(prompt=False, verify=False):
                 return _init_run("online", resume="never" if is_new else "allow", **arguments)
             reason = "no API key found"
@@ -251,10 +249,10 @@ def _init_run(mode: Literal["online", "offline"], **arguments: Any) -> Any:
         reinit="create_new",
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
-        disable_git=code is None,  # else wandb looks for a repository around the working folder, which may be another
+        disable_git=code is None,  # else wandb uses the repository around the working folder, which may be another one
         git_commit=code.commit if code else None,
         git_remote_url=code.remote_url or "" if code else None,
-        x_disable_meta=has_password(),  # wandb writes the command line down as it is
+        x_disable_meta=has_password(),  # wandb records the command line unchanged
     )
     run = wandb.init(mode=mode, settings=settings, **arguments)
     for axis, sections in ((STEP, ("train/*", "speed/*")), (EPOCH, ("val/*", f"{PICTURES}/*", "predictions/*"))):
@@ -264,25 +262,23 @@ def _init_run(mode: Literal["online", "offline"], **arguments: Any) -> Any:
     return run
 
 
-def _image(picture: Picture) -> Any:
+def _image(image: BoxedImage) -> Any:
     import wandb
 
-    truth = [(box, label, 0) for box, label in picture.truth]
-    answers = [(box, label, 1 if is_right else 2) for box, label, is_right in picture.answers]
-    boxes = {"truth": _boxes(truth), "answers": _boxes(answers)}
-    return wandb.Image(str(picture.photo), caption=f"{picture.key}: {picture.caption}", boxes=boxes)
+    boxes = {group: _boxes(labelled, image.classes) for group, labelled in image.boxes.items()}
+    return wandb.Image(str(image.path), caption=image.caption, boxes=boxes)
 
 
-def _boxes(labelled: Sequence[tuple[Box, str, int]]) -> dict[str, Any]:
-    """Boxes the way `wandb.Image` wants them, each with its class of `BOX_CLASSES`."""
+def _boxes(labelled: Sequence[tuple[Box, str, int]], classes: Mapping[int, str]) -> dict[str, Any]:
+    """Convert boxes to what `wandb.Image` expects."""
     box_data = []
     for (x0, y0, x1, y1), label, class_id in labelled:
         position = {"minX": float(x0), "minY": float(y0), "maxX": float(x1), "maxY": float(y1)}
         box_data.append({"position": position, "domain": "pixel", "class_id": class_id, "box_caption": label})
-    return {"box_data": box_data, "class_labels": BOX_CLASSES}
+    return {"box_data": box_data, "class_labels": dict(classes)}
 
 
 def _without_nulls(values: Values) -> dict[str, Any]:
-    """Values for W&B: what metrics.jsonl holds as null is left out."""
+    """Leave out the values that metrics.jsonl holds as null."""
     cleaned = {key: json_value(value) for key, value in values.items()}
     return {key: value for key, value in cleaned.items() if value is not None}

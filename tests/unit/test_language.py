@@ -26,10 +26,6 @@ NOT_YET = {
     "model",
     "runtime",
     "data",
-    "tracking",
-    "evaluate",
-    "predict",
-    "report",
 }
 
 # What a text must not say -> what it says instead.

@@ -96,14 +96,14 @@ def test_given_answers_count_before_those_of_the_untouched_model() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: no JSON"),
-        ("[1]", "line 1: found .*wanted"),
-        ('{"image": "0.png"}', "line 1: found .*wanted"),
-        ('{"image": "0.png", "prompt": " "}', "line 1: found .*wanted"),
-        ('{"image": "0.png", "prompt": "?", "answer": 3}', "line 1: found .*wanted"),
+        ("{", "line 1: not valid JSON"),
+        ("[1]", "line 1: found .*expected"),
+        ('{"image": "0.png"}', "line 1: found .*expected"),
+        ('{"image": "0.png", "prompt": " "}', "line 1: found .*expected"),
+        ('{"image": "0.png", "prompt": "?", "answer": 3}', "line 1: found .*expected"),
         ('{"image": "9.png", "prompt": "?"}', "line 1: there is no image .*9.png"),
         ('{"image": "probe.jsonl", "prompt": "?"}', "probe.jsonl"),
-        ("", "no questions in it"),
+        ("", "no questions; expected"),
     ],
 )
 def test_mistakes_are_explained(line: str, message: str, tmp_path: Path) -> None:

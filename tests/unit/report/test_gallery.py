@@ -20,6 +20,7 @@ from cogvlm_ft.grounding.metrics import AnswerScore
 from cogvlm_ft.report.gallery import (
     TABLE_COLUMNS,
     Answered,
+    Picture,
     choose,
     load_pictures,
     read_predictions,
@@ -27,7 +28,7 @@ from cogvlm_ft.report.gallery import (
     save_gallery,
     table_rows,
 )
-from cogvlm_ft.report.wandb_media import save_pictures
+from cogvlm_ft.report.wandb_media import boxed_image, save_pictures
 from cogvlm_ft.run_folder import RunFolder
 
 BOX = (10.0, 10.0, 30.0, 30.0)
@@ -144,6 +145,14 @@ def test_photos_are_kept_once_and_shown_with_their_boxes(reader: ShardReader, tm
     assert {path: path.stat().st_mtime_ns for path in photos} == written
     shown.photo.unlink()
     assert [picture.key for picture in load_pictures(later, predictions)["same"]] == keys[1:3]
+
+
+def test_a_picture_for_wandb_has_a_class_for_each_box() -> None:
+    picture = Picture("a", Path("a.jpg"), "caption", [(BOX, "1")], [(BOX, "1", True), (BOX, "2", False)])
+    image = boxed_image(picture)
+    assert (image.path, image.caption) == (Path("a.jpg"), "a: caption")
+    named = {group: [(label, image.classes[of]) for _, label, of in boxes] for group, boxes in image.boxes.items()}
+    assert named == {"truth": [("1", "truth")], "answers": [("1", "right answer"), ("2", "wrong answer")]}
 
 
 def test_a_large_photo_is_shrunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: ShardReader) -> None:

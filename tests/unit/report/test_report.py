@@ -271,9 +271,9 @@ def test_the_program_writes_the_page_again(
         "Evaluation at step 20" in again and "<image " not in again and "the report has no images of it" in caplog.text
     )
     assert main([str(folder), "--step", "7"]) == 2
-    assert "wanted an evaluation at step 7, found those at 0, 20, 40" in capsys.readouterr().err
+    assert "found those at 0, 20, 40; expected an evaluation at step 7" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
-    assert "wanted a run with evaluations, or an evaluation" in capsys.readouterr().err
+    assert "expected a run with evaluations, or an evaluation" in capsys.readouterr().err
     assert find_evaluation(folder / LAST) == folder / LAST
 
 

@@ -17,7 +17,7 @@ from wandb_files import config_of, history_of, read_wandb_records, records_of, s
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import Tracker, read_run_file
-from cogvlm_ft.tracking.wandb_run import Picture, val_key
+from cogvlm_ft.tracking.wandb_run import BoxedImage, val_key
 
 SECRET = "5ecre7" * 7
 
@@ -102,7 +102,7 @@ def test_without_wandb_there_is_no_run_but_an_id(tmp_path: Path) -> None:
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'on', wanted one of auto, online, offline, disabled"):
+    with pytest.raises(ConfigError, match="'on'; expected one of auto, online, offline, disabled"):
         Tracker(tmp_path, mode="on")
 
 
@@ -181,13 +181,12 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
     for epoch, iou in ((1, 0.625), (2, 0.5)):
         tracker.log_val(epoch, 300, {"mean_iou": iou, "acc@0.5/size=small": iou, "unreadable": iou, "num_absent": iou})
     Image.new("RGB", (56, 40), "red").save(folder / "photo.jpg")
-    picture = Picture(
-        key="scene-000001",
-        photo=folder / "photo.jpg",
-        caption="iou 0.93",
-        truth=[((1, 2, 30, 40), "1 红色圆形")],
-        answers=[((1.5, 2.5, 31, 39), "1", True), ((9, 9, 3, 3), "2", False)],
-    )
+    boxes = {
+        "truth": [((1, 2, 30, 40), "1 红色圆形", 0)],
+        "answers": [((1.5, 2.5, 31, 39), "1", 1), ((9, 9, 3, 3), "2", 2)],
+    }
+    classes = {0: "truth", 1: "right answer", 2: "wrong answer"}
+    picture = BoxedImage(folder / "photo.jpg", "scene-000001: iou 0.93", boxes, classes)
     tracker.wandb.log_pictures(1, {"same": [picture, picture], "worst": [picture], "newly_lost": []})
     tracker.wandb.log_table(1, ["question", "iou"], [["红色的圆?", 0.5], ["?", None]])
     tracker.summary({"best_mean_iou": 0.625})

@@ -1,4 +1,4 @@
-"""The W&B workspace of grounding runs as code: which panel stands where."""
+"""The W&B workspace of grounding runs: sections and their panels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HEADLINE = (
 )
 SPLITS = {  # the group of a metric such as acc@0.5/size=small -> what the section is called
     "size": "By target size (COCO)",
-    "share": "By share of the photo's side",
+    "share": "By fraction of the image side",
     "patches": "By vision patches",
     "language": "By language",
     "targets": "By number of targets",
     "source": "By source",
     "template": "By wording",
 }
-SIZES = ("size", "share", "patches")  # which absent things do not have
+SIZES = ("size", "share", "patches")  # which absent targets do not have
 TRAINING = ("loss", "lr", "grad_norm", "num_bad", "num_skipped", "loss_spike")
 SPEED = (
     "images_per_s",
@@ -35,7 +35,7 @@ SPEED = (
     "mfu",
     "memory_gib",
 )
-GPUS = range(8)  # of the first node, the only one that W&B watches
+GPUS = range(8)  # of the first node, the only one that W&B monitors
 SYSTEM = {
     "GPU use, %": [f"system/gpu.{gpu}.gpu" for gpu in GPUS],
     "GPU memory, %": [f"system/gpu.{gpu}.memoryAllocated" for gpu in GPUS],
@@ -47,9 +47,9 @@ SYSTEM = {
 
 
 def build_workspace(entity: str | None, project: str) -> Any:
-    """A `wandb_workspaces` Workspace that is not saved yet. Raises ConfigError if that package is missing.
+    """Build a `wandb_workspaces` Workspace without saving it. Raises ConfigError if that package is missing.
 
-    entity: None = whoever the key belongs to, which W&B is asked for.
+    entity: None = the owner of the key, which W&B is asked for.
     """
     ws, wr = _import()
     if entity is None:
@@ -75,24 +75,24 @@ def build_workspace(entity: str | None, project: str) -> Any:
 
 
 def save_workspace(entity: str | None, project: str) -> str:
-    """Save the workspace at W&B, and return its address. Raises ConfigError, with what W&B says."""
+    """Save the workspace at W&B, and return its address. Raises ConfigError with W&B's message."""
     _import()
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
-        raise ConfigError("no key for W&B: `wandb login` or WANDB_API_KEY first, or look at the layout with --print")
+        raise ConfigError("no key for W&B: run `wandb login` or set WANDB_API_KEY; --print needs none")
     try:
         workspace = build_workspace(entity, project)
         return str(workspace.save().url)
     except Exception as error:
         raise ConfigError(
-            f"W&B did not take the workspace of entity={entity}, project={project} ({type(error).__name__}: {error}); "
-            "wanted a project that has a run already, and a key that may write to it"
+            f"W&B refused the workspace of entity={entity}, project={project} ({type(error).__name__}: {error}); "
+            "expected a project with at least one run, and a key with write access"
         ) from error
 
 
 def describe_workspace(project: str) -> dict[str, Any]:
-    """The layout as W&B stores it, without asking it."""
+    """Return the layout as W&B stores it, without a network."""
     view: dict[str, Any] = build_workspace("entity", project)._to_model().model_dump(by_alias=True, exclude_none=True)
     return view
 
@@ -102,12 +102,12 @@ def _import() -> tuple[Any, Any]:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        raise ConfigError(f'the layout needs one more package: pip install -e ".[workspace]" ({error})') from None
+        raise ConfigError(f'the layout needs another package: pip install -e ".[workspace]" ({error})') from None
     return ws, wr
 
 
 def _section(ws: Any, wr: Any, title: str, panels: Sequence[Any], *, is_open: bool) -> Any:
-    """Panels three in a row; pictures and tables over the whole width."""
+    """Arrange panels three in a row; images and tables over the whole width."""
     y = x = 0
     for panel in panels:
         width, height = (8, 6) if isinstance(panel, wr.LinePlot) else (24, 12)
@@ -127,7 +127,7 @@ def _val_plot(wr: Any, name: str) -> Any:
 
 
 def _split_plot(wr: Any, metric: str, group: str) -> Any:
-    """One metric for every value of a group, whatever values there are."""
+    """Draw one metric for every value of a group."""
     prefix = val_key(f"{metric}/{group}=")
     return wr.LinePlot(title=f"{metric} by {group}", x=EPOCH, metric_regex=f"^{prefix}.+$")
 
@@ -137,5 +137,5 @@ def _split_metrics(group: str) -> tuple[str, ...]:
 
 
 def _pictures(wr: Any, group: str) -> Any:
-    title = {"same": "The same photos every time", "worst": "The worst", "newly_lost": "Right before, wrong now"}[group]
+    title = {"same": "The same images every time", "worst": "The worst", "newly_lost": "Right before, wrong now"}[group]
     return wr.MediaBrowser(title=title, media_keys=[f"{PICTURES}/{group}"], num_columns=4)

@@ -13,8 +13,8 @@ import pytest
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.metrics import AnswerScore, summarize
 from cogvlm_ft.launch.workspace import main
+from cogvlm_ft.report.workspace import SPLITS, build_workspace, describe_workspace, save_workspace
 from cogvlm_ft.tracking.wandb_run import train_key, val_key
-from cogvlm_ft.tracking.workspace import SPLITS, build_workspace, describe_workspace, save_workspace
 
 
 def sections(view: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
