@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_what_was_saved(
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be saved in" in done.stderr
     assert "No space left on device" in done.stderr
-    assert "Those before are untouched" in done.stderr
+    assert "Earlier ones are unchanged" in done.stderr
     assert len(losses(tmp_path / "run")) == (NUM_STEPS if on_error == "continue" else 6)
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in saved] == ["step-00000002", "step-00000003", "step-00000004"]
