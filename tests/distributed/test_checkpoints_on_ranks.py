@@ -86,7 +86,7 @@ def test_another_model_is_named(reference_run: Path, shards: Path, start_model: 
     arguments = [*settings(shards, start_model, tmp_path / "run"), "model.image_size=84"]
     with started(["launch/train.py", *arguments], 1, tmp_path / "logs") as ranks:
         assert ranks.wait() == [2]
-        assert "position_embedding.weight: found (17, 45), wanted (37, 45)" in ranks.output()
+        assert "position_embedding.weight: found (17, 45), expected (37, 45)" in ranks.output()
 
 
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
