@@ -1,4 +1,4 @@
-"""Small pictures of photos with their boxes, as data URIs."""
+"""Thumbnails of images with their boxes, as data URIs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from cogvlm_ft.shards.reviewing.suspects import View
 SIDE_PX = 480
 _ZOOM_SIDE_PX = 240
 _SMALL_PX = 40
-"""A suspicious box that is smaller than this in the picture is also shown enlarged."""
+"""A suspicious box smaller than this in the thumbnail is also shown enlarged."""
 _QUALITY = 72
 _MARKED, _INSTEAD, _OTHER, _OUTSIDE = (229, 57, 53), (38, 166, 91), (255, 255, 255), (128, 128, 132)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """uri: of a JPEG; zoom: the suspicious box enlarged, if it is small."""
+    """uri: of a JPEG. zoom: the suspicious box enlarged, if it is small."""
 
     uri: str
     zoom: str | None
 
 
 def draw_view(view: View) -> Picture | None:
-    """None if the photo cannot be shown."""
+    """Draw an image with its boxes; None if it cannot be shown."""
     try:
         data = read_photo(view.place)
         image = decode_image(data, view.image, MAX_PIXELS, upright=view.upright)
@@ -47,7 +47,7 @@ def draw_view(view: View) -> Picture | None:
 
 
 def _region(view: View, size_px: tuple[int, int]) -> Box:
-    """The photo, and around it what boxes reach outside, up to half a photo."""
+    """Return the image, extended to boxes that reach outside by up to half of its size."""
     width, height = size_px
     boxes = (*view.marked, *view.instead)
     return (
@@ -59,7 +59,7 @@ def _region(view: View, size_px: tuple[int, int]) -> Box:
 
 
 def _zoom_region(view: View, size_px: tuple[int, int]) -> Box | None:
-    """Around the one suspicious box: six times its size, inside the photo."""
+    """Return the region around a single small suspicious box, six times its size; None if there is none."""
     if len(view.marked) != 1:
         return None
     x0, y0, x1, y1 = view.marked[0]
@@ -72,7 +72,7 @@ def _zoom_region(view: View, size_px: tuple[int, int]) -> Box | None:
 
 
 def _drawn(image: Image.Image, view: View, region: Box, side_px: int) -> Image.Image:
-    """The region of the photo, at most `side_px` large (a tiny one is enlarged), with all boxes."""
+    """Draw the region with all boxes, at most `side_px` on a side; a tiny one is enlarged."""
     left, top, right, bottom = region
     scale = side_px / max(right - left, bottom - top)
     scale = min(scale, 1.0 if side_px == SIDE_PX and max(image.size) > 200 else 16.0)
@@ -100,7 +100,7 @@ def _outline(
     colour: tuple[int, int, int],
     width: int,
 ) -> None:
-    """On a dark edge, so that it is seen on any photo; kept within the canvas, so that nothing overflows."""
+    """Outline a box on a dark edge, visible on any image; clipped to the canvas, so that nothing overflows."""
     xs = sorted(min(max((x - region[0]) * scale, -2.0), size[0] + 1.0) for x in (box[0], box[2]))
     ys = sorted(min(max((y - region[1]) * scale, -2.0), size[1] + 1.0) for y in (box[1], box[3]))
     pen.rectangle((xs[0] - 1, ys[0] - 1, xs[1] + 1, ys[1] + 1), outline=(0, 0, 0), width=width + 1)
