@@ -1,4 +1,4 @@
-"""Conventions of every program: --help, --version, one line for a user's mistake, exit codes 0, 2 and 1."""
+"""Conventions of every program: --help, --version, one line for a user's mistake, exit codes 0, 1 and 2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_parser(doc: str | None, *, allow_abbrev: bool = True) -> argparse.Argu
 
 
 def add_settings(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add --config and key=value."""
+    """Add the arguments --config and key=value."""
     about = "YAML file of settings, or the name of a preset, such as grounding_490"
     parser.add_argument("--config", required=required, help=about)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")

@@ -1,4 +1,4 @@
-"""How a training photo is shown this time: a part of it, mirrored, in other colours. Boxes and texts stay true."""
+"""Augmentation of training images: crops, mirroring and colours that keep boxes and texts correct."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from cogvlm_ft.settings import AugmentConfig, DataConfig
 
 @dataclass(frozen=True)
 class Colours:
-    """Factors, 1 = unchanged; hue: a turn of the colour circle, 0 = unchanged, 0.5 = the opposite colour."""
+    """Factors of brightness, contrast and saturation, 1 = unchanged; `hue` is a rotation of the colour circle.
+
+    hue: 0 = unchanged, 0.5 = the complementary colour.
+    """
 
     brightness: float = 1.0
     contrast: float = 1.0
@@ -26,7 +29,7 @@ class Colours:
     hue: float = 0.0
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """The RGB picture in these colours; the very same pixels if nothing changes."""
+        """Return the RGB image in these colours, bit-identical if nothing changes."""
         for enhance, factor in (
             (ImageEnhance.Brightness, self.brightness),
             (ImageEnhance.Contrast, self.contrast),
@@ -43,13 +46,15 @@ class Colours:
 
 
 def augments(settings: AugmentConfig) -> bool:
-    """False if every photo is shown as it is."""
+    """Return False if every image is shown unchanged."""
     return any(value for name, value in vars(settings).items() if name != "min_crop")
 
 
 def draft_side(data: DataConfig, image_size: int) -> int | None:
-    """The fewest pixels a side of a training photo may be decoded to, so that the smallest crop still fills the model's
-    input; None: decode all."""
+    """Return the fewest pixels per side to which a training JPEG may be decoded; None decodes it in full.
+
+    The smallest crop then still fills the model's input.
+    """
     if not data.jpeg_draft:
         return None
     return math.ceil(image_size / (data.augment.min_crop if data.augment.crop else 1))
@@ -58,19 +63,21 @@ def draft_side(data: DataConfig, image_size: int) -> int | None:
 def choose_look(
     record: Record, turns: Sequence[Turn], settings: AugmentConfig, resize: str, *, seed: int, epoch: int
 ) -> tuple[Frame, Colours]:
-    """How the photo is shown, depending on (seed, epoch, key) and on the texts about it only.
+    """Choose the frame and the colours in which an image is shown.
 
-    turns: those of the whole photo. With turns of the user's own the picture stays whole, for their texts may speak of
-    any place in it.
+    A pure function of (seed, epoch, key) and of the texts about the image.
+
+    turns: those about the whole image. If the record has turns of its own (`record.turns`), the image is neither
+        cropped nor mirrored, because their texts may refer to any place in it.
     """
     rng = random.Random(f"look:{seed}:{epoch}:{record.key}")
-    crops, flips, log_share = rng.random() < settings.crop, rng.random() < settings.flip, rng.random()
+    crops, flips, log_fraction = rng.random() < settings.crop, rng.random() < settings.flip, rng.random()
     changes = [rng.uniform(-1, 1) for _ in range(4)]
     texts = _texts(record, turns)
     frame = whole_frame(record, "squash")
     if crops and not record.turns and not any(map(mentions_place, texts)):
         boxes = [box for target in record.targets for box in target.boxes_xyxy]
-        frame = crop(frame, boxes, settings.min_crop**log_share, rng)
+        frame = crop(frame, boxes, settings.min_crop**log_fraction, rng)
     if flips and not record.turns and not any(map(mentions_side, texts)):
         frame = replace(frame, mirrored=True)
     hue = 0.0 if any(map(mentions_colour, texts)) else settings.hue
@@ -83,22 +90,25 @@ def choose_look(
     return fit(frame, resize), colours
 
 
-def crop(frame: Frame, boxes: Sequence[Box], share: float, rng: random.Random) -> Frame:
-    """A part of the whole photo, `share` of its width and height, somewhere around all of the boxes.
+def crop(frame: Frame, boxes: Sequence[Box], fraction: float, rng: random.Random) -> Frame:
+    """Return a window at a random position with `fraction` of the image's width and height that contains all boxes.
 
-    Larger if they need it, by the same factor both ways; in the end all of the photo.
+    It grows by the same factor in both directions if the boxes need more, up to the whole image.
     """
     width, height = frame.photo_px
     x0, y0 = (min((box[i] for box in boxes), default=length) for i, length in enumerate(frame.photo_px))
     x1, y1 = (max((box[i] for box in boxes), default=0) for i in (2, 3))
-    share = min(1.0, max(share, (x1 - x0) / width, (y1 - y0) / height))
-    left, right = _span(x0, x1, share * width, width, rng)
-    top, bottom = _span(y0, y1, share * height, height, rng)
+    fraction = min(1.0, max(fraction, (x1 - x0) / width, (y1 - y0) / height))
+    left, right = _span(x0, x1, fraction * width, width, rng)
+    top, bottom = _span(y0, y1, fraction * height, height, rng)
     return replace(frame, window_px=(left, top, right, bottom))
 
 
 def _span(low: float, high: float, length: float, whole: int, rng: random.Random) -> tuple[int, int]:
-    """`length` of 0..`whole` with low..high in it (anywhere, if low > high); rounded outwards to the grid."""
+    """Return an interval of `length` within 0..`whole` that contains low..high, rounded outwards to the grid.
+
+    If low > high, it may be anywhere.
+    """
     first, last = max(0.0, high - length), max(0.0, min(low, whole - length))
     start = first + rng.random() * (last - first)
     end = max(start + length, high)
@@ -106,7 +116,7 @@ def _span(low: float, high: float, length: float, whole: int, rng: random.Random
 
 
 def _texts(record: Record, turns: Sequence[Turn]) -> list[str]:
-    """Everything that is said about the photo."""
+    """Collect all texts about the image."""
     texts = [text for turn in turns for text in (turn.prompt, turn.answer)]
     texts += [text for turn in turns for pair in turn.history for text in pair]
     texts += [text for target in record.targets for text in (target.phrase, target.description or "")]

@@ -1,4 +1,4 @@
-"""Examples of different lengths -> one right-padded batch."""
+"""Collate examples of different lengths into one right-padded batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cogvlm_ft.model.layout import PAD_BLOCK
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used, and why (a short word)."""
+    """A sample that cannot be used, with the reason as one word."""
 
     key: str
     reason: str
@@ -29,8 +29,8 @@ class Example:
     """One image with all its turns.
 
     item: what the loader was asked for. pixel_values: float[3, S, S].
-    weight: that of the item, or 0 where a neighbour takes the place of an unusable sample; such a row has no labels.
-    num_cut_boxes: boxes that its answers leave out, because the list would be too long.
+    weight: that of the item, or 0 if a neighbour replaces an unusable sample; such a row has no labels.
+    num_cut_boxes: boxes left out of its answers because the list would be too long.
     """
 
     key: str
@@ -48,7 +48,7 @@ class Batch:
     """B examples of up to L tokens.
 
     pixel_values: float[B, 3, S, S]. input_ids, labels, position_ids: int64[B, L]. block_ids: int32[B, L].
-    weight: float[B]. keys, items: of the rows. row_target_tokens: labelled tokens of each row, 0 where weight is 0.
+    weight: float[B]. keys, items: one per row. row_target_tokens: labelled tokens of each row, 0 if its weight is 0.
     bad: samples that could not be used.
     """
 
@@ -74,17 +74,20 @@ class Batch:
 
     @property
     def num_target_tokens(self) -> int:
-        """Labelled tokens."""
+        """Number of labelled tokens."""
         return sum(self.row_target_tokens)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens without padding."""
         return int((self.block_ids != PAD_BLOCK).sum())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad to the longest example: pads are block -1 and unlabelled; examples of weight 0 lose their labels."""
+    """Pad all examples to the longest one and remove the labels of examples of weight 0.
+
+    Padding is unlabelled and in block PAD_BLOCK.
+    """
     weight = torch.tensor([example.weight for example in examples])
     labels = _pad([example.sequences.labels for example in examples], IGNORE_INDEX)
     labels = labels.masked_fill((weight == 0)[:, None], IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""One image and its turns -> token ids, labels, positions and blocks of one sequence."""
+"""Encode an image's turns as one sequence: token ids, labels, position ids and block ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cogvlm_ft.model.prompt import Encoder, render_prompt
 
 @dataclass(frozen=True)
 class Sequences:
-    """All i64[L] but block_ids, i32[L]. `labels` are -100 but for the answers and their eos."""
+    """All int64[L] except block_ids, int32[L]. `labels` are IGNORE_INDEX except at answers and their eos."""
 
     input_ids: Tensor
     labels: Tensor
@@ -29,20 +29,22 @@ class Sequences:
 def encode_prompt(
     prompt: str, tokenizer: Encoder, template_version: str, history: Sequence[tuple[str, str]] = ()
 ) -> list[int]:
-    """Ids between the image and the answer; DataError if there are none: the last one predicts the answer's first.
+    """Return the token ids between the image and the answer.
 
-    history: earlier (prompt, answer) pairs; the template "base" leaves them out, as the reference does.
+    history: earlier (prompt, answer) pairs; the template "base" omits them, as the reference implementation does.
+    Raises DataError if there are no ids: the last one predicts the first token of the answer.
     """
     ids = tokenizer.encode(render_prompt(prompt, template_version, history))
     if not ids:
-        raise DataError("a turn has an empty prompt")
+        raise DataError("turn: found an empty prompt; expected at least one token. Write a prompt")
     return ids
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Encoder, config: CogVLMConfig) -> Sequences:
-    """`[bos boi patches eoi | prompt answer eos | prompt answer eos | ...]`; prompt and answer are encoded apart.
+    """Encode `[bos boi patches eoi | prompt answer eos | prompt answer eos | ...]`.
 
-    The history of a turn is part of its prompt, unlabelled: no turn sees another one's block.
+    Prompt and answer are tokenized separately. A turn's history is part of its prompt, unlabelled: no turn attends to
+    another turn's block.
     """
     ids = [tokenizer.bos_token_id] + [config.pad_token_id or 0] * (config.num_patches + 2)
     labels = [IGNORE_INDEX] * len(ids)

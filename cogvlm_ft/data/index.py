@@ -1,4 +1,4 @@
-"""Where every sample of a shard set lies, on disk or on a server, so that any of them can be read directly."""
+"""Location of every sample of a shard set, on disk or on a server, for direct access to any of them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """One split of one shard set or of several. The arrays have one element per sample, in the order of the shards.
+    """One split of one or several shard sets. The arrays have one element per sample, in the order of the shards.
 
     keys, exts: bytes; `key(i)` gives text. With several sources a key starts with the name of its source.
-    shard_number: which of `shard_paths`.
+    shard_number: index into `shard_paths`.
     image_offset, image_num_bytes, json_offset, json_num_bytes: of the data bytes in that tar.
-    num_targets, num_turns: of the record; -1 where only the record itself tells, as in shards of others.
-    source_sizes, source_weights: how many samples come from each source, one after another, and how often they are
+    num_targets, num_turns: of the record; -1 if only the record itself holds them, as in shards of other tools.
+    source_sizes, source_weights: number of samples of each source, one source after another, and how often they are
         drawn per epoch.
     losses: what a scan of the tars could not use; empty if the offsets files were used.
-    data_sha256: identifies the data of the split, and the weights.
+    data_sha256: identifies the data of the split and the weights.
     """
 
     split: str
@@ -60,12 +60,15 @@ class ShardIndex:
         return len(self.keys)
 
     def key(self, i: int) -> str:
-        """Name of sample i."""
+        """Return the name of sample i."""
         return bytes(self.keys[i]).decode("utf-8", "backslashreplace")
 
 
 class _Shard(NamedTuple):
-    """places: int64[samples, 4], the numbers of an Entry. questions: int32[samples, 2], num_targets and num_turns."""
+    """Samples of one tar.
+
+    places: int64[samples, 4], the numbers of an Entry. questions: int32[samples, 2], num_targets and num_turns.
+    """
 
     path: Path | RemoteShard
     keys: NDArray[np.bytes_]
@@ -77,7 +80,7 @@ class _Shard(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What index.json says about one shard."""
+    """Entry of one shard in index.json."""
 
     name: str
     size: int
@@ -94,7 +97,7 @@ class ShardSource:
 
 
 def shard_sources(shards: object) -> list[ShardSource]:
-    """The entries of data.shards. Raises ConfigError if it is something else."""
+    """Parse data.shards. Raises ConfigError if it is not a folder or a list of folders."""
     entries = shards if isinstance(shards, list) else [shards]
     sources = []
     for entry in entries:
@@ -102,21 +105,21 @@ def shard_sources(shards: object) -> list[ShardSource]:
         path, weight = fields.get("path"), fields.get("weight", 1.0)
         good = isinstance(path, (str, Path)) and str(path) and set(fields) <= {"path", "weight"}
         if not good or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1e6:
-            wanted = "a folder, or a list of folders or {path: folder, weight: a number above 0}"
-            raise ConfigError(f"data.shards has {shown(repr(entry)):.200}, wanted {wanted}")
+            expected = "a folder, or a list of folders or {path: folder, weight: a number above 0}"
+            raise ConfigError(f"data.shards: found {shown(repr(entry)):.200}; expected {expected}")
         sources.append(ShardSource(str(path), float(weight)))
     if not sources:
-        raise ConfigError("data.shards is an empty list, wanted at least one folder")
+        raise ConfigError("data.shards: found an empty list; expected at least one folder")
     return sources
 
 
 def load_index(
     shards: object, split: str, *, cache_dir: str | Path | None = None, cache_gib: float = 100.0
 ) -> ShardIndex:
-    """Describe the tars of a split: from index.json and the offsets files if they are there, else by scanning.
+    """Describe the tars of a split: from index.json and the offsets files if they exist, else by scanning.
 
-    shards: as data.shards: a folder, the address of one, or a list of these with weights.
-    cache_dir, cache_gib: where whole shards are kept if their server gives no parts of them, and how much of them.
+    shards: the value of data.shards: a folder, the URL of one, or a list of these with weights.
+    cache_dir, cache_gib: where whole shards are kept if their server does not support ranges, and how much of them.
     Raises DataError if there is nothing to read, or if the tars cannot be read in place.
     """
     sources = shard_sources(shards)
@@ -125,20 +128,20 @@ def load_index(
     index = _join(split, [source.path for source in sources], [source.weight for source in sources], found)
     if index.losses:
         counts = dict(Counter(loss.reason for loss in index.losses))
-        _log.warning("split %s: not usable: %s; first: %s", split, counts, index.losses[0])
+        _log.warning("split %s: unusable samples by reason: %s; first: %s", split, counts, index.losses[0])
     if not len(index):
-        hint = f"lost while scanning: {index.losses[:3]}" if index.losses else "build with another --val-fraction"
+        hint = f"Lost while scanning: {index.losses[:3]}" if index.losses else "Build with another --val-fraction"
         where = ", ".join(shown(source.path) for source in sources)
-        raise DataError(f"{where}: split {split!r} has no samples in its {len(index.shard_paths)} shards; {hint}")
+        raise DataError(f"{where}: split {split!r}: found no samples; expected at least one. {hint}")
     return index
 
 
 def read_json_file(path: Path) -> Any:
-    """The JSON in a file; DataError if it holds none."""
+    """Return the JSON in a file. Raises DataError if it is not valid."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no valid JSON: {error}; build the shards again with --overwrite") from None
+        raise DataError(f"{path}: {error}; expected valid JSON. Build the shards again with --overwrite") from None
 
 
 def _load_source(path: str, split: str, cache: Cache | None) -> list[_Shard]:
@@ -146,7 +149,10 @@ def _load_source(path: str, split: str, cache: Cache | None) -> list[_Shard]:
         return _load_remote(path.rstrip("/") + "/", split, cache)
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; wanted one with WebDataset shards, as shards/build.py writes them")
+        found = "a file" if folder.exists() else "nothing"
+        raise DataError(
+            f"{folder}: found {found}; expected a folder of WebDataset shards. Write them with shards/build.py"
+        )
     rows = _rows_by_index(folder, split)
     if rows is None:
         return [_load_shard(path) for path in _paths_by_name(folder, split)]
@@ -154,20 +160,20 @@ def _load_source(path: str, split: str, cache: Cache | None) -> list[_Shard]:
 
 
 def _with_missing(shard: _Shard, num_samples: int) -> _Shard:
-    """Samples of which nothing at all is left in the tar are a loss, too: only index.json knows of them."""
+    """Add a loss for samples of which nothing is left in the tar: only index.json knows of them."""
     if len(shard.keys) + len(shard.losses) >= num_samples:
         return shard
     return shard._replace(losses=[*shard.losses, Loss(shard.path.name, "", "missing_samples")])
 
 
 def _load_remote(folder: str, split: str, cache: Cache | None) -> list[_Shard]:
-    """Of the shards that index.json there names; the offsets files beside them are needed too."""
+    """Load the shards that the index.json there names; their offsets files are required."""
     check_url(folder)
     rows = _shards_of(fetch_json(f"{folder}index.json"), f"{shown(folder)}index.json", split)
     if not rows or gives_ranges(folder + rows[0].name, rows[0].size):
         cache = None
     elif cache is None:
-        raise DataError(f"{shown(folder)}: this server gives no parts of a file: set data.cache_dir to a local folder")
+        raise DataError(f"{shown(folder)}: the server does not support ranges. Set data.cache_dir to a local folder")
     else:
         cache.folder.mkdir(parents=True, exist_ok=True)
         cache.check_room(sum(row.size for row in rows if not (cache.folder / f"{row.sha256}.tar").exists()))
@@ -179,7 +185,7 @@ def _load_remote(folder: str, split: str, cache: Cache | None) -> list[_Shard]:
             return _shard_of_offsets(fetch_json(url), shard, row.size)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{shown(url)} does not fit {row.name} ({error}); put the whole build there again"
+                f"{shown(url)}: {error}; expected the offsets of {row.name}. Upload the whole build again"
             ) from None
 
     with ThreadPoolExecutor(8) as pool:
@@ -187,11 +193,13 @@ def _load_remote(folder: str, split: str, cache: Cache | None) -> list[_Shard]:
 
 
 def _rows_by_index(folder: Path, split: str) -> list[_Row] | None:
-    """The shards that index.json names, or None if these shards come from elsewhere and have none of ours."""
+    """Return the shards that index.json names; None if shards/build.py did not write these shards."""
     path = folder / "index.json"
     if not path.is_file():
         if (folder / "build.json").is_file():
-            raise DataError(f"{folder} is an unfinished build (no index.json); run shards/build.py again to finish it")
+            raise DataError(
+                f"{folder}: found an unfinished build; expected index.json. Run shards/build.py again to finish it"
+            )
         return None
     content = read_json_file(path)
     if not isinstance(content, dict) or "splits" not in content:
@@ -200,18 +208,21 @@ def _rows_by_index(folder: Path, split: str) -> list[_Row] | None:
     rows = _shards_of(content, str(path), split)
     missing = [row.name for row in rows if not (folder / row.name).is_file()]
     if missing:
-        raise DataError(f"{folder}: index.json names {len(missing)} shards that are not there, such as {missing[0]}")
+        raise DataError(
+            f"{folder}: missing shards: {len(missing)} of {len(rows)}, such as {missing[0]}; expected all shards that "
+            "index.json names. Copy them here, or build the shards again"
+        )
     return rows
 
 
 def _shards_of(content: Any, source: str, split: str) -> list[_Row]:
-    """The shards of a split; DataError if this is no index.json of ours."""
+    """Return the shards of a split. Raises DataError if this is not an index.json of shards/build.py."""
     try:
         if content["version"] != INDEX_VERSION:
-            found = f"version {content['version']!r:.80}, wanted {INDEX_VERSION}"
-            raise DataError(f"{source}: {found}; build the shards again")
+            found = f"found version {content['version']!r:.80}; expected {INDEX_VERSION}"
+            raise DataError(f"{source}: {found}. Build the shards again")
         if split not in content["splits"]:
-            raise DataError(f"{source}: no split {split!r}, found {sorted(content['splits'])}")
+            raise DataError(f"{source}: found the splits {sorted(content['splits'])}; expected {split!r}")
         shards = content["splits"][split]["shards"]
         rows = [_Row(row["path"], row["size"], row["sha256"], row["num_samples"]) for row in shards]
         good = all(
@@ -225,8 +236,8 @@ def _shards_of(content: Any, source: str, split: str) -> list[_Row]:
     except (KeyError, TypeError):
         good = False
     if not good:
-        wanted = "wanted path, size, sha256 and num_samples of every shard, and the sum of these"
-        raise DataError(f"{source} is damaged: {wanted}; build the shards again")
+        expected = "path, size, sha256 and num_samples of every shard, and their number of samples in total"
+        raise DataError(f"{source}: found a damaged index; expected {expected}. Build the shards again")
     return rows
 
 
@@ -236,9 +247,11 @@ def _paths_by_name(folder: Path, split: str) -> list[Path]:
         return paths
     names = sorted(path.name for path in folder.iterdir())
     if any(re.fullmatch(rf"{re.escape(split)}-.*\.(tgz|tar\..+)", name) for name in names):
-        raise DataError(f"{folder} holds compressed tars; samples are read in place: unpack them to plain .tar first")
+        raise DataError(
+            f"{folder}: found compressed tars; expected plain .tar, because samples are read in place. Decompress them"
+        )
     found = ", ".join(names[:10]) or "nothing"
-    raise DataError(f"{folder}: no shards called {split}-*.tar; found {found}{' ...' if len(names) > 10 else ''}")
+    raise DataError(f"{folder}: found {found}{' ...' if len(names) > 10 else ''}; expected shards named {split}-*.tar")
 
 
 def _load_shard(path: Path) -> _Shard:
@@ -248,31 +261,34 @@ def _load_shard(path: Path) -> _Shard:
         try:
             return _shard_of_offsets(json.loads(offsets_path.read_bytes()), path, size)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            _log.warning("%s does not fit %s (%s); scanning the tar instead", offsets_path.name, path, error)
+            _log.warning("%s does not match %s (%s); scanning the tar instead", offsets_path.name, path, error)
     entries, losses = scan_tar(path)
     layout = hashlib.sha256(repr(entries).encode("utf-8", "backslashreplace")).hexdigest()
     return _shard_of_entries(path, entries, [_UNKNOWN] * len(entries), losses, f"{size}:{layout}")
 
 
 def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Shard:
-    """Raises ValueError, KeyError or TypeError if this does not describe a tar of that size, sample by sample."""
+    """Build a shard from its offsets file.
+
+    Raises ValueError, KeyError or TypeError if it does not describe a tar of `size` bytes, sample by sample.
+    """
     if content["size"] != size:
-        raise ValueError(f"made for {content['size']} bytes, the tar has {size}")
+        raise ValueError(f"found offsets for {content['size']} bytes; expected {size}, the size of the tar")
     sha256 = str(content["sha256"])
     if isinstance(path, RemoteShard) and sha256 != path.sha256:
-        raise ValueError(f"made for sha256 {sha256:.64}, index.json says {path.sha256}")
+        raise ValueError(f"found sha256 {sha256:.64}; expected {path.sha256}, as in index.json")
     entries = [Entry(row["key"], row["ext"], *row["image"], *row["json"]) for row in content["samples"]]
     if len(entries) != content["num_samples"]:
-        raise ValueError(f"made for {content['num_samples']} samples, it has {len(entries)}")
+        raise ValueError(f"num_samples: found {content['num_samples']}; expected {len(entries)}")
     for i, entry in enumerate(entries):
         good = isinstance(entry.key, str) and entry.ext in IMAGE_EXTENSIONS
         if not good or any(type(number) is not int for number in entry[2:]):
-            raise ValueError(f"samples[{i}] is not described by a key, an extension and four whole numbers")
+            raise ValueError(f"samples[{i}]: expected a key, an extension and four whole numbers")
         if (
             min(entry[2:]) < 0
             or max(entry.image_offset + entry.image_num_bytes, entry.json_offset + entry.json_num_bytes) > size
         ):
-            raise ValueError(f"sample {entry.key!r} lies outside the tar")
+            raise ValueError(f"sample {entry.key!r} is outside the tar")
         if max(entry.image_num_bytes, entry.json_num_bytes) > MAX_MEMBER_BYTES:
             raise ValueError(f"sample {entry.key!r} is larger than {MAX_MEMBER_BYTES} bytes")
     questions = [_num_questions(row, i) for i, row in enumerate(content["samples"])]
@@ -280,19 +296,19 @@ def _shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> _Sha
 
 
 def _num_questions(row: dict[str, Any], i: int) -> tuple[int, int]:
-    """(num_targets, num_turns) of a sample; older offsets files do not say."""
+    """Return (num_targets, num_turns) of a sample; older offsets files do not have them."""
     if "num_questions" not in row:
         return _UNKNOWN
     num_targets, num_turns = row["num_questions"]
     if not all(type(number) is int and 0 <= number <= MAX_MEMBER_BYTES for number in (num_targets, num_turns)):
-        raise ValueError(f"samples[{i}] has num_questions {row['num_questions']!r:.80}, wanted two whole numbers")
+        raise ValueError(f"samples[{i}].num_questions: found {row['num_questions']!r:.80}; expected two whole numbers")
     return num_targets, num_turns
 
 
 def _shard_of_entries(
     path: Path | RemoteShard, entries: list[Entry], questions: list[tuple[int, int]], losses: list[Loss], identity: str
 ) -> _Shard:
-    """As arrays, which take a tenth of the memory of a million entries."""
+    """Store entries as arrays, which take a tenth of the memory for a million entries."""
     return _Shard(
         path,
         keys=np.array([entry.key.encode("utf-8", "backslashreplace") for entry in entries], dtype=np.bytes_),
@@ -335,7 +351,7 @@ def _join(split: str, names: list[str], weights: list[float], sources: list[list
 
 
 def _prefixes(names: list[str]) -> list[str]:
-    """What the keys of each source start with; nothing if there is one."""
+    """Return the prefixes of the keys of each source; empty if there is one source."""
     if len(names) == 1:
         return [""]
     last = [Path(name).name for name in names]

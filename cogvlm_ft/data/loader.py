@@ -1,4 +1,4 @@
-"""Batches of one rank, from any position of an epoch to its end."""
+"""Batches of one rank, from any position in an epoch to the end of the epoch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before
 
 
 def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list[Turn]:
-    """The user's own turns verbatim, then those about the targets in words chosen by (seed, epoch, key)."""
+    """Build an image's turns: those of the record verbatim, then those about its targets.
+
+    The wording of the latter depends on (seed, epoch, key) only.
+    """
     assert record.image_size_px is not None
     worded = build_turns(record.targets, record.image_size_px, wording, seed=seed, epoch=epoch, key=record.key)
     return [*record.turns, *worded]
 
 
 def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
-    """The most turns that each photo can have, int64[photos]; 0 where the record cannot be used.
+    """Return the largest number of turns that each image can have, int64[images]; 0 for an unusable record.
 
-    Records are read where the index does not know what they ask.
+    Records are read where the index does not hold the counts.
     """
     num_targets, num_turns = reader.index.num_targets.copy(), reader.index.num_turns.copy()
     unknown = np.flatnonzero(num_targets < 0).tolist()
@@ -46,7 +49,7 @@ def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
         try:
             record = reader.read_record(i)
             num_targets[i], num_turns[i] = len(record.targets), len(record.turns)
-        except BadSampleError:  # reported when it is its turn
+        except BadSampleError:  # reported when it is loaded
             num_targets[i], num_turns[i] = 0, 0
     counts, places = np.unique(num_targets, return_inverse=True)
     worded = np.array([most_turns(int(count), wording) for count in counts], dtype=np.int64)
@@ -55,9 +58,9 @@ def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
 
 @dataclass
 class GroundingDataset(Dataset):
-    """Item -> Example. A pure function, so that a resumed run sees the very same examples.
+    """Item -> Example. A pure function, so that a resumed run gets identical examples.
 
-    parts: which photos go to several sequences; None: none.
+    parts: which images are split into several sequences; None: none are.
     """
 
     reader: ShardReader
@@ -72,7 +75,7 @@ class GroundingDataset(Dataset):
     def __getitem__(self, item: Item) -> Example:
         """Return the item's sample; an unusable one is reported in `bad` and replaced by a neighbour of weight 0.
 
-        Raises DataError where MAX_REPLACEMENTS samples in a row cannot be used.
+        Raises DataError if MAX_REPLACEMENTS samples in a row cannot be used.
         """
         bad = None
         first, part = self.parts.find(item.index) if self.parts is not None else (item.index, TurnsPart(0, 1))
@@ -83,11 +86,14 @@ class GroundingDataset(Dataset):
             try:
                 example = self._encode(index, part, item)
             except BadSampleError as error:
-                if step == 0 and item.weight > 0:  # neighbours and fillers are reported in their own place
+                if step == 0 and item.weight > 0:  # neighbours and padding are reported at their own positions
                     bad = BadSample(error.key, error.reason)
             else:
                 return example if step == 0 else replace(example, weight=0.0, bad=bad)
-        raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the first being {bad}")
+        raise DataError(
+            f"data.shards: {MAX_REPLACEMENTS} samples in a row cannot be used, the first is {bad}; "
+            "expected usable samples. Fix the annotations and build the shards again"
+        )
 
     def _encode(self, index: int, part: TurnsPart, item: Item) -> Example:
         sample = self.reader.read(index)
@@ -95,7 +101,7 @@ class GroundingDataset(Dataset):
         try:
             frame, colours, turns = self._look(sample.record, item.epoch)
             weight = item.weight
-            if part.number >= max(1, len(turns)):  # fewer turns than there may be: nothing is left for this part
+            if part.number >= max(1, len(turns)):  # fewer turns than the maximum: this part is empty
                 turns, weight = turns[:1], 0.0
             else:
                 turns = turns[part.cut]
@@ -107,7 +113,9 @@ class GroundingDataset(Dataset):
         length = len(sequences.input_ids)
         if length > self.max_sequence_length:
             raise BadSampleError(
-                key, "too_long", f"{length} tokens, data.max_sequence_length={self.max_sequence_length}"
+                key,
+                "too_long",
+                f"{length} tokens; expected at most data.max_sequence_length={self.max_sequence_length}",
             )
         return Example(
             key=key,
@@ -120,14 +128,14 @@ class GroundingDataset(Dataset):
         )
 
     def _look(self, record: Record, epoch: int) -> tuple[Frame, Colours, list[Turn]]:
-        """Choose which part of the photo the model sees and in which colours, and build the turns about it."""
+        """Choose the frame and the colours of an image, and build the turns about what the model sees."""
         frame, colours, turns = whole_frame(record, resize_of(self.config)), Colours(), None
-        if augments(self.augment):  # what may be changed depends on the words
+        if augments(self.augment):  # what may change depends on the texts
             turns = turns_of(record, self.wording, seed=self.seed, epoch=epoch)
             frame, colours = choose_look(
                 record, turns, self.augment, resize_of(self.config), seed=self.seed, epoch=epoch
             )
-        if turns is None or not frame.is_whole_photo:  # the words again, with boxes in the frame
+        if turns is None or not frame.is_whole_photo:  # build them for the boxes in the frame
             turns = turns_of(move_record(record, frame), self.wording, seed=self.seed, epoch=epoch)
         return frame, colours, turns
 
@@ -142,7 +150,7 @@ def read_steps(
     micro_batch_size: int,
     num_workers: int,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step for this rank, from `samples_consumed` to the end of that epoch."""
+    """Yield the micro-batches of each optimizer step of this rank, from `samples_consumed` to the end of its epoch."""
     epoch, offset = plan.position(samples_consumed)
     micro_batches: list[list[Item]] = []
     num_accum_steps = 1

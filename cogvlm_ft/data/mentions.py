@@ -1,5 +1,7 @@
-"""Does a text speak of something that an augmentation would change? When in doubt, yes: that costs a little variety,
-a wrong answer costs accuracy."""
+"""Detect texts that an augmentation would make wrong.
+
+In doubt the answer is yes: that costs a little variety, a wrong answer costs accuracy.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +52,15 @@ _COLOURS_ZH = re.compile(r"[红橙黄绿青蓝紫粉棕褐黑白灰金银米彩�
 
 
 def mentions_side(text: str) -> bool:
-    """Something that a mirror changes: left, clockwise, east, the second (in a row); 左, 顺时针, 东, 第二."""
+    """Detect what mirroring changes: left, clockwise, east, the second (in a row); 左, 顺时针, 东, 第二."""
     return bool(_SIDES_EN.search(text) or _SIDES_ZH.search(_HARMLESS_ZH.sub("", text)))
 
 
 def mentions_place(text: str) -> bool:
-    """A side, or another place in the picture: what may be wrong in a part of the picture."""
+    """Detect a side or another place in the image, which cropping may change."""
     return mentions_side(text) or bool(_PLACES_EN.search(text) or _PLACES_ZH.search(text))
 
 
 def mentions_colour(text: str) -> bool:
-    """A colour, or colour itself."""
+    """Detect the name of a colour, or the word colour itself."""
     return bool(_COLOURS_EN.search(text) or _COLOURS_ZH.search(text))

@@ -1,6 +1,6 @@
-"""Which samples each step and each rank sees: a pure function of (seed, epoch, position).
+"""The samples of each step and each rank: a pure function of (seed, epoch, position).
 
-A sample of the plan is a sequence: a photo, or with `data.max_turns_per_image` a part of its turns.
+A sample of the plan is a sequence: an image, or with `data.max_turns_per_image` a part of its turns.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cogvlm_ft.errors import ConfigError
 class Part(NamedTuple):
     """Samples of a batch, one element each.
 
-    passes: how often the walk through the sample's source has been completed before: 0 for the first time it is seen,
-        then 1, ...; with one source the same as the epoch.
-    weights: 1 for a sample of its own, 0 for one that only fills the last batch.
+    passes: number of completed passes over the sample's source before this one: 0 the first time, then 1, ...;
+        with one source the same as the epoch.
+    weights: 1, or 0 for a sample that only pads the last batch.
     """
 
     indices: NDArray[np.int64]
@@ -33,11 +33,11 @@ class Part(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One sequence of an epoch, as a loader process is asked for it.
+    """One sequence of an epoch, as requested from a loader process.
 
-    epoch: how often all sequences of its source were seen before, so that augmentation differs every time.
-    index: of the photo, or of the sequence where photos are split into several (`PhotoParts`).
-    weight: 1, or 0 for a sequence that only fills the last batch.
+    epoch: number of completed passes over its source, so that augmentation differs every time.
+    index: of the image, or of the sequence where images are split into several (`PhotoParts`).
+    weight: 1, or 0 for a sequence that only pads the last batch.
     """
 
     epoch: int
@@ -46,22 +46,22 @@ class Item(NamedTuple):
 
 
 class TurnsPart(NamedTuple):
-    """Every num_parts-th turn of a photo, from turn `number` on: each turn is in one of its parts."""
+    """Every num_parts-th turn of an image, starting at turn `number`; each turn is in exactly one part."""
 
     number: int
     num_parts: int
 
     @property
     def cut(self) -> slice:
-        """What it takes of the list of turns."""
+        """Slice of the list of turns that this part contains."""
         return slice(self.number, None, self.num_parts)
 
 
 @dataclass(frozen=True, eq=False)
 class PhotoParts:
-    """How many sequences each photo has. They are numbered: those of photo 0, then those of photo 1, ...
+    """The number of sequences of each image. Sequences are numbered: those of image 0, then those of image 1, ...
 
-    starts: int64[photos + 1], the first sequence of every photo, and how many there are.
+    starts: int64[images + 1], the first sequence of every image, then the total number.
     """
 
     starts: NDArray[np.int64]
@@ -70,28 +70,28 @@ class PhotoParts:
         return int(self.starts[-1])
 
     def find(self, sequence: int) -> tuple[int, TurnsPart]:
-        """(photo, part) of a sequence."""
+        """Return (image, part) of a sequence."""
         photo = int(np.searchsorted(self.starts, sequence, side="right")) - 1
         return photo, self.part(photo, sequence - int(self.starts[photo]))
 
     def part(self, photo: int, number: int) -> TurnsPart:
-        """A part of this photo's turns."""
+        """Return part `number` of this image's turns."""
         return TurnsPart(number, int(self.starts[photo + 1] - self.starts[photo]))
 
     def source_sizes(self, num_photos: Sequence[int]) -> tuple[int, ...]:
-        """Sequences of each source, whose photos stand one after another."""
+        """Count the sequences of each source, given its number of images; sources follow one another."""
         return tuple(np.diff(self.starts[np.cumsum([0, *num_photos])]).tolist())
 
     @property
     def sha256(self) -> str:
-        """Identifies which sequences there are."""
+        """Identifies this division into sequences."""
         return hashlib.sha256(self.starts.astype("<i8").tobytes()).hexdigest()
 
 
 def split_photos(most_turns: NDArray[np.int64], max_turns: int) -> PhotoParts:
-    """As few sequences as hold up to `most_turns` of each photo, with at most `max_turns` in one.
+    """Divide each image's turns into as few sequences as possible with at most `max_turns` each.
 
-    How many turns a photo has may differ from epoch to epoch, so a part may stay empty.
+    The number of turns may differ from epoch to epoch, up to `most_turns`, so a part may be empty.
     """
     counts = np.maximum(1, -(-most_turns // max_turns))
     return PhotoParts(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
@@ -99,15 +99,15 @@ def split_photos(most_turns: NDArray[np.int64], max_turns: int) -> PhotoParts:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Every sample exactly once an epoch, in an order that depends on the seed and the epoch only.
+    """Every sample exactly once per epoch, in an order that depends on the seed and the epoch only.
 
     The position of a run is one number, `samples_consumed`: the sum of the weights of all global batches so far. It is
-    true for every world size, and for every global batch size.
+    valid for every world size and every global batch size.
 
-    num_samples: of an epoch.
-    sources: (samples, samples drawn per epoch) of each part of the index, where that is not all of them once. A source
-        is walked through again and again, each time in another order, and each epoch goes on where the last one ended:
-        so every sample is seen before any is seen once more.
+    num_samples: per epoch.
+    sources: (samples, samples drawn per epoch) of each part of the index, if that is not all of them once. A source is
+        walked through repeatedly, each time in another order, and each epoch continues where the last one ended: so
+        every sample is drawn before any is drawn again.
     """
 
     num_samples: int
@@ -118,24 +118,27 @@ class SamplePlan:
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("global_batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ConfigError(f"SamplePlan: {name}={getattr(self, name)}, wanted {least} or more")
+                raise ConfigError(f"SamplePlan.{name}: found {getattr(self, name)}; expected at least {least}")
         assert not self.sources or sum(drawn for _, drawn in self.sources) == self.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in a whole epoch; the last one may be padded."""
+        """Number of global batches in an epoch; the last one may be padded."""
         return -(-self.num_samples // self.global_batch_size)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """The samples of the epoch, int64[num_samples], read-only."""
+        """Return the samples of the epoch in order, int64[num_samples], read-only."""
         return _epoch_order(self.num_samples, self.seed, epoch, self.sources)[0]
 
     def position(self, samples_consumed: int) -> tuple[int, int]:
-        """(epoch, offset in the epoch) after that many samples."""
+        """Return (epoch, offset in the epoch) after `samples_consumed` samples."""
         return divmod(samples_consumed, self.num_samples)
 
     def global_batch(self, epoch: int, offset: int) -> Part:
-        """The next `global_batch_size` samples of the epoch, filled up from its start with weight 0 at the end."""
+        """Return the next `global_batch_size` samples of the epoch.
+
+        At the end of the epoch it is padded with samples from the start of the epoch, of weight 0.
+        """
         places = offset + np.arange(self.global_batch_size)
         indices, passes = _epoch_order(self.num_samples, self.seed, epoch, self.sources)
         within = places % self.num_samples
@@ -143,9 +146,9 @@ class SamplePlan:
 
 
 def plan_samples(sizes: Sequence[int], weights: Sequence[float], *, global_batch_size: int, seed: int) -> SamplePlan:
-    """A plan that draws `weight * size` samples of each source per epoch, rounded to whole samples, at least one.
+    """Plan `weight * size` samples of each source per epoch, rounded to whole samples, at least one.
 
-    Weight 1 is every sample once an epoch, 2 twice, 0.5 another half each epoch.
+    Weight 1 draws every sample once per epoch, 2 twice, 0.5 a different half each epoch.
     """
     drawn = [max(1, round(Fraction(str(weight)) * size)) for size, weight in zip(sizes, weights, strict=True)]
     sources = tuple(zip(sizes, drawn, strict=True))
@@ -156,7 +159,7 @@ def plan_samples(sizes: Sequence[int], weights: Sequence[float], *, global_batch
 def rank_items(batch: Part, *, rank: int, world_size: int, micro_batch_size: int) -> list[list[Item]]:
     """Return a rank's part of a global batch: one list of `micro_batch_size` items per accumulation step.
 
-    Raises ConfigError if the global batch cannot be dealt out evenly.
+    Raises ConfigError if the global batch cannot be divided evenly.
     """
     num_steps = num_accum_steps(len(batch.indices), micro_batch_size, world_size)
     items = [Item(int(p), int(i), float(w)) for i, p, w in zip(*batch, strict=True)]
@@ -168,7 +171,7 @@ def rank_items(batch: Part, *, rank: int, world_size: int, micro_batch_size: int
 def _epoch_order(
     num_samples: int, seed: int, epoch: int, sources: tuple[tuple[int, int], ...]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(samples, passes) of an epoch."""
+    """Compute (samples, passes) of an epoch in order."""
     samples, passes = np.arange(num_samples), np.full(num_samples, epoch)
     if sources:
         walks = [_walk(size, drawn, epoch, (seed, number)) for number, (size, drawn) in enumerate(sources)]
@@ -183,7 +186,7 @@ def _epoch_order(
 
 
 def _walk(size: int, drawn: int, epoch: int, seed: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The stretch of one source's endless walk that belongs to the epoch: (samples, passes)."""
+    """Return (samples, passes) of the section of one source's endless walk that belongs to the epoch."""
     places = np.arange(epoch * drawn, (epoch + 1) * drawn)
     passes = places // size
     samples = [
@@ -194,7 +197,7 @@ def _walk(size: int, drawn: int, epoch: int, seed: tuple[int, int]) -> tuple[NDA
 
 
 def _permutation(size: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
-    # Sorting raw bits instead of Generator.permutation: NumPy promises the same raw stream in every version, and only
-    # then can a run be resumed after an upgrade.
+    # Sort raw bits instead of calling Generator.permutation: NumPy guarantees only the raw stream across versions, and
+    # a run must be resumable after an upgrade.
     bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)

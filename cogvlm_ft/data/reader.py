@@ -1,4 +1,4 @@
-"""Reads one sample from its shard: a picture and its record."""
+"""Read one sample from its shard: an image and its record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.settings import Config
 
 MAX_PIXELS = 100_000_000
-"""Largest picture that is decoded: 100 megapixels are 300 MB in memory."""
+"""Largest image that is decoded: 100 megapixels are 300 MB in memory."""
 
 ORIENTATION_TAG = 0x0112  # EXIF
 _TURN_UPRIGHT = {
@@ -30,14 +30,17 @@ _TURN_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow knows formats that start other programs
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # some other formats of Pillow start other programs
 _MAX_OPEN_FILES = 64  # per process; the usual limit is 1024
 
 
 @dataclass(frozen=True)
 class Sample:
-    """image: RGB, turned upright by its EXIF orientation where the record says so, `record.image_size_px` large; or a
-    half, a quarter or an eighth of that, if the reader may draft."""
+    """A record and its image.
+
+    image: RGB, upright by its EXIF orientation if `record.upright`, of `record.image_size_px`; or exactly a half, a
+    quarter or an eighth of that size if the reader drafts.
+    """
 
     record: Record
     image: Image.Image
@@ -46,10 +49,10 @@ class Sample:
 class ShardReader:
     """Random access to the samples of an index.
 
-    draft_side: JPEGs are decoded at a half, a quarter or an eighth of their size where both sides keep this many pixels
-        and no pixel is cut in two; None: always in full.
+    draft_side: JPEGs are decoded at a half, a quarter or an eighth of their size if both sides keep this many pixels
+        and are divisible by the factor; None: always in full.
 
-    May be built before a DataLoader starts its workers: every process opens its own files. Not for several threads.
+    May be built before a DataLoader starts its workers: every process opens its own files. Not thread-safe.
     """
 
     def __init__(self, index: ShardIndex, *, max_pixels: int = MAX_PIXELS, draft_side: int | None = None) -> None:
@@ -63,7 +66,7 @@ class ShardReader:
         return len(self.index)
 
     def read(self, i: int) -> Sample:
-        """Sample i of the index. Raises BadSampleError, whatever is wrong with the bytes."""
+        """Return sample i of the index. Raises BadSampleError for any defect in its bytes."""
         index = self.index
         key = index.key(i)
         shard = int(index.shard_number[i])
@@ -73,7 +76,7 @@ class ShardReader:
         return Sample(_fit_record(record, (image.width * shrink, image.height * shrink)), image)
 
     def read_record(self, i: int) -> Record:
-        """What is asked about sample i, not checked against the picture. Raises BadSampleError."""
+        """Return the record of sample i, not checked against the image. Raises BadSampleError."""
         index = self.index
         key, shard = index.key(i), int(index.shard_number[i])
         data = self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_num_bytes[i]))
@@ -92,14 +95,14 @@ class ShardReader:
         return data
 
     def close(self) -> None:
-        """Close the files that this process has opened; reading opens them again."""
+        """Close the files that this process has opened; the next read opens them again."""
         if self._pid == os.getpid():
             for file in self._files.values():
                 os.close(file)
         self._files.clear()
 
     def _file(self, shard: int, path: Path) -> int:
-        if self._pid != os.getpid():  # forked or unpickled: the numbers belong to another process
+        if self._pid != os.getpid():  # forked or unpickled: the descriptors belong to another process
             self._pid = os.getpid()
             self._files.clear()
         if shard not in self._files:
@@ -118,56 +121,56 @@ def open_split(config: Config, split: str, *, draft_side: int | None = None) -> 
 
 
 def decode_image(data: bytes, key: str, max_pixels: int, *, upright: bool = False) -> Image.Image:
-    """The whole picture as RGB. Raises BadSampleError with reason too_many_pixels or broken_image.
+    """Decode the whole image as RGB. Raises BadSampleError with reason too_many_pixels or broken_image.
 
-    upright: turn it as its EXIF orientation says.
+    upright: apply its EXIF orientation.
     """
     return _decode(data, key, max_pixels, upright, None)[0]
 
 
 def broken_image(key: str, error: Exception) -> BadSampleError:
-    """For whatever Pillow raises on broken bytes, which is nearly anything: KeyError, struct.error."""
+    """Wrap what Pillow raises on broken bytes, which is nearly any exception: KeyError, struct.error, ..."""
     what = str(error)
-    if isinstance(error, UnidentifiedImageError):  # whose text names a place in memory, another one in every run
-        what = f"begins like none of {', '.join(_PILLOW_FORMATS)}"
+    if isinstance(error, UnidentifiedImageError):  # its text has a memory address, which differs between runs
+        what = f"unknown format; expected one of {', '.join(_PILLOW_FORMATS)}"
     return BadSampleError(key, "broken_image", f"{type(error).__name__}: {what}")
 
 
 def read_orientation(data: bytes) -> int:
-    """The EXIF orientation of an encoded image, 1 to 8, without decoding it; 1 is upright, and whatever is broken.
+    """Return the EXIF orientation of an encoded image, 1 to 8, without decoding it; 1 (upright) if it is broken.
 
-    A TIFF is turned by Pillow, so it is upright too.
+    Pillow itself turns a TIFF, so this returns 1 for it.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return orientation_of(image)
-    except Exception:  # not an image at all: whoever decodes it says so
+    except Exception:  # not an image at all: decoding reports it
         return 1
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The same of an opened JPEG, PNG or WEBP."""
+    """Return the EXIF orientation of an opened JPEG, PNG or WEBP."""
     if image.format != "WEBP" and "exif" not in image.info:
-        return 1  # getexif would decode a PNG to look behind the pixels
+        return 1  # getexif would decode a PNG to search after the pixels
     return _orientation(image)
 
 
 def upright_size(size_px: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """(width, height) after turning a picture of `size_px` upright."""
+    """Return (width, height) of an image of `size_px` after applying its EXIF orientation."""
     return (size_px[1], size_px[0]) if orientation >= 5 else size_px
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # on broken EXIF data Pillow raises nearly anything; no viewer turns such a picture
+    except Exception:  # on broken EXIF data Pillow raises nearly anything; no viewer turns such an image
         return 1
     return orientation if orientation in _TURN_UPRIGHT else 1
 
 
 def _decode(data: bytes, key: str, max_pixels: int, upright: bool, draft_side: int | None) -> tuple[Image.Image, int]:
-    """The picture, and how many pixels of the whole one are a pixel of it, in a row."""
-    Image.MAX_IMAGE_PIXELS = None  # ours replaces Pillow's limit, which only warns up to twice its value
+    """Return the decoded image and the factor by which its sides are smaller than those of the file."""
+    Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces Pillow's limit, which only warns up to twice its value
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             width, height = image.size
@@ -178,23 +181,23 @@ def _decode(data: bytes, key: str, max_pixels: int, upright: bool, draft_side: i
                 return (rgb if orientation == 1 else rgb.transpose(_TURN_UPRIGHT[orientation])), shrink
     except Exception as error:
         raise broken_image(key, error) from None
-    raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels, the limit is {max_pixels}")
+    raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels; expected at most {max_pixels}")
 
 
 def _draft(image: Image.Image, side: int) -> int:
-    """Let a JPEG be decoded smaller; how many times."""
+    """Let Pillow decode a JPEG at a reduced size; return the factor."""
     width, height = image.size
     for shrink in (8, 4, 2):
         if not width % shrink and not height % shrink and min(width, height) >= side * shrink:
-            image.draft(None, (width // shrink, height // shrink))  # does nothing to other formats
+            image.draft(None, (width // shrink, height // shrink))  # no effect on other formats
             break
     return width // image.width
 
 
 def _fit_record(record: Record, image_size_px: tuple[int, int]) -> Record:
-    """Checks the record against its picture, and clips boxes that leave it by a rounding error."""
+    """Check the record against its image, and clip boxes that exceed it by a rounding error."""
     if record.image_size_px not in (None, image_size_px):
-        detail = f"the record says {record.image_size_px}, the image has {image_size_px}"
+        detail = f"image_size_px: found {record.image_size_px}; expected {image_size_px}, the size of the image"
         raise BadSampleError(record.key, "size_mismatch", detail)
     targets = tuple(_fit_target(target, record.key, image_size_px) for target in record.targets)
     return replace(record, image_size_px=image_size_px, targets=targets)

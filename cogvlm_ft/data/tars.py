@@ -1,4 +1,4 @@
-"""Finds the samples inside a WebDataset tar, also a damaged one, without reading their bytes."""
+"""Find the samples in a WebDataset tar, even a damaged one, without reading their data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogvlm_ft.errors import DataError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 
 MAX_MEMBER_BYTES = 1 << 30
-"""Largest image or record that is read: the whole of it goes into memory."""
+"""Largest image or record that is read, because it is read into memory as a whole."""
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1 << 14  # of a long name or a pax header; a path has at most 4096
@@ -23,7 +23,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class Entry(NamedTuple):
-    """Where one sample lies in its tar: byte offsets and sizes of the data, not of the headers."""
+    """Location of one sample in its tar: byte offsets and sizes of the data, not of the headers."""
 
     key: str
     ext: str
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Something in a tar that cannot be used; `key` is empty if nobody can tell."""
+    """A part of a tar that cannot be used; `key` is empty if unknown."""
 
     shard: str
     key: str
@@ -42,9 +42,9 @@ class Loss(NamedTuple):
 
 
 def scan_tar(path: Path) -> tuple[list[Entry], list[Loss]]:
-    """All whole samples (an image and a .json of one key) in order of appearance, and what was lost.
+    """List all complete samples (an image and a .json of one key) in order of appearance, and what was lost.
 
-    The key is the name up to the first dot of its last part, as in WebDataset. Damage costs the damaged samples only.
+    The key is the name up to the first dot of its last part, as in WebDataset. Damage affects the damaged samples only.
     Raises DataError for a compressed tar.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -76,11 +76,14 @@ def scan_tar(path: Path) -> tuple[list[Entry], list[Loss]]:
 def _refuse_compressed(path: Path, start: bytes) -> None:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
-            raise DataError(f"{path} is compressed ({name}); samples are read in place: unpack it to a plain .tar")
+            raise DataError(
+                f"{path}: found {name} compression; expected a plain .tar, because samples are read in place. "
+                "Decompress it"
+            )
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
-    """Every member whose header can be read; damaged headers are stepped over, block by block."""
+    """Yield every member whose header is readable; damaged headers are skipped block by block."""
     start = 0
     while start < size:
         file.seek(start)
@@ -92,18 +95,22 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
                 if member.size >= 0:
                     yield member
                 if not 0 <= member.size <= size - member.offset_data:
-                    break  # cut off, or its size is wrong: whole samples may follow. A negative one sends tarfile back
+                    break  # truncated or of a wrong size: intact samples may follow. A negative size sends tarfile back
             else:
                 return
         except (tarfile.TarError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
-            # A damaged long-name or pax header, too many of them in a row, or the end of the file in the middle of a
-            # member. tarfile gives up here, with nearly any error; whole samples may follow.
+            # A damaged long-name or pax header, too many of them in a row, or the end of the file inside a member.
+            # tarfile gives up here, with nearly any error; intact samples may follow.
             start = max(start + _BLOCK, headers.last_read, min(tar.offset, size) if tar else 0)
 
 
 class _Headers:
-    """A file for tarfile, which reads only headers here. One that is far longer than any path is damaged, and tarfile
-    would need time and memory that grow with its square. last_read: where the last header, or its content, begins."""
+    """File for tarfile, which reads only headers from it; refuses headers far longer than any path.
+
+    Such a header is damaged, and tarfile would need time and memory quadratic in its length.
+
+    last_read: offset of the last header or of its content.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.name, self.mode = "", "rb"
@@ -123,7 +130,7 @@ class _Headers:
 
 
 def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, tar_size: int) -> str | None:
-    """Put the member where it belongs; if it cannot be used, the reason."""
+    """Add the member to its sample; return the reason if it cannot be used."""
     if member.isdir():
         return None
     if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
@@ -132,7 +139,7 @@ def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.Tar
         return "not_a_regular_file"
     key, extension = _split_name(member.name)
     if not key:
-        return None  # a hidden file, or one without extension: no sample in WebDataset either
+        return None  # a hidden file, or one without extension: WebDataset ignores it too
     if extension not in (*IMAGE_EXTENSIONS, "json"):
         samples.setdefault(key, {})
         return None
@@ -147,13 +154,13 @@ def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.Tar
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case extension), or two empty strings."""
+    """Split a name into (key, lower-case extension); two empty strings if it has no key."""
     match = _KEY_AND_EXTENSION.fullmatch(name.removeprefix("./"))
     return (match[1], match[2].lower()) if match else ("", "")
 
 
 def _is_damaged(file: BinaryIO, start: int, end: int) -> bool:
-    """True if the bytes between two members are neither padding nor a global pax header."""
+    """Return True if the bytes between two members are neither padding nor a global pax header."""
     position = file.tell()
     file.seek(start)
     damaged = False

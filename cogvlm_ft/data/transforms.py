@@ -1,4 +1,7 @@
-"""Which rectangle of a photo the model sees. One value moves the photo and its boxes there, and answered boxes back."""
+"""The rectangle of an image that the model sees.
+
+A `Frame` maps the image and its boxes there, and predicted boxes back.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from cogvlm_ft.model.preprocess import MEAN, preprocess_image
 from cogvlm_ft.settings import RESIZES
 
 GRID_PX = 8
-"""Frames lie on this grid, or on an edge of the photo: whole pixels also of a JPEG decoded at 1/2, 1/4 or 1/8."""
+"""Frames are aligned to this grid or to an edge of the image: whole pixels also of a JPEG at 1/2, 1/4 or 1/8 size."""
 
-_PADDING = tuple(round(mean * 255) for mean in MEAN)  # what is nearly zero for the model
+_PADDING = tuple(round(mean * 255) for mean in MEAN)  # nearly zero after normalisation
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A rectangle of a photo that is squashed into the model's square.
+    """A rectangle of an image that is squashed into the model's square input.
 
-    Boxes in the frame keep the size of a photo's pixel: they are only moved and mirrored. Box text is made from them
-    with `size_px`, and an IoU is the same there as in the photo.
+    Boxes in the frame keep the image's pixel size: they are only moved and mirrored. Box text is written relative to
+    `size_px`, and an IoU is the same as in the image.
 
-    photo_px: (width, height). window_px: (x0, y0, x1, y1) in the photo; beyond the photo's edges there is grey.
+    photo_px: (width, height). window_px: (x0, y0, x1, y1) in the image; grey beyond its edges.
     mirrored: left and right are exchanged.
     """
 
@@ -43,13 +46,14 @@ class Frame:
 
     @property
     def is_whole_photo(self) -> bool:
-        """True if nothing moves."""
+        """Whether the frame is the unchanged image."""
         return self.window_px == (0, 0, *self.photo_px) and not self.mirrored
 
     def apply_image(self, image: Image.Image, image_size: int) -> Image.Image:
-        """What the model sees, image_size x image_size, of the photo (RGB) or of its exact half, quarter or eighth.
+        """Return the S x S image that the model sees, S = image_size.
 
-        For the whole photo these are the pixels of `preprocess_image`, which leaves them as they are.
+        image: the whole image (RGB), or exactly a half, a quarter or an eighth of it. If the frame is the unchanged
+        image, the result has the pixels of `preprocess_image`, which does not resize it again.
         """
         shrink = self.photo_px[0] // image.width
         x0, y0, x1, y1 = (edge // shrink for edge in self.window_px)
@@ -62,14 +66,14 @@ class Frame:
         return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
     def apply_boxes(self, boxes: Iterable[Box]) -> tuple[Box, ...]:
-        """From pixels of the photo to pixels of the frame."""
+        """Map boxes from pixels of the image to pixels of the frame."""
         left, top, right, _ = self.window_px
         if self.mirrored:
             return tuple((right - x1, y0 - top, right - x0, y1 - top) for x0, y0, x1, y1 in boxes)
         return tuple((x0 - left, y0 - top, x1 - left, y1 - top) for x0, y0, x1, y1 in boxes)
 
     def invert_boxes(self, boxes: Iterable[Box]) -> tuple[Box, ...]:
-        """From pixels of the frame to pixels of the photo; may leave it where there was grey."""
+        """Map boxes from pixels of the frame to pixels of the image; they may exceed it where the frame is grey."""
         left, top, right, _ = self.window_px
         if self.mirrored:
             return tuple((right - x1, y0 + top, right - x0, y1 + top) for x0, y0, x1, y1 in boxes)
@@ -79,7 +83,7 @@ class Frame:
 def model_input(
     image: Image.Image, frame: Frame, image_size: int, recolour: Callable[[Image.Image], Image.Image] | None = None
 ) -> Tensor:
-    """Return float32[3, S, S]: what the model sees of a photo (RGB, or its exact half, quarter or eighth) in a frame.
+    """Return float32[3, S, S]: what the model sees of an image (RGB, or its exact half, quarter or eighth) in a frame.
 
     recolour: changes the S x S image before it is normalised.
     """
@@ -88,23 +92,23 @@ def model_input(
 
 
 def resize_of(config: CogVLMConfig) -> str:
-    """One of RESIZES: what this model was trained with. Squash, if its config.json says nothing."""
+    """Return the way of resizing (one of RESIZES) the model was trained with: squash if its config.json has none."""
     return str(getattr(config, "image_resize", RESIZES[0]))
 
 
 def whole_frame(record: Record, resize: str) -> Frame:
-    """All of the photo that the reader found for this record."""
+    """Return the frame of the whole image of a record whose image size is known."""
     assert record.image_size_px is not None
     return photo_frame(record.image_size_px, resize)
 
 
 def photo_frame(photo_px: tuple[int, int], resize: str) -> Frame:
-    """The whole photo: as it is ("squash"), or in the middle of a square ("letterbox")."""
+    """Return the frame of the whole image: itself ("squash"), or centred in a square ("letterbox")."""
     return fit(Frame(photo_px, (0, 0, *photo_px)), resize)
 
 
 def fit(frame: Frame, resize: str) -> Frame:
-    """The same part of the photo, for "letterbox" with grey on both sides of it that makes it a square."""
+    """Return the frame itself ("squash"), or padded with grey on both sides to a square ("letterbox")."""
     assert resize in RESIZES, resize
     if resize == "squash":
         return frame
@@ -116,21 +120,21 @@ def fit(frame: Frame, resize: str) -> Frame:
 
 
 def _before(padding_px: int) -> int:
-    """Half of the padding, on the grid."""
+    """Return half of the padding, rounded down to the grid."""
     return padding_px // (2 * GRID_PX) * GRID_PX
 
 
 def move_record(record: Record, frame: Frame) -> Record:
-    """The record of what is in the frame.
+    """Return the record with its boxes in pixels of the frame.
 
-    Raises BadSampleError (boxes_in_turns) if something moves and the user's own turns hold boxes as text.
+    Raises BadSampleError (boxes_in_turns) if boxes move and turns of the record hold boxes as text.
     """
     if frame.is_whole_photo:
         return record
     for turn in record.turns:
         for text in (turn.prompt, turn.answer, *(part for pair in turn.history for part in pair)):
             if "[[" in text:
-                detail = f"{text!r:.120} holds boxes of the whole photo: such turns need data.resize=squash"
+                detail = f"turns: found {text!r:.120}, with boxes in the whole image; expected data.resize=squash"
                 raise BadSampleError(record.key, "boxes_in_turns", detail)
     targets = tuple(replace(target, boxes_xyxy=frame.apply_boxes(target.boxes_xyxy)) for target in record.targets)
     return replace(record, image_size_px=frame.size_px, targets=targets)

@@ -18,7 +18,7 @@ from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_che
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, simulate
 from cogvlm_ft.runtime.engine import freeze, parameter_groups, read_deepspeed_json
-from cogvlm_ft.runtime.param_gathering import FREE_SHARE
+from cogvlm_ft.runtime.param_gathering import FREE_FRACTION
 from cogvlm_ft.settings import Config
 
 GIB = 2**30
@@ -269,7 +269,7 @@ class Planner:
         whole = sum(p.numel() for p in self.model.parameters()) * element
         free = self.cluster.gpu_gib * GIB - self.cluster.reserved_bytes - persistent
         once = config.evaluate.gather == "once" or (
-            config.evaluate.gather == "auto" and whole <= FREE_SHARE * free and self.cluster.num_gpus > 1
+            config.evaluate.gather == "auto" and whole <= FREE_FRACTION * free and self.cluster.num_gpus > 1
         )
         return {
             "all weights" if once else "gathered layers": whole if once else self._gathered_bytes(),

@@ -1,4 +1,4 @@
-"""How fast ranks talk to each other, and a second way for them to talk in case the first is broken."""
+"""Measure the bandwidth between ranks; a side channel in case the measured backend is broken."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, rank, world_size
 
-TIMEOUT_S = 120  # of a measured message; the default of a training would keep people waiting for half an hour
-SIDE_TIMEOUT_S = 86400  # of the side channel: ranks wait there for one that reads terabytes; a dead one is told at once
+TIMEOUT_S = 120  # of a measured message; the default of a training run is half an hour
+SIDE_TIMEOUT_S = 86400  # of the side channel: ranks wait for one that reads terabytes; a dead rank is noticed at once
 MESSAGE_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}  # a layer of the 17B model has 400 MiB in bf16
 NUM_REPEATS = 3
 
 
 class SideChannel:
-    """Small objects between the ranks through the hosts' network (gloo), whatever NCCL does.
+    """Exchange small objects between the ranks over the hosts' network (gloo), independent of NCCL.
 
-    Collective to make.
+    Its constructor is collective.
     """
 
     def __init__(self) -> None:
@@ -32,17 +32,20 @@ class SideChannel:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SIDE_TIMEOUT_S)) if several else None
 
     def to_main(self, value: Any) -> list[Any] | None:
-        """Collective. The ranks' values in rank order on rank 0, None elsewhere."""
+        """Return the ranks' values in rank order on rank 0, None elsewhere. Collective."""
         return gather_to_main(value, self._group)
 
     def from_main(self, value: Any) -> Any:
-        """Collective. Rank 0's value, everywhere."""
+        """Return rank 0's value on every rank. Collective."""
         return from_main(value, self._group)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank saw, in bytes per second that it sends. to_next: to the rank after it, all ranks at once."""
+    """Bandwidths measured by one rank, in bytes per second that it sends.
+
+    to_next: to the next rank, all ranks at the same time.
+    """
 
     backend: str
     message_bytes: int
@@ -52,7 +55,7 @@ class Rates:
 
 
 def measure_rates() -> Rates:
-    """Collective. Messages of the size of a layer in the ways that ZeRO-3 sends them; two ranks at least."""
+    """Measure messages of the size of a layer in the ways that ZeRO-3 sends them. Collective; needs 2 ranks or more."""
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
     ranks, kind = world_size(), device().type
     num_elements = MESSAGE_BYTES[kind] // 4 // ranks * ranks
@@ -78,7 +81,7 @@ def _pass_on(sent: Tensor, received: Tensor, group: Any) -> None:
 
 
 def _seconds(message: Callable[[], Any]) -> float:
-    """The median of several, behind one that sets up the connections."""
+    """Return the median duration of NUM_REPEATS messages, after one that sets up the connections."""
     taken = []
     for _ in range(1 + NUM_REPEATS):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Ranks: who am I, and the few collectives that the program needs.
+"""This rank's identity, and the few collectives that the program needs.
 
 Works under deepspeed, torchrun, srun and plain python.
 """
@@ -17,19 +17,19 @@ import torch
 import torch.distributed as dist
 
 if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported, and warns without it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import, and warns without it
 import deepspeed
 
 from cogvlm_ft.runtime.gloo_threads import wait_until_at_rest
 
-# Launchers name the same three numbers differently; the first that is set wins.
+# Launchers set the same three numbers under different names; the first that is set is used.
 RANK_VARIABLES = {
     "RANK": ("RANK", "SLURM_PROCID"),
     "WORLD_SIZE": ("WORLD_SIZE", "SLURM_NTASKS"),
     "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID"),
 }
 DEFAULT_TIMEOUT_S = 1800
-AFTER_WATCHDOG_S = 300  # how much longer than the watchdog a collective waits: the watchdog's stacks say more
+AFTER_WATCHDOG_S = 300  # how much longer than the watchdog a collective waits: the watchdog's stacks tell more
 
 
 def _free_port() -> int:
@@ -39,7 +39,7 @@ def _free_port() -> int:
 
 
 def _fill_environment() -> None:
-    """Set the five variables that DeepSpeed wants; without them it would look for MPI."""
+    """Set the five variables that DeepSpeed expects; without them it would look for MPI."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     in_srun = "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ
     for name, sources in RANK_VARIABLES.items():
@@ -51,15 +51,18 @@ def _fill_environment() -> None:
 
 
 def init_distributed(hang_timeout_s: float | None = None) -> None:
-    """Collective. Join the process group and take this rank's device. hang_timeout_s: of the watchdog, None without."""
+    """Join the process group and set this rank's device. Collective.
+
+    hang_timeout_s: that of the watchdog, None without a watchdog.
+    """
     _fill_environment()
     if device().type == "cuda":
         torch.cuda.set_device(device())
     else:
         _share_cores()
-        # DeepSpeed would compile a shared-memory op that only inference uses: 50 s and a compiler at every first start.
+        # Only inference uses this shared-memory op; compiling it takes 50 s and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls what torch has renamed, and would be warned about it in every backward pass.
+    # DeepSpeed calls functions that torch has renamed: a warning in every backward pass.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\.")
     timeout_s = max(DEFAULT_TIMEOUT_S, (hang_timeout_s or 0) + AFTER_WATCHDOG_S)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
@@ -67,14 +70,14 @@ def init_distributed(hang_timeout_s: float | None = None) -> None:
 
 
 def shut_down() -> None:
-    """Collective. Leave the process group, all ranks at the same time: none loses a peer that it still needs."""
+    """Leave the process group on all ranks at the same time, so that none loses a peer it still needs. Collective."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _share_cores() -> None:
-    """On CPU the ranks of a node share its cores, unless OMP_NUM_THREADS says otherwise."""
+    """Divide the cores of a node among its ranks on CPU, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
@@ -104,7 +107,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Collective. Element-wise sums over the ranks, in float64; one message however many values."""
+    """Return element-wise sums over the ranks, in float64, in one message. Collective."""
     packed = torch.tensor(values, dtype=torch.float64, device=device())
     if world_size() > 1:
         dist.all_reduce(packed)
@@ -112,22 +115,25 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def any_ranks(flags: Sequence[bool]) -> list[bool]:
-    """Collective. For each flag: true if it is true somewhere."""
+    """Return for each flag whether it is true on any rank. Collective."""
     return [count > 0 for count in all_reduce_sum([float(flag) for flag in flags])]
 
 
 def any_rank(flag: bool) -> bool:
-    """Collective. True if it is true somewhere."""
+    """Return whether the flag is true on any rank. Collective."""
     return any_ranks([flag])[0]
 
 
 def every_rank(flag: bool) -> bool:
-    """Collective. True if it is true everywhere."""
+    """Return whether the flag is true on every rank. Collective."""
     return not any_rank(not flag)
 
 
 def gather_to_main(value: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
-    """Collective. The ranks' values in rank order on rank 0, None elsewhere. group: another one of all ranks."""
+    """Return the ranks' values in rank order on rank 0, None elsewhere. Collective.
+
+    group: a process group of all ranks other than the default one.
+    """
     if world_size() == 1:
         return [value]
     gathered: list[Any] | None = [None] * world_size() if is_main() else None
@@ -136,7 +142,10 @@ def gather_to_main(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Collective. Rank 0's value, everywhere. group: another one of all ranks."""
+    """Return rank 0's value on every rank. Collective.
+
+    group: a process group of all ranks other than the default one.
+    """
     if world_size() == 1:
         return value
     box = [value]

@@ -26,26 +26,26 @@ from cogvlm_ft.settings import Config
 
 
 def deepspeed_file(config: Config) -> Path:
-    """Return the file that `deepspeed` names: a path, or the name of a preset."""
+    """Return the file that `deepspeed` refers to: a path, or the name of a preset."""
     return find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
 
 
 def read_deepspeed_json(config: Config) -> dict[str, Any]:
-    """Return the settings in that file as they are; ConfigError if they cannot be read or are not for ZeRO-3."""
+    """Return the settings in that file unchanged. Raises ConfigError if they are unreadable or not for ZeRO-3."""
     path = deepspeed_file(config)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed={path}: {error}; expected a DeepSpeed JSON") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
-        raise ConfigError(f"deepspeed={path}: no zero_optimization in it; expected a DeepSpeed JSON for ZeRO-3")
+        raise ConfigError(f"deepspeed={path}: found no zero_optimization; expected a DeepSpeed JSON for ZeRO-3")
     return settings
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
-    """Collective. The DeepSpeed JSON with our numbers filled in: batch, clipping and precision are our config's alone.
+    """Complete the DeepSpeed JSON with the config's batch sizes, clipping and precision. Collective.
 
-    Its key "//" is for readers: JSON has no comments.
+    The config alone sets these numbers. The key "//" of the JSON is a comment for readers. Raises ConfigError.
     """
     path, train, settings = deepspeed_file(config), config.train, read_deepspeed_json(config)
     settings.pop("//", None)
@@ -54,15 +54,15 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
         "gradient_accumulation_steps": ("train.global_batch_size", num_steps),
-        # 0 switches clipping off; left out, DeepSpeed would clip at 1.0.
+        # 0 disables clipping; without the key, DeepSpeed would clip at 1.0.
         "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
         "bf16": ("train.precision", {"enabled": train.precision == "bf16"}),
     }
     for key, (our_key, value) in ours.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(
-                f"{path}: {key}={settings[key]!r} clashes with {our_key}, which makes it {value!r}: change {our_key}, "
-                f"or leave {key} out of the file"
+                f"{path}: {key}: found {settings[key]!r}; expected {value!r}, as set by {our_key}. Change {our_key}, "
+                f"or remove {key} from the file"
             )
         settings[key] = value
     for key, our_key in (
@@ -71,38 +71,40 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         ("fp16", "train.precision"),
     ):
         if key in settings:
-            raise ConfigError(f"{path}: {key} is set by {our_key}; leave it out here")
+            raise ConfigError(f"{path}: found {key}, which is set by {our_key}. Remove {key} from the file")
     zero = settings["zero_optimization"]
     if zero.get("stage") != 3:
         raise ConfigError(
-            f"{path}: zero_optimization.stage must be 3: model folders are read into partitioned parameters"
+            f"{path}: zero_optimization.stage: found {zero.get('stage')!r}; expected 3, because model folders are read "
+            "into partitioned parameters"
         )
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
             raise ConfigError(
-                f"{path}: zero_optimization.{key}.device={zero[key]['device']!r}: wanted cpu or none; checkpoints are "
-                "made of what lies in memory"
+                f"{path}: zero_optimization.{key}.device: found {zero[key]['device']!r}; expected cpu or none, because "
+                "checkpoints are written from memory"
             )
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = ranks_per_node()
     settings["zero_allow_untested_optimizer"] = True
-    settings["zero_force_ds_cpu_optimizer"] = device().type == "cuda"  # build_engine says why
+    settings["zero_force_ds_cpu_optimizer"] = device().type == "cuda"  # see build_engine
     return settings
 
 
 def ranks_per_node() -> int:
-    """Collective. Ranks on every node; ConfigError if the nodes have different numbers of them."""
+    """Return the number of ranks on each node. Collective. Raises ConfigError if it differs between nodes."""
     nodes = Counter(from_main(gather_to_main(socket.gethostname())))
     if len(set(nodes.values())) > 1:
-        raise ConfigError(f"zero_hpz_partition_size=auto needs as many ranks on every node; found {dict(nodes)}")
+        raise ConfigError(f"zero_hpz_partition_size=auto: found {dict(nodes)} ranks; expected as many on every node")
     return world_size() // len(nodes)
 
 
 class _UnfilledInit(deepspeed.zero.Init):
-    """Sends nothing: DeepSpeed would send every new parameter from rank 0 to all, and ours come from files later.
+    """Partition new parameters without filling them: their values are read from files later.
 
-    A parameter that is received is whole in memory for a moment, and leaves holes there: measured, half a partition.
-    Should DeepSpeed rename the method, that would be so again.
+    DeepSpeed would broadcast every new parameter from rank 0. A parameter that is received is whole in memory for a
+    moment and fragments it: measured, by half a partition. This depends on a private method of DeepSpeed: if that is
+    renamed, the broadcasts return.
     """
 
     def _zero_init_param(self, param: Any) -> None:
@@ -111,14 +113,14 @@ class _UnfilledInit(deepspeed.zero.Init):
 
 
 def partitioned(settings: dict[str, Any]) -> AbstractContextManager:
-    """Inside, parameters are partitioned over the ranks as soon as they are made; their values are anything."""
+    """Partition parameters over the ranks as soon as they are created inside; their values are undefined."""
     return _UnfilledInit(config_dict_or_path=settings)
 
 
 def partition_assign(
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> Callable[[str, Callable[[int, int], Tensor], int], None]:
-    """A function that reads only this rank's slice of a tensor from its file: no gather, no full copy."""
+    """Return a function that reads only this rank's slice of a tensor from its file: no gather, no full copy."""
     by_name = dict(parameters)
 
     def assign(name: str, fetch: Callable[[int, int], Tensor], num_rows: int) -> None:
@@ -128,7 +130,7 @@ def partition_assign(
         row_size = parameter.ds_numel // num_rows
         start, stop = local_range(parameter)
         part.data.zero_()  # the last rank's padding
-        parameter.ds_secondary_tensor = None  # hpZ's copy of the weights before; the next pass makes a new one
+        parameter.ds_secondary_tensor = None  # hpZ's copy of the old weights; the next pass makes a new one
         if start < stop:
             first_row = start // row_size
             rows = fetch(first_row, -(-stop // row_size)).reshape(-1)
@@ -138,21 +140,24 @@ def partition_assign(
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Switch off the gradients of parameters whose name fits a pattern such as "model.vision.*"."""
+    """Disable gradients of the parameters whose names match a pattern such as "model.vision.*"."""
     names = dict(model.named_parameters())
     for pattern in patterns:
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
-            raise ConfigError(f"model.freeze: {pattern!r} fits no parameter; names look like {next(iter(names))}")
+            raise ConfigError(
+                f"model.freeze: found {pattern!r}, which matches no parameter; expected a pattern for names such as "
+                f"{next(iter(names))}"
+            )
         for name in matching:
             names[name].requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices with weight decay; norms and biases (one dimension) without."""
+    """Divide the trained parameters: matrices with weight decay; norms and biases (one dimension) without."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ConfigError("model.freeze leaves nothing to train")
+        raise ConfigError("model.freeze: found patterns that match all parameters; expected at least one to train")
     decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
     plain = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -160,7 +165,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> Any:
-    """Collective. The model in a DeepSpeed engine with AdamW; `settings` from deepspeed_settings."""
+    """Build a DeepSpeed engine with AdamW around the model. Collective.
+
+    settings: from `deepspeed_settings`.
+    """
     train = config.train
     if train.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -172,7 +180,7 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and device().type == "cuda":
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
-    else:  # without a GPU too where it is "offloaded": torch's needs no compiler
+    else:  # also for offloading without a GPU: torch's optimizer needs no compiler
         optimizer = torch.optim.AdamW(groups, fused=device().type == "cuda", **kwargs)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if offload == "none":
@@ -182,9 +190,9 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
 
 
 def share_fp32_weights(optimizer: Any) -> None:
-    """Let the optimizer work on the weights themselves where these are fp32 already: 4 of 20 bytes per parameter.
+    """Let the optimizer update fp32 weights in place: saves 4 of 20 bytes per parameter.
 
-    DeepSpeed means to (stage3.py, _create_fp32_partitions), but compares a device with its name, and so copies them.
+    DeepSpeed intends to (stage3.py, _create_fp32_partitions), but compares a device with its name, so it copies them.
     """
     partitions = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
     for weights, master in partitions:
@@ -194,7 +202,7 @@ def share_fp32_weights(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Any:
-    """Evaluation mode without gradients; the former mode afterwards."""
+    """Switch to evaluation mode without gradients; restore the former mode afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,9 +1,9 @@
-"""Let gloo's threads come to rest before the interpreter ends.
+"""Let gloo's threads come to rest before the interpreter exits.
 
-Gloo runs collectives in threads of its own. Such a thread reports a collective as done and only then releases its
-tensors, and the last reference to a tensor is released with the interpreter's lock. If the interpreter ends in between,
+Gloo runs collectives in its own threads. Such a thread reports a collective as done before it releases the
+tensors, and releasing the last reference to a tensor takes the interpreter's lock. If the interpreter exits in between,
 CPython before 3.14 ends the thread inside a C++ destructor: "terminate called without an active exception", and the
-process aborts (exit code -6) with all its work done. `destroy_process_group` does not end these threads as long as
+process aborts (exit code -6) although its work is done. `destroy_process_group` does not end these threads as long as
 anything, such as DeepSpeed, refers to the group.
 """
 
@@ -14,19 +14,20 @@ from pathlib import Path
 
 THREAD_NAME = "pt_gloo_runloop"
 TIMEOUT_S = 10.0
-LOOK_EVERY_S = 0.01
+CHECK_EVERY_S = 0.01
 
 
 def wait_until_at_rest(timeout_s: float = TIMEOUT_S) -> bool:
     """Wait until gloo's threads hold no tensor; False after the timeout.
 
-    Between two looks this thread gives the interpreter's lock away, which wakes whoever waits for it. So a thread that
-    sleeps at both looks and was not woken in between does not wait for the lock: it waits for its next collective.
+    Between two checks this thread releases the interpreter's lock, which wakes any thread that waits for it. So a
+    thread that sleeps at both checks and was not woken in between does not wait for the lock, but for its next
+    collective.
     """
     deadline = time.monotonic() + timeout_s
     before = _threads()
     while before:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(CHECK_EVERY_S)
         now = _threads()
         if now == before and all(state == "S" for state, _ in now.values()):
             return True
@@ -37,7 +38,7 @@ def wait_until_at_rest(timeout_s: float = TIMEOUT_S) -> bool:
 
 
 def _threads() -> dict[str, tuple[str, str]]:
-    """Return state and number of sleeps of gloo's threads by their ids; nothing where there is no /proc."""
+    """Return the state and the number of sleeps of gloo's threads by their ids; empty where there is no /proc."""
     found = {}
     for task in Path("/proc/self/task").glob("*"):
         try:

@@ -1,12 +1,12 @@
-"""How an attempt at a training ended, in one word, for the program that may start it again (slurm/train.sbatch).
+"""Report in one word how an attempt at a run ended, for the program that may start it again (slurm/train.sbatch).
 
-    progress   a checkpoint was published in this attempt, and the run goes on
-    stopped    a stop signal was answered: all is saved, more is to be done
+    progress   a checkpoint was published in this attempt, and the run continues
+    stopped    a stop signal was answered: everything is saved, more is to be done
     finished   nothing is left to be done
     refused    a user's mistake, which another attempt would only repeat
 
-No word at all: it died before its first checkpoint. Exit codes cannot say this: where a rank dies, srun kills the
-others and reports what its own signal did to them.
+No word: it died before its first checkpoint. Exit codes cannot tell these apart: when a rank dies, srun kills the
+others and reports the effect of its own signal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_outcome(outcome: Literal["progress", "stopped", "finished", "refused"]) -> None:
-    """Replace the word in the file that the environment names; nothing if it names none. The last word counts."""
+    """Replace the word in the file that the environment names, if it names one. The last word counts."""
     named = os.environ.get(OUTCOME_VARIABLE)
     if not named:
         return
@@ -32,5 +32,5 @@ def write_outcome(outcome: Literal["progress", "stopped", "finished", "refused"]
     try:
         partial.write_text(f"{outcome}\n", encoding="utf-8")
         partial.replace(path)
-    except OSError as error:  # the attempt then counts as one that died, and is made again
-        logger.warning("%s=%s cannot be written: %s", OUTCOME_VARIABLE, path, error)
+    except OSError as error:  # the attempt then counts as one that died, and is repeated
+        logger.warning("%s=%s: cannot be written: %s", OUTCOME_VARIABLE, path, error)

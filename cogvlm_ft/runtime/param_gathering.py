@@ -1,7 +1,7 @@
-"""Where a pass without training gets its parameters from under ZeRO-3: gathered once for all passes, or layer by layer.
+"""How passes without gradients get their parameters under ZeRO-3: gathered once for all passes, or layer by layer.
 
-Gathered once, passes need no other rank and cost what they cost without ZeRO; the whole model must fit beside what each
-rank holds. Layer by layer, a rank holds a layer at a time, and all ranks must make the same passes.
+Gathered once, passes need no other rank and cost the same as without ZeRO, but the whole model must fit next to what
+each rank holds. Layer by layer, a rank holds one layer at a time, and all ranks must make the same passes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from cogvlm_ft.runtime.distributed import device, every_rank, is_main, world_siz
 
 logger = logging.getLogger(__name__)
 
-# What the gathered model may take of the free memory; the rest is for the cache of keys and values and activations.
-FREE_SHARE = 0.6
+# Of the free memory, for the gathered model; the rest is for the key-value cache and activations.
+FREE_FRACTION = 0.6
 
 
 @contextlib.contextmanager
 def parameters_gathered(model: nn.Module, mode: str) -> Iterator[None]:
-    """Collective. Inside, the model is called without gradients; a model without ZeRO-3 is left as it is.
+    """Prepare the model for calls without gradients inside; restore it for training afterwards. Collective.
 
-    mode: "once", "layerwise", or "auto": once if it fits on every rank. Afterwards training goes on as before.
+    mode: "once", "layerwise", or "auto": once if it fits on every rank. A model without ZeRO-3 is left as it is.
     """
     offload = _offload(model)
     if offload is None:
@@ -46,21 +46,21 @@ def parameters_gathered(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 def attach_offload(model: nn.Module, engine: Any) -> None:
-    """Let `model` know the part of its engine that gathers its parameters; called once, when the engine is made."""
+    """Store on `model` the part of its engine that gathers its parameters; called once, by build_engine."""
     model.__dict__["zero_offload"] = engine.optimizer.parameter_offload
 
 
 def needs_all_ranks(model: nn.Module) -> bool:
-    """Whether a pass through the model is collective now."""
+    """Return whether a pass through the model is collective now."""
     offload = _offload(model)
     return offload is not None and bool(offload.forward_hooks) and world_size() > 1
 
 
 def forget_order(model: nn.Module) -> None:
-    """To be called before a pass that calls other modules than the pass before, by every rank.
+    """Discard the recorded order of modules; every rank calls this before a pass that calls other modules.
 
-    DeepSpeed gathers ahead, in the order of the last pass that it recorded: decoding would begin by gathering the
-    vision tower and the vision experts, which it never calls.
+    DeepSpeed prefetches in the order of the last pass that it recorded: decoding would begin by gathering the vision
+    tower and the vision experts, which it never calls.
     """
     offload = _offload(model)
     if offload is not None and not offload.get_param_coordinator().is_invalid_trace():
@@ -68,12 +68,12 @@ def forget_order(model: nn.Module) -> None:
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """Of all parameters together, as each rank would hold them."""
+    """Return the bytes of all parameters together, unpartitioned."""
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
 
 
 def free_bytes() -> int:
-    """Memory that this rank can still take: of its GPU, or its share of the machine's."""
+    """Return the memory that this rank can still allocate: on its GPU, or its part of the machine's."""
     if device().type == "cuda":
         unused_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused_by_torch
@@ -82,8 +82,8 @@ def free_bytes() -> int:
 
 
 def fits_everywhere(num_bytes: int, num_free: int) -> bool:
-    """Collective. Whether `num_bytes` fit into `num_free` on every rank: one answer for all, as each sees its own."""
-    fits = every_rank(num_bytes <= FREE_SHARE * num_free)
+    """Return whether `num_bytes` fit into `num_free` on every rank: the same answer on all ranks. Collective."""
+    fits = every_rank(num_bytes <= FREE_FRACTION * num_free)
     if is_main():
         how = "once" if fits else "layer by layer"
         logger.info(
@@ -98,8 +98,11 @@ def _offload(model: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def _gathered_once(model: nn.Module, offload: Any) -> Iterator[None]:
-    """Collective. All hooks go, since each pass would partition what it has used, and its first one talks to all ranks
-    while the order of modules is unknown."""
+    """Gather all parameters and remove ZeRO-3's hooks inside. Collective.
+
+    With its hooks, each pass would partition the parameters that it has used, and the first pass would communicate with
+    all ranks because the order of modules is unknown.
+    """
     forget_order(model)
     for parameter in model.parameters():
         parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
@@ -110,4 +113,4 @@ def _gathered_once(model: nn.Module, offload: Any) -> Iterator[None]:
             yield
         finally:
             offload.setup_zero_stage3_hooks()
-            deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.pop()  # the model stands there already
+            deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.pop()  # setup has pushed the model a second time

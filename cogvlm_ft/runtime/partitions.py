@@ -1,4 +1,4 @@
-"""What this rank holds of the training state under ZeRO-3: its part of every parameter and of Adam's two moments."""
+"""This rank's part of the training state under ZeRO-3: its slice of every parameter and of Adam's two moments."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def set_local_moment(parameter: Any, values: Tensor, moment: str) -> None:
 
 
 def reset_moments(engine: Any, step: int) -> None:
-    """Create Adam's state for every trained parameter, as if `step` updates had left moments of zero."""
+    """Create Adam's state for every trained parameter, as after `step` updates that left moments of zero."""
     optimizer = engine.optimizer.optimizer
     is_torch = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's optimizers count in an int
     for flat in engine.optimizer.fp32_partitioned_groups_flat:
@@ -61,14 +61,14 @@ def reset_moments(engine: Any, step: int) -> None:
 
 
 def optimizer_step(engine: Any) -> int:
-    """Return the number of updates Adam has made; it has no moments before the first."""
+    """Return the number of updates Adam has made; 0 before its state exists."""
     states = engine.optimizer.optimizer.state
     return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
 @contextlib.contextmanager
 def overwriting_state(engine: Any) -> Iterator[None]:
-    """Collective. Wrap changes to the local state; afterwards every copy that other ranks hold is current again."""
+    """Wrap changes to the local state; afterwards every copy on other ranks is current again. Collective."""
     engine.optimizer.checkpoint_event_prologue()
     yield
     engine.optimizer.checkpoint_event_epilogue()  # small weights that every rank holds whole, hpZ's copies

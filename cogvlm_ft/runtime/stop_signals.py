@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM, SIGUSR1) is noted, and answered at the next step boundary by all ranks together."""
+"""Record a request to stop (SIGTERM, SIGUSR1), to be answered by all ranks together at the next step boundary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Context manager; `seen` turns true on this rank when a stop signal came."""
+    """Context manager; `seen` becomes true on this rank when a stop signal arrives."""
 
     def __init__(self) -> None:
         self.seen = False

@@ -184,7 +184,7 @@ def test_index_files_that_leave_something_out(built: Path, tmp_path: Path) -> No
     index = json.loads((folder / "index.json").read_bytes())
     index["splits"]["train"]["shards"].pop()
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"index\.json is damaged"):
+    with pytest.raises(DataError, match=r"index\.json: found a damaged index"):
         load_index(folder, "train")
 
 

@@ -99,7 +99,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(name: str, shards: Path,
     index = json.loads((shards / "index.json").read_text())
     index["splits"]["train"]["shards"][0]["path"] = name
     (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"index\.json is damaged"):
+    with pytest.raises(DataError, match=r"index\.json: found a damaged index"):
         load_index(str(tmp_path), "train")
 
 

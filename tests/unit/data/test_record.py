@@ -55,8 +55,8 @@ def test_a_conversation_keeps_its_earlier_turns_and_others_their_bytes() -> None
     )
     assert record_from_json(data.replace(b'[["one?","1"]]', b"null"), "a").turns[1].history == ()
     for spoiled, message in (
-        (b'[["one?"]]', r"turns\[1\].history\[0\] is"),
-        (b'[["one?",1]]', r"history\[0\]\[1\] is 1"),
+        (b'[["one?"]]', r"turns\[1\].history\[0\]: found"),
+        (b'[["one?",1]]', r"history\[0\]\[1\]: found 1"),
     ):
         with pytest.raises(BadSampleError, match=message):
             record_from_json(data.replace(b'[["one?","1"]]', spoiled), "a")
@@ -107,7 +107,9 @@ def test_a_bad_field_is_named(path: list[Any], value: Any) -> None:
     field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]
     with pytest.raises(DataError) as caught:
         record_from_json(changed(path, value), "my-key")
-    assert "my-key" in str(caught.value) and f"{field} is " in str(caught.value) and "wanted" in str(caught.value)
+    assert (
+        "my-key" in str(caught.value) and f"{field}: found " in str(caught.value) and "; expected " in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_without_ranges_and_without_a_cache(built: Path) -> None:
 
 def test_a_cache_too_small_is_said_at_once(built: Path, tmp_path: Path) -> None:
     with serve(Server(built, ranges=False)) as server:
-        with pytest.raises(DataError, match=r"data\.cache_gib=9\.\S*e-07: raise it"):
+        with pytest.raises(DataError, match=r"data\.cache_gib=9\.\S*e-07\. Raise it"):
             load_index(server.url, "train", cache_dir=tmp_path, cache_gib=1e-6)
         assert not [asked for asked in server.asked if asked.endswith(".tar")]
 
@@ -97,11 +97,13 @@ def test_a_shard_that_was_changed_is_not_used(built: Path, tmp_path: Path, no_wa
     (copy / "train-000000.tar").write_bytes(data)
     with serve(Server(copy, ranges=False)) as server:
         reader = ShardReader(load_index(server.url, "train", cache_dir=tmp_path))
-        with pytest.raises(DataError, match=r"http.*train-000000\.tar is not the shard of its index\.json: sha256"):
+        with pytest.raises(
+            DataError, match=r"http.*train-000000\.tar: found sha256 \w+; expected \w+, as in index\.json"
+        ):
             reader.read(0)
     assert not list(tmp_path.glob("*.tar"))
     (copy / "train-000000.tar").write_bytes(data + bytes(512))
-    with serve(Server(copy)) as server, pytest.raises(DataError, match="are these the same shards"):
+    with serve(Server(copy)) as server, pytest.raises(DataError, match="from the same build"):
         load_index(server.url, "train")
 
 
@@ -111,7 +113,7 @@ def test_a_server_that_fails_for_a_moment(built: Path, no_waiting: None) -> None
         server.failures = 2
         assert reader.read(0).image.size == (80, 60)
         server.failures = 3
-        with pytest.raises(DataError, match=r"http.*train-00000.\.tar: HTTP 503; tried 3 times"):
+        with pytest.raises(DataError, match=r"http.*train-00000.\.tar: HTTP 503; gave up after 3 attempts"):
             reader.read(0)
 
 
@@ -120,7 +122,7 @@ def test_a_connection_that_is_cut(built: Path, tmp_path: Path, no_waiting: None,
     with serve(Server(built, ranges=ranges)) as server:
         reader = ShardReader(load_index(server.url, "train", cache_dir=tmp_path))
         server.cut = True
-        with pytest.raises(DataError, match=r"http.*\.tar: .*tried 3 times"):
+        with pytest.raises(DataError, match=r"http.*\.tar: .*gave up after 3 attempts"):
             reader.read(0)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -129,9 +131,9 @@ def test_a_server_that_is_gone(built: Path, no_waiting: None) -> None:
     with serve(Server(built)) as server:
         reader = ShardReader(load_index(server.url, "train"))
     remote._session.cache_clear()  # its connection would still be served
-    with pytest.raises(DataError, match=r"http.*tried 3 times"):
+    with pytest.raises(DataError, match=r"http.*gave up after 3 attempts"):
         reader.read(0)
-    with pytest.raises(DataError, match=r"http.*index\.json.*tried 3 times"):
+    with pytest.raises(DataError, match=r"http.*index\.json.*gave up after 3 attempts"):
         load_index(server.url, "train")
 
 
@@ -171,7 +173,7 @@ def test_damaged_files_are_named(built: Path, tmp_path: Path, name: str, content
     ["pipe:touch {}", "pipe://touch {}", "file:///tmp", "ftp://x/y", "scp://x/y", "http://x/{{a,b}}", "http://x/y?z=1"],
 )
 def test_addresses_that_are_not_opened(tmp_path: Path, url: str) -> None:
-    with pytest.raises(DataError, match="wanted"):
+    with pytest.raises(DataError, match="expected"):
         load_index(url.format(tmp_path / "made"), "train")
     assert not list(tmp_path.iterdir())
 
@@ -195,5 +197,5 @@ def test_an_object_store_is_read_by_its_own_program(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=r"gs://bucket/folder/index\.json.*program .* missing"):
         load_index("gs://bucket/folder", "train", cache_dir=tmp_path / "cache")
-    with pytest.raises(DataError, match="set USE_AIS_FOR=s3"):
+    with pytest.raises(DataError, match="Set USE_AIS_FOR=s3"):
         load_index("s3://bucket/folder", "train")

@@ -110,7 +110,7 @@ def test_photos_that_are_split_into_several_sequences(run_checks: Examine) -> No
 def test_a_shard_that_is_gone(run_checks: Examine, set_of_shards: Path) -> None:
     (set_of_shards / "val-000000.tar").unlink()
     num_red, said = run_checks([SHARDS], f"data.shards={set_of_shards}")
-    assert num_red == 1 and "index.json names 1 shards that are not there" in said
+    assert num_red == 1 and "missing shards: 1 of " in said
 
 
 def test_a_plan_that_is_too_much_here(run_checks: Examine) -> None:
