@@ -218,7 +218,7 @@ def _stream(url: str, max_bytes: int) -> Iterator[bytes]:
     try:
         pipe = gopen(url)
     except (FileNotFoundError, ImportError) as error:
-        raise DataError(f"{shown(url)}: {error}. Install the program that opens {scheme}://") from None
+        raise DataError(f"{shown(url)}: {error}; the program that opens {scheme}:// is missing. Install it") from None
     try:
         num_bytes = 0
         while chunk := _next_chunk(pipe.stream.fileno()):

@@ -24,8 +24,6 @@ MAX_FRACTION_WITHOUT_VERB = 0.05
 NOT_YET = {
     "grounding",
     "model",
-    "runtime",
-    "data",
 }
 
 # What a text must not say -> what it says instead.

@@ -76,7 +76,7 @@ def test_a_pickled_reader_goes_on(built: Path) -> None:
 
 
 def test_without_ranges_and_without_a_cache(built: Path) -> None:
-    with serve(Server(built, ranges=False)) as server, pytest.raises(DataError, match=r"http.*set data\.cache_dir"):
+    with serve(Server(built, ranges=False)) as server, pytest.raises(DataError, match=r"http.*Set data\.cache_dir"):
         load_index(server.url, "train")
 
 
