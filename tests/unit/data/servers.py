@@ -1,4 +1,4 @@
-"""An HTTP server for a folder, with and without ranges, on a free port, and what was asked of it."""
+"""An HTTP server for a folder on a free port, with or without ranges; it records all requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass
 class Server:
-    """ranges: whether it gives parts; failures: answers 503 to so many requests for ranges; cut: ends files early."""
+    """ranges: whether it supports ranges; failures: number of range requests answered by 503; cut: ends files early."""
 
     folder: Path
     ranges: bool = True
@@ -32,18 +32,18 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, directory=str(server_settings.folder), **options)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.settings.asked.append(f"{self.path} {wanted}" if wanted else self.path)
+        byte_range = self.headers.get("Range")
+        self.settings.asked.append(f"{self.path} {byte_range}" if byte_range else self.path)
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
             return
         data = path.read_bytes()
-        if wanted and self.settings.failures:
+        if byte_range and self.settings.failures:
             self.settings.failures -= 1
             self.send_error(503)
-        elif wanted and self.settings.ranges:
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+        elif byte_range and self.settings.ranges:
+            first, last = (int(number) for number in byte_range.removeprefix("bytes=").split("-"))
             self._answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
         else:
             self._answer(200, data, None)

@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 def example(key: str, turn_lengths: list[int], weight: float = 1.0, bad: BadSample | None = None) -> Example:
-    """One patch, so five tokens of turn 1 behind a prefix of four; the last token of each turn is labelled."""
+    """Build one patch, so five tokens of turn 1 after a prefix of four; the last token of each turn is labelled."""
     layout = build_layout(1, turn_lengths)
     length = len(layout.position_ids)
     ids = torch.arange(10, 10 + length)
@@ -28,7 +28,7 @@ def example(key: str, turn_lengths: list[int], weight: float = 1.0, bad: BadSamp
 
 @pytest.fixture
 def batch() -> Batch:
-    """A long example, a short one, and a short one of weight 0 that took the place of a bad sample."""
+    """Collate a long example, a short one, and a short one of weight 0 that replaced a bad sample."""
     bad = BadSample("broken", "broken_image")
     return collate([example("long", [3, 2]), example("short", [2]), example("filler", [2], weight=0.0, bad=bad)])
 

@@ -89,11 +89,11 @@ def test_the_history_of_a_turn_stands_before_its_prompt_without_labels(template_
     tokenizer, config = CharacterTokenizer(), config_for(template_version)
     plain, later = Turn("dog?", "no"), Turn("dog?", "no", history=HISTORY)
     found = encode_turns([plain, later, plain], tokenizer, config)
-    wanted = tokenizer.encode(past) + text_of(encode_turns([plain], tokenizer, config), block=1)
-    assert text_of(found, block=2) == wanted
-    assert text_of(found, block=1) == text_of(found, block=3) == wanted[len(past) :]
+    expected = tokenizer.encode(past) + text_of(encode_turns([plain], tokenizer, config), block=1)
+    assert text_of(found, block=2) == expected
+    assert text_of(found, block=1) == text_of(found, block=3) == expected[len(past) :]
     labels = found.labels[found.block_ids == 2].tolist()
-    assert labels == [IGNORED] * (len(wanted) - 3) + [*tokenizer.encode("no"), 2]
+    assert labels == [IGNORED] * (len(expected) - 3) + [*tokenizer.encode("no"), 2]
     starts = [found.position_ids[found.block_ids == block][0].item() for block in (1, 2, 3)]
     assert starts == [4, 4, 4]
 
@@ -111,7 +111,7 @@ def test_image_positions_hold_the_config_s_pad(pad_token_id: int | None, placeho
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
-    """Nothing would predict the first token of its answer."""
+    """Require a token that predicts the first one of the answer."""
     with pytest.raises(DataError, match="empty prompt"):
         encode_turns([Turn("ab", "c"), Turn("", "c")], CharacterTokenizer(), config_for())
     assert encode_prompt("", CharacterTokenizer(), "chat") == [ord(character) for character in "Question:  Answer:"]

@@ -1,4 +1,4 @@
-"""Finding samples: in our own shards, in those of others, and in damaged ones."""
+"""Locating samples: in shards of this project, in shards of other tools, and in damaged ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def spoil(path: Path, offset: int, size: int = 512) -> None:
 
 @pytest.fixture
 def built(tmp_path: Path) -> Path:
-    """Our own shards: 5 samples in 3 tars."""
+    """Build shards with 5 samples in 3 tars."""
     photos = tmp_path / "photos"
     photos.mkdir()
     lines = []
@@ -315,7 +315,7 @@ def test_compressed_tars_are_refused_clearly(tmp_path: Path, name: str) -> None:
 
 
 def patch_size(path: Path, name: str, size: int) -> None:
-    """Let the header of a member say another size."""
+    """Write another size into the header of a member."""
     offset = header_offset(path, name)
     header = tarfile.TarInfo(name)
     header.size = size
@@ -380,7 +380,7 @@ def test_nothing_to_read_says_what_was_found(tmp_path: Path) -> None:
 
 
 def build_source(folder: Path, names: str, colour: int) -> Path:
-    """Our own shards: one sample per letter, all of train but the last."""
+    """Build shards with one sample per letter; all but the last one are in train."""
     folder.mkdir()
     lines = []
     for name in names:
@@ -410,7 +410,7 @@ def test_several_sources_become_one_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "wanted"),
+    ("setting", "expected"),
     [
         ("data.shards=a", [ShardSource("a", 1.0)]),
         ("data.shards=[a,b]", [ShardSource("a", 1.0), ShardSource("b", 1.0)]),
@@ -418,9 +418,9 @@ def test_several_sources_become_one_index(tmp_path: Path) -> None:
         ("data.shards=http://host:80/a", [ShardSource("http://host:80/a", 1.0)]),
     ],
 )
-def test_how_shards_are_written_in_a_config(tmp_path: Path, setting: str, wanted: list[ShardSource]) -> None:
+def test_how_shards_are_written_in_a_config(tmp_path: Path, setting: str, expected: list[ShardSource]) -> None:
     config = load_config(None, ["output_dir=x", "model.path=m", setting])
-    assert shard_sources(config.data.shards) == wanted
+    assert shard_sources(config.data.shards) == expected
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

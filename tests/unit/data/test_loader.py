@@ -53,12 +53,12 @@ def dataset(shards: Path, tokenizer: CogVLMTokenizer) -> GroundingDataset:
 
 @pytest.fixture
 def own_shards(shards: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """Copy the shards, so that a test may damage them."""
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
 def overwrite(shards: Path, i: int, part: str, data: bytes) -> str:
-    """Put `data` over the "image" or "json" bytes of training sample i; returns its key."""
+    """Write `data` over the "image" or "json" bytes of training sample i; return its key."""
     index = load_index(shards, "train")
     offset, size = (int(getattr(index, f"{part}_{what}")[i]) for what in ("offset", "num_bytes"))
     assert len(data) <= size
@@ -68,9 +68,9 @@ def overwrite(shards: Path, i: int, part: str, data: bytes) -> str:
     return index.key(i)
 
 
-def assert_equal(found: Batch, wanted: Batch) -> None:
-    """Bit for bit."""
-    for name, value in vars(wanted).items():
+def assert_equal(found: Batch, expected: Batch) -> None:
+    """Compare bit for bit."""
+    for name, value in vars(expected).items():
         other = getattr(found, name)
         assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
 
@@ -85,8 +85,8 @@ def test_an_example_holds_the_photo_and_all_its_turns(dataset: GroundingDataset)
         assert (found.key, found.weight, found.bad) == (sample.record.key, 1.0, None)
         assert found.num_turns == len(turns) == len(sample.record.turns) + len(sample.record.targets)
         assert torch.equal(found.pixel_values, preprocess_image(sample.image, 28))
-        wanted = encode_turns(turns, dataset.tokenizer, dataset.config)
-        assert all(torch.equal(getattr(found.sequences, name), value) for name, value in vars(wanted).items())
+        expected = encode_turns(turns, dataset.tokenizer, dataset.config)
+        assert all(torch.equal(getattr(found.sequences, name), value) for name, value in vars(expected).items())
         num_turns.add(found.num_turns)
     assert len(num_turns) > 2
 
@@ -201,13 +201,13 @@ def steps_of(
 
 
 def batches_of(dataset: GroundingDataset, consumed: int, world_size: int = 1, num_workers: int = 0) -> list[Batch]:
-    """Those of all ranks."""
+    """Collect the batches of all ranks."""
     ranks = [steps_of(dataset, consumed, rank, world_size, num_workers) for rank in range(world_size)]
     return [batch for steps in ranks for step in steps for batch in step]
 
 
 def counted_keys(batches: list[Batch]) -> list[str]:
-    """The keys of weight 1."""
+    """List the keys of weight 1."""
     return [key for batch in batches for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight]
 
 
@@ -255,16 +255,16 @@ def test_a_resumed_rank_sees_the_very_same_batches(
             consumed = epoch * NUM_SAMPLES + num_done * GLOBAL_BATCH_SIZE
             rest = steps_of(build_dataset(shards, tokenizer), consumed, rank, world_size, num_workers)
             assert len(rest) == NUM_STEPS - num_done
-            for found, wanted in zip(rest, whole[num_done:], strict=True):
-                for found_batch, wanted_batch in zip(found, wanted, strict=True):
-                    assert_equal(found_batch, wanted_batch)
+            for found, expected in zip(rest, whole[num_done:], strict=True):
+                for found_batch, expected_batch in zip(found, expected, strict=True):
+                    assert_equal(found_batch, expected_batch)
 
 
 def test_resuming_between_two_steps_goes_on_with_the_next_sample(dataset: GroundingDataset) -> None:
-    """As after a change of the global batch size: other batches, the same samples in the same order."""
-    wanted = counted_keys(batches_of(dataset, 0))
+    """Change the global batch size: other batches, the same samples in the same order."""
+    expected = counted_keys(batches_of(dataset, 0))
     for consumed in range(0, NUM_SAMPLES, 4):
-        assert counted_keys(batches_of(dataset, consumed)) == wanted[consumed:]
+        assert counted_keys(batches_of(dataset, consumed)) == expected[consumed:]
 
 
 def test_epochs_have_different_orders(dataset: GroundingDataset) -> None:

@@ -1,4 +1,4 @@
-"""data.max_turns_per_image: a photo with many turns goes to several sequences, every turn to exactly one of them."""
+"""data.max_turns_per_image: an image with many turns is split into several sequences; every turn is in exactly one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def steps_of(dataset: GroundingDataset, consumed: int, rank: int = 0, world_size
 
 
 def turns_in(batches: list[Batch]) -> Counter[tuple[str, tuple[int, ...]]]:
-    """(key, tokens) of every turn that counts."""
+    """List (key, tokens) of every labelled turn."""
     found: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for batch in batches:
         num_turns = 0
@@ -58,7 +58,7 @@ def turns_in(batches: list[Batch]) -> Counter[tuple[str, tuple[int, ...]]]:
 
 
 def turns_of_epoch(dataset: GroundingDataset, epoch: int) -> Counter[tuple[str, tuple[int, ...]]]:
-    """The same of every photo with all its turns in one sequence."""
+    """List the same for every image with all its turns in one sequence."""
     whole = replace(dataset, parts=None)
     items = [[Item(epoch, i, 1.0)] for i in range(len(dataset.reader))]
     plan = SamplePlan(len(items), 1, SEED)
@@ -119,17 +119,17 @@ def test_all_sequences_of_a_photo_show_it_as_one(shards: Path, tokenizer: CogVLM
 
 
 def test_boxes_that_answers_leave_out_are_counted_once(shards: Path, tokenizer: CogVLMTokenizer) -> None:
-    """As with all turns of a photo in one sequence."""
+    """Count as with all turns of an image in one sequence."""
     wording = replace(load_wording("conversation"), max_boxes=1)
     whole = build_dataset(shards, tokenizer, wording=wording)
     dataset = replace(whole, parts=split_photos(most_turns_of(whole.reader, wording), 1))
-    wanted = sum(whole[Item(0, i, 1.0)].num_cut_boxes for i in range(NUM_SAMPLES))
+    expected = sum(whole[Item(0, i, 1.0)].num_cut_boxes for i in range(NUM_SAMPLES))
     batches = [batch for step in steps_of(dataset, 0) for batch in step]
-    assert sum(batch.num_cut_boxes for batch in batches) == wanted
+    assert sum(batch.num_cut_boxes for batch in batches) == expected
 
 
 def test_a_part_that_gets_nothing_weighs_nothing(shards: Path, tokenizer: CogVLMTokenizer) -> None:
-    """A wording that asks in one turn or in many leaves parts empty; what fills them has no labels."""
+    """Leave parts empty by a wording of one turn or many; their padding has no labels."""
     dataset = split_dataset(shards, tokenizer, "mixed", max_turns=1)
     assert dataset.parts is not None
     num_empty = 0
@@ -152,9 +152,9 @@ def test_a_run_resumed_anywhere_sees_what_it_would_have_seen(
     whole = steps_of(dataset, 0, world_size - 1, world_size)
     for num_done in range(1, len(whole), 2):
         rest = steps_of(split_dataset(shards, tokenizer), 12 * num_done, world_size - 1, world_size)
-        for found, wanted in zip(rest, whole[num_done:], strict=True):
-            for found_batch, wanted_batch in zip(found, wanted, strict=True):
-                assert_equal(found_batch, wanted_batch)
+        for found, expected in zip(rest, whole[num_done:], strict=True):
+            for found_batch, expected_batch in zip(found, expected, strict=True):
+                assert_equal(found_batch, expected_batch)
 
 
 def test_after_a_resume_with_other_ranks_no_turn_is_missed_or_seen_twice(
@@ -168,7 +168,7 @@ def test_after_a_resume_with_other_ranks_no_turn_is_missed_or_seen_twice(
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
 def test_weighted_sources_show_every_turn_once_a_pass(shards: Path, tokenizer: CogVLMTokenizer, weight: float) -> None:
-    """Two epochs of weight 0.5 are one pass, one of weight 2 are two."""
+    """Draw one pass in two epochs of weight 0.5, two passes in one of weight 2."""
     index = load_index([{"path": str(shards), "weight": weight}, {"path": str(shards), "weight": 1.0}], "train")
     dataset = build_dataset(shards, tokenizer, reader=ShardReader(index), wording=load_wording("conversation"))
     parts = split_photos(most_turns_of(dataset.reader, dataset.wording), MAX_TURNS)
@@ -214,7 +214,7 @@ def test_what_the_index_does_not_know_is_read_from_the_records(
 def test_a_bad_photo_is_reported_for_each_of_its_sequences(
     shards: Path, tokenizer: CogVLMTokenizer, tmp_path: Path
 ) -> None:
-    """They are counted as the plan counts; what fills their places is within the limit too."""
+    """Count them as the plan counts; their replacements obey the limit too."""
     folder = Path(shutil.copytree(shards, tmp_path / "shards"))
     photo = 3  # with four targets, and as many in the next
     key = overwrite(folder, photo, "image", NOT_AN_IMAGE)

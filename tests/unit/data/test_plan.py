@@ -1,4 +1,4 @@
-"""The plan: every sample once an epoch, the same for every world size, from any position."""
+"""The plan: every sample once per epoch, the same for every world size, from any position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = list(itertools.product([1, 2, 7, 16, 100], [1, 4, 12, 128]))
 
 
 def real_samples(plan: SamplePlan, consumed: int, num_steps: int) -> tuple[list[int], int]:
-    """What a run sees, with one number as its only state."""
+    """Simulate what a run sees, with one number as its only state."""
     seen: list[int] = []
     for _ in range(num_steps):
         indices, _, weights = plan.global_batch(*plan.position(consumed))

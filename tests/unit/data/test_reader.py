@@ -1,4 +1,4 @@
-"""Reading one sample: the picture as stored, and one kind of error whatever is wrong."""
+"""Reading one sample: the image as stored, and one kind of error for every defect."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_shard(folder: Path, name: str, parts: list[tuple[str, bytes, bytes]], 
 
 
 def reader_of(folder: Path, *parts: tuple[bytes, Any], **options: Any) -> ShardReader:
-    """A reader of one shard with these pictures and records; the keys are s0, s1, ..."""
+    """Build a reader of one shard with these images and records; the keys are s0, s1, ..."""
     records = [record if isinstance(record, bytes) else json.dumps(record).encode() for _, record in parts]
     write_shard(folder, "train-0.tar", [(f"s{i}", part[0], records[i]) for i, part in enumerate(parts)])
     return ShardReader(load_index(folder, "train"), **options)
@@ -77,7 +77,7 @@ def test_an_exif_rotation_is_not_applied_because_boxes_are_in_stored_pixels(tmp_
 
 
 def oriented(orientation: int, upright: Image.Image) -> Image.Image:
-    """The picture as a camera stores it that was held so."""
+    """Turn the image as a camera held that way would store it."""
     flip = Image.Transpose
     undo = {
         2: flip.FLIP_LEFT_RIGHT,
@@ -167,7 +167,7 @@ def test_other_formats_are_never_drafted(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos of ../shared/data are not there")
 def test_a_draft_of_a_real_photo_differs_little() -> None:
-    """As the documents state it: less than 1.5 levels of 255 on average in the model's 490 px input."""
+    """Differ by less than 1.5 of 255 levels on average in the model's 490 px input, as documented."""
     names = ["DJI-00760-00001.jpg", "DJI_0005-0019.jpg", "zh_train_0.jpg"]
     for path in [path for name in names for path in PHOTOS.rglob(name)]:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The JSON of a sample: there and back, and what is refused."""
+"""The JSON of a sample: round trip, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECORD = Record(
 
 
 def changed(path: list[Any], value: Any) -> bytes:
-    """The JSON of RECORD with one field replaced."""
+    """Return the JSON of RECORD with one field replaced."""
     fields = json.loads(record_to_json(RECORD))
     place = fields
     for step in path[:-1]:

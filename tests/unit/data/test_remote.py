@@ -1,4 +1,4 @@
-"""Shards on an HTTP server: sample by sample, or whole into a cache."""
+"""Shards on an HTTP server: sample by sample, or whole shards in a cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four samples of train in two tars, one of val."""
+    """Build four samples of train in two tars, one of val."""
     folder = tmp_path_factory.mktemp("built")
     lines = []
     for name in "abcde":
@@ -40,9 +40,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.0, 0.0))
 
 
-def same_samples(found: ShardIndex, wanted: ShardIndex) -> bool:
-    readers = ShardReader(found), ShardReader(wanted)
-    assert len(found) == len(wanted) > 0
+def same_samples(found: ShardIndex, expected: ShardIndex) -> bool:
+    readers = ShardReader(found), ShardReader(expected)
+    assert len(found) == len(expected) > 0
     samples = [[reader.read(i) for reader in readers] for i in range(len(found))]
     return all(a.record == b.record and a.image.tobytes() == b.image.tobytes() for a, b in samples)
 

@@ -1,4 +1,4 @@
-"""Frames: the picture and its boxes move together, and back. Properties over random photos, boxes and frames."""
+"""Frames map an image and its boxes, and boxes back. Properties over random images, boxes and frames."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ RED = (255, 0, 0)
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:
-    """Nothing red in it."""
+    """Draw noise without red."""
     pixels = np.random.default_rng(seed).integers(0, 90, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 class Photo(NamedTuple):
-    """draft_px: decoded at 1/shrink of its size. least_px: a box of that is 3 pixels or more of what the model sees."""
+    """draft_px: decoded at 1/shrink of its size. least_px: a box of this size has 3 pixels or more in the input."""
 
     draft_px: tuple[int, int]
     shrink: int
@@ -56,7 +56,7 @@ class Photo(NamedTuple):
 
 @st.composite
 def photos(draw: st.DrawFn) -> Photo:
-    """Of any size and of any shape up to 10:1."""
+    """Generate images of any size and of any shape up to 10:1."""
     width = draw(st.integers(8, 300))
     height = draw(st.integers(max(8, -(-width // 10)), min(300, width * 10)))
     return Photo((width, height), draw(st.sampled_from((1, 2, 4, 8))), -(-max(width, height) // 30))
@@ -64,7 +64,7 @@ def photos(draw: st.DrawFn) -> Photo:
 
 @st.composite
 def frames(draw: st.DrawFn, photo_px: tuple[int, int], box: Box) -> Frame:
-    """Any frame that holds the box whole: a part or the whole, mirrored or not, squash or letterbox."""
+    """Generate a frame that contains the whole box: a part or the whole, mirrored or not, squash or letterbox."""
     frame = photo_frame(photo_px, "squash")
     if draw(st.booleans()):
         frame = crop(frame, [box], draw(st.floats(0.05, 1)), draw(st.randoms()))
@@ -72,7 +72,7 @@ def frames(draw: st.DrawFn, photo_px: tuple[int, int], box: Box) -> Frame:
 
 
 class Case(NamedTuple):
-    """box: pixels of the photo. on_draft: the same in pixels of the draft."""
+    """box: pixels of the image. on_draft: the same in pixels of the draft."""
 
     photo: Photo
     box: Box
@@ -90,7 +90,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def red_box(image: Image.Image) -> Box:
-    """Where it is red; the grey beside a letterboxed photo is not."""
+    """Locate the red pixels; the grey beside a letterboxed image is not red."""
     levels = np.asarray(image, int)
     red = levels[..., 0] - levels[..., 2] > 130
     columns, rows = np.flatnonzero(red.any(axis=0)), np.flatnonzero(red.any(axis=1))
@@ -98,14 +98,14 @@ def red_box(image: Image.Image) -> Box:
 
 
 def in_square(box: Box, size_px: tuple[int, int]) -> list[float]:
-    """From pixels of the frame to pixels of the model's input."""
+    """Map pixels of the frame to pixels of the model's input."""
     width, height = size_px
     return [edge / length * SIDE for edge, length in zip(box, (width, height, width, height), strict=True)]
 
 
 @given(cases())
 def test_a_red_box_is_where_the_moved_box_says(case: Case) -> None:
-    """Within one pixel of what the model sees, or a tenth of a pixel of the draft where that is more."""
+    """Agree within one pixel of the model's input, or a tenth of a pixel of the draft if that is more."""
     draft = Image.new("RGB", case.photo.draft_px)
     draft.paste(RED, case.on_draft)
     [moved] = case.frame.apply_boxes([case.box])
@@ -125,7 +125,7 @@ def test_there_and_back_is_the_same_box(case: Case, data: st.DataObject) -> None
 
 @given(cases(), st.data())
 def test_a_box_is_as_large_in_the_frame_as_in_the_photo(case: Case, data: st.DataObject) -> None:
-    """So an IoU measured there is that of the photo."""
+    """Keep the size, so that an IoU in the frame is that in the image."""
     other = data.draw(boxes_in(case.photo.size_px, 1))
     there = match_iou(case.frame.apply_boxes([other]), case.frame.apply_boxes([case.box]))
     assert there == pytest.approx(match_iou([other], [case.box]), abs=1e-9)
@@ -133,20 +133,20 @@ def test_a_box_is_as_large_in_the_frame_as_in_the_photo(case: Case, data: st.Dat
 
 @given(cases())
 def test_an_answer_in_bins_comes_back_to_the_photo(case: Case) -> None:
-    """Within half a bin, but for the frame's last pixel, where edges are clamped as the reference does."""
+    """Agree within half a bin, except at the frame's last pixel, where the reference clamps edges."""
     frame = case.frame
     [moved] = frame.apply_boxes([case.box])
     [answered] = boxes_from_bins([bins_from_box(moved, frame.size_px)], frame.size_px).tolist()
     sides = np.array(frame.size_px * 2)
     clamped = np.minimum(moved, sides - 1)
-    [wanted], [back] = frame.invert_boxes([tuple(clamped)]), frame.invert_boxes([answered])
-    assert (np.abs(np.subtract(back, wanted)) <= sides / 2000 + 1e-6).all()
-    assert np.abs(np.subtract(wanted, case.box)).max() <= 1
+    [expected], [back] = frame.invert_boxes([tuple(clamped)]), frame.invert_boxes([answered])
+    assert (np.abs(np.subtract(back, expected)) <= sides / 2000 + 1e-6).all()
+    assert np.abs(np.subtract(expected, case.box)).max() <= 1
 
 
 @given(cases())
 def test_frames_lie_on_the_grid_or_on_an_edge(case: Case) -> None:
-    """So no pixel of a draft is cut in two."""
+    """Align frames, so that no pixel of a draft is divided."""
     frame, size = case.frame, case.photo.size_px
     x0, y0, x1, y1 = (edge if edge not in (*size, *frame.size_px) else 0 for edge in frame.window_px)
     assert x0 % GRID_PX == y0 % GRID_PX == 0

@@ -1,4 +1,4 @@
-"""Augmented training samples: texts and boxes stay true, and the same sample always looks the same."""
+"""Augmented training samples: texts and boxes stay correct, and equal samples always give equal images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def record_of(*boxes: Box, phrase: str = "the dog", key: str = "k", turns: tuple
 
 
 def looks(record: Record, settings: AugmentConfig, turns: tuple[Turn, ...] = ()) -> list[tuple[Frame, Colours]]:
-    """Of many epochs."""
+    """Choose the looks of many epochs."""
     return [choose_look(record, turns, settings, "squash", seed=0, epoch=epoch) for epoch in range(60)]
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_augmented_unless_asked_for() -> None:
 
 @st.composite
 def records(draw: st.DrawFn, *, plain: bool = False) -> Record:
-    """A photo of any size with up to four targets; if plain, their phrases speak of no side and no colour."""
+    """Generate an image of any size with up to four targets; if plain, their phrases name no side and no colour."""
     size = draw(st.integers(8, 1500)), draw(st.integers(8, 1500))
     targets = draw(st.lists(targets_in(size, plain=plain), min_size=1, max_size=4))
     return Record(draw(st.text("abc", max_size=3)), size, "s", tuple(targets), ())
@@ -71,7 +71,7 @@ def boxes_of(record: Record) -> list[Box]:
 
 @given(records(), st.sampled_from(RESIZES), st.integers(0, 9))
 def test_a_crop_keeps_every_box_of_every_target_whole(record: Record, resize: str, epoch: int) -> None:
-    """Also those that another question is about."""
+    """Keep boxes of all targets, not only of one question."""
     frame, _ = choose_look(record, (), replace(ALL, crop=1), resize, seed=0, epoch=epoch)
     left, top, right, bottom = frame.window_px
     photo_width, photo_height = frame.photo_px
@@ -86,7 +86,7 @@ def test_a_crop_keeps_every_box_of_every_target_whole(record: Record, resize: st
 
 @given(records(), st.sampled_from(RESIZES), st.sampled_from(["box", "steps", "detection"]), st.integers(0, 9))
 def test_box_text_is_about_the_moved_boxes(record: Record, resize: str, wording: str, epoch: int) -> None:
-    """What is trained: the turns of the moved record hold its boxes, within one bin (and clamped to the last pixel)."""
+    """Train on the moved record's boxes, within one bin (and clamped to the last pixel)."""
     frame, _ = choose_look(record, (), replace(ALL, crop=0.5), resize, seed=0, epoch=epoch)
     turns = turns_of(move_record(record, frame), load_wording(wording), seed=0, epoch=epoch)
     asked = {box for turn in turns if turn.target for box in turn.target.boxes_xyxy}
@@ -109,7 +109,7 @@ def test_a_photo_without_present_targets_is_cropped_too() -> None:
 
 
 def test_crops_enlarge_small_targets() -> None:
-    """A frame of half the size or less is as frequent as a larger one; never below min_crop."""
+    """Draw a frame of half the size or less as often as a larger one, never below min_crop."""
     box = (100.0, 100.0, 108.0, 106.0)
     shares = [frame.size_px[0] / 320 for frame, _ in looks(record_of(box), replace(ALL, crop=1, min_crop=0.25))]
     assert min(shares) >= 0.25 and min(shares) < 0.35
@@ -128,7 +128,7 @@ PLACES = ("phrase", "description", "prompt", "answer", "history")
 
 
 def with_text(record: Record, place: str, text: str) -> tuple[Record, tuple[Turn, ...]]:
-    """The record and a turn about it, one of which has the text; as the phrase it is that of the absent target."""
+    """Put the text into the record or a turn about it; as the phrase it is that of the absent target."""
     turn = Turn("where?", "there")
     if place in ("phrase", "description"):
         return replace(record, targets=(*record.targets[:-1], replace(record.targets[-1], **{place: text}))), (turn,)
@@ -137,7 +137,7 @@ def with_text(record: Record, place: str, text: str) -> tuple[Record, tuple[Turn
 
 @st.composite
 def mentions(draw: st.DrawFn, words: dict[str, tuple[str, ...]]) -> str:
-    """Any text around one of the words, which in English stands alone."""
+    """Generate any text around one of the words, which in English stands alone."""
     language = draw(st.sampled_from(("zh", "en")))
     return draw(st.text(max_size=8)) + (" {} " if language == "en" else "{}").format(
         draw(texts(language, words[language]))
@@ -163,7 +163,7 @@ def test_left_and_right_are_seen_in_any_chinese_text(before: str, after: str, si
 def test_photos_that_nothing_speaks_against_are_mirrored_and_recoloured(
     record: Record, wording: str, epoch: int
 ) -> None:
-    """The built-in words around the phrases do not keep a photo as it is."""
+    """Ignore the built-in words around the phrases."""
     turns = turns_of(record, load_wording(wording), seed=0, epoch=epoch)
     frame, colours = choose_look(record, turns, replace(ALL, flip=1), "squash", seed=0, epoch=epoch)
     assert frame.mirrored and colours.hue != 0
@@ -244,7 +244,7 @@ FACTORS = st.floats(0, 2)
 
 @given(st.builds(Colours, FACTORS, FACTORS, FACTORS, st.floats(-0.5, 0.5)), boxes_in((30, 20), whole=True))
 def test_colours_move_nothing(colours: Colours, box: Box) -> None:
-    """Pixels that were equal are equal afterwards."""
+    """Keep equal pixels equal."""
     image, (x0, y0, x1, y1) = Image.new("RGB", (30, 20), (40, 90, 60)), (int(edge) for edge in box)
     image.paste((200, 60, 40), (x0, y0, x1, y1))
     inside = np.zeros((20, 30), bool)
@@ -294,9 +294,9 @@ def test_augmented_samples_are_the_same_in_every_process_and_differ_between_epoc
 def test_a_resumed_run_sees_the_very_same_augmented_batches(shards: Path, tokenizer: CogVLMTokenizer) -> None:
     whole = steps_of(build_dataset(shards, tokenizer, augment=ALL), NUM_SAMPLES)
     rest = steps_of(build_dataset(shards, tokenizer, augment=ALL), NUM_SAMPLES + 12, num_workers=2)
-    for found, wanted in zip(rest, whole[1:], strict=True):
-        for found_batch, wanted_batch in zip(found, wanted, strict=True):
-            assert_equal(found_batch, wanted_batch)
+    for found, expected in zip(rest, whole[1:], strict=True):
+        for found_batch, expected_batch in zip(found, expected, strict=True):
+            assert_equal(found_batch, expected_batch)
 
 
 def test_nothing_changes_where_all_is_off(shards: Path, tokenizer: CogVLMTokenizer) -> None:
@@ -308,7 +308,7 @@ def test_nothing_changes_where_all_is_off(shards: Path, tokenizer: CogVLMTokeniz
 @settings(max_examples=60)
 @given(st.data())
 def test_what_is_answered_is_where_it_is_seen(tokenizer: CogVLMTokenizer, data: st.DataObject) -> None:
-    """From a shard to a batch, within 1.2 pixels of 112: the answer's text against the red pixels."""
+    """Compare the answer's text with the red pixels, from a shard to a batch, within 1.2 pixels of 112."""
     resize, draft_side = data.draw(st.sampled_from(RESIZES)), data.draw(st.sampled_from([None, SIDE]))
     language, words = data.draw(st.sampled_from(("zh", "en"))), data.draw(st.sampled_from([{}, SIDES, COLOURS]))
     phrase = data.draw(texts(language, words.get(language, ())))

@@ -1,4 +1,4 @@
-"""No test here knows the W&B account of the person who runs it."""
+"""Hide the W&B account of the person who runs the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interpreter ends only when gloo's threads hold no tensor."""
+"""The interpreter exits only when gloo's threads hold no tensor."""
 
 from __future__ import annotations
 

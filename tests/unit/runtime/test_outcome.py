@@ -1,4 +1,4 @@
-"""One word about how an attempt ended, for the program that may start it again."""
+"""The word that reports how an attempt ended, for the program that may start it again."""
 
 from __future__ import annotations
 

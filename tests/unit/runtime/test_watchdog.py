@@ -1,4 +1,4 @@
-"""The watchdog's own cost and its end."""
+"""The watchdog's cost and how it ends a process."""
 
 from __future__ import annotations
 
