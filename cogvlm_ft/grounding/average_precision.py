@@ -1,7 +1,7 @@
 """COCO's average precision and recall: boxes of a whole evaluation, ranked by their confidence.
 
-The rules are those of the COCO evaluation: IoU thresholds 0.50 to 0.95 in steps of 0.05, precision read at 101 recalls,
-at most 100 boxes of one question, equal confidences in the order in which they came.
+The rules are those of the COCO evaluation: IoU thresholds 0.50 to 0.95 in steps of 0.05, precision at 101 recalls, at
+most 100 boxes per question, boxes of equal confidence in their original order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COCO_AREAS_PX2: Mapping[str, tuple[float, float]] = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-"""Bounds belong to both sides."""
+"""Bounds are inclusive on both sides."""
 ANY_AREA = (0.0, 1e10)
 
 
@@ -30,7 +30,7 @@ ANY_AREA = (0.0, 1e10)
 class RankedBoxes:
     """The answered boxes of one question, the most confident first; T = 10 thresholds, P boxes.
 
-    confidence: [P]. hit, ignored: bool[T, P]; what is ignored is neither right nor wrong. num_true: boxes to be found.
+    confidence: [P]. hit, ignored: bool[T, P]; an ignored box is neither right nor wrong. num_true: boxes to be found.
     """
 
     confidence: NDArray[np.float64]
@@ -47,8 +47,8 @@ def rank_boxes(
 ) -> RankedBoxes:
     """Match the boxes of one question.
 
-    confidence: one per answered box; None = 1.0 each. area_px2: true boxes of another area need not be found, and
-    answered boxes of another area that meet none are not counted.
+    confidence: one per answered box; None = 1.0 each. area_px2: true boxes with an area outside these bounds need not
+    be found, and unmatched answered boxes outside them are ignored.
     """
     predicted = np.asarray(predicted_xyxy, dtype=np.float64).reshape(-1, 4)
     truth = np.asarray(truth_xyxy, dtype=np.float64).reshape(-1, 4)
@@ -56,7 +56,7 @@ def rank_boxes(
     order = np.argsort(-ranks, kind="stable")[: MAX_BOXES[-1]]
     predicted = predicted[order]
     optional = ~_has_area(truth, area_px2)
-    columns = np.argsort(optional, kind="stable")  # what must be found comes first
+    columns = np.argsort(optional, kind="stable")  # required boxes first
     iou, optional = pairwise_iou(predicted, truth[columns]), optional[columns]
     matched = _match(iou, optional)
     hit = matched >= 0
@@ -67,7 +67,10 @@ def rank_boxes(
 
 
 def _match(iou: NDArray[np.float64], optional: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """[T, P]: for every answered box, the best, then of equals the last, true box that is still free; -1 for none."""
+    """Return [T, P]: the index of the true box that each answered box matches; -1 for none.
+
+    Of the true boxes that are still free, the one with the highest IoU; of equal ones the last.
+    """
     num_boxes, num_true = iou.shape
     matched = np.full((len(IOU_THRESHOLDS), num_boxes), -1, dtype=np.intp)
     if not num_true:
@@ -75,7 +78,7 @@ def _match(iou: NDArray[np.float64], optional: NDArray[np.bool_]) -> NDArray[np.
     rows, free = np.arange(len(IOU_THRESHOLDS)), np.ones((len(IOU_THRESHOLDS), num_true), dtype=bool)
     for box, overlap in enumerate(iou):
         good = free & (overlap >= np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None])
-        required = (good & ~optional).any(axis=1)  # one that may be missed is taken only where no other fits
+        required = (good & ~optional).any(axis=1)  # an optional box is taken only if no required one fits
         good &= ~(required[:, None] & optional)
         best = num_true - 1 - np.where(good, overlap, -1.0)[:, ::-1].argmax(axis=1)
         found = good.any(axis=1)
@@ -90,7 +93,7 @@ def _has_area(boxes: NDArray[np.float64], area_px2: tuple[float, float]) -> NDAr
 
 
 def average_precision(questions: Sequence[RankedBoxes]) -> dict[str, float]:
-    """ap (mean over the thresholds), ap50, ap75, ar1, ar10, ar100: recall with that many boxes a question.
+    """Return ap (mean over the thresholds), ap50, ap75, and ar1, ar10, ar100: recall with that many boxes per question.
 
     Empty if there is no true box to be found.
     """
@@ -104,7 +107,7 @@ def average_precision(questions: Sequence[RankedBoxes]) -> dict[str, float]:
 
 
 def precision_recall_curve(questions: Sequence[RankedBoxes]) -> list[list[float]]:
-    """[recall, precision] at IoU 0.5, for recalls 0, 0.01, ... 1; empty if there is no true box."""
+    """Return points [recall, precision] at IoU 0.5, for recalls 0, 0.01, ... 1; empty if there is no true box."""
     precision, _ = _precision_recall(questions, MAX_BOXES[-1])
     return [] if precision is None else np.stack([RECALLS, precision[0]], axis=1).tolist()
 
@@ -112,7 +115,7 @@ def precision_recall_curve(questions: Sequence[RankedBoxes]) -> list[list[float]
 def _precision_recall(
     questions: Sequence[RankedBoxes], num_boxes: int
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64]]:
-    """Precision [T, 101] at the recalls (None if nothing is to be found), and the recall [T] that is reached."""
+    """Return precision [T, 101] at RECALLS (None if there is no true box to be found) and the highest recall [T]."""
     num_true = sum(question.num_true for question in questions)
     if not num_true:
         return None, np.zeros(len(IOU_THRESHOLDS))
@@ -123,7 +126,7 @@ def _precision_recall(
     num_right, num_wrong = np.cumsum(hit & counted, axis=1), np.cumsum(~hit & counted, axis=1)
     recall = num_right / num_true
     precision = num_right / np.maximum(num_right + num_wrong, 1)
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the best at this recall or more
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the highest at this recall or a higher one
     at_recalls = np.zeros((len(IOU_THRESHOLDS), len(RECALLS)))
     for row in range(len(IOU_THRESHOLDS)):
         places = np.searchsorted(recall[row], RECALLS, side="left")

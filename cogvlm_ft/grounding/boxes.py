@@ -1,4 +1,4 @@
-"""Boxes as CogVLM writes them: `[[x0,y0,x1,y1]]`, thousandths of width and height in three digits, origin top left."""
+"""Box text as CogVLM writes it: `[[x0,y0,x1,y1]]`, thousandths of width and height in three digits, origin top left."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _REACH = 20  # bins
 
 
 def format_boxes(boxes_xyxy: Sequence[Box], image_size_px: tuple[int, int]) -> str:
-    """Write boxes in pixels as one group, in the order given: `[[086,540,400,760;000,000,998,997]]`.
+    """Format boxes in pixels as one group, in the given order: `[[086,540,400,760;000,000,998,997]]`.
 
     image_size_px: (width, height).
     """
-    assert boxes_xyxy, "there is no text for zero boxes: the not-found sentence of the wording stands for them"
+    assert boxes_xyxy, "no boxes to format: use the not-found sentence of the wording"
     items = (",".join(f"{k:03d}" for k in bins_from_box(box, image_size_px)) for box in boxes_xyxy)
     return f"[[{';'.join(items)}]]"
 
 
 def bins_from_box(box_xyxy: Box, image_size_px: tuple[int, int]) -> Bins:
-    """Bins 0..999 of a box in pixels.
+    """Return the bins, 0 to 999, of a box in pixels.
 
-    The rule the model was trained with: clamp to the last pixel, divide by the size, round down. A full picture of
-    640x480 is (0, 0, 998, 997).
+    The rule the model was trained with: clamp to the last pixel, divide by the size, round down. The full area of a
+    640x480 image is (0, 0, 998, 997).
     """
     width, height = image_size_px
     x0, y0, x1, y1 = box_xyxy
@@ -50,11 +50,11 @@ def _bin(value_px: float, size_px: int) -> int:
 
 
 def parse_boxes(text: str) -> list[Bins] | None:
-    """Bins of every `[[...]]` group of an answer, in order; None if there is no group or one of them is malformed.
+    """Parse every `[[...]]` group of an answer into bins, in order; None without a group or if one is malformed.
 
-    As strict as the official parser: digits and commas only, blanks are refused. Inverted boxes come back as they are.
+    As strict as the official parser: digits and commas only, no blanks. Inverted boxes are returned as they are.
     """
-    closed = text[: text.rfind("]]") + 2]  # behind it, each of very many "[[" would be sought an end for
+    closed = text[: text.rfind("]]") + 2]  # after it, the search for an end would take quadratic time
     items = [item for group in _GROUP.findall(closed) for item in group.split(";")]
     if not items or not all(_ITEM.fullmatch(item) for item in items):
         return None
@@ -69,11 +69,11 @@ def _parse_item(item: str) -> Bins:
 def boxes_from_bins(
     bins: Sequence[tuple[float, float, float, float]], image_size_px: tuple[int, int], reading: str = "centre"
 ) -> NDArray[np.float64]:
-    """Boxes in pixels, float64[K, 4].
+    """Return boxes in pixels, float64[K, 4].
 
-    reading: "centre" takes each coordinate at the centre of its bin: bins were rounded down, so this halves the error
-    of the lower edge, without which 41 % of perfect answers about targets 3 bins wide miss IoU 0.5. "official" takes
-    it at the lower edge, as the reference does.
+    reading: "centre" places each coordinate at the centre of its bin. Bins are rounded down, so this halves the error
+    of "official", which places it at the lower edge as the reference does: there, 41 % of perfect answers about targets
+    3 bins wide miss IoU 0.5.
     """
     assert reading in READINGS, reading
     width, height = image_size_px
@@ -86,7 +86,7 @@ def boxes_from_bins(
 class ReadBox:
     """One box of an answer. confidence: mean probability of its digits.
 
-    expected: like `bins`, but between them: where the model's doubt about each digit has its mean.
+    expected: like `bins`, but fractional: the mean of each coordinate under the probabilities of its digits.
     """
 
     bins: Bins
@@ -95,10 +95,10 @@ class ReadBox:
 
 
 def read_boxes(text: str, digit_probs: Sequence[Sequence[float]]) -> list[ReadBox] | None:
-    """The boxes that `parse_boxes` finds, with what the model thought of their digits.
+    """Return the boxes that `parse_boxes` finds, with the probabilities of their digits.
 
-    digit_probs: for every digit of the text, in order, the probabilities of 0 to 9. None if they do not belong to this
-    text, as with a tokenizer that writes several digits as one token, or if it is unreadable.
+    digit_probs: for every digit of the text, in order, the probabilities of 0 to 9. None if their number differs from
+    the digits of the text, as with a tokenizer that writes several digits as one token, or if the text is unreadable.
     """
     places = [place for place, character in enumerate(text) if character in "0123456789"]
     if parse_boxes(text) is None or len(places) != len(digit_probs):
@@ -119,11 +119,11 @@ def _read_box(item: re.Match[str], probs_at: dict[int, Sequence[float]]) -> Read
 
 
 def expected_coordinate(digits: str, digit_probs: Sequence[Sequence[float]]) -> float:
-    """The mean of a number that was written digit by digit, over what the model thought of each digit.
+    """Return the mean of a number written digit by digit, under the probabilities of each digit.
 
-    What would have followed another digit is not known, so the number next to the written one is taken: for 299 with
-    doubt about the 2, that is 300. Without it the mean of two neighbours could be 349. Numbers more than _REACH away
-    are left out: they are another object, not a doubt about this edge.
+    The digits after an alternative digit are not known, so the number next to the written one is used: for 299 with an
+    alternative 3 for the 2, that is 300. Otherwise the mean of two neighbours could be 349. Numbers more than _REACH
+    away are left out: they belong to another object, not to this edge.
     """
     value, shift, weight, prob_of_prefix = int(digits), 0.0, 0.0, 1.0
     for i, (digit, row) in enumerate(zip(digits, digit_probs, strict=True)):

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, of all its answers and of every group of them: `acc@0.5`, `acc@0.5/share=under_1`."""
+"""Metrics of an evaluation, over all answers and over every group of them: `acc@0.5`, `acc@0.5/share=under_1`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cogvlm_ft.grounding.protocols import OURS, Protocol
 from cogvlm_ft.grounding.targets import Box
 
 MAX_SOURCES = 20
-# Upper bounds; the last class is everything above.
+# Upper bounds; the last class has none.
 SHARES = ((0.01, "under_1"), (0.03, "1_to_3"), (0.10, "3_to_10"), (np.inf, "over_10"))
 PATCHES = ((1.0, "under_1"), (4.0, "1_to_4"), (np.inf, "over_4"))
 TOTAL_ONLY = ("mean_diou", "mean_ciou")
@@ -39,7 +39,7 @@ _NOT_IN_NAMES = re.compile(r"[^\w.*+-]+")
 
 @dataclass(frozen=True)
 class Summary:
-    """metrics: flat; a group's have `/group=value` behind the name. curves: lists of points, for pictures."""
+    """metrics: flat; those of a group have the suffix `/group=value`. curves: lists of points, for charts."""
 
     metrics: dict[str, float]
     curves: dict[str, Any]
@@ -47,14 +47,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Boxes:
-    """What is made of each prediction once, by its id, whatever groups it is in. Empty where a protocol has no sets."""
+    """Results computed once per prediction, by its id, for all groups it is in. Empty unless `protocol.every_box`."""
 
     ranked: dict[int, RankedBoxes]
     expected_iou: dict[int, float]
 
 
 def summarize_predictions(predictions: Sequence[Prediction], num_patches: int, protocol: Protocol = OURS) -> Summary:
-    """num_patches: of one image, at the resolution it was shown in."""
+    """Compute the metrics of all predictions and of every group.
+
+    num_patches: of one image, at the resolution it was shown at.
+    """
     boxes = _Boxes({}, {})
     if protocol.every_box:
         ranked = {id(each): _rank(each) for each in predictions if _is_ranked(each)}
@@ -71,7 +74,7 @@ def summarize_predictions(predictions: Sequence[Prediction], num_patches: int, p
 
 
 def _is_split(name: str, group: str) -> bool:
-    """COCO's sizes are those of boxes, not of questions: `_precision_by_size` does that."""
+    """Return whether a metric is reported for a group. COCO's sizes are of boxes: see `_precision_by_size`."""
     return name not in TOTAL_ONLY and not (group.startswith("size=") and re.fullmatch(r"a[pr]\d*", name))
 
 
@@ -101,9 +104,9 @@ def _metrics(predictions: Sequence[Prediction], boxes: _Boxes, protocol: Protoco
 
 
 def _expected_iou(predictions: Sequence[Prediction]) -> dict[int, float]:
-    """The IoU where every coordinate is the mean of what the model thought of its digits, not the likeliest.
+    """Return the IoU of the expected boxes (`ReadBox.expected`) by the id of each prediction.
 
-    Of all questions about present things, or of none if no expected box is known.
+    Covers all questions about present targets, or none if no expected box is known.
     """
     present = [each for each in predictions if each.score and each.score.kind == PRESENT]
     if all(each.expected_boxes_xyxy is None for each in present):
@@ -115,7 +118,7 @@ def _expected_iou(predictions: Sequence[Prediction]) -> dict[int, float]:
 
 
 def _not_found(predictions: Sequence[Prediction]) -> NotFoundCurve | None:
-    """Of all answers whose probability is known."""
+    """Compute the curve over all answers with a known probability."""
     probs: dict[str, list[float]] = {ABSENT: [], PRESENT: []}
     for each in predictions:
         if each.score and each.score.kind in probs and each.not_found_prob is not None:
@@ -124,7 +127,7 @@ def _not_found(predictions: Sequence[Prediction]) -> NotFoundCurve | None:
 
 
 def _is_ranked(each: Prediction) -> bool:
-    """A list that was to be cut has no boxes that must be found."""
+    """Return whether the prediction counts for AP. One with a cut list has no boxes that must be found."""
     return each.score is not None and each.score.kind in (PRESENT, ABSENT) and not each.num_cut_boxes
 
 
@@ -133,7 +136,10 @@ def _rank(each: Prediction, area_px2: tuple[float, float] = ANY_AREA) -> RankedB
 
 
 def _groups(predictions: Sequence[Prediction], num_patches: int) -> dict[str, list[Prediction]]:
-    """`name=value` -> its members, sorted by name. A group that holds everything is one too: runs stay comparable."""
+    """Return `name=value` -> its members, sorted by name.
+
+    A group that contains everything is included, so that runs have the same metrics.
+    """
     sources, groups = _source_names(predictions), dict[str, list[Prediction]]()
     for each in predictions:
         for name, value in _values(each, num_patches, sources):
@@ -156,10 +162,10 @@ def _values(each: Prediction, num_patches: int, sources: Mapping[str, str]) -> I
 def size_classes(
     truth: Sequence[Box], image_size_px: tuple[int, int], frame_px: tuple[int, int], num_patches: int
 ) -> list[tuple[str, str]]:
-    """How large the thing asked about is, in three ways; of several boxes, the median area counts.
+    """Classify the size of the target in three ways; the median area counts if there are several boxes.
 
-    size: COCO's, in pixels of the photo. share: of the photo's side, the root of the share of its area. patches: how
-    many of the model's patches the area fills.
+    size: COCO's, in pixels of the stored image. share: the square root of the fraction of the image's area. patches:
+    how many of the model's patches the area covers.
     """
     areas = [max(x1 - x0, 0.0) * max(y1 - y0, 0.0) for x0, y0, x1, y1 in truth]
     area, photo, frame = float(np.median(areas)), float(np.prod(image_size_px)), float(np.prod(frame_px))
@@ -175,9 +181,10 @@ def _class_of(value: float, classes: Sequence[tuple[float, str]]) -> str:
 
 
 def _source_names(predictions: Sequence[Prediction]) -> dict[str, str]:
-    """What a source is called in the name of a metric.
+    """Return the name of each source in metric names.
 
-    The annotation file; where there are more than MAX_SOURCES, its folder and ending; then `others` for small ones.
+    That is the annotation file; with more than MAX_SOURCES of them, its folder and suffix; then `others` for small
+    ones.
     """
     names = {source: _POSITION.sub("", source) or "unknown" for source in {each.source for each in predictions}}
     if len(set(names.values())) > MAX_SOURCES:

@@ -1,4 +1,4 @@
-"""What box text can reach at best: it has a thousand steps a side, so even an answer without a mistake is not exact."""
+"""The highest scores that box text allows: its resolution is a thousand bins per side, so no answer is exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cogvlm_ft.grounding.targets import Box
 
 
 def best_iou(box: Box, image_size_px: tuple[int, int]) -> float:
-    """IoU of a box with its own box text, read back."""
+    """Return the IoU of a box with its own box text, parsed back."""
     ax0, ay0, ax1, ay1 = box
     bx0, by0, bx1, by1 = boxes_from_bins([bins_from_box(box, image_size_px)], image_size_px)[0].tolist()
     overlap = max(min(ax1, bx1) - max(ax0, bx0), 0.0) * max(min(ay1, by1) - max(ay0, by0), 0.0)
@@ -20,6 +20,6 @@ def best_iou(box: Box, image_size_px: tuple[int, int]) -> float:
 
 
 def best_answer_iou(truth_xyxy: Sequence[Box], image_size_px: tuple[int, int], protocol: Protocol = OURS) -> float:
-    """The IoU that the protocol gives to an answer with exactly the true boxes, of which there is at least one."""
+    """Return the IoU of an answer with exactly the true boxes under a protocol. There is at least one true box."""
     answered = protocol.read(format_boxes(truth_xyxy, image_size_px), image_size_px) or []
     return match_iou(answered, protocol.truth(truth_xyxy, image_size_px))

@@ -1,4 +1,4 @@
-"""How close a free text is to the true one, in Chinese and English."""
+"""Text similarity of free answers, in Chinese and English."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _BOXES = re.compile(r"\[\[.*?\]\]", re.DOTALL)
 
 
 def text_without_boxes(text: str) -> str:
-    """The words of an answer that also holds boxes."""
-    closed = text.rfind("]]") + 2  # behind it, each of very many "[[" would be sought an end for
+    """Return an answer without its box text."""
+    closed = text.rfind("]]") + 2  # after it, the search for an end would take quadratic time
     return (_BOXES.sub("", text[:closed]) + text[closed:]).strip() if closed > 1 else text.strip()
 
 
 def description_metrics(answers: Sequence[str], truths: Sequence[str], languages: Sequence[str]) -> dict[str, float]:
-    """chrf and bleu (0 to 100) over all texts together, rouge_l (0 to 1) as a mean; empty for no texts.
+    """Return chrf and bleu (0 to 100) over all texts together and the mean rouge_l (0 to 1); empty without texts.
 
-    An empty answer is a text like any other: it scores 0 and pulls the others down.
+    An empty answer counts as a text and scores 0.
     """
     if not answers:
         return {}
@@ -34,14 +34,17 @@ def description_metrics(answers: Sequence[str], truths: Sequence[str], languages
 
 
 def corpus_chrf(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """chrF2: F-score of character n-grams up to 6, recall counting twice; 0 to 100. Needs no word boundaries."""
+    """Compute chrF2, 0 to 100: F-score of character n-grams up to 6, recall weighted twice."""
     from sacrebleu.metrics import CHRF
 
     return float(CHRF().corpus_score(list(answers), [list(truths)]).score)
 
 
 def corpus_bleu(answers: Sequence[str], truths: Sequence[str], languages: Sequence[str]) -> float:
-    """BLEU-4, 0 to 100; texts of language "zh" are cut into characters (sacrebleu's `zh`), all others by its `13a`."""
+    """Compute BLEU-4, 0 to 100.
+
+    Texts of language "zh" are split into characters by sacrebleu's `zh` tokenizer, all others by its `13a`.
+    """
     from sacrebleu.metrics import BLEU
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
@@ -51,19 +54,19 @@ def corpus_bleu(answers: Sequence[str], truths: Sequence[str], languages: Sequen
         [cut[language == "zh"](text.rstrip()) for text, language in zip(texts, languages, strict=True)]
         for texts in (answers, truths)
     )
-    # The texts are cut already; `force` says that this is meant.
+    # `force` suppresses the warning that the texts are already tokenized.
     return float(BLEU(tokenize="none", force=True).corpus_score(cut_answers, [cut_truths]).score)
 
 
 def rouge_l(answer: str, truth: str) -> float:
-    """F1 of the longest common subsequence, over Chinese characters and lower-case words; 0 to 1."""
+    """Compute the F1 of the longest common subsequence, 0 to 1, over Chinese characters and lower-case words."""
     a, b = _UNIT.findall(answer.lower()), _UNIT.findall(truth.lower())
     common = _longest_common(a, b)
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for unit in a:
         before = row

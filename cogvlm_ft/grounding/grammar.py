@@ -1,8 +1,8 @@
-"""Answers that can always be read: which tokens may come next, so that box text is whole and its boxes stand upright.
+"""Constrained decoding: which tokens may come next, so that the answer contains complete, upright boxes.
 
 Between `[[` and `]]` only `ddd,ddd,ddd,ddd`, joined by `;`, with x1 >= x0 and y1 >= y0; around it any text. An answer
-ends with as many boxes as are wanted, or, where one is enough, as a not-found sentence. It keeps so much of the tokens
-that are left as its boxes still need, so it is readable also where it is cut off.
+ends with at least `min_boxes` boxes or, if one box is enough, as a not-found sentence. It always keeps as many of the
+remaining tokens as its boxes still need, so it is readable even when it reaches the token limit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _OPEN, _CLOSE, _NEXT, _COMMA = b"[];,"
 _DIGITS = b"0123456789"
 _BOX, _BOX_AND_NEXT = len("ddd,ddd,ddd,ddd"), len("ddd,ddd,ddd,ddd;")
 _COMMAS = (3, 7, 11)
-_LOW_EDGE = 8  # digit 8 + i of a box belongs to x1 and is held against digit i, x0; likewise y1 and y0
+_LOW_EDGE = 8  # digit 8 + i of a box belongs to x1 and is compared with digit i, of x0; likewise y1 and y0
 
 
 @dataclass(frozen=True)
 class GrammarState:
-    """Where an answer stands.
+    """The state of an answer.
 
-    sentence: the text so far, while it may still become a not-found sentence, then None.
-    num_open: 1 right behind a `[` outside of boxes, else 0.
-    box: what is written of the current box, `]` included; None outside.
-    num_boxes: boxes that are whole.
+    sentence: the text so far while it is a prefix of a not-found sentence, then None.
+    num_open: 1 directly after a `[` outside of boxes, else 0.
+    box: the text of the current box so far, `]` included; None outside.
+    num_boxes: complete boxes.
     """
 
     sentence: bytes | None = b""
@@ -37,22 +37,25 @@ class GrammarState:
 
 @dataclass(frozen=True)
 class Admitted:
-    """only: nothing but `tokens` may come next; otherwise everything but them."""
+    """only: `tokens` are the only ones that may come next; otherwise all but these may."""
 
     tokens: tuple[int, ...]
     only: bool
 
 
 class BoxGrammar:
-    """Made once for a tokenizer; a `GrammarState` is all that an answer has of its own."""
+    """Shared by all answers of a tokenizer; an answer's own state is a `GrammarState`."""
 
     def __init__(
         self, piece_bytes: Sequence[bytes], eos_token_id: int, not_found: Sequence[str] = (), min_boxes: int = 0
     ) -> None:
-        """piece_bytes: what every id adds to the text. min_boxes: 0 admits a not-found sentence instead of a box."""
+        """Index the tokens by their bytes.
+
+        piece_bytes: the text that each id adds. min_boxes: 0 admits a not-found sentence instead of a box.
+        """
         self._pieces, self._eos = piece_bytes, eos_token_id
         self._sentences = [] if min_boxes else [sentence.strip().encode() for sentence in not_found]
-        self._wanted = max(1, min_boxes)
+        self._min_boxes = max(1, min_boxes)
         self._opening = [token for token, piece in enumerate(piece_bytes) if _OPEN in piece]
         self._by_first: dict[int, list[int]] = {byte: [] for byte in (*_DIGITS, _CLOSE, _NEXT, _COMMA)}
         for token, piece in enumerate(piece_bytes):
@@ -62,27 +65,28 @@ class BoxGrammar:
         lacking = [chr(byte) for byte in (*_DIGITS, _OPEN, _CLOSE, _NEXT, _COMMA) if bytes([byte]) not in single]
         if lacking:
             raise CheckpointError(
-                f"tokenizer.model has no piece for {' '.join(lacking)}: boxes cannot be written with it"
+                f"tokenizer.model: no piece for {' '.join(lacking)}; expected one for every character of box text. "
+                "Use Vicuna's tokenizer.model, or decoding=free"
             )
         self._outside: dict[tuple[int, int, int], tuple[bool, tuple[int, ...]]] = {}
 
     def start(self, max_new_tokens: int) -> GrammarState:
-        """The state before the first token; ConfigError if no answer fits."""
+        """Return the state before the first token; raise ConfigError if no answer fits."""
         needed = self._needed(GrammarState())
         if max_new_tokens < needed:
             raise ConfigError(
-                f"max_new_tokens={max_new_tokens}: {self._wanted} box(es) take up to {needed} tokens; raise it"
+                f"max_new_tokens={max_new_tokens}: {self._min_boxes} box(es) need up to {needed} tokens. Raise it"
             )
         return GrammarState()
 
     def advance(self, state: GrammarState, token: int) -> GrammarState:
-        """The state behind an admitted token."""
+        """Return the state after an admitted token."""
         following = self._after(state, token)
         assert following is not None, f"token {token} is not admitted in {state}"
         return following
 
     def admitted(self, state: GrammarState, num_left: int) -> Admitted:
-        """What may come next, if `num_left` tokens may be written, the next one included."""
+        """Return the tokens that may come next if `num_left` tokens may be written, the next one included."""
         if state.box is None:
             return self._admitted_outside(state, num_left)
         tokens = [token for byte in _bytes_in_box(state.box) for token in self._by_first[byte]]
@@ -90,11 +94,11 @@ class BoxGrammar:
 
     def _admitted_outside(self, state: GrammarState, num_left: int) -> Admitted:
         may_end = self._needed(state) == 0
-        # What pieces with "[" may do depends on little, and most of the tokens that are left are more than enough.
+        # Whether a piece with "[" is admitted depends on these values only; beyond a limit, more tokens change nothing.
         key = (
             state.num_open,
-            min(state.num_boxes, self._wanted),
-            min(num_left, 2 * _BOX_AND_NEXT * (self._wanted + 1)),
+            min(state.num_boxes, self._min_boxes),
+            min(num_left, 2 * _BOX_AND_NEXT * (self._min_boxes + 1)),
         )
         if key not in self._outside:
             plain = replace(state, sentence=None)
@@ -117,7 +121,7 @@ class BoxGrammar:
         return state
 
     def _read(self, state: GrammarState, byte: int) -> GrammarState | None:
-        """One byte further; None if it must not stand there."""
+        """Return the state after one more byte; None if the byte is not admitted."""
         if state.box is None:
             if byte == _OPEN and state.num_open:
                 return GrammarState(None, 0, b"", state.num_boxes)
@@ -137,21 +141,21 @@ class BoxGrammar:
         return text if any(sentence.startswith(text) for sentence in self._sentences) else None
 
     def _needed(self, state: GrammarState) -> int:
-        """Tokens that always suffice from here to a readable answer: one for each byte."""
+        """Return how many tokens always suffice for a readable answer: one per byte."""
         if state.box is None:
-            missing = max(0, self._wanted - state.num_boxes)
+            missing = max(0, self._min_boxes - state.num_boxes)
             if missing == 0 or state.sentence in self._sentences:
                 return 0
-            return 2 - state.num_open + missing * _BOX_AND_NEXT + 1  # the last box has "]]" for its ";"
+            return 2 - state.num_open + missing * _BOX_AND_NEXT + 1  # the last box has "]]" instead of ";"
         if len(state.box) > _BOX:
             outside = GrammarState(None, 0, None, state.num_boxes)
             return 1 + self._needed(outside)
-        further = max(0, self._wanted - state.num_boxes - 1)
+        further = max(0, self._min_boxes - state.num_boxes - 1)
         return _BOX - len(state.box) + further * _BOX_AND_NEXT + 2
 
 
 def _bytes_in_box(box: bytes) -> bytes:
-    """What may follow in a box of which `box` is written."""
+    """Return the bytes that may come next in a box with the text `box` so far."""
     length = len(box)
     if length >= _BOX:
         return b";]" if length == _BOX else b"]"

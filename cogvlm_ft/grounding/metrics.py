@@ -1,4 +1,4 @@
-"""How good an answer is: how its boxes meet the true ones, and whether "not found" was said when it should be."""
+"""Score an answer: the overlap of its boxes with the true ones, and whether a not-found sentence is right."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from cogvlm_ft.grounding.targets import Box
 PRESENT, ABSENT, TEXT = "present", "absent", "text"
 HIT, THRESHOLDS = 0.5, (0.5, 0.75, 0.9)
 LOWER_IS_BETTER = frozenset({"false_not_found", "unreadable", "empty_answers", "num_bad"})
-"""Of all others more is better, or they are no measure of quality."""
+"""For all other metrics higher is better, or they do not measure quality."""
 
 
 @dataclass(frozen=True)
 class AnswerScore:
     """The score of one answer.
 
-    kind: "present" (the picture holds at least one true box), "absent" (it holds none), "text" (a turn without boxes).
-    iou: see `match_iou`; 0 for an unreadable answer or a "not found"; meaningful for "present" only.
+    kind: "present" (the image contains at least one true box), "absent" (none), "text" (a turn without boxes).
+    iou: see `match_iou`; 0 for an unreadable answer or a not-found sentence; defined for "present" only.
     readable: the answer has readable boxes or is a not-found sentence; always true for "text".
     said_not_found: the answer is exactly a not-found sentence.
-    exact: the answer is the true text, word for word; meaningful for "text" only.
-    giou, diou, ciou, centre: of the boxes that `match_iou` pairs, every box without a partner counting as -1 (centre:
-        as 0), over the size of the larger set. centre is the share of boxes whose centre is in its true box.
-    num_answered, num_true, num_cut: boxes; of the true ones, num_cut need not be named.
-    num_hits: the most true boxes that have an answered box of their own with IoU 0.5 or more.
-    all_found: no box is missing and none too much, with partners of IoU 0.5 or more, chosen as well as possible.
-    all_found_greedy_iou, all_found_greedy_giou: the same, but the best pair that is left is taken, by IoU or GIoU.
+    exact: the answer equals the true text; defined for "text" only.
+    giou, diou, ciou, centre: of the pairs of `match_iou`, divided by the size of the larger set; a box without a
+        partner counts as -1 (centre: as 0). centre is the fraction of boxes whose centre is inside their true box.
+    num_answered, num_true, num_cut: boxes; num_cut of the true ones need not be named.
+    num_hits: the size of the largest matching of answered and true boxes with IoU 0.5 or more.
+    all_found: no box is missing and none is superfluous, with an optimal matching at IoU 0.5 or more.
+    all_found_greedy_iou, all_found_greedy_giou: the same with greedy matching by IoU or GIoU.
     """
 
     kind: str
@@ -63,10 +63,10 @@ class AnswerScore:
 
 
 def match_iou(predicted_xyxy: ArrayLike, truth_xyxy: ArrayLike, num_optional: int = 0) -> float:
-    """One IoU for two sets of boxes: matched one to one as well as possible, sum of the IoUs / size of the larger set.
+    """Return one IoU for two sets of boxes: the sum of the IoUs of the optimal matching / size of the larger set.
 
-    A missing and a superfluous box both cost. With one box on each side this is their plain IoU. Of the true boxes
-    `num_optional`, any of them, may be missing.
+    Both a missing and a superfluous box lower it. With one box on each side this is their plain IoU. Any `num_optional`
+    of the true boxes may be missing.
     """
     iou = pairwise_iou(predicted_xyxy, truth_xyxy)
     num_predicted, num_true = iou.shape
@@ -84,14 +84,14 @@ def score_answer(
 ) -> AnswerScore:
     """Score the answer to one turn.
 
-    truth_boxes_xyxy: pixels; empty = the thing is absent; None = a verbatim turn without boxes: give `truth_text`.
+    truth_boxes_xyxy: pixels; empty = the target is absent; None = a verbatim turn without boxes: pass `truth_text`.
     not_found: the not-found sentences that count (`Wording.not_found_sentences`).
-    num_cut_boxes: how many of the true boxes need not be named, because the list was to be cut; no matter which.
+    num_cut_boxes: how many of the true boxes, no matter which, need not be named because the list of boxes was cut.
     """
     answer = answer_text.strip()
     if truth_boxes_xyxy is None:
         if truth_text is None:
-            raise ValueError("a turn without boxes is scored by its text: give truth_text")
+            raise ValueError("a turn without boxes is scored by its text: pass truth_text")
         return AnswerScore(TEXT, exact=answer == truth_text.strip())
     said_not_found = answer in {sentence.strip() for sentence in not_found}
     boxes = None if said_not_found else protocol.read(answer, image_size_px)
@@ -114,7 +114,7 @@ def score_answer(
 def _score_boxes(
     boxes: Sequence[Box], truth: Sequence[Box], num_cut: int, readable: bool, said_not_found: bool, strict: bool
 ) -> AnswerScore:
-    """There is at least one true box."""
+    """Score the boxes of an answer against at least one true box."""
     num_cut = min(num_cut, len(truth) - 1)
     iou, giou = pairwise_iou(boxes, truth), pairwise_giou(boxes, truth)
     pairs = match_best(iou)
@@ -148,7 +148,7 @@ def _score_boxes(
 
 
 def summarize(scores: Sequence[AnswerScore], protocol: Protocol = OURS) -> dict[str, float]:
-    """Means over many answers; a key that would divide by zero is left out. docs/metrics.md explains each."""
+    """Average over many answers; a key without any value is left out. docs/metrics.md explains each."""
     present = [score for score in scores if score.kind == PRESENT]
     absent = [score for score in scores if score.kind == ABSENT]
     text = [score for score in scores if score.kind == TEXT]
@@ -184,25 +184,28 @@ def _reaches(iou: float, threshold: float, strict: bool) -> bool:
 
 
 def _counts_right(score: AnswerScore) -> bool:
-    """As many boxes as there are things; a list that was to be cut may be shorter. No boxes only by saying so."""
+    """Return whether the number of boxes is right; no boxes are right only as a not-found sentence.
+
+    A list that was cut may be shorter.
+    """
     if score.num_answered == 0:
         return score.kind == ABSENT and score.said_not_found
     return score.num_true - score.num_cut <= score.num_answered <= score.num_true
 
 
 def _set_scores(scores: Sequence[AnswerScore]) -> dict[str, float]:
-    """Precision, recall and F1 of all boxes together; those that were cut are missed by nobody."""
+    """Compute precision, recall and F1 of all boxes together; true boxes that were cut do not count as missed."""
     num_hits = sum(score.num_hits for score in scores)
     num_answered = sum(score.num_answered for score in scores)
-    num_wanted = sum(max(score.num_hits, score.num_true - score.num_cut) for score in scores)
+    num_expected = sum(max(score.num_hits, score.num_true - score.num_cut) for score in scores)
     parts = {
         "precision@0.5": (num_hits, num_answered),
-        "recall@0.5": (num_hits, num_wanted),
-        "f1@0.5": (2 * num_hits, num_answered + num_wanted),
+        "recall@0.5": (num_hits, num_expected),
+        "f1@0.5": (2 * num_hits, num_answered + num_expected),
     }
     return {key: above / below for key, (above, below) in parts.items() if below}
 
 
 def is_lower_better(name: str) -> bool:
-    """The direction of a metric, with or without its `/group=value`."""
+    """Return whether a lower value is better, for a metric with or without its `/group=value`."""
     return name.partition("/")[0] in LOWER_IS_BETTER

@@ -1,4 +1,4 @@
-"""Absent or not, by the probability of the not-found sentence alone: what another threshold would change."""
+"""Absent or present, decided by the probability of the not-found sentence alone: the effect of the threshold."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAX_POINTS = 201
 
 @dataclass(frozen=True)
 class NotFoundCurve:
-    """points: [threshold, n_acc, t_acc] with rising threshold, where "not found" is said from the threshold upwards.
+    """points: [threshold, n_acc, t_acc] by increasing threshold; at or above it, the target counts as absent.
 
-    n_acc: share of absent things that it is said about. t_acc: share of present things that it is not said about.
+    n_acc: fraction of absent targets that count as absent. t_acc: fraction of present targets that do not.
     """
 
     threshold: float
@@ -23,7 +23,7 @@ class NotFoundCurve:
     points: list[list[float]]
 
     def metrics(self) -> dict[str, float]:
-        """The threshold at which both kinds are treated alike, and what is right there."""
+        """Return the balanced threshold, the balanced accuracy there, and the AUC."""
         return {
             "not_found_threshold": self.threshold,
             "not_found_balanced_acc": self.balanced_acc,
@@ -32,16 +32,16 @@ class NotFoundCurve:
 
 
 def not_found_curve(absent: Sequence[float], present: Sequence[float]) -> NotFoundCurve | None:
-    """From the probabilities of both kinds of questions; None unless there are some of each.
+    """Build the curve from the probabilities of questions about absent and present targets; None if either is empty.
 
     The threshold is where n_acc and t_acc are closest; of equals that with the higher sum, then the lower one.
-    auc: the chance that an absent thing has a higher probability than a present one.
+    auc: the probability that an absent target scores higher than a present one.
     """
     if not len(absent) or not len(present):
         return None
     low, high = np.sort(np.asarray(present, dtype=np.float64)), np.sort(np.asarray(absent, dtype=np.float64))
     thresholds = np.unique(np.concatenate([low, high, [0.0]]))
-    thresholds = np.append(thresholds, np.nextafter(thresholds[-1], np.inf))  # above all: it is never said
+    thresholds = np.append(thresholds, np.nextafter(thresholds[-1], np.inf))  # above all: never absent
     n_acc = 1 - np.searchsorted(high, thresholds, side="left") / len(high)
     t_acc = np.searchsorted(low, thresholds, side="left") / len(low)
     best = np.lexsort((thresholds, -(n_acc + t_acc).round(12), np.abs(n_acc - t_acc).round(12)))[0]

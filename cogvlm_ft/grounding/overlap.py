@@ -1,4 +1,4 @@
-"""How much boxes overlap, and which box of an answer stands for which true box."""
+"""Overlap of boxes, and the matching of answered and true boxes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Matrix = NDArray[np.float64]
 
 
 def pairwise_iou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> Matrix:
-    """IoU of every box of a with every box of b: [P, 4], [G, 4] -> [P, G]. Inverted or empty boxes have IoU 0."""
+    """Return the IoU of every box of a with every box of b: [P, 4], [G, 4] -> [P, G]; 0 for inverted or empty boxes."""
     return _divided(*_overlap_and_union(*_pairs(a_xyxy, b_xyxy)))
 
 
 def pairwise_giou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> Matrix:
-    """Generalized IoU, -1 to 1: IoU minus the share of the enclosing box that neither covers. [P, 4], [G, 4] -> [P, G].
+    """Return the generalized IoU, -1 to 1: [P, 4], [G, 4] -> [P, G].
 
-    An inverted box has -1, the worst there is: it encloses nothing.
+    It is IoU minus the fraction of the enclosing box that neither covers; -1, the lowest value, for an inverted box.
     """
     a, b = _pairs(a_xyxy, b_xyxy)
     overlap, union = _overlap_and_union(a, b)
@@ -27,9 +27,9 @@ def pairwise_giou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> Matrix:
 
 
 def pairwise_diou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> Matrix:
-    """IoU minus the square of (distance of the centres / diagonal of the enclosing box): give pixels, not shares.
+    """Return IoU minus the square of (distance of the centres / diagonal of the enclosing box).
 
-    An inverted box has -1.
+    Boxes must be in pixels, not fractions of the sides. An inverted box has -1.
     """
     a, b = _pairs(a_xyxy, b_xyxy)
     iou = _divided(*_overlap_and_union(a, b))
@@ -39,16 +39,16 @@ def pairwise_diou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> Matrix:
 
 
 def pairwise_ciou(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> Matrix:
-    """DIoU minus a price for another shape (the angles of the diagonals). An inverted box has -1."""
+    """Return DIoU minus a penalty for another aspect ratio (angles of the diagonals). An inverted box has -1."""
     a, b = _pairs(a_xyxy, b_xyxy)
     iou = _divided(*_overlap_and_union(a, b))
     shape = (4 / np.pi**2) * (_diagonal_angle(a) - _diagonal_angle(b)) ** 2
-    price = _divided(shape**2, 1 - iou + shape)
-    return np.where(_inverted(a) | _inverted(b), -1.0, pairwise_diou(a_xyxy, b_xyxy) - price)
+    penalty = _divided(shape**2, 1 - iou + shape)
+    return np.where(_inverted(a) | _inverted(b), -1.0, pairwise_diou(a_xyxy, b_xyxy) - penalty)
 
 
 def centre_inside(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> NDArray[np.bool_]:
-    """Whether the centre of box i of a lies in box j of b, edges included: [P, 4], [G, 4] -> [P, G]."""
+    """Return whether the centre of box i of a is in box j of b, edges included: [P, 4], [G, 4] -> [P, G]."""
     a, b = _pairs(a_xyxy, b_xyxy)
     centres = (a[..., :2] + a[..., 2:]) / 2
     inside = (centres >= b[..., :2]) & (centres <= b[..., 2:])
@@ -56,7 +56,7 @@ def centre_inside(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> NDArray[np.bool_]:
 
 
 def enclosing_box(boxes_xyxy: ArrayLike) -> tuple[float, float, float, float]:
-    """The smallest box around all of them; of a single one, that box as it is."""
+    """Return the smallest box around all boxes; a single one is returned as it is."""
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
     x0, y0 = boxes[:, :2].min(axis=0).tolist()
     x1, y1 = boxes[:, 2:].max(axis=0).tolist()
@@ -64,19 +64,19 @@ def enclosing_box(boxes_xyxy: ArrayLike) -> tuple[float, float, float, float]:
 
 
 def match_best(overlap: Matrix) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows and columns of the one-to-one matching with the largest sum."""
+    """Return rows and columns of the one-to-one matching with the largest sum."""
     rows, columns = linear_sum_assignment(overlap, maximize=True)
     return np.asarray(rows), np.asarray(columns)
 
 
 def count_matched(overlap: Matrix, threshold: float, *, strict: bool = False) -> int:
-    """The most pairs with at least (strict: more than) the threshold that a one-to-one matching can have."""
+    """Return the size of the largest one-to-one matching of pairs at or above (strict: above) the threshold."""
     hit = (overlap > threshold if strict else overlap >= threshold).astype(np.float64)
     return int(hit[match_best(hit)].sum())
 
 
 def count_matched_greedily(overlap: Matrix, threshold: float) -> int:
-    """Pairs found by taking the largest overlap that is left, as long as it reaches the threshold."""
+    """Count the pairs found by repeatedly taking the largest remaining overlap, down to the threshold."""
     left = overlap.copy()
     num_matched = 0
     while left.size and num_matched < min(left.shape):
@@ -89,7 +89,7 @@ def count_matched_greedily(overlap: Matrix, threshold: float) -> int:
 
 
 def _pairs(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> tuple[Matrix, Matrix]:
-    """[P, 1, 4] and [1, G, 4]."""
+    """Reshape to [P, 1, 4] and [1, G, 4]."""
     a = np.asarray(a_xyxy, dtype=np.float64).reshape(-1, 1, 4)
     return a, np.asarray(b_xyxy, dtype=np.float64).reshape(1, -1, 4)
 
@@ -114,6 +114,6 @@ def _diagonal_angle(box: Matrix) -> Matrix:
 
 
 def _divided(numerator: Matrix, denominator: Matrix) -> Matrix:
-    """0 where there is nothing to divide by."""
+    """Divide; 0 where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(numerator, denominator)
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator > 0)

@@ -1,4 +1,4 @@
-"""One answered question, with everything that is scored and everything that scores are split by."""
+"""One answered question, with all values that scores and groups are computed from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from cogvlm_ft.grounding.targets import Box
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answered turn. Boxes in pixels of the stored photo; boxes_xyxy None = unreadable or not found;
-    truth_boxes_xyxy empty = absent, None = a turn without boxes; score None = free text, which is not scored, or a turn
-    that the protocol leaves out.
+    """One answered turn.
+
+    Boxes are in pixels of the stored image. boxes_xyxy: None = unreadable or not found. truth_boxes_xyxy: empty =
+    absent, None = a turn without boxes. score: None = free text, which is not scored, or a turn that the
+    protocol leaves out.
 
     history: the true (prompt, answer) pairs before it. num_cut_boxes: true boxes that need not be named.
     confidences, expected_boxes_xyxy: of each answered box (grounding.boxes.ReadBox); None = not known.
-    not_found_prob: how likely the model found the not-found sentence; None = not known.
-    described: the true answer has words of its own about the thing, so its text is compared too.
-    language, source, style: "zh" or "en"; where the photo came from; how the question is put, "own" for the user's.
-    frame_px: (width, height) of what the model saw, in pixels of the photo, grey beside it included.
+    not_found_prob: the model's probability of the not-found sentence; None = not known.
+    described: the true answer includes a description of the target, so its text is compared too.
+    language, source, style: "zh" or "en"; the source of the image; the style of the question, "own" for the user's.
+    frame_px: (width, height) of the model's input, in pixels of the stored image, padding included.
     """
 
     key: str

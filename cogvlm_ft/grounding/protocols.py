@@ -1,7 +1,7 @@
-"""How others turn an answer into boxes and call it right, so that a number can be laid beside theirs.
+"""Scoring protocols of other models and benchmarks, for comparable numbers.
 
-Other models write boxes in other ways. Every protocol first looks for the form of its authors; where the answer has
-none, it reads the `[[...]]` that this model writes, by the authors' rules for everything else.
+Other models write boxes in other forms. Every protocol first looks for the form of its authors; an answer without it is
+read as this model's `[[...]]`, by the authors' rules for everything else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Protocol:
     truth: the true boxes that these are compared with, in pixels too.
     strict: a hit needs more than the threshold, not only as much.
     every_box: all boxes of the answer are read, so that sets of them can be scored.
-    one_box: questions with several true boxes are left out; those about absent things are not.
+    one_box: questions with several true boxes are left out; those about absent targets are not.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Protocol:
     one_box: bool = False
 
     def takes(self, truth_boxes_xyxy: Sequence[Box] | None) -> bool:
-        """Whether a question with these true boxes is scored at all."""
+        """Return whether a question with these true boxes is scored."""
         return not (self.one_box and truth_boxes_xyxy and len(truth_boxes_xyxy) > 1)
 
 
 def read_bin_centres(text: str, size_px: Size) -> list[Box] | None:
-    """Every box of the answer, each coordinate at the centre of its thousandth: (k + 0.5) / 1000."""
+    """Read every box of the answer, each coordinate at the centre of its bin: (k + 0.5) / 1000."""
     bins = parse_boxes(text)
     return None if bins is None else _in_pixels(bins, size_px, "centre")
 
 
 def read_bin_edges(text: str, size_px: Size) -> list[Box] | None:
-    """Every box of the answer, each coordinate at the lower edge of its thousandth: k / 1000."""
+    """Read every box of the answer, each coordinate at the lower edge of its bin: k / 1000."""
     bins = parse_boxes(text)
     return None if bins is None else _in_pixels(bins, size_px, "official")
 
@@ -62,9 +62,9 @@ def _in_pixels(bins: Sequence[Bins], size_px: Size, reading: str) -> list[Box]:
 
 
 def first_group(text: str) -> Box | None:
-    """The box around all boxes of the first `[[...]]`, in thousandths; digits and commas only.
+    """Return the box around all boxes of the first `[[...]]`, in thousandths; digits and commas only.
 
-    As the evaluation of CogVLM's authors reads both the answer and the label.
+    The evaluation of CogVLM's authors reads both the answer and the label this way.
     """
     match = _GROUP.search(_closed(text))
     if match is None:
@@ -80,12 +80,12 @@ def _read_first_group(text: str, size_px: Size) -> list[Box] | None:
 
 
 def _quantised_truth(boxes: Sequence[Box], size_px: Size) -> list[Box]:
-    """What reading the label's own text gives: thousandths, and one box around all."""
+    """Return the label as it reads from its own text: in thousandths, one box around all."""
     return [_scaled(enclosing_box([bins_from_box(box, size_px) for box in boxes]), size_px)] if boxes else []
 
 
 def _read_two_corners(text: str, size_px: Size) -> list[Box] | None:
-    """The first `(x0,y0),(x1,y1)`, in 1/999."""
+    """Read the first `(x0,y0),(x1,y1)`, in 1/999."""
     match = _TWO_CORNERS.search(text)
     corners = [corner.split(",") for corner in match.groups()] if match else []
     if any(len(corner) != 2 for corner in corners):
@@ -95,14 +95,14 @@ def _read_two_corners(text: str, size_px: Size) -> list[Box] | None:
 
 
 def _read_four_numbers(text: str, size_px: Size) -> list[Box] | None:
-    """The first `[a,b,c,d]`; thousandths if the numbers add up to 4 or more, else shares."""
+    """Read the first `[a,b,c,d]`; thousandths if the numbers add up to 4 or more, else fractions."""
     words = text.partition("[")[2].lstrip("[").split(",", 3)
     numbers = _numbers([*words[:3], words[3].partition("]")[0]]) if len(words) == 4 and "]" in words[3] else None
     return None if numbers is None else [_scaled(numbers, size_px, 1000 if sum(numbers) >= 4 else 1)]
 
 
 def _read_the_only_box(text: str, size_px: Size) -> list[Box] | None:
-    """One bracket with one box, or nothing; shares, or this model's thousandths."""
+    """Read a single bracket with one box, in fractions or this model's thousandths; None otherwise."""
     found = _BRACKETS.findall(_closed(text, "]"))
     numbers = _numbers(found[0].split(",")) if len(found) == 1 else None
     return None if numbers is None else [_scaled(numbers, size_px, 1 if max(numbers) <= 1 else 1000)]
@@ -114,12 +114,12 @@ def _first_of_own(text: str) -> list[float] | None:
 
 
 def _closed(text: str, end: str = "]]") -> str:
-    """Up to the last bracket: behind it, each of very many opening ones would be sought an end for."""
+    """Cut the text after its last bracket; beyond it, the search for an end would take quadratic time."""
     return text[: text.rfind(end) + len(end)] if end in text else ""
 
 
 def _numbers(words: Sequence[str]) -> list[float] | None:
-    """Four finite numbers, or None."""
+    """Parse four finite numbers, or return None."""
     try:
         numbers = [float(word) for word in words]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What is asked about a picture (`Target`) and how it is put into words (`Turn`)."""
+"""What is asked about an image (`Target`), and the question and answer (`Turn`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to find in one picture.
+    """One object to find in one image.
 
     phrase: the words that name it, in `language`.
     language: "zh" or "en".
-    boxes_xyxy: pixels of the stored image, origin top left, (x0, y0, x1, y1); empty = the thing is not in the picture.
+    boxes_xyxy: pixels of the stored image, origin top left, (x0, y0, x1, y1); empty = the target is absent.
     description: a longer text about it, or None.
     """
 
@@ -27,12 +27,12 @@ class Target:
 class Turn:
     """One question and its answer.
 
-    target: what the turn was made from, with all its boxes, or None for a prompt/answer pair that the user wrote. A
-        turn about several things has one target that holds the boxes of all of them.
-    history: earlier (prompt, answer) pairs of the same conversation, first one first.
-    scored: False if the answer is free text made from a target, such as a description: no box of it can be measured.
+    target: what the turn was built from, with all its boxes, or None for a prompt/answer pair that the user wrote. A
+        turn about several targets has one that holds the boxes of all of them.
+    history: earlier (prompt, answer) pairs of the same conversation, oldest first.
+    scored: False if the answer is free text built from a target, such as a description, without boxes to score.
     num_cut_boxes: boxes of the target that the answer leaves out, because the list would be too long.
-    style: of the wording it was made with; "own" for the user's pairs.
+    style: of the wording it was built with; "own" for the user's pairs.
     """
 
     prompt: str

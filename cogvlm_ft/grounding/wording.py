@@ -1,4 +1,4 @@
-"""The words around the boxes, in Chinese or English: read from YAML and checked. `turns` puts targets into them."""
+"""The sentences around the boxes, in Chinese or English: loaded from YAML and checked. `turns` fills them in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MORE = {"zh": "（共{count}处，只列出{shown}处）", "en": " ({count} in 
 _ASK = Slot(("phrase",), ("not_found",))
 _TELL = Slot(("boxes",), ("phrase", "count", "description", "more"), boxes="boxes")
 _ASK_ALL = Slot((), ("phrases", "not_found"))
-# Style -> the keys of a language that hold lists of texts. "lines" comes before the answers that are made of them.
+# Style -> the keys of a language that are lists of texts. "lines" comes before the answers that contain them.
 _STYLES: dict[str, dict[str, Slot]] = {
     "refer": {"prompts": _ASK, "answers": _TELL},
     "detect": {"prompts": _ASK, "answers": _TELL},
@@ -48,10 +48,10 @@ _STYLES: dict[str, dict[str, Slot]] = {
 
 @dataclass(frozen=True)
 class LanguageWording:
-    """The sentences of one language, each holding placeholders; which ones, `_STYLES` says.
+    """The sentences of one language, with the placeholders listed in `_STYLES`.
 
-    not_found: the whole answer when the thing is not in the picture.
-    lines: of a step-wise answer, one per target. first_prompts, first_answers: how a conversation begins.
+    not_found: the whole answer when the target is absent.
+    lines: of a step-wise answer, one per target. first_prompts, first_answers: the first turn of a conversation.
     more: the note that a list of boxes was cut.
     """
 
@@ -66,15 +66,15 @@ class LanguageWording:
 
 @dataclass(frozen=True)
 class Wording:
-    """How questions and answers are put.
+    """The form of questions and answers.
 
     languages: by "zh", "en"; empty for a mix.
-    style: "refer" (one turn per target), "detect" (the same, targets of one phrase made one), "describe" (box ->
-        description), "steps" (one answer for many targets) or "conversation" (the same in many turns).
+    style: "refer" (one turn per target), "detect" (the same, with targets of one phrase merged), "describe" (box ->
+        description), "steps" (one answer for several targets) or "conversation" (the same in several turns).
     max_boxes: the most boxes in one answer, or in the answers of one conversation.
     max_targets: the most targets of one step-wise answer or conversation; the others get their own.
     box_order: one of BOX_ORDERS.
-    mix: the wordings that one is drawn from for every photo, as often as its `weight` says.
+    mix: the wordings of which one is drawn for every image, in proportion to their `weight`.
     """
 
     name: str
@@ -100,7 +100,7 @@ def load_wording(name_or_path: str | Path) -> Wording:
 
 
 def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
-    """The content of a built-in wording, or of a file relative to `folder`; and the folder of the file."""
+    """Load a built-in wording, or a file relative to `folder`; return its content and folder."""
     built_in_folder = resources.files("cogvlm_ft.grounding") / "wordings"
     built_in = {file.name.removesuffix(".yaml"): file for file in built_in_folder.iterdir()}
     path = folder / Path(name_or_path).expanduser()
@@ -112,7 +112,7 @@ def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
         raw = packaged.read_bytes()
     else:
         names = ", ".join(sorted(built_in))
-        raise ConfigError(f"wording {name_or_path}: neither built in ({names}) nor a YAML file that exists")
+        raise ConfigError(f"wording {name_or_path}: neither built in ({names}) nor an existing YAML file")
     try:
         return yaml.safe_load(raw), path.parent
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -120,31 +120,36 @@ def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
 
 
 def _build_wording(content: Any, name: str, folder: Path | None) -> Wording:
-    """folder: where the files of a mix are; None inside a mix, which holds no other."""
+    """Build a wording from the content of its file.
+
+    folder: of the files of a mix; None inside a mix, which cannot contain another one.
+    """
     place = f"wording {name}"
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"{place}: found {content!r:.200}, wanted the keys {' and/or '.join(LANGUAGES)}, or mix")
+        raise ConfigError(f"{place}: found {content!r:.200}; expected the keys {' and/or '.join(LANGUAGES)}, or mix")
     if "mix" in content:
         if folder is None:
-            raise ConfigError(f"{place} is a mix itself: name its parts in the outer mix")
+            raise ConfigError(
+                f"{place}: this is a mix itself; expected a single wording. List its parts in the outer mix"
+            )
         return _build_mix(content, name, folder)
     _check_keys(content, allowed=(*LANGUAGES, "style", "max_boxes", "max_targets", "box_order"), place=place)
     style = content.get("style", "refer")
-    _want(isinstance(style, str) and style in _STYLES, f"{place}.style", style, f"one of {', '.join(_STYLES)}")
+    _require(isinstance(style, str) and style in _STYLES, f"{place}.style", style, f"one of {', '.join(_STYLES)}")
     found = [language for language in content if language in LANGUAGES]
     if not found:
-        raise ConfigError(f"{place}: found {', '.join(content)}, wanted the keys {' and/or '.join(LANGUAGES)} too")
+        raise ConfigError(f"{place}: found {', '.join(content)}; expected also {' and/or '.join(LANGUAGES)}")
     languages = {language: _build_language(content[language], place, language, style) for language in found}
     return replace(Wording(name, languages, style), **_read_limits(content, place))
 
 
 def _build_mix(content: dict[Any, Any], name: str, folder: Path) -> Wording:
-    """Limits beside the mix hold for all its parts."""
+    """Build a mix; the limits next to it apply to all its parts."""
     place = f"wording {name}"
     _check_keys(content, allowed=("mix", "max_boxes", "max_targets", "box_order"), place=place)
     limits = _read_limits(content, place)
     entries = content["mix"]
-    _want(isinstance(entries, list) and bool(entries), f"{place}.mix", entries, "a list of wordings")
+    _require(isinstance(entries, list) and bool(entries), f"{place}.mix", entries, "a list of wordings")
     parts = []
     for number, entry in enumerate(entries, 1):
         part = _build_part(entry, f"{name}, mix {number}", folder)
@@ -153,19 +158,19 @@ def _build_mix(content: dict[Any, Any], name: str, folder: Path) -> Wording:
         if set(part.languages) != set(parts[0].languages):
             raise ConfigError(
                 f"{place}: {parts[0].name} has {', '.join(parts[0].languages)}, {part.name} has"
-                f" {', '.join(part.languages)}: all parts of a mix need the same languages"
+                f" {', '.join(part.languages)}; expected the same languages in all parts of a mix"
             )
     return Wording(name, {}, mix=tuple(parts), **limits)
 
 
 def _build_part(entry: Any, name: str, folder: Path) -> Wording:
-    """One entry of a mix: a wording (name, path or the content of a file), or {wording: ..., weight: ...}."""
+    """Build one entry of a mix: a wording (name, path or the content of a file), or {wording: ..., weight: ...}."""
     wording, weight = entry, 1.0
     if isinstance(entry, dict) and "wording" in entry:
         _check_keys(entry, allowed=("wording", "weight"), place=f"wording {name}")
         wording, weight = entry["wording"], entry.get("weight", 1.0)
     good = isinstance(weight, (int, float)) and not isinstance(weight, bool) and weight > 0 and math.isfinite(weight)
-    _want(good, f"wording {name}.weight", weight, "a number above 0")
+    _require(good, f"wording {name}.weight", weight, "a number above 0")
     if isinstance(wording, str):
         name = f"{name} ({wording})"
         wording, _ = _load_yaml(wording, folder)
@@ -173,28 +178,28 @@ def _build_part(entry: Any, name: str, folder: Path) -> Wording:
 
 
 def _read_limits(content: dict[Any, Any], place: str) -> dict[str, Any]:
-    """max_boxes, max_targets and box_order, as far as they are given."""
+    """Return max_boxes, max_targets and box_order as far as they are given."""
     limits = {key: content[key] for key in ("max_boxes", "max_targets", "box_order") if key in content}
     for key, value in limits.items():
         if key == "box_order":
-            _want(value in BOX_ORDERS, f"{place}.{key}", value, f"one of {', '.join(BOX_ORDERS)}")
+            _require(value in BOX_ORDERS, f"{place}.{key}", value, f"one of {', '.join(BOX_ORDERS)}")
         else:
-            _want(type(value) is int and value >= 1, f"{place}.{key}", value, "a whole number of at least 1")
+            _require(type(value) is int and value >= 1, f"{place}.{key}", value, "an integer of at least 1")
     return limits
 
 
 def _build_language(content: Any, place: str, language: str, style: str) -> LanguageWording:
     slots, place = _STYLES[style], f"{place}, {language}"
-    wanted = (*slots, "not_found")
+    keys = (*slots, "not_found")
     if not isinstance(content, dict):
-        raise ConfigError(f"{place}: found {content!r:.200}, wanted the keys {', '.join(wanted)}")
-    _check_keys(content, allowed=(*wanted, "more"), place=f"{place} (style {style})")
+        raise ConfigError(f"{place}: found {content!r:.200}; expected the keys {', '.join(keys)}")
+    _check_keys(content, allowed=(*keys, "more"), place=f"{place} (style {style})")
     content = {"more": _MORE[language]} | content
-    if style == "describe":  # asks about what is there
+    if style == "describe":  # asks about present targets only
         content = {"not_found": _NOT_FOUND[language]} | content
-    missing = [key for key in wanted if key not in content]
+    missing = [key for key in keys if key not in content]
     if missing:
-        raise ConfigError(f"{place}: {', '.join(missing)} missing; style {style} wants {', '.join(wanted)}")
+        raise ConfigError(f"{place}: {', '.join(missing)} missing; expected {', '.join(keys)} for style {style}")
     texts: dict[str, tuple[str, ...]] = {}
     for key, slot in slots.items():
         sample = _sample_lines(texts["lines"]) if slot.boxes == "lines" else SAMPLE_BOXES
@@ -205,7 +210,7 @@ def _build_language(content: Any, place: str, language: str, style: str) -> Lang
 
 
 def _sample_lines(lines: Collection[str]) -> str:
-    """A line of every kind."""
+    """Fill every template of a line with sample values."""
     values = dict.fromkeys(("phrase", "count", "description", "number"), "x") | {"boxes": SAMPLE_BOXES}
     return "\n".join(fill(line, values) for line in lines)
 
@@ -213,9 +218,9 @@ def _sample_lines(lines: Collection[str]) -> str:
 def _check_keys(content: dict[Any, Any], *, allowed: Collection[str], place: str) -> None:
     unknown = [str(key) for key in content if key not in allowed]
     if unknown:
-        raise ConfigError(f"{place}: unknown key {', '.join(unknown)}; known are {', '.join(allowed)}")
+        raise ConfigError(f"{place}: unknown key {', '.join(unknown)}; expected one of {', '.join(allowed)}")
 
 
-def _want(ok: bool, place: str, value: object, wanted: str) -> None:
+def _require(ok: bool, place: str, value: object, expected: str) -> None:
     if not ok:
-        raise ConfigError(f"{place}: found {value!r:.200}, wanted {wanted}")
+        raise ConfigError(f"{place}: found {value!r:.200}; expected {expected}")

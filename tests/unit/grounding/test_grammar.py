@@ -148,7 +148,7 @@ def test_bad_answers_are_stopped_where_they_go_wrong(
 
 
 def test_too_few_tokens_for_the_boxes_are_refused(tokenizer: CogVLMTokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"max_new_tokens=50: 3 box\(es\) take up to 51 tokens"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens=50: 3 box\(es\) need up to 51 tokens"):
         grammar_of(tokenizer, 3).start(50)
     grammar_of(tokenizer, 3).start(51)
 
