@@ -1,4 +1,4 @@
-"""Who sees whom: each way to attend takes query, key and value float[B, heads, L, D], all on torch SDPA."""
+"""Attention patterns, all on torch SDPA; each takes query, key and value float[B, heads, L, D]."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Every position sees itself and what came before; a single query sees all keys."""
+    """Attend from every position to itself and all earlier ones; a single query attends to all keys."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1)
 
 
 @dataclass(frozen=True)
 class AttendMasked:
-    """mask: bool[B, 1, Q, K], True where a query sees a key."""
+    """mask: bool[B, 1, Q, K], True where a query attends to a key."""
 
     mask: Tensor
 
@@ -29,10 +29,10 @@ class AttendMasked:
 
 @dataclass(frozen=True)
 class AttendInTurns:
-    """The image prefix is causal, and every turn sees the prefix and itself (layout.turn_mask).
+    """Attend causally in the image prefix, and from every turn to the prefix and itself (layout.turn_mask).
 
     mask: bool[B, 1, T, L], the T text positions against all. The prefix, nearly all of the sequence, needs none: that
-    is half the multiplications of a masked [L, L], and on CUDA the fast kernel.
+    saves half the multiplications of a masked [L, L], and allows the fast kernel on CUDA.
     """
 
     prefix_length: int

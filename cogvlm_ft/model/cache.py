@@ -1,4 +1,4 @@
-"""Keys and values of a whole generation, in buffers that never move: an image's prefix once, whatever it is asked.
+"""Keys and values of a whole generation in preallocated buffers, with one prefix per image for all its questions.
 
 The slots of an image: `bos boi patches eoi | prompt 1 | ... | prompt T | pads | token 1 of turns 1..T | token 2 ...`.
 """
@@ -10,11 +10,14 @@ from torch import Tensor
 
 
 class TurnCache:
-    """What `past_key_values` is while T turns of each of B images are answered together."""
+    """The `past_key_values` of a generation that answers T turns of each of B images together."""
 
     def __init__(self, block_ids: Tensor, num_turns: int, max_new_tokens: int, num_layers: int) -> None:
-        """block_ids: i32[B, L] of prefix and prompts (layout.py). num_turns: T, the same for all images: one that has
-        fewer turns gets slots that nobody asks for."""
+        """Compute which slots each turn attends to, for all steps.
+
+        block_ids: i32[B, L] of prefix and prompts (layout.py). num_turns: T, the same for all images: an image with
+        fewer turns gets unused slots.
+        """
         self.num_turns = num_turns
         turns = torch.arange(1, num_turns + 1, device=block_ids.device)
         new = turns.repeat(max_new_tokens - 1).expand(len(block_ids), -1)  # the last token is never read
@@ -25,15 +28,15 @@ class TurnCache:
         self._filled = [0] * num_layers
 
     def get_seq_length(self) -> int:
-        """Slots that are filled in all layers."""
+        """Return the number of slots that are filled in all layers."""
         return self._filled[-1]
 
     def step_mask(self) -> Tensor:
-        """bool[B, 1, T, filled + T]: what the next token of each turn sees: the prefix, its prompt, and its answer."""
+        """Return bool[B, 1, T, filled + T]: the next tokens attend to the prefix, their prompt and their answer."""
         return self._visible[..., : self.get_seq_length() + self.num_turns]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store float[B, heads, L, D] in the next L slots; returns views of all that are filled."""
+        """Store float[B, heads, L, D] in the next L slots; return views of all filled ones."""
         if layer_idx == len(self._keys):
             batch, heads, _, head_dim = key.shape
             shape = (batch, heads, self._visible.shape[-1], head_dim)

@@ -26,6 +26,7 @@ from cogvlm_ft.model.decoder import (
     inverse_frequencies,
     rope_tables,
 )
+from cogvlm_ft.model.inputs import PublishedInputs, TurnInputs
 from cogvlm_ft.model.prompt import build_conversation
 from cogvlm_ft.model.vision import PatchEmbedding, VisionModel
 
@@ -65,43 +66,21 @@ class CogVLMModel(CogVLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        images: list[list[Tensor]] | None = None,
-        token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        inputs: PublishedInputs | TurnInputs,
         past_key_values: Cache | TurnCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        pixel_values: Tensor | None = None,
-        block_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPast:
-        """See CogVLMForCausalLM.forward."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        """Run the layers on inputs of either form; the cache, if any, is filled."""
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None and pixel_values is None and past_length == 0:
-            token_type_ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        if past_length == 0:
-            hidden = self._place_images(hidden, images, token_type_ids, pixel_values)
-        if position_ids is None:
-            position_ids = self._default_position_ids(hidden, token_type_ids, attention_mask, pixel_values, past_length)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        inputs = AttentionInputs(
-            *rope_tables(position_ids, head_dim, hidden.dtype),
-            attend=self._attend(hidden, attention_mask, block_ids, pixel_values, past_length),
-            routing=self._routing(token_type_ids, pixel_values, past_length),
-        )
+        if isinstance(inputs, PublishedInputs):
+            hidden, shared = self._prepare_published(inputs, past_length)
+        elif past_length == 0:
+            hidden, shared = self._prepare_turns(inputs)
+        else:
+            raise ValueError("pixel_values: found with a filled past_key_values; expected at the first step only")
         all_hidden = [hidden]
         for layer in self.layers:
-            hidden = layer(hidden, inputs, past_key_values=past_key_values)
+            hidden = layer(hidden, shared, past_key_values=past_key_values)
             all_hidden.append(hidden)
         hidden = self.norm(hidden)
         all_hidden[-1] = hidden
@@ -111,30 +90,64 @@ class CogVLMModel(CogVLMPreTrainedModel):
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
         )
 
-    def _place_images(
-        self,
-        embeds: Tensor,
-        images: list[list[Tensor]] | None,
-        token_type_ids: Tensor | None,
-        pixel_values: Tensor | None,
-    ) -> Tensor:
-        """float[B, L, H] with the image positions overwritten by the vision tower's output."""
-        if pixel_values is not None:
-            features = self.vision(pixel_values.to(self.dtype)).to(embeds.dtype)
-            start, stop = layout.image_span(self.config.num_patches)
-            return torch.cat([embeds[:, :start], features, embeds[:, stop:]], dim=1)
+    def _prepare_turns(self, inputs: TurnInputs) -> tuple[Tensor, AttentionInputs]:
+        """Return float[B, L, H] with the image in place, and what all layers share."""
+        num_patches = self.config.num_patches
+        start, stop = layout.image_span(num_patches)
+        embeds = self.embed_tokens(inputs.input_ids)
+        features = self.vision(inputs.pixel_values.to(self.dtype)).to(embeds.dtype)
+        position_ids = inputs.position_ids
+        if position_ids is None:
+            batch, length = inputs.input_ids.shape
+            one_turn = layout.build_layout(num_patches, [length - stop])
+            position_ids = one_turn.position_ids.to(embeds.device).expand(batch, -1)
+        attend: Attend = attend_causally
+        if inputs.block_ids is not None:
+            attend = AttendInTurns(stop, layout.turn_mask(inputs.block_ids, stop))
+        hidden = torch.cat([embeds[:, :start], features, embeds[:, stop:]], dim=1)
+        routing = ExpertRouting(span=layout.vision_expert_span(num_patches))
+        return hidden, self._shared_inputs(hidden, position_ids, attend, routing)
+
+    def _prepare_published(self, inputs: PublishedInputs, past_length: int) -> tuple[Tensor, AttentionInputs]:
+        """Return float[B, L, H] with the images in place, and what all layers share."""
+        if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: found both or neither; expected exactly one")
+        hidden = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        token_types, routing = inputs.token_type_ids, ExpertRouting()
+        if past_length == 0:
+            if token_types is None:
+                token_types = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            hidden = self._place_images(hidden, inputs.images, token_types)
+            routing = ExpertRouting(mask=layout.vision_expert_mask(token_types))
+        position_ids = inputs.position_ids
+        if position_ids is None:
+            if token_types is None or (past_length and token_types.shape[1] != past_length + hidden.shape[1]):
+                raise ValueError(
+                    "position_ids: not found; expected with past_key_values, or token_type_ids of the whole sequence"
+                )
+            position_ids = layout.build_position_ids(token_types, inputs.attention_mask)[:, past_length:]
+        attend = _attend_published(hidden, inputs.attention_mask, past_length)
+        return hidden, self._shared_inputs(hidden, position_ids, attend, routing)
+
+    def _shared_inputs(
+        self, hidden: Tensor, position_ids: Tensor, attend: Attend, routing: ExpertRouting
+    ) -> AttentionInputs:
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return AttentionInputs(*rope_tables(position_ids, head_dim, hidden.dtype), attend=attend, routing=routing)
+
+    def _place_images(self, embeds: Tensor, images: list[list[Tensor]] | None, token_type_ids: Tensor) -> Tensor:
+        """Return float[B, L, H] with the image positions replaced by the vision tower's output."""
         flat = [image for row in images or [] for image in row or [] if image is not None]
         if flat:
-            assert token_type_ids is not None
             features = self.vision(torch.stack(flat).to(self.device, self.dtype)).to(embeds.dtype).flatten(0, 1)
             where = token_type_ids == layout.VISION
             if where.sum() != len(features):
                 raise ValueError(
-                    f"token_type_ids mark {int(where.sum())} image positions, but {len(flat)} images give "
-                    f"{len(features)} (patches + boi + eoi each)"
+                    f"token_type_ids: found {int(where.sum())} image positions; expected {len(features)} for "
+                    f"{len(flat)} images (patches, boi and eoi each)"
                 )
             return embeds.masked_scatter(where[:, :, None], features)
-        # Partitioned by ZeRO-3: every rank must run the tower, images or not. Looked up by iteration, because DeepSpeed
+        # Partitioned by ZeRO-3: every rank must run the tower, images or not. Checked by iteration, because DeepSpeed
         # gathers a parameter that is read as an attribute outside its module, and here on this rank alone.
         if hasattr(next(self.vision.parameters()), "ds_id"):
             size = self.config.image_size
@@ -142,55 +155,18 @@ class CogVLMModel(CogVLMPreTrainedModel):
             return embeds + 0.0 * self.vision(blank).sum().to(embeds.dtype)
         return embeds
 
-    def _default_position_ids(
-        self,
-        embeds: Tensor,
-        token_type_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor | None,
-        past_length: int,
-    ) -> Tensor:
-        batch, length = embeds.shape[:2]
-        if past_length and (token_type_ids is None or token_type_ids.shape[1] != past_length + length):
-            raise ValueError("with past_key_values give position_ids, or token_type_ids of the whole sequence")
-        if pixel_values is not None:
-            start, stop = layout.image_span(self.config.num_patches)
-            token_type_ids = torch.full((batch, length), layout.LANGUAGE, device=embeds.device)
-            token_type_ids[:, start:stop] = layout.VISION
-        assert token_type_ids is not None
-        return layout.build_position_ids(token_type_ids, attention_mask)[:, past_length:]
 
-    def _routing(self, token_type_ids: Tensor | None, pixel_values: Tensor | None, past_length: int) -> ExpertRouting:
-        if past_length:
-            return ExpertRouting()
-        if pixel_values is not None:
-            return ExpertRouting(span=layout.vision_expert_span(self.config.num_patches))
-        assert token_type_ids is not None
-        return ExpertRouting(mask=layout.vision_expert_mask(token_type_ids))
-
-    def _attend(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        block_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        past_length: int,
-    ) -> Attend:
-        length = hidden.shape[1]
-        if block_ids is not None:
-            if pixel_values is None:
-                return AttendMasked(layout.block_mask(block_ids))
-            _, prefix_length = layout.image_span(self.config.num_patches)
-            return AttendInTurns(prefix_length, layout.turn_mask(block_ids, prefix_length))
-        if attention_mask is not None and attention_mask.dim() == 4:  # bool[B, 1, L, keys], from model/cache.py
-            return AttendMasked(attention_mask)
-        if attention_mask is not None:
-            # Under ZeRO-3 `generate()` goes on calling a finished rank without lengthening its mask: new keys count.
-            num_missing = past_length + length - attention_mask.shape[1]
-            return AttendMasked(layout.padding_mask(F.pad(attention_mask, (0, num_missing), value=1), length))
-        if past_length and length > 1:
-            return AttendMasked(layout.causal_mask(length, past_length + length, hidden.device))
-        return attend_causally
+def _attend_published(hidden: Tensor, attention_mask: Tensor | None, past_length: int) -> Attend:
+    length = hidden.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return AttendMasked(attention_mask)
+    if attention_mask is not None:
+        # Under ZeRO-3 `generate()` still calls a finished rank without extending its mask: new keys are visible.
+        num_missing = past_length + length - attention_mask.shape[1]
+        return AttendMasked(layout.padding_mask(F.pad(attention_mask, (0, num_missing), value=1), length))
+    if past_length and length > 1:
+        return AttendMasked(layout.causal_mask(length, past_length + length, hidden.device))
+    return attend_causally
 
 
 @dataclass
@@ -229,35 +205,32 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """The published remote code's arguments, then ours.
+        """Return logits and loss for a call in the published form or, with `pixel_values`, in the training form.
 
-        input_ids, token_type_ids, attention_mask, position_ids, labels: i64[B, L]. images: per row a list of 0 or 1
-            float[3, S, S]; ignored once `past_key_values` holds something.
-        pixel_values: float[B, 3, S, S], the training form: one image in every row, right after bos. Static shapes.
-        block_ids: i32[B, L] (layout.py), several turns behind one image.
+        Positional arguments are those of the published remote code. See inputs.py for the shapes of both forms: the
+        training form takes input_ids, pixel_values, position_ids and block_ids.
+
+        labels: i64[B, L]; the loss shifts them by one and ignores -100.
         logits_to_keep: logits of the last n positions only (0 = all), or of the positions i64[B, n] of every row.
-        num_items_in_batch: the loss is the sum over labelled tokens divided by this; default their number here (mean).
+        num_items_in_batch: divides the sum of the loss over the labelled tokens; None = their number here (mean).
         return_logits: False with labels computes lm_head on labelled positions only: no logits, but row_losses.
 
-        The loss shifts labels by one and ignores -100. Logits are float32[B, L, V].
+        Logits are float32[B, L, V].
         """
         if output_attentions:
-            raise ValueError("attention weights are not available: CogVLM runs on torch SDPA")
+            raise ValueError("output_attentions: not available, because CogVLM runs on torch SDPA")
         if labels is None and not return_logits:
-            raise ValueError("return_logits=False needs labels")
-        out = self.model(
-            input_ids=input_ids,
-            images=images,
-            token_type_ids=token_type_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            pixel_values=pixel_values,
-            block_ids=block_ids,
+            raise ValueError("return_logits=False: found no labels; expected them")
+        inputs: PublishedInputs | TurnInputs = PublishedInputs(
+            input_ids, images, token_type_ids, attention_mask, position_ids, inputs_embeds
         )
+        if pixel_values is not None or block_ids is not None:
+            inputs = TurnInputs.from_arguments(inputs, pixel_values, block_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        out = self.model(inputs, past_key_values, bool(output_hidden_states))
         hidden, logits, loss, row_losses = out.last_hidden_state, None, None, None
         if return_logits:
             logits = self.lm_head(_keep(hidden, logits_to_keep)).float()
@@ -270,15 +243,17 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, num_items_in_batch: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """float32[] and float32[B]: cross entropy of each token from the position before it; without logits, lm_head
-        runs on those. The second has the sums of the rows."""
+        """Return the loss float32[] and the summed losses of the rows float32[B].
+
+        Cross entropy of each labelled token, from the position before it. Without logits, lm_head runs on those only.
+        """
         targets = labels[:, 1:]
         is_labelled = targets != IGNORE_INDEX
         scores = self.lm_head(hidden[:, :-1][is_labelled]).float() if logits is None else logits[:, :-1][is_labelled]
-        log_probs, wanted = F.log_softmax(scores, dim=-1), targets[is_labelled]
-        loss_sum = F.nll_loss(log_probs, wanted, reduction="sum")
+        log_probs, expected = F.log_softmax(scores, dim=-1), targets[is_labelled]
+        loss_sum = F.nll_loss(log_probs, expected, reduction="sum")
         token_losses = torch.zeros_like(targets, dtype=log_probs.dtype)
-        token_losses[is_labelled] = -log_probs.detach().gather(1, wanted[:, None])[:, 0]
+        token_losses[is_labelled] = -log_probs.detach().gather(1, expected[:, None])[:, 0]
         loss = loss_sum / (is_labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return loss, token_losses.sum(dim=1)
 
@@ -292,7 +267,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         template_version: str | None = None,
         answer: str | None = None,
     ) -> dict[str, Any]:
-        """Inputs of one conversation, unbatched, as the published method builds them (prompt.build_conversation)."""
+        """Build the inputs of one conversation, unbatched, as the published method does (prompt.build_conversation)."""
         return build_conversation(
             tokenizer,
             self.config,
@@ -304,7 +279,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """Called once by `generate()`; it then counts on by one per new token."""
+        """Return the position ids of the prompt; `generate()` then adds one per new token."""
         token_type_ids = model_kwargs.get("token_type_ids")
         if token_type_ids is None:
             token_type_ids = torch.zeros(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
@@ -315,27 +290,27 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         token_type_ids = model_kwargs.get("token_type_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if token_type_ids is not None:  # the library repeats the last type; new tokens are language, always
+        if token_type_ids is not None:  # the library repeats the last type; new tokens are always language
             model_kwargs["token_type_ids"][:, token_type_ids.shape[1] :] = layout.LANGUAGE
         return model_kwargs
 
 
 def _keep(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """float[B, n, H]: the last n positions of float[B, L, H] (0 = all), or those that i64[B, n] names."""
+    """Return float[B, n, H]: the last n positions of float[B, L, H] (0 = all), or the positions i64[B, n]."""
     if isinstance(positions, int):
         return hidden[:, -positions:]
     return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
 def enable_gradient_checkpointing(model: CogVLMForCausalLM, which: str = "all") -> None:
-    """Recompute layers in the backward pass, non-reentrant: right under ZeRO-3 too.
+    """Recompute layers in the backward pass; non-reentrant, so that it works under ZeRO-3.
 
-    which: "none", "vision", "language", "all", or a number n: every n-th layer of each tower, "1" being all.
+    which: "none", "vision", "language", "all", or a number n: every n-th layer of each tower ("1" = all).
     """
     if which == "none":
         return
     towers = {"vision": model.model.vision.transformer.layers, "language": model.model.layers}
-    # transformers renamed it in 5.21; Python 3.10 has no later one than 5.20.
+    # transformers renamed it in 5.21; the last release for Python 3.10 is 5.20.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     every = int(which) if which.isdecimal() else 1

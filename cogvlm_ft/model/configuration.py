@@ -21,7 +21,7 @@ EVA2_CLIP_E_490: dict[str, Any] = {
     "patch_size": 14,
 }
 
-# What the published folders name as their remote code. Ours never runs it; other readers look it up here.
+# The remote code that the published folders name. This package never runs it; other programs read it from here.
 PUBLISHED_AUTO_MAP = {
     "AutoConfig": "configuration_cogvlm.CogVLMConfig",
     "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
@@ -31,8 +31,8 @@ PUBLISHED_AUTO_MAP = {
 class CogVLMConfig(PreTrainedConfig):
     """Sizes of a CogVLM v1; the defaults are the 17B model at 490 px.
 
-    Key names are those of the published checkpoints. `rms_norm_eps` defaults to the published class's 1e-6, which is
-    what a config.json without the key means; the published 17B files say 1e-5.
+    Key names are those of the published checkpoints. The default of `rms_norm_eps` is the published class's 1e-6, which
+    applies to a config.json without the key; the published 17B files have 1e-5.
     """
 
     model_type = "cogvlm"
@@ -78,7 +78,7 @@ class CogVLMConfig(PreTrainedConfig):
         return self.vision_config
 
     def at_image_size(self, image_size: int) -> CogVLMConfig:
-        """A copy for another square input of `image_size` pixels, a multiple of the patch size."""
+        """Return a copy for square inputs of `image_size` pixels, a multiple of the patch size."""
         if image_size % self.vision["patch_size"]:
             raise ValueError(f"image_size={image_size} is not a multiple of the patch size {self.vision['patch_size']}")
         config = CogVLMConfig.from_dict(self.to_dict())
@@ -87,7 +87,7 @@ class CogVLMConfig(PreTrainedConfig):
         return config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes; with `torch_dtype`, the name that transformers 4 and servers read."""
+        """Return what `save_pretrained` writes, with `torch_dtype`: transformers 4 and servers read that name."""
         out = super().to_diff_dict()
         if "dtype" in out:
             out["torch_dtype"] = out["dtype"]

@@ -1,4 +1,4 @@
-"""Language layers with visual experts: every projection exists twice, and a position uses the one of its kind."""
+"""Language layers with visual experts: every projection exists twice, and each position uses one of the two."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ROPE_BASE = 10000.0  # not a config key of CogVLM v1: the published rotary class
 
 @dataclass(frozen=True)
 class ExpertRouting:
-    """Which positions of float[B, L, D] the vision expert serves; the language expert serves all others.
+    """The positions of float[B, L, D] that use the vision expert; all others use the language expert.
 
-    span: (start, stop), the same in every row: a slice, and static shapes.
-    mask: bool[B, L], for rows that differ. Both experts run even when one has nothing to do, so that under ZeRO-3
-        all ranks call the same modules.
-    Neither: language only, the decoding phase.
+    span: (start, stop), the same in every row: a slice, with static shapes.
+    mask: bool[B, L], for rows that differ. Both experts run even for no positions, so that under ZeRO-3 all ranks
+        call the same modules.
+    Neither: language expert only, for decoding.
     """
 
     span: tuple[int, int] | None = None
@@ -46,7 +46,7 @@ class ExpertRouting:
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, in float32."""
+    """Normalizes the last dimension, in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -58,21 +58,23 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(head_dim: int, device: torch.device | None = None) -> Tensor:
-    """float32[head_dim / 2]: ROPE_BASE^(-2j / head_dim)."""
+    """Return float32[head_dim / 2]: ROPE_BASE^(-2j / head_dim)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / ROPE_BASE**exponents
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, L, head_dim] for i64[B, L]: angles in float32 whatever the model's dtype, rounded last."""
+    """Return cos and sin [B, 1, L, head_dim] for i64[B, L]: computed in float32 for any model dtype, then rounded."""
     angles = position_ids[:, :, None].float() * inverse_frequencies(head_dim, position_ids.device)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class RotaryEmbedding(nn.Module):
-    """Holds `inv_freq` because published checkpoints carry it; the angles are computed anew in float32 (rope_tables),
-    since a bfloat16 model rounds this buffer."""
+    """Holds `inv_freq` because published checkpoints contain it.
+
+    The angles are computed again in float32 (rope_tables), because a bfloat16 model rounds this buffer.
+    """
 
     inv_freq: Tensor
 
@@ -83,7 +85,7 @@ class RotaryEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all layers share in one pass: rotary tables, who sees whom, routing."""
+    """The inputs that all layers share in one pass: rotary tables, attention pattern, routing."""
 
     cos: Tensor
     sin: Tensor

@@ -1,4 +1,4 @@
-"""A CogVLM of the published architecture that two CPU cores can train in minutes."""
+"""A CogVLM of the published architecture that trains in minutes on two CPU cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things stand in a CogVLM sequence: token types, position ids, block ids, and who may see whom.
+"""Layout of a CogVLM sequence: token types, position ids, block ids, and attention masks.
 
 A sequence is `bos | boi, N patches, eoi | text`. The rules are those of the reference implementation:
 
@@ -7,8 +7,8 @@ A sequence is `bos | boi, N patches, eoi | text`. The rules are those of the ref
 * attention is causal everywhere, the image included.
 
 CogVLM is causal and the image comes first, so an image's hidden states do not depend on the question. Several turns
-about one image can therefore share its prefix exactly: each turn is a block that sees the prefix (block 0) and itself,
-and its position ids start again right after eoi.
+about one image can therefore share its prefix exactly: each turn is a block that attends to the prefix (block 0) and
+itself, and its position ids restart directly after eoi.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class SequenceLayout:
 
 
 def image_span(num_patches: int) -> tuple[int, int]:
-    """(start, stop) of the image positions: bos stands before, then boi, the patches and eoi."""
+    """Return (start, stop) of the image positions boi, patches and eoi, which follow bos."""
     return 1, num_patches + 3
 
 
 def vision_expert_span(num_patches: int) -> tuple[int, int]:
-    """(start, stop) of the positions that the vision expert serves: boi and the patches."""
+    """Return (start, stop) of the positions that use the vision expert: boi and the patches."""
     return 1, num_patches + 2
 
 
 def build_layout(num_patches: int, turn_lengths: Sequence[int]) -> SequenceLayout:
-    """Layout of `[bos boi patches eoi | turn 1 | ... | turn K]` for K turns of the given token counts."""
+    """Build the layout of `[bos boi patches eoi | turn 1 | ... | turn K]` for K turns of the given token counts."""
     prefix = torch.tensor([0, 1] + [2] * num_patches + [3])
     turns = [torch.arange(4, 4 + length) for length in turn_lengths]
     blocks = [torch.full((len(prefix),), PREFIX_BLOCK)]
@@ -57,17 +57,17 @@ def build_layout(num_patches: int, turn_lengths: Sequence[int]) -> SequenceLayou
 
 
 def vision_expert_mask(token_type_ids: Tensor) -> Tensor:
-    """bool[B, L] from i64[B, L]: vision type here AND at the next position, so boi and patches but not eoi."""
+    """Return bool[B, L] from i64[B, L]: vision type here AND at the next position: boi and patches, not eoi."""
     mask = torch.zeros_like(token_type_ids, dtype=torch.bool)
     mask[:, :-1] = (token_type_ids[:, :-1] == VISION) & (token_type_ids[:, 1:] == VISION)
     return mask
 
 
 def build_position_ids(token_type_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """i64[B, L] position ids from token types i64[B, L] and a 0/1 mask [B, L].
+    """Build i64[B, L] position ids from token types i64[B, L] and a 0/1 mask [B, L].
 
-    The id grows by one at every language token (boi and eoi count as such) and at the first patch of an image, never
-    at a masked token, and starts at 0.
+    The id starts at 0. It increases by one at every language token (boi and eoi count as such) and at the first patch
+    of an image, never at a masked token.
     """
     is_vision = token_type_ids == VISION
     before = F.pad(is_vision[:, :-1], (1, 0))
@@ -82,13 +82,13 @@ def build_position_ids(token_type_ids: Tensor, attention_mask: Tensor | None = N
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """bool[Q, K]: the queries are the last Q of K positions and see themselves and what came before."""
+    """Return bool[Q, K]: the queries are the last Q of K positions and attend to themselves and all earlier ones."""
     queries = torch.arange(num_keys - num_queries, num_keys, device=device)
     return torch.arange(num_keys, device=device) <= queries[:, None]
 
 
 def block_mask(block_ids: Tensor) -> Tensor:
-    """bool[B, 1, L, L]: token i sees j iff j <= i and j is in the prefix or in i's own block."""
+    """Return bool[B, 1, L, L]: token i attends to j iff j <= i and j is in the prefix or in i's own block."""
     same = block_ids[:, :, None] == block_ids[:, None, :]
     prefix = (block_ids == PREFIX_BLOCK)[:, None, :]
     length = block_ids.shape[1]
@@ -96,14 +96,17 @@ def block_mask(block_ids: Tensor) -> Tensor:
 
 
 def turn_mask(block_ids: Tensor, prefix_length: int) -> Tensor:
-    """bool[B, 1, L - prefix_length, L]: the rows of `block_mask` behind the prefix."""
+    """Return bool[B, 1, L - prefix_length, L]: the rows of `block_mask` after the prefix."""
     text = block_ids[:, prefix_length:]
     among_text = (text[:, :, None] == text[:, None, :]).tril()
     return F.pad(among_text, (prefix_length, 0), value=True)[:, None]
 
 
 def padding_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
-    """bool[B, 1, Q, K] from the 0/1 mask [B, K]: causal, padded keys hidden; every token sees itself (no empty row)."""
+    """Return bool[B, 1, Q, K] from the 0/1 mask [B, K]: causal, with padded keys hidden.
+
+    Every token attends to itself, so that no row is empty.
+    """
     num_keys = attention_mask.shape[1]
     causal = causal_mask(num_queries, num_keys, attention_mask.device)
     itself = torch.eye(num_keys, dtype=torch.bool, device=attention_mask.device)[-num_queries:]

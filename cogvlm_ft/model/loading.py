@@ -35,13 +35,13 @@ Fetch = Callable[[int, int], Tensor]
 
 
 class StoredTensor(Protocol):
-    """A tensor that lies somewhere on a disk."""
+    """A tensor in a file."""
 
     @property
     def shape(self) -> torch.Size: ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements start to stop of the flattened tensor."""
+        """Read elements start to stop of the flattened tensor."""
 
 
 Weight = StoredTensor | Tensor
@@ -56,7 +56,7 @@ def load_config(folder: str | Path, image_size: int | None = None, resize: str |
     """Return the folder's config, for inputs of `image_size` pixels and one of `config.RESIZES` if these are given."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+        raise CheckpointError(f"{folder}: no config.json found; expected a model folder")
     config = CogVLMConfig.from_pretrained(folder)
     if image_size is not None and image_size != config.image_size:
         try:
@@ -64,7 +64,7 @@ def load_config(folder: str | Path, image_size: int | None = None, resize: str |
         except ValueError as error:
             raise ConfigError(f"model.image_size: {error}") from error
     if resize is not None:
-        config.image_resize = resize  # stays with the weights, in their config.json
+        config.image_resize = resize  # saved with the weights, in their config.json
     return config
 
 
@@ -74,7 +74,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     resize: str | None = None,
 ) -> CogVLMForCausalLM:
-    """A whole model in this process, tensor by tensor; raises CheckpointError naming every key that does not fit."""
+    """Load a whole model into this process, tensor by tensor; raise CheckpointError naming all keys that do not fit."""
     config = load_config(folder, image_size, resize)
     with initialization.no_init_weights():
         model = CogVLMForCausalLM(config)
@@ -89,18 +89,18 @@ def load_model(
 
 
 def load_weights(
-    folder: str | Path, wanted: dict[str, tuple[int, ...]], assign: Callable[[str, Fetch, int], None]
+    folder: str | Path, expected: dict[str, tuple[int, ...]], assign: Callable[[str, Fetch, int], None]
 ) -> None:
-    """Call `assign(name, fetch, num_rows)` for every wanted parameter, each read lazily from its mapped file.
+    """Call `assign(name, fetch, num_rows)` for every expected parameter, each read lazily from its mapped file.
 
-    A position table of another resolution is interpolated on the way. inv_freq buffers in the files are passed over:
-    they are derived.
+    A position table of another resolution is interpolated. inv_freq buffers in the files are ignored: they
+    are computed.
     """
     with ExitStack() as stack:
         slices = _open_slices(Path(folder), stack)
         shapes = {key: tuple(view.get_shape()) for key, view in slices.items() if not key.endswith(".inv_freq")}
-        check_keys(folder, wanted, shapes)
-        for name, shape in wanted.items():
+        check_keys(folder, expected, shapes)
+        for name, shape in expected.items():
             if name == POSITION_TABLE and shapes[name] != shape:
                 table = interpolate_position_embedding(slices[name][:], shape[0])
                 assign(name, lambda start, stop, table=table: table[start:stop], shape[0])  # type: ignore[misc]
@@ -109,7 +109,7 @@ def load_weights(
 
 
 def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Key -> safetensors slice (a view into the mapped file)."""
+    """Return key -> safetensors slice (a view into the mapped file)."""
     slices = {}
     for path in weight_files(folder):
         file = stack.enter_context(_open(path))
@@ -122,40 +122,43 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}, {path.stat().st_size} bytes, is no whole safetensors file ({error}): download it again"
+            f"{path}: found {path.stat().st_size} bytes that are not a complete safetensors file ({error}). "
+            "Download it again"
         ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder."""
+    """List the safetensors files of a model folder."""
     if (folder / INDEX_FILE).is_file():
         names = _indexed_files(folder / INDEX_FILE)
     elif (folder / SINGLE_FILE).is_file():
         names = [SINGLE_FILE]
     else:
-        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
+        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
         raise CheckpointError(
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE} (found: {found}). Pickled .bin files are not opened. "
+            f"{folder}: found {found}; expected {SINGLE_FILE} or {INDEX_FILE}. Pickled .bin files are not opened. "
             "Convert them once: put the tensors of every `torch.load(file, weights_only=True)` into one dict, then "
             f'`safetensors.torch.save_file(tensors, "{SINGLE_FILE}", {{"format": "pt"}})`'
         )
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(f"{folder / INDEX_FILE} names {name!r}, which is no file of that folder")
+            raise CheckpointError(f"{folder / INDEX_FILE}: found {name!r}; expected a file in that folder")
     return [folder / name for name in names]
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a safetensors file, which is mapped for as long as a part of it is read: else memory would seem to
-    hold all that was ever read."""
+    """A tensor of a safetensors file.
+
+    The file is mapped only while a part of it is read. Otherwise everything read so far would count as used memory.
+    """
 
     path: Path
     name: str
     shape: torch.Size
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements start to stop of the flattened tensor, in the dtype of the file."""
+        """Read elements start to stop of the flattened tensor, in the dtype of the file."""
         width = math.prod(self.shape[1:])
         first = start // width
         with _open(self.path) as file:
@@ -164,7 +167,7 @@ class FileTensor:
 
 
 def open_tensors(folder: Path) -> dict[str, FileTensor]:
-    """Every tensor in a model folder's files by its name, buffers included; CheckpointError if a file is damaged."""
+    """Open all tensors of a model folder by name, buffers included; raise CheckpointError for a damaged file."""
     tensors = {}
     for path in weight_files(folder):
         with _open(path) as file:
@@ -174,7 +177,10 @@ def open_tensors(folder: Path) -> dict[str, FileTensor]:
 
 
 def read_whole(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """All of it, and besides only the part that is being read. A tensor in memory comes as it is, if dtype fits."""
+    """Read a whole tensor, holding in memory besides it only the part being read.
+
+    A tensor in memory is returned as it is if its dtype fits.
+    """
     if isinstance(weight, Tensor):
         return weight.detach().to(dtype)
     whole = torch.empty(weight.shape, dtype=dtype, device="cpu")
@@ -189,29 +195,29 @@ def _indexed_files(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} has no readable weight_map ({error!r}): download it again") from error
+        raise CheckpointError(f"{index}: no readable weight_map ({error!r}). Download it again") from error
 
 
-def check_keys(source: str | Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+def check_keys(source: str | Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     """Raise a CheckpointError that lists every missing, unexpected and mis-shaped tensor of `source`."""
-    problems = [f"missing {key} {list(wanted[key])}" for key in wanted.keys() - found.keys()]
-    problems += [f"unexpected {key} {list(found[key])}" for key in found.keys() - wanted.keys()]
-    for key in wanted.keys() & found.keys():
-        if wanted[key] != found[key] and not (key == POSITION_TABLE and _can_interpolate(found[key], wanted[key])):
-            problems.append(f"{key} has shape {list(found[key])}, wanted {list(wanted[key])}")
+    problems = [f"missing {key} {list(expected[key])}" for key in expected.keys() - found.keys()]
+    problems += [f"unexpected {key} {list(found[key])}" for key in found.keys() - expected.keys()]
+    for key in expected.keys() & found.keys():
+        if expected[key] != found[key] and not (key == POSITION_TABLE and _can_interpolate(found[key], expected[key])):
+            problems.append(f"{key} has shape {list(found[key])}; expected {list(expected[key])}")
     if problems:
-        raise CheckpointError(f"{source} does not fit its config.json:\n  " + "\n  ".join(sorted(problems)))
+        raise CheckpointError(f"{source}: the weights do not fit its config.json:\n  " + "\n  ".join(sorted(problems)))
 
 
-def _can_interpolate(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """A cls row and a square grid, and rows of the wanted width."""
-    return found[1:] == wanted[1:] and found[0] > 1 and math.isqrt(found[0] - 1) ** 2 == found[0] - 1
+def _can_interpolate(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return whether the table has a cls row, a square grid, and rows of the expected width."""
+    return found[1:] == expected[1:] and found[0] > 1 and math.isqrt(found[0] - 1) ** 2 == found[0] - 1
 
 
 def interpolate_position_embedding(table: Tensor, num_positions: int) -> Tensor:
-    """float[num_positions, H] from float[1 + g * g, H]: cls row kept, the grid enlarged by bicubic interpolation.
+    """Interpolate float[1 + g * g, H] to float[num_positions, H]: cls row kept, grid resized by bicubic interpolation.
 
-    align_corners False, no antialias, by size: the way the published 490 px checkpoints came from 224 px.
+    align_corners False, no antialias, by size: this is how the published 490 px checkpoints were made from 224 px.
     """
     old, new = round((len(table) - 1) ** 0.5), round((num_positions - 1) ** 0.5)
     grid = table[1:].T.reshape(1, -1, old, old)
@@ -220,13 +226,13 @@ def interpolate_position_embedding(table: Tensor, num_positions: int) -> Tensor:
 
 
 def copy_remote_code(source: str | Path, folder: str | Path) -> None:
-    """Carry a published folder's own *.py along for programs that run them; nothing here ever does."""
+    """Copy a published folder's own *.py for programs that run them; this package never does."""
     for path in Path(source).glob("*.py"):
         shutil.copyfile(path, Path(folder) / path.name)
 
 
 def parameter_shapes(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:
-    """Full shapes, also of parameters that ZeRO-3 has partitioned."""
+    """Return full shapes, also of parameters that ZeRO-3 has partitioned."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
 
@@ -238,11 +244,10 @@ def save_weights(
 ) -> None:
     """Write safetensors files of at most `max_file_bytes` (a larger tensor gets its own) and, if several, their index.
 
-    A stored tensor is read when it is its turn, and dropped before the next. The files are on the disk when the call
-    returns.
+    A stored tensor is read when it is written, and freed before the next. The files are synced to disk on return.
     """
     folder = Path(folder)
-    files = _share_out(list(tensors), dtype, max_file_bytes)
+    files = _split_into_files(list(tensors), dtype, max_file_bytes)
     total_bytes = sum(_num_bytes(weight, dtype) for contents in files for _, weight in contents)
     weight_map: dict[str, str] = {}
     with tqdm(total=total_bytes, desc="write weights", unit="B", unit_scale=True, disable=None) as bar:
@@ -263,10 +268,10 @@ def _read_in_turn(contents: Sequence[tuple[str, Weight]], dtype: torch.dtype, ba
         bar.update(_num_bytes(weight, dtype))
 
 
-def _share_out(
+def _split_into_files(
     tensors: Sequence[tuple[str, Weight]], dtype: torch.dtype, max_file_bytes: int
 ) -> list[list[tuple[str, Weight]]]:
-    """What goes into which file."""
+    """Assign the tensors to files."""
     files: list[list[tuple[str, Weight]]] = [[]]
     num_bytes = 0
     for key, weight in tensors:

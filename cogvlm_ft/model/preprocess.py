@@ -1,4 +1,4 @@
-"""The pixels that CogVLM was trained on."""
+"""Image preprocessing as in CogVLM's training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
-    """float32[3, S, S]: RGB (alpha dropped, EXIF orientation not applied), squashed to S x S by Pillow's bicubic on
-    8-bit values, scaled to 0..1, normalised."""
+    """Return float32[3, S, S], normalized.
+
+    RGB (alpha dropped, EXIF orientation not applied), squashed to S x S by Pillow's bicubic on 8-bit values, scaled
+    to 0..1.
+    """
     square = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float().div(255)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""How CogVLM v1 is asked: the published templates, and the token ids of one conversation."""
+"""The published prompt templates of CogVLM v1, and the token ids of one conversation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cogvlm_ft.model import layout
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import preprocess_image
 
-# The word that the answer follows. "base" is the query alone, whatever the history.
+# The words before the answer. "base" is the query alone, without history.
 ANSWER_WORDS = {"base": None, "chat": "Answer:", "vqa": "Short answer:"}
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer here: ids without specials, and the two ends."""
+    """The required part of a tokenizer: ids without special tokens, and bos and eos."""
 
     bos_token_id: int
     eos_token_id: int
@@ -26,9 +26,12 @@ class Encoder(Protocol):
 
 
 def render_prompt(query: str, template_version: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    """The text between image and answer. No blank follows "Answer:": sentencepiece adds it to the answer itself."""
+    """Return the text between image and answer.
+
+    No blank follows "Answer:": sentencepiece adds it to the answer itself.
+    """
     if template_version not in ANSWER_WORDS:
-        raise ValueError(f"template_version={template_version!r}; known are {', '.join(ANSWER_WORDS)}")
+        raise ValueError(f"template_version: found {template_version!r}; expected one of {', '.join(ANSWER_WORDS)}")
     word = ANSWER_WORDS[template_version]
     if word is None:
         return query
@@ -46,13 +49,13 @@ def build_conversation(
     template_version: str | None = None,
     answer: str | None = None,
 ) -> dict[str, Any]:
-    """`bos | image | prompt [| answer eos]` of one conversation.
+    """Build `bos | image | prompt [| answer eos]` of one conversation.
 
     images: at most one PIL image or float[3, S, S]. Returns input_ids, token_type_ids, attention_mask (i64[L]),
     images (a list, maybe empty) and, with an answer, labels (i64[L], -100 before the answer).
     """
     if images is not None and len(images) > 1:
-        raise ValueError(f"CogVLM v1 takes one image per conversation, got {len(images)}")
+        raise ValueError(f"images: found {len(images)}; expected at most one image per conversation")
     prompt = render_prompt(query, template_version or config.template_version, history or ())
     num_image_tokens = config.num_patches + 2 if images else 0
     ids = [tokenizer.bos_token_id] + [config.pad_token_id or 0] * num_image_tokens

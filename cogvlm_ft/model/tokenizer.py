@@ -1,7 +1,7 @@
-"""Vicuna's sentencepiece tokenizer, straight from `tokenizer.model`.
+"""Vicuna's sentencepiece tokenizer, loaded from `tokenizer.model`.
 
 sentencepiece itself is used instead of a `transformers` tokenizer: those drop a leading blank and read "</s>" inside a
-user's text as the end token. Here text is only ever text; bos and eos are added by whoever builds a sequence.
+user's text as the end token. Here text is never read as a special token; callers add bos and eos.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sentencepiece
 from cogvlm_ft.errors import CheckpointError
 
 MODEL_FILE = "tokenizer.model"
-# Files of a `transformers` tokenizer, kept beside tokenizer.model for other programs.
+# Files of a `transformers` tokenizer, copied with tokenizer.model for other programs.
 COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "added_tokens.json")
 LLAMA_TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -35,13 +35,13 @@ LLAMA_TOKENIZER_CONFIG = {
 
 
 class CogVLMTokenizer:
-    """Text <-> ids. `pad_token_id` is sentencepiece's <unk> (0), as in the published checkpoints."""
+    """Text <-> ids. `pad_token_id` is sentencepiece's <unk> (0), as in published checkpoints."""
 
     def __init__(self, model_file: str | Path) -> None:
         self.model_file = Path(model_file)
         if not self.model_file.is_file():
             raise CheckpointError(
-                f"{self.model_file} is missing: copy Vicuna's tokenizer.model (lmsys/vicuna-7b-v1.5) into the folder"
+                f"{self.model_file}: not found. Copy Vicuna's tokenizer.model (lmsys/vicuna-7b-v1.5) into the folder"
             )
         self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.model_file))
         self.bos_token_id: int = self._pieces.bos_id()
@@ -56,12 +56,12 @@ class CogVLMTokenizer:
         return self._pieces.vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of the text alone; with `add_special_tokens` bos first."""
+        """Return the ids of the text; with `add_special_tokens`, bos first."""
         ids = self._pieces.encode(text)
         return [self.bos_token_id, *ids] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text up to the first eos; other special ids are dropped."""
+        """Decode the ids before the first eos; other special ids are dropped."""
         kept: list[int] = []
         for token in ids:
             if token == self.eos_token_id:
@@ -72,7 +72,7 @@ class CogVLMTokenizer:
 
     @cached_property
     def piece_bytes(self) -> list[bytes]:
-        """What every id adds to the text, in UTF-8; nothing for bos, eos, unk and unused ids."""
+        """The text that each id adds, in UTF-8; empty for bos, eos, unk and unused ids."""
         sp = self._pieces
         ids = range(sp.vocab_size())
         texts = [sp.id_to_piece(i).replace("▁", " ").encode() for i in ids]
@@ -83,11 +83,11 @@ class CogVLMTokenizer:
 
     @cached_property
     def digits(self) -> dict[int, int]:
-        """The ids that write one digit, and which: Vicuna's tokenizer writes numbers digit by digit."""
+        """The ids of single digits and their values: Vicuna's tokenizer writes numbers digit by digit."""
         return {i: int(piece) for i, piece in enumerate(self.piece_bytes) if len(piece) == 1 and piece.isdigit()}
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.model and the files that let others load it as a LlamaTokenizer."""
+        """Write tokenizer.model and the files that other programs need to load it as a LlamaTokenizer."""
         folder = Path(folder)
         shutil.copyfile(self.model_file, folder / MODEL_FILE)
         for name in COMPANION_FILES:

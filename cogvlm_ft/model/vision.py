@@ -1,4 +1,4 @@
-"""EVA2-CLIP vision tower and the adaptor into the language model's space. Names are the checkpoint's."""
+"""EVA2-CLIP vision tower and the adaptor to the language model. Names are the checkpoint's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.proj(pixel_values).flatten(2).transpose(1, 2)
         cls = self.cls_embedding.expand(len(patches), 1, -1)
-        # The table is read by calling its module: ZeRO-3 gathers a parameter when the module that owns it runs.
+        # Call the table's module instead of reading its weight: ZeRO-3 gathers a parameter when its module runs.
         positions = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
         return torch.cat([cls, patches], dim=1) + self.position_embedding(positions)
 
@@ -60,7 +60,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(GradientCheckpointingLayer):
-    """Post-norm on the branches: `input_layernorm` follows the attention, in spite of its name."""
+    """Post-norm on the branches: despite its name, `input_layernorm` follows the attention."""
 
     def __init__(self, vision: dict) -> None:
         super().__init__()

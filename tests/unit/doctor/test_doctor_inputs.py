@@ -32,13 +32,13 @@ def test_a_missing_tensor(run_checks: Examine, model: Path) -> None:
 def test_weights_that_are_cut_off(run_checks: Examine, model: Path) -> None:
     os.truncate(model / "model.safetensors", 100_000)
     num_red, said = run_checks([MODEL], f"model.path={model}")
-    assert num_red == 1 and "100000 bytes, is no whole safetensors file" in said
+    assert num_red == 1 and "found 100000 bytes that are not a complete safetensors file" in said
 
 
 def test_no_model_at_all(run_checks: Examine, tmp_path: Path) -> None:
     """Checks that need the model's sizes report that; all others still run."""
     num_red, said = run_checks(list(CHECKS), f"model.path={tmp_path}")
-    assert num_red == 1 and "is no model folder" in said and "yellow  plan: cannot be estimated" in said
+    assert num_red == 1 and "expected a model folder" in said and "yellow  plan: cannot be estimated" in said
     assert "33 at random read and decoded" in said and "GB/s written" in said
 
 

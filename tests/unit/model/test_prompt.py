@@ -34,7 +34,7 @@ def test_braces_in_a_question_stay_as_they_are() -> None:
 
 
 def test_an_unknown_template_names_the_known_ones(tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer) -> None:
-    with pytest.raises(ValueError, match=r"template_version='grounding'; known are base, chat, vqa"):
+    with pytest.raises(ValueError, match=r"template_version: found 'grounding'; expected one of base, chat, vqa"):
         render_prompt("Where?", "grounding")
     with pytest.raises(ValueError, match="grounding"):
         build_conversation(tokenizer, tiny_model.config, query="Where?", template_version="grounding")
@@ -42,7 +42,7 @@ def test_an_unknown_template_names_the_known_ones(tiny_model: CogVLMForCausalLM,
 
 def test_two_images_are_refused(tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer) -> None:
     image = torch.zeros(3, 56, 56)
-    with pytest.raises(ValueError, match="one image per conversation, got 2"):
+    with pytest.raises(ValueError, match="found 2; expected at most one image per conversation"):
         build_conversation(tokenizer, tiny_model.config, query="Where?", images=[image, image])
 
 

@@ -1,4 +1,4 @@
-"""The losses of single rows: they add up, and looking at them changes no bit of the training."""
+"""The losses of single rows: they add up, and reading them does not change a bit of the training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.model.cogvlm import IGNORE_INDEX
+from cogvlm_ft.model.inputs import TurnInputs
 
 NUM_PATCHES = 16
 
@@ -42,7 +43,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy_bit_by_bit(tiny_model: Co
     found = {name: parameter.grad.clone() for name, parameter in tiny_model.named_parameters()}
     tiny_model.zero_grad()
     labels = batch.pop("labels")
-    hidden = tiny_model.model(**batch).last_hidden_state[:, :-1]
+    hidden = tiny_model.model(TurnInputs(**batch)).last_hidden_state[:, :-1]
     is_labelled = labels[:, 1:] != IGNORE_INDEX
     scores = tiny_model.lm_head(hidden[is_labelled]).float()
     loss = F.cross_entropy(scores, labels[:, 1:][is_labelled], reduction="sum") / 7.0
