@@ -1,4 +1,4 @@
-"""Finds the golden cases: a small set in this repository, and the full set where ../shared/golden is there."""
+"""Finds the golden cases: a small set in this repository, and the full set where ../shared/golden exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def root() -> Path:
 def case_dirs(
     accept: Callable[[str], bool], needs: str, having: str | None = None, without: str | None = None
 ) -> list[Path]:
-    """Case folders that hold the file `needs`, with the tensor `having` and not `without` in it."""
+    """Return the case folders that contain the file `needs`, with the tensor `having` and not `without` in it."""
     found = []
     for path in sorted(root().iterdir()):
         if accept(path.name) and (path / needs).is_file():

@@ -50,7 +50,7 @@ def test_giou_of_the_right_label(golden: dict[str, Any]) -> None:
 
 
 def score_set(sample: dict[str, Any]) -> AnswerScore:
-    """As one answer; the read boxes are given, so that no rounding to thousandths comes between."""
+    """As one answer; the read boxes are given, so that they are not rounded to thousandths."""
     boxes = [tuple(box) for box in sample["pred"]]
     given = Protocol("given", lambda text, size: boxes, lambda truth, size: list(truth), every_box=True)
     return score_answer("?" if boxes else "none", sample["gt"], SIZE, ("none",), protocol=given)
@@ -75,7 +75,7 @@ def test_answers_as_the_authors_of_cogvlm_score_them(golden: dict[str, Any]) -> 
         label = first_group(row["label"])
         assert label == tuple(row["label_box"][0])
         assert (first_group(row["pred"]) or (0, 0, 0, 0)) == tuple(row["pred_box"][0])
-        # Boxes in pixels of a picture of 1000 x 1000, in the middle of a thousandth, are written as the label is.
+        # Boxes in pixels of an image of 1000 x 1000, in the middle of a thousandth, are written as the label is.
         truth = [
             [k + 0.5 for k in map(int, item.split(","))] for item in re.sub(r"[\[\]]", "", row["label"]).split(";")
         ]
@@ -108,7 +108,7 @@ def test_texts(golden: dict[str, Any]) -> None:
     zh, en = golden["text"]["zh"], golden["text"]["en"]
     assert corpus_bleu(zh["hyp"], zh["ref"], ["zh"] * 3) == pytest.approx(zh["bleu_zh"])
     assert corpus_bleu(zh["hyp"], zh["ref"], ["zh"] * 3) == pytest.approx(zh["bleu_char"])  # no Latin words in them
-    assert corpus_bleu(zh["hyp"], zh["ref"], ["en"] * 3) == zh["bleu_13a"] == 0  # why the language matters
+    assert corpus_bleu(zh["hyp"], zh["ref"], ["en"] * 3) == zh["bleu_13a"] == 0  # so the language matters
     assert corpus_bleu(en["hyp"], en["ref"], ["en"] * 3) == pytest.approx(en["bleu_13a"])
     for case in (zh, en):
         assert corpus_chrf(case["hyp"], case["ref"]) == pytest.approx(case["chrf2"])
@@ -117,7 +117,7 @@ def test_texts(golden: dict[str, Any]) -> None:
 
 
 def test_rouge_sees_chinese_where_the_usual_package_sees_nothing(golden: dict[str, Any]) -> None:
-    """rouge_score drops what is not ASCII, so that nothing is left of these texts."""
+    """rouge_score drops what is not ASCII, so nothing remains of these texts."""
     case = golden["text"]["zh"]
     pairs = list(zip(case["hyp"], case["ref"], strict=True))
     ascii_only = [tuple(re.sub(r"[^\x00-\x7f]", "", text) for text in pair) for pair in pairs]

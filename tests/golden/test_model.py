@@ -41,7 +41,7 @@ def model_inputs(tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def record_outputs(model: CogVLMForCausalLM) -> dict[str, torch.Tensor]:
-    """Forward hooks under the golden files' names; filled by the next pass."""
+    """Register forward hooks under the names of the golden files; the next pass fills the dict."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(module: torch.nn.Module, name: str) -> None:

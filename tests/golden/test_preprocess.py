@@ -1,4 +1,4 @@
-"""The pixels of photos of every kind, bit for bit those of the reference."""
+"""Preprocessed images of every kind equal those of the reference to the bit."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ TRAINING_ROWS = [
     for row in load_rows("sat_llama2_text_processor.json")
     if row["signal_type"] in TEMPLATE_OF_SIGNAL and not row["skipped"]
 ]
-# It cuts captions that are too long; here such a sample is not used at all.
+# It cuts captions that are too long; this program skips such a sample.
 WHOLE_ROWS = [row for row in TRAINING_ROWS if sum(label != -100 for label in row["labels"]) == len(row["caption"]) + 1]
 
 

@@ -1,4 +1,4 @@
-"""What an answer says about boxes besides their text: confidence, expected coordinates, and where a bin is read."""
+"""Confidence and expected coordinates of answered boxes, and the position at which a bin is read."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_no_confidence_without_a_distribution_for_every_digit() -> None:
     [
         ("123", [sure(1), sure(2), sure(3)], 123.0),
         ("123", [sure(1), sure(2), mixed(d3=0.5, d4=0.5)], 123.5),
-        ("123", [sure(1), sure(2), mixed(d3=0.3, d4=0.3)], 123.5),  # the rest went to other tokens
-        ("299", [mixed(d2=0.6, d3=0.4), sure(9), sure(9)], 299.4),  # the other one is 300, and not 399
+        ("123", [sure(1), sure(2), mixed(d3=0.3, d4=0.3)], 123.5),  # the remaining probability is on other tokens
+        ("299", [mixed(d2=0.6, d3=0.4), sure(9), sure(9)], 299.4),  # the alternative is 300, not 399
         ("300", [mixed(d2=0.4, d3=0.6), sure(0), sure(0)], 299.6),
         ("129", [sure(1), mixed(d2=0.6, d3=0.4), sure(9)], 129.4),
-        ("105", [mixed(d1=0.7, d7=0.3), sure(0), sure(5)], 105.0),  # two objects, not a doubt about an edge
+        ("105", [mixed(d1=0.7, d7=0.3), sure(0), sure(5)], 105.0),  # two objects, not one uncertain edge
         ("7", [mixed(d6=0.5, d7=0.5)], 6.5),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_box_comes_back_within_half_a_bin(data: st.DataObject, size: tuple[int
 
 @given(st.tuples(*[st.floats(-1e9, 1e9)] * 4), SIZES)
 def test_whatever_the_box_its_text_is_readable(box: Box, size: tuple[int, int]) -> None:
-    """Also outside the picture and inverted; a larger coordinate never gets a smaller bin."""
+    """Also outside the image and inverted; a larger coordinate never gets a smaller bin."""
     text = format_boxes([box], size)
     assert re.fullmatch(r"\[\[\d{3}(,\d{3}){3}\]\]", text)
     [(x0, y0, x1, y1)] = parse_boxes(text) or []
@@ -111,7 +111,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 @given(ITEM, st.tuples(st.integers(1000, 20000), st.integers(1000, 20000)))
 def test_an_answer_written_again_is_the_same_text(item: Bins, size: tuple[int, int]) -> None:
-    """With a pixel or more per bin; in a smaller picture the last pixel is more than the last bin."""
+    """With a pixel or more per bin; in a smaller image the last pixel is more than the last bin."""
     text = format_boxes([tuple(box) for box in boxes_from_bins([item], size).tolist()], size)
     last = [(side - 1) * 1000 // side for side in size * 2]
     assert parse_boxes(text) == [tuple(map(min, zip(item, last, strict=True)))]

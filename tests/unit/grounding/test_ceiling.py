@@ -1,4 +1,4 @@
-"""What box text can reach at best."""
+"""The highest scores that box text allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is chosen among the admitted tokens can be read, and good answers are admitted as they are."""
+"""Any choice of admitted tokens is readable, and well-formed answers are admitted unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokens_of(grammar: BoxGrammar, state: GrammarState, num_left: int, size: int
 
 
 def walk(tokenizer: CogVLMTokenizer, grammar: BoxGrammar, max_new_tokens: int, choose: Choose) -> str:
-    """The text of an answer that is made of admitted tokens."""
+    """Return the text of an answer of admitted tokens."""
     state, ids = grammar.start(max_new_tokens), []
     for num_left in range(max_new_tokens, 0, -1):
         ids.append(choose(tokens_of(grammar, state, num_left, len(tokenizer))))
@@ -50,7 +50,7 @@ def assert_upright(text: str, min_boxes: int) -> None:
 
 
 def lover_of_brackets(tokenizer: CogVLMTokenizer, seed: int) -> Choose:
-    """Chance, with a liking for the pieces that boxes are made of: opens, closes and goes on in all ways."""
+    """Choose randomly, preferring the pieces of box text, so that boxes open, close and continue in all ways."""
     chance, pieces = random.Random(seed), tokenizer.piece_bytes
     liked = {token for token, piece in enumerate(pieces) if any(byte in b"[];," for byte in piece)}
 
@@ -64,7 +64,7 @@ def lover_of_brackets(tokenizer: CogVLMTokenizer, seed: int) -> Choose:
 @pytest.mark.parametrize("min_boxes", [0, 1, 3])
 @pytest.mark.parametrize("room", [0, 1, 7, 60])
 def test_every_walk_can_be_read(tokenizer: CogVLMTokenizer, min_boxes: int, room: int) -> None:
-    """Also one that is cut off by the limit of tokens, and one that has just enough of them."""
+    """Include answers cut off by the token limit, and answers with just enough tokens."""
     grammar = grammar_of(tokenizer, min_boxes)
     max_new_tokens = ONE_BOX + 16 * max(0, min_boxes - 1) + room
     numbers = set()
@@ -86,7 +86,7 @@ def test_a_walk_that_avoids_boxes_is_made_to_write_them(tokenizer: CogVLMTokeniz
 
 
 def test_an_open_bracket_is_not_left_behind_when_tokens_are_short(tokenizer: CogVLMTokenizer) -> None:
-    """Behind "[" with 19 tokens left a box fits, but not another text and then a box."""
+    """After "[" with 19 tokens left a box fits, but not another text and then a box."""
     grammar, bracket = grammar_of(tokenizer), tokenizer.piece_bytes.index(b"[")
     state = grammar.advance(grammar.start(20), bracket)
     letter = tokenizer.piece_bytes.index(b"a")
@@ -119,21 +119,21 @@ def test_good_answers_are_admitted_as_they_are(tokenizer: CogVLMTokenizer, text:
     [
         ("No.", 0, 3),  # an end without a box
         ("[[012,345,678,999]]", 2, 19),  # an end with too few
-        (NOT_FOUND[0], 1, len(NOT_FOUND[0])),  # "not found" where a box is wanted
+        (NOT_FOUND[0], 1, len(NOT_FOUND[0])),  # "not found" where a box is required
         (NOT_FOUND[1] + " Or", 0, len(NOT_FOUND[1]) + 3),  # more than the sentence
         ("[[500,100,499,200]]", 0, 10),  # x1 < x0
         ("[[500,100,600,020]]", 0, 14),  # y1 < y0
         ("[[50,100,600,200]]", 0, 4),  # two digits
         ("[[500, 100,600,200]]", 0, 6),  # a blank
         ("[[500,100,600]]", 0, 13),  # three numbers
-        ("[[500,100,600,200;]]", 0, 18),  # nothing behind the ;
+        ("[[500,100,600,200;]]", 0, 18),  # nothing after the ;
         ("[[[500,100,600,200]]", 0, 2),
     ],
 )
 def test_bad_answers_are_stopped_where_they_go_wrong(
     tokenizer: CogVLMTokenizer, text: str, min_boxes: int, place: int
 ) -> None:
-    """Byte by byte, so that no piece says two things at once."""
+    """Byte by byte, so that no piece has two meanings."""
     grammar = grammar_of(tokenizer, min_boxes)
     state, raw, written = grammar.start(128), text.encode(), 0
     of_byte = {piece: token for token, piece in enumerate(tokenizer.piece_bytes) if len(piece) == 1}

@@ -34,7 +34,7 @@ def test_pairwise_iou_is_exactly_one_for_equal_boxes_and_empty_for_none() -> Non
 
 
 def test_matching_is_the_best_one_not_the_first_one() -> None:
-    # Greedy would give the first answer its best truth (IoU 0.9) and leave the second with nothing.
+    # Greedy would give the first answer its best truth (IoU 0.9) and leave none for the second.
     truth = [[0, 0, 100, 100], [0, 0, 100, 80]]
     predicted = [[0, 0, 100, 90], [0, 0, 100, 110]]
     assert match_iou(predicted, truth) == pytest.approx((80 / 90 + 100 / 110) / 2)

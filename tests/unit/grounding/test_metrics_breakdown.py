@@ -1,4 +1,4 @@
-"""All numbers of an evaluation: by group, the threshold for "not found", and texts."""
+"""Metrics of an evaluation: by group, the threshold for "not found", and texts."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_sizes(box: Box, wanted: str) -> None:
 
 
 def test_patches_are_those_of_the_frame_and_need_one() -> None:
-    """A letterbox of a wide photo: half of the patches see grey."""
+    """A letterbox of a wide image: half of the patches are padding."""
     box = [(0.0, 0.0, 100.0, 100.0)]
     assert dict(size_classes(box, (1000, 500), (1000, 500), 100))["patches"] == "1_to_4"
     assert dict(size_classes(box, (1000, 500), (1000, 1010), 100))["patches"] == "under_1"
@@ -116,7 +116,7 @@ def test_of_several_boxes_the_median_counts() -> None:
 
 
 def test_precision_by_size_is_about_boxes_not_about_questions() -> None:
-    """COCO's rule: of a question about a big and a small thing, each is in its own class."""
+    """COCO's rule: of a question about a large and a small target, each counts in its own class."""
     found = metrics_of([answered([BIG, SMALL], format_boxes([BIG], SIZE))])
     assert (found["ap50/size=large"], found["ap50/size=small"]) == (1, 0)
     assert "ap50/size=medium" not in found and found["ap50/targets=2+"] == pytest.approx(found["ap50"])

@@ -30,7 +30,7 @@ def test_confidence_decides_which_mistakes_cost() -> None:
     """One right box and two wrong ones: precision 1, 1/2 or 1/3 at the recall of the right one."""
     for confidence, wanted in (([0.9, 0.2, 0.1], 1), ([0.5, 0.9, 0.1], 1 / 2), ([0.1, 0.5, 0.9], 1 / 3)):
         assert average_precision([rank_boxes([A, B, C], confidence, [A])])["ap"] == pytest.approx(wanted)
-    in_two = [rank_boxes([A], [0.3], [A]), rank_boxes([B], [0.6], [])]  # a box for an absent thing
+    in_two = [rank_boxes([A], [0.3], [A]), rank_boxes([B], [0.6], [])]  # a box for an absent target
     assert average_precision(in_two)["ap50"] == pytest.approx(1 / 2)
 
 
@@ -66,7 +66,7 @@ def test_the_curve_ends_where_recall_does() -> None:
 
 
 def plain_match(boxes: np.ndarray, truth: np.ndarray, optional: np.ndarray, threshold: float) -> list[int]:
-    """The published loop: true boxes that may be missed come last, and are taken only if no other was."""
+    """The published loop: true boxes that may be missed come last, and are taken only if no other fits."""
     iou, taken, found = pairwise_iou(boxes, truth), set(), []
     for d in range(len(boxes)):
         best, match = min(threshold, 1 - 1e-10), -1

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cogvlm_ft import config
+from cogvlm_ft import settings
 from cogvlm_ft.grounding.metrics import score_answer, summarize
 from cogvlm_ft.grounding.protocols import PROTOCOLS
 from cogvlm_ft.grounding.targets import Box
@@ -14,8 +14,8 @@ FAR = (1900.0, 900.0, 1999.0, 999.0)
 
 
 def test_every_protocol_is_a_setting() -> None:
-    assert tuple(PROTOCOLS) == config.PROTOCOLS
-    assert config.EvaluateConfig().protocol in PROTOCOLS
+    assert tuple(PROTOCOLS) == settings.PROTOCOLS
+    assert settings.EvaluateConfig().protocol in PROTOCOLS
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_a_miss(protocol: str, answer: str) -> None:
     ("protocol", "hit"), [("grec_official", 1), ("cogvlm_authors", 0), ("shikra", 0), ("internvl", 1)]
 )
 def test_exactly_half_is_a_hit_or_not(protocol: str, hit: int) -> None:
-    """Boxes that are whole thousandths for all of them, one half of the other."""
+    """Boxes that are whole thousandths for all of them, one half of another."""
     score = score_answer("[[000,000,500,250]]", [(0, 0, 1000, 500)], SIZE, (), protocol=PROTOCOLS[protocol])
     assert score.iou == 0.5
     found = summarize([score], PROTOCOLS[protocol])
@@ -78,7 +78,7 @@ def test_exactly_half_is_a_hit_or_not(protocol: str, hit: int) -> None:
 
 
 def test_centres_of_bins_save_small_targets() -> None:
-    """A perfect answer about a thing 1.2 thousandths wide: 0.5 with ours, little with the lower edges."""
+    """A perfect answer about a target 1.2 thousandths wide: 0.5 with ours, little with the lower edges."""
     truth = (100.9, 500.9, 103.3, 503.3)
     assert score_answer("[[050,500,051,503]]", [truth], SIZE, ()).iou > 0.5
     official = score_answer("[[050,500,051,503]]", [truth], SIZE, (), protocol=PROTOCOLS["grec_official"]).iou
@@ -86,7 +86,7 @@ def test_centres_of_bins_save_small_targets() -> None:
 
 
 def test_the_label_of_cogvlm_s_authors_is_its_text() -> None:
-    """Several true boxes are one around them, in thousandths: the same words are a perfect answer."""
+    """Several true boxes are one around them, in thousandths: the same text is a perfect answer."""
     protocol = PROTOCOLS["cogvlm_authors"]
     truth = [(201.9, 200.9, 601.9, 400.9), (1000.5, 100.4, 1200.5, 300.4)]
     assert protocol.truth(truth, SIZE) == [(200, 100, 1200, 400)]

@@ -1,4 +1,4 @@
-"""Random phrases and boxes through every wording: what is written reads back as the same boxes, or is refused."""
+"""Random phrases and boxes through every wording: the text parses back to the same boxes, or is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each style asks and answers about the targets of one picture."""
+"""Questions and answers of each style about the targets of one image."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_never_more_turns_than_stated(
 @pytest.mark.parametrize("wording", WORDINGS, ids=lambda wording: wording.name)
 @pytest.mark.parametrize("num_targets", range(13))
 def test_there_may_be_as_many_turns_as_stated(num_targets: int, wording: Wording) -> None:
-    """For different things, all of them there, and one of them in the other language."""
+    """Different targets, all present, one of them in the other language."""
     names = ["狗", *(f"dog {i}" for i in range(num_targets - 1))][:num_targets]
     targets = [Target(name, "zh" if name == "狗" else "en", DOG.boxes_xyxy) for name in names]
     found = [len(turns_of(targets, wording, epoch=epoch)) for epoch in range(20 if wording.mix else 1)]

@@ -67,7 +67,7 @@ def test_turns_depend_on_seed_epoch_and_key_only() -> None:
 
 
 def test_the_choice_stays_the_same_in_every_version() -> None:
-    """A change here changes what every resumed run trains on."""
+    """A change here changes the training data of every resumed run."""
     (turn,) = turns_of([DOG], load_wording("box"), seed=1, epoch=2, key="scene-000003")
     assert turn.prompt == "指出一只狗所在的区域。"
 

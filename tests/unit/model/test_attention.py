@@ -1,4 +1,4 @@
-"""The ways to attend against one dense mask, and the choice of layers that are computed twice."""
+"""The attention patterns against one dense mask, and the choice of layers that are recomputed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_mask_of_turns_is_the_end_of_the_whole_mask() -> None:
     found = turn_mask(block_ids, prefix_length)
     wanted = block_mask(block_ids)[:, :, prefix_length:]
     assert torch.equal(found[block_ids[:, None, prefix_length:] >= 0], wanted[block_ids[:, None, prefix_length:] >= 0])
-    assert found.any(dim=-1).all(), "a position that sees nothing would be NaN on some backends"
+    assert found.any(dim=-1).all(), "a position that attends to nothing would be NaN on some backends"
 
 
 def test_turns_see_what_a_dense_mask_shows_them() -> None:

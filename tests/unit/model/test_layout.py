@@ -18,7 +18,7 @@ from cogvlm_ft.model.layout import (
 
 
 def rows(mask: torch.Tensor) -> list[str]:
-    """bool[Q, K] as one string of 0 and 1 per query."""
+    """Return bool[Q, K] as one string of 0 and 1 per query."""
     return ["".join(str(int(seen)) for seen in row) for row in mask]
 
 
@@ -58,7 +58,7 @@ def test_the_vision_expert_serves_boi_and_patches_but_not_eoi() -> None:
         pytest.param([0, 1, 1, 1, 0, 0], None, [0, 1, 2, 3, 4, 5], id="one patch"),
         pytest.param([0, 0, 0, 0], None, [0, 1, 2, 3], id="text only"),
         pytest.param([0, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0], [0, 1, 2, 2, 3, 4, 4, 4], id="right pads"),
-        # The reference counts the first real token behind left pads; only differences matter to rotary embeddings.
+        # The reference counts the first real token after left pads; only differences matter to rotary embeddings.
         pytest.param([0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 2, 3, 3, 4, 5], id="left pads"),
         pytest.param([0, 0, 1, 1, 1, 1, 0, 0], None, [0, 1, 2, 3, 3, 4, 5, 6], id="text before the image"),
     ],

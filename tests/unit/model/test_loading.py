@@ -1,4 +1,4 @@
-"""Model folders that are not as they should be: what is wrong, where, and what to do about it."""
+"""Invalid model folders: each error names what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_files_of_limited_size_read_back(tiny_model: CogVLMForCausalLM, sharded:
 
 
 def test_parts_of_stored_tensors_are_those_of_the_whole(tmp_path: Path) -> None:
-    """Rows that no part ends with, and a tensor that takes two parts."""
+    """Rows that end inside a part, and a tensor of two parts."""
     wanted = {"wide": torch.randn(5, READ_ELEMENTS // 3), "deep": torch.randn(2, 3, 7), "flat": torch.randn(11)}
     for dtype in (torch.float32, torch.bfloat16):
         save_weights(tmp_path, wanted.items(), dtype)
@@ -82,7 +82,7 @@ def test_one_error_lists_all_problems_of_all_files(tiny_model: CogVLMForCausalLM
 
 
 def test_rotary_buffers_in_a_file_change_nothing(tiny_model: CogVLMForCausalLM, tmp_path: Path) -> None:
-    """Published files hold them rounded to bfloat16."""
+    """Published files contain them rounded to bfloat16."""
     tiny_model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / SINGLE_FILE)
     for key in [key for key in weights if key.endswith("inv_freq")]:
@@ -154,7 +154,7 @@ def test_an_image_size_must_be_a_multiple_of_the_patch_size(tiny_folder: Path) -
 
 
 def test_only_the_asked_rows_are_read(tiny_model: CogVLMForCausalLM, sharded: Path) -> None:
-    """What a rank relies on: any rows of any tensor, each tensor offered once."""
+    """As a rank reads: any rows of any tensor, and each tensor is offered once."""
     wanted = dict(tiny_model.named_parameters())
     seen = []
 

@@ -35,4 +35,4 @@ def test_angles_in_bfloat16_would_be_far_off() -> None:
     errors = (rounded_cosines(600) - exact_cosines(600)).abs().amax(dim=1)
     assert errors[:21].max() > 0.05
     assert errors[:151].max() > 0.3
-    assert torch.equal(rounded_cosines(600)[257], rounded_cosines(600)[256])  # odd positions are no more
+    assert torch.equal(rounded_cosines(600)[257], rounded_cosines(600)[256])  # odd positions are lost

@@ -1,4 +1,4 @@
-"""Many turns behind one image are the same as many samples: losses, logits and gradients of every parameter."""
+"""Several turns after one image equal as many samples: losses, logits and gradients of every parameter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TURNS = [
 ]
 OTHER_TURNS = [Turn("Give its box.", "[[001,002,003,004]]"), Turn("狗", "[[999,999,999,999]]")]
 
-# Nothing comes after the image positions of the last layer, so these get gradients that are 0.
+# Nothing depends on the image positions of the last layer, so the gradients of these are 0.
 WITHOUT_INFLUENCE = ("model.layers.1.self_attn.vision_expert_dense.", "model.layers.1.mlp.vision_mlp.")
 
 Gradients = dict[str, Tensor]
@@ -49,7 +49,7 @@ def batch_of(*examples: tuple[Tensor, Sequences], weights: Iterable[float] | Non
 
 
 def run(model: CogVLMForCausalLM, batch: Batch, return_logits: bool = False) -> tuple[Tensor, Tensor]:
-    """The summed loss, and the logits float[B, L, V] if wanted."""
+    """Return the summed loss, and the logits float[B, L, V] if requested."""
     out = model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
@@ -63,7 +63,7 @@ def run(model: CogVLMForCausalLM, batch: Batch, return_logits: bool = False) -> 
 
 
 def gradients(model: CogVLMForCausalLM, loss: Tensor) -> Gradients:
-    """Of every parameter; each must have one."""
+    """Return the gradient of every parameter; each must have one."""
     model.zero_grad()
     loss.backward()
     found = {}
@@ -118,7 +118,7 @@ def test_turns_of_one_image_share_its_prefix_exactly(
 
 
 def test_checkpointing_runs_every_layer_a_second_time(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer) -> None:
-    """The test above would prove nothing if it were off."""
+    """The test above depends on this."""
     enable_gradient_checkpointing(model)
     calls: list[str] = []
     for layer in [*model.model.layers, *model.model.vision.transformer.layers]:
@@ -237,4 +237,4 @@ def test_the_image_influences_every_turn(model: CogVLMForCausalLM, tokenizer: Co
     _, after = run(model, batch, return_logits=True)
     change = (after - before).abs().amax(dim=-1)
     assert change[batch.block_ids > 0].min() > 1e-3
-    assert change[0, :2].max() < 1e-5  # bos and boi stand before the patches
+    assert change[0, :2].max() < 1e-5  # bos and boi precede the patches

@@ -1,4 +1,4 @@
-"""Names, shapes and files: the 17B model on the meta device, and folders that we and others can read."""
+"""Names, shapes and files: the 17B model on the meta device, and folders that this and other programs can read."""
 
 from __future__ import annotations
 

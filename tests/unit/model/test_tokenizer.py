@@ -1,4 +1,4 @@
-"""Ids equal sentencepiece's own, and text is only ever text."""
+"""Ids equal sentencepiece's own, and text never becomes a special token."""
 
 from __future__ import annotations
 
