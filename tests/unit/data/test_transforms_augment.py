@@ -272,7 +272,7 @@ def test_a_setting_out_of_range_names_its_key() -> None:
     ):
         with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
             load_config(None, [*base, override])
-    with pytest.raises(ConfigError, match=r"data\.resize='crop': wanted one of squash, letterbox"):
+    with pytest.raises(ConfigError, match=r"data\.resize='crop': expected one of squash, letterbox"):
         load_config(None, [*base, "data.resize=crop"])
 
 

@@ -96,5 +96,5 @@ def test_what_is_no_monitor(value: str) -> None:
 
 
 def test_a_negative_gain() -> None:
-    with pytest.raises(ConfigError, match=r"train\.min_gain=-0\.1: wanted at least 0"):
+    with pytest.raises(ConfigError, match=r"train\.min_gain=-0\.1: expected at least 0"):
         load("train.min_gain=-0.1")
