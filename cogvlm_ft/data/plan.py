@@ -32,7 +32,8 @@ class Part(NamedTuple):
     weights: NDArray[np.float32]
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True)
+class Item:
     """One sequence of an epoch, as requested from a loader process.
 
     epoch: number of completed passes over its source, so that augmentation differs every time.
