@@ -26,7 +26,7 @@ from cogvlm_ft.model.decoder import (
     inverse_frequencies,
     rope_tables,
 )
-from cogvlm_ft.model.inputs import PublishedInputs, TurnInputs
+from cogvlm_ft.model.inputs import PublishedInputs, TurnInputs, choose_form
 from cogvlm_ft.model.prompt import build_conversation
 from cogvlm_ft.model.vision import PatchEmbedding, VisionModel
 
@@ -221,16 +221,9 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions: not available, because CogVLM runs on torch SDPA")
         if labels is None and not return_logits:
             raise ValueError("return_logits=False: found no labels; expected them")
-        inputs: PublishedInputs | TurnInputs = PublishedInputs(
-            input_ids, images, token_type_ids, attention_mask, position_ids, inputs_embeds
-        )
-        if pixel_values is not None or block_ids is not None:
-            inputs = TurnInputs.from_arguments(inputs, pixel_values, block_ids)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        out = self.model(inputs, past_key_values, bool(output_hidden_states))
+        published = PublishedInputs(input_ids, images, token_type_ids, attention_mask, position_ids, inputs_embeds)
+        inputs = choose_form(published, pixel_values, block_ids)
+        out = self.model(inputs, self._cache(past_key_values, use_cache), bool(output_hidden_states))
         hidden, logits, loss, row_losses = out.last_hidden_state, None, None, None
         if return_logits:
             logits = self.lm_head(_keep(hidden, logits_to_keep)).float()
@@ -239,6 +232,12 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             row_losses = None if return_logits else row_losses
         result = OutputWithRowLosses(loss, logits, out.past_key_values, out.hidden_states, row_losses=row_losses)
         return result.to_tuple() if return_dict is False else result
+
+    def _cache(self, past_key_values: Cache | TurnCache | None, use_cache: bool | None) -> Cache | TurnCache | None:
+        """Return the cache of the call, a new one if it is to be used and there is none."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
 
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, num_items_in_batch: float | Tensor | None

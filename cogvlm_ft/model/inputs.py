@@ -39,14 +39,16 @@ class TurnInputs:
     position_ids: Tensor | None = None
     block_ids: Tensor | None = None
 
-    @classmethod
-    def from_arguments(
-        cls, published: PublishedInputs, pixel_values: Tensor | None, block_ids: Tensor | None
-    ) -> TurnInputs:
-        """Build the inputs from the arguments of a call; raise ValueError if it mixes both forms."""
-        if published.input_ids is None or pixel_values is None:
-            raise ValueError("block_ids or pixel_values: expected with input_ids and pixel_values")
-        for name in ("images", "token_type_ids", "attention_mask", "inputs_embeds"):
-            if getattr(published, name) is not None:
-                raise ValueError(f"{name}: found with pixel_values; expected only input_ids, position_ids, block_ids")
-        return cls(published.input_ids, pixel_values, published.position_ids, block_ids)
+
+def choose_form(
+    published: PublishedInputs, pixel_values: Tensor | None, block_ids: Tensor | None
+) -> PublishedInputs | TurnInputs:
+    """Return the form that the arguments of a call belong to; raise ValueError if they mix both."""
+    if pixel_values is None and block_ids is None:
+        return published
+    if published.input_ids is None or pixel_values is None:
+        raise ValueError("pixel_values, block_ids: found without the rest; expected input_ids and pixel_values")
+    for name in ("images", "token_type_ids", "attention_mask", "inputs_embeds"):
+        if getattr(published, name) is not None:
+            raise ValueError(f"{name}: found with pixel_values; expected only input_ids, position_ids and block_ids")
+    return TurnInputs(published.input_ids, pixel_values, published.position_ids, block_ids)

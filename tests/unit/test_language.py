@@ -1,7 +1,6 @@
 """Texts use the field's terms, function docstrings open with a verb, lines of prose in Markdown are short.
 
-`NOT_YET` names the rooms and documents that are not checked yet. Remove a name when its texts are done;
-`python tests/unit/test_language.py [ROOM ...]` prints what is left to do, in these rooms or everywhere.
+`python tests/unit/test_language.py [ROOM ...]` prints what the checks find, in these rooms or everywhere.
 When a docstring opens with a verb that `VERBS` lacks, add the verb.
 """
 
@@ -20,8 +19,6 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_PROSE_CHARACTERS = 100
 MAX_FRACTION_WITHOUT_VERB = 0.05
-
-NOT_YET: set[str] = set()
 
 # What a text must not say -> what it says instead.
 REPLACEMENTS = {
@@ -188,31 +185,26 @@ def long_lines() -> Iterator[Text]:
                 yield Text(room_of(path), f"{path.relative_to(REPOSITORY)}:{number}", f"{len(shown)} characters")
 
 
-def checked(texts: Iterable[Text]) -> list[str]:
-    return [f"{place}: {text}" for room, place, text in texts if room not in NOT_YET]
+def with_places(texts: Iterable[Text]) -> list[str]:
+    return [f"{place}: {text}" for _, place, text in texts]
 
 
 def test_every_text_uses_the_fields_terms() -> None:
-    found = checked(forbidden_words())
+    found = with_places(forbidden_words())
     assert not found, "\n".join(found)
 
 
 def test_function_docstrings_open_with_a_verb() -> None:
-    num_functions = len(checked(function_docstrings()))
-    found = checked(docstrings_without_a_verb())
+    num_functions = len(function_docstrings())
+    found = with_places(docstrings_without_a_verb())
     assert len(found) <= MAX_FRACTION_WITHOUT_VERB * num_functions, (
         f"{len(found)} of {num_functions} function docstrings do not open with a verb\n" + "\n".join(found)
     )
 
 
 def test_lines_of_prose_in_markdown_are_short() -> None:
-    found = checked(long_lines())
+    found = with_places(long_lines())
     assert not found, "\n".join(found)
-
-
-def test_every_room_that_is_not_checked_yet_exists() -> None:
-    rooms = {room_of(path) for path in [*files(".py", ".yaml", ".sbatch", ".html"), *documents()]}
-    assert rooms >= NOT_YET, NOT_YET - rooms
 
 
 def test_the_checks_find_what_they_are_for() -> None:
