@@ -147,6 +147,6 @@ def sort_checkpoints(folder: Path, first_skipped: int) -> tuple[Path | None, lis
 
 
 def _row(rank: int, found: RowLoss) -> Row:
-    epoch, index, weight = found.item
+    item = found.item
     loss = found.loss if math.isfinite(found.loss) else str(found.loss)
-    return Row(rank, found.key, index, epoch, weight, loss, found.num_target_tokens)
+    return Row(rank, found.key, item.index, item.epoch, item.weight, loss, found.num_target_tokens)
