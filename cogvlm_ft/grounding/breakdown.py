@@ -168,9 +168,9 @@ def size_classes(
     how many of the model's patches the area covers.
     """
     areas = [max(x1 - x0, 0.0) * max(y1 - y0, 0.0) for x0, y0, x1, y1 in truth]
-    area, photo, frame = float(np.median(areas)), float(np.prod(image_size_px)), float(np.prod(frame_px))
+    area, image, frame = float(np.median(areas)), float(np.prod(image_size_px)), float(np.prod(frame_px))
     found = [("size", next(name for name, (_, most) in COCO_AREAS_PX2.items() if area < most or name == "large"))]
-    found.append(("share", _class_of((area / photo) ** 0.5, SHARES)))
+    found.append(("share", _class_of((area / image) ** 0.5, SHARES)))
     if frame and num_patches:
         found.append(("patches", _class_of(area / frame * num_patches, PATCHES)))
     return found
