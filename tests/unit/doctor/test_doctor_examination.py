@@ -109,7 +109,7 @@ def test_a_signal_leaves_nothing_behind(start_model: Path, shards: Path, tmp_pat
         while not list((tmp_path / "run").glob(f".tmp-doctor-*-{process.pid}")):  # while it measures the disk
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     finally:
         process.kill()
