@@ -87,5 +87,5 @@ def test_two_nodes_that_share_neither_output_dir_nor_shards(start_model: Path, s
     assert codes == [1, 1], said + outputs[1].read_text()
     assert "ranks: 2 on 2 hosts: node0 x 1, node1 x 1" in said and "green   clocks: at most " in said
     assert f"red     output folder: output_dir={output_dir} of node0 is not that of node1" in said
-    assert f"red     shards: {shards}: " in said and "found nothing (seen on node1)" in said
+    assert f"red     shards: {shards}: found nothing; expected shards named " in said and "(seen on node1)" in said
     assert "GB/s per rank" in said and said.endswith("2 red\n")
