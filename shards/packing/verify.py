@@ -48,7 +48,7 @@ def verify_image(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]
                 return WholeImage((width, height), orientation)
     except Exception as error:
         raise broken_image(key, error) from None
-    raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels, the limit is {max_pixels}")
+    raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels; expected at most {max_pixels}")
 
 
 def _first_scan(data: bytes) -> int:

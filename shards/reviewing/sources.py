@@ -74,7 +74,7 @@ def read_photo(place: Place) -> bytes:
         embedded_in = Path(place.embedded_in) if place.embedded_in else None
         return read_image(Candidate(place.name, None, "", embedded_in=embedded_in), Path(place.folder))[1]
     if place.size > MAX_MEMBER_BYTES:
-        detail = f"{place.name} has a member of {place.size} bytes, the limit is {MAX_MEMBER_BYTES}"
+        detail = f"{place.name} has a member of {place.size} bytes; expected at most {MAX_MEMBER_BYTES}"
         raise Rejected("sample", "too_large", detail)
     try:
         with Path(place.folder, place.name).open("rb") as file:

@@ -208,7 +208,7 @@ def test_a_question_without_tokens_is_refused(
 
 
 def uncached_ids(model: CogVLMForCausalLM, prompt_ids: list[int], image: Tensor, num_new: int, eos: int) -> list[int]:
-    """One question alone, the whole sequence anew for every token."""
+    """One question alone, the whole sequence again for every token."""
     prefix = [1] + [0] * (model.config.num_patches + 2)
     new_ids: list[int] = []
     while len(new_ids) < num_new and eos not in new_ids:

@@ -114,6 +114,6 @@ def test_predict(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_answer_that_cannot_fit_is_refused_before_anything_is_asked(tokenizer: CogVLMTokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"max_new_tokens=34: 2 box\(es\) take up to 35 tokens"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens=34: 2 box\(es\) need up to 35 tokens"):
         build_grammar(tokenizer, WORDING, "grammar", 2, 34)
     assert build_grammar(tokenizer, WORDING, "free", 0, 1) is None

@@ -156,7 +156,7 @@ def test_what_a_killed_build_left_is_thrown_away(tmp_path: Path) -> None:
 
 
 def peak_of_build(folder: Path, num_records: int) -> int:
-    """MiB of a build of so many records, in a process of its own."""
+    """MiB of a build of that many records, in a process of its own."""
     folder.mkdir()
     (folder / "a.png").write_bytes(image_bytes(8, 8, image_format="PNG"))
     line = {
