@@ -163,9 +163,9 @@ def rank_items(batch: Part, *, rank: int, world_size: int, micro_batch_size: int
     Raises ConfigError if the global batch cannot be divided evenly.
     """
     num_steps = num_accum_steps(len(batch.indices), micro_batch_size, world_size)
-    items = [Item(int(p), int(i), float(w)) for i, p, w in zip(*batch, strict=True)]
     starts = [(step * world_size + rank) * micro_batch_size for step in range(num_steps)]
-    return [items[start : start + micro_batch_size] for start in starts]
+    parts = [[values[start : start + micro_batch_size].tolist() for values in batch] for start in starts]
+    return [[Item(p, i, w) for i, p, w in zip(*part, strict=True)] for part in parts]
 
 
 @lru_cache(maxsize=2)  # one for training, one for evaluation
