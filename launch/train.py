@@ -1,6 +1,6 @@
 """Fine-tune CogVLM.
 
-Runs the same under deepspeed, torchrun, srun and plain python. Every setting is described in cogvlm_ft/config.py.
+Runs the same under deepspeed, torchrun, srun and plain python. Every setting is described in docs/config.md.
 Exit codes: 0 finished, or stopped and saved; 2 a setting, the data or a checkpoint cannot be used; 1 anything else.
 
 Examples:
