@@ -37,16 +37,16 @@ from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
+from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan
 from cogvlm_ft.shards.packing.staging import StagingDatabase
 from cogvlm_ft.shards.packing.summary import summarize
 from cogvlm_ft.shards.packing.tar_writing import (
     WriteSettings,
     is_written,
-    rejection,
+    problem_row,
     shard_paths,
     to_json_bytes,
-    unfinished_path,
     write_atomically,
 )
 from cogvlm_ft.shards.packing.verify import VERIFY
@@ -78,7 +78,7 @@ class BuildSettings:
 
 
 def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bool = False) -> str:
-    """Write the shards, index.json and rejected.jsonl; return a summary to print. Raises DataError."""
+    """Write the shards, index.json, rejected.jsonl and notes.jsonl; return a summary to print. Raises DataError."""
     _check_settings(settings)
     signature = _signature(settings)
     found = _check_folder(out, signature, overwrite)
@@ -105,12 +105,12 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
             second_pass,
         )
         _write_missing_shards(plans, packing, num_workers)
-        index, examples = _finish(out, plans, signature, staging, vocabulary, settings.negatives)
+        index, files = _finish(out, plans, signature, staging, vocabulary, settings.negatives)
     except sqlite3.Error as error:  # no room for it, or another build is writing there
         raise DataError(f"{staging.path}: {error}. Check the free space and that no other build uses {out}.") from None
     finally:
         staging.close()
-    return f"{exif.explanation}\n\n{summarize(index, examples, out)}"
+    return f"{exif.explanation}\n\n{summarize(index, files, out)}"
 
 
 def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
@@ -208,7 +208,7 @@ def _begin(out: Path, signature: dict[str, Any], found: dict[str, Any] | None) -
 
 def _own_files(out: Path) -> Iterator[Path]:
     """Yield all files of a build; index.json first, so that a half-deleted build never looks complete."""
-    for name in ("index.json", "rejected.jsonl"):
+    for name in ("index.json", *PROBLEM_FILES):
         yield from out.glob(name)
     for split in SPLITS:
         for suffix in (".tar", ".json"):
@@ -230,40 +230,38 @@ def _finish(
     staging: StagingDatabase,
     vocabulary: Vocabulary | None,
     negatives: NegativeSettings | None,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Write rejected.jsonl and then index.json; return the index and one example per reason of rejection."""
+) -> tuple[dict[str, Any], ProblemFiles]:
+    """Write rejected.jsonl, notes.jsonl and then index.json; return the index and the written problems."""
     splits: dict[str, Any] = {split: {"shards": [], **dict.fromkeys(_COUNTS, 0)} for split in SPLITS}
-    reasons: Counter[str] = Counter()
     num_added: Counter[str] = Counter()
-    examples: dict[str, dict[str, Any]] = {}
-    unfinished = unfinished_path(out / "rejected.jsonl")
-    with unfinished.open("wb") as file:
-        for row in _rejected(out, plans, staging, splits, num_added):
-            file.write(to_json_bytes(row) + b"\n")
-            reasons[row["reason"]] += 1
-            examples.setdefault(row["reason"], row)
-    unfinished.replace(out / "rejected.jsonl")
+    with ProblemFiles(out) as files:
+        for row in _problem_rows(out, plans, staging, splits, num_added):
+            files.add(row)
     if not any(split["num_samples"] for split in splits.values()):
-        first = next((f"; first: {row['reason']}: {row['detail']}" for row in examples.values()), "")
+        first = next((f"; first: {row['reason']}: {row['detail']}" for row in files.rejected.examples.values()), "")
         raise DataError(f"no sample is left; see {out / 'rejected.jsonl'}{first}")
     index = {
         "version": INDEX_VERSION,
         "splits": splits,
-        "rejected": dict(sorted(reasons.items())),
+        "rejected": files.rejected.counts,
+        "notes": files.notes.counts,
         "build": {name: value for name, value in signature.items() if name != "images"},
     }
     if vocabulary and negatives:
         index["negatives"] = negatives_report(vocabulary, negatives, num_added)
     write_atomically(out / "index.json", to_json_bytes(index))
-    return index, examples
+    return index, files
 
 
-def _rejected(
+def _problem_rows(
     out: Path, plans: list[ShardPlan], staging: StagingDatabase, splits: dict[str, Any], num_added: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the lines of rejected.jsonl; also add up each shard in `splits` and its absent targets in `num_added`."""
+    """Yield the lines of rejected.jsonl and notes.jsonl.
+
+    Adds up each shard in `splits` and its absent targets in `num_added`.
+    """
     for problem, image in staging.problems():
-        yield rejection(problem, image)
+        yield problem_row(problem, image)
     for plan in plans:
         tar_path, offsets_path = shard_paths(plan.name, out)
         content = read_json_file(offsets_path)
@@ -274,6 +272,7 @@ def _rejected(
             split[name] += content[name]
         num_added.update(content.get("negatives", {}))
         yield from content["rejected"]
+        yield from content.get("notes", [])
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.shards.negatives.lexicon import Lexicon
 from cogvlm_ft.shards.negatives.meaning import Meaning, read_meaning
-from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 _CROWD = "crowd"
 _LOSES_NOTHING = (_CROWD, "joined_part")
@@ -48,7 +48,7 @@ def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bo
     others: the other candidates of the same image.
     """
     everything = (candidate, *others)
-    if any(problem.reason not in _LOSES_NOTHING for part in everything for problem in part.problems):
+    if any(_loses_names(problem) for part in everything for problem in part.problems):
         return "photos_with_losses"  # what was lost is in the image, and its name may be lost too
     names: list[tuple[Meaning, Target | None]] = [pair for part in everything for pair in _names(part, lexicon)]
     crowds = [problem.detail for part in everything for problem in part.problems if problem.reason == _CROWD]
@@ -61,6 +61,10 @@ def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bo
     named = lexicon.relatives(concepts) if exhaustive else lexicon.company(concepts)
     mentioned = lexicon.relatives(concept for text in texts for concept in text.concepts)
     return Photo(tuple(names), texts, exhaustive, understood, named | mentioned)
+
+
+def _loses_names(problem: Problem) -> bool:
+    return not problem.is_note and problem.reason not in _LOSES_NOTHING
 
 
 def could_be(phrase: Meaning, name: Meaning, lexicon: Lexicon, *, trusted: bool) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_lexicon
 from cogvlm_ft.shards.packing.checks import CheckedSample
-from cogvlm_ft.shards.packing.staging import StagedSample, StagingDatabase, read_note
+from cogvlm_ft.shards.packing.staging import StagedSample, StagingDatabase, read_value
 
 _VOCABULARY = "vocabulary"
 _DETECTION = ("coco", "voc", "yolo")  # formats whose images have every object of every class annotated
@@ -40,7 +40,7 @@ def run_first_pass(
         for i, candidate in enumerate(candidates):
             vocabulary.add(candidate, [*candidates[:i], *candidates[i + 1 :], *context])
     content = vocabulary.to_json()
-    staging.add_note(_VOCABULARY, content)
+    staging.add_value(_VOCABULARY, content)
     return vocabulary, SecondPass(settings, hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
 
@@ -55,4 +55,4 @@ def add_absent_targets(
 
 @lru_cache(maxsize=1)  # a worker writes many shards
 def _vocabulary(staging: Path, vocabulary_sha256: str, synonyms: Path | None) -> Vocabulary:
-    return Vocabulary.from_json(read_note(staging, _VOCABULARY), load_lexicon(synonyms))
+    return Vocabulary.from_json(read_value(staging, _VOCABULARY), load_lexicon(synonyms))

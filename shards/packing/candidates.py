@@ -23,9 +23,9 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = _MAX_SHOWN
 
 @dataclass(frozen=True)
 class Problem:
-    """A part that is skipped, and why.
+    """A part that is skipped, and why; or a note about something that was decided for the user.
 
-    level: what is lost: "sample", "target", "box" or "turn".
+    level: what is lost: "sample", "target", "box" or "turn"; "note" if nothing is.
     reason: a short name to count by. detail: a message for people. source: the line or annotation.
     """
 
@@ -33,6 +33,11 @@ class Problem:
     reason: str
     detail: str
     source: str
+
+    @property
+    def is_note(self) -> bool:
+        """Return whether nothing is lost."""
+        return self.level == "note"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Candidate:
     units: of the boxes: "pixels", "unit" (0..1 of width and height) or "thousandths"; converted to pixels once the
         image is open.
     embedded_in: an annotation file that contains the image, used if there is no image file.
-    problems: parts already skipped.
+    problems: parts already skipped, and notes.
     """
 
     image: str

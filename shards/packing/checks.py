@@ -70,7 +70,7 @@ def read_image(candidate: Candidate, images: Path) -> tuple[str, bytes]:
 
 
 def _nothing_left(candidate: Candidate, problems: list[Problem]) -> Rejected:
-    if problems:
+    if not all(problem.is_note for problem in problems):
         return Rejected("sample", "no_targets_left", f"all targets of {candidate.image} were rejected")
     return Rejected("sample", "no_targets", f"nothing is annotated in {candidate.image}")
 

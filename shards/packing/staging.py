@@ -25,7 +25,7 @@ CREATE TABLE candidates (
 CREATE TABLE context (number INTEGER PRIMARY KEY, rank BLOB NOT NULL, content TEXT NOT NULL);
 CREATE TABLE problems (number INTEGER PRIMARY KEY, is_duplicate INTEGER NOT NULL, content TEXT NOT NULL);
 CREATE TABLE positions (position INTEGER PRIMARY KEY, number INTEGER NOT NULL);
-CREATE TABLE notes (name TEXT PRIMARY KEY, content TEXT NOT NULL);
+CREATE TABLE named_values (name TEXT PRIMARY KEY, content TEXT NOT NULL);
 """
 _INDEXES = """
 CREATE INDEX candidates_by_rank ON candidates (rank, key);
@@ -34,7 +34,7 @@ CREATE INDEX context_by_rank ON context (rank);
 
 
 class StagingDatabase:
-    """Candidates, problems and notes of one build.
+    """Candidates, problems and named values of one build.
 
     One process writes it in one transaction; a file left by a killed build is replaced.
     """
@@ -79,9 +79,9 @@ class StagingDatabase:
         row = shuffle_rank(candidate.image, self._seed), _to_json(candidate)
         self._database.execute("INSERT INTO context (rank, content) VALUES (?, ?)", row)
 
-    def add_note(self, name: str, content: Any) -> None:
-        """Store a JSON value under a name, for `read_note`."""
-        self._database.execute("INSERT INTO notes VALUES (?, ?)", (name, json.dumps(content)))
+    def add_value(self, name: str, content: Any) -> None:
+        """Store a JSON value under a name, for `read_value`."""
+        self._database.execute("INSERT INTO named_values VALUES (?, ?)", (name, json.dumps(content)))
 
     def plan_shards(self, *, val_fraction: float, samples_per_shard: int) -> list[ShardPlan]:
         """Split by image, shuffle, and cut into shards; an image has all its candidates in one split. Call it once."""
@@ -162,10 +162,10 @@ def read_staged_samples(path: Path, plan: ShardPlan, *, with_others: bool = Fals
             yield StagedSample(key, candidate, [other for other in everything if other != candidate])
 
 
-def read_note(path: Path, name: str) -> Any:
-    """Return the value of `StagingDatabase.add_note`."""
+def read_value(path: Path, name: str) -> Any:
+    """Return the value of `StagingDatabase.add_value`."""
     with closing(_connect(path)) as database:
-        return json.loads(database.execute("SELECT content FROM notes WHERE name = ?", (name,)).fetchone()[0])
+        return json.loads(database.execute("SELECT content FROM named_values WHERE name = ?", (name,)).fetchone()[0])
 
 
 def _connect(path: Path) -> sqlite3.Connection:

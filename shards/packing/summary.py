@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 
-def summarize(index: dict[str, Any], examples: dict[str, dict[str, Any]], out: Path) -> str:
-    """Format kept samples by split, rejected parts by reason with one example each, and the output files."""
+
+def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
+    """Format kept samples by split, rejected parts and notes by reason with one example each, and the output files."""
     lines = [f"{'split':<8}{'shards':>8}{'samples':>10}{'targets':>10}{'boxes':>10}{'absent':>8}{'turns':>8}"]
     for name, split in index["splits"].items():
         counts = f"{split['num_samples']:>10}{split['num_targets']:>10}{split['num_boxes']:>10}"
@@ -18,10 +20,18 @@ def summarize(index: dict[str, Any], examples: dict[str, dict[str, Any]], out: P
         lines.append(
             f"\nabsent targets: {found['share_reached']:.1%} of all, requested {found['share_wanted']:.1%}; {added}"
         )
-    lines.append(f"\nrejected: {sum(index['rejected'].values()) or 'nothing'}")
-    for reason, count in index["rejected"].items():
+    lines += _by_reason("rejected", index["rejected"], files.rejected.examples)
+    if index["notes"]:
+        lines += _by_reason("notes (nothing is lost)", index["notes"], files.notes.examples)
+    tars = " ".join(f"{name}-*.tar" for name in index["splits"])
+    lines.append(f"\n{out}: {', '.join(('index.json', *PROBLEM_FILES))}, {tars}")
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def _by_reason(title: str, counts: dict[str, int], examples: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"\n{title}: {sum(counts.values()) or 'nothing'}"]
+    for reason, count in counts.items():
         row = examples[reason]
         place = " ".join(part for part in (row["image"], row["source"]) if part)
         lines.append(f"  {count:>7} {reason:<28} e.g. {place}: {row['detail']}"[:200])
-    lines.append(f"\n{out}: index.json, rejected.jsonl, {' '.join(f'{name}-*.tar' for name in index['splits'])}")
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+    return lines

@@ -47,20 +47,20 @@ def write_shard(plan: ShardPlan, settings: WriteSettings) -> int:
     tar_path, offsets_path = shard_paths(plan.name, settings.out)
     unfinished = unfinished_path(tar_path)
     records: list[Record] = []
-    rejected: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     num_added: Counter[str] = Counter()
     with unfinished.open("wb", buffering=0) as file:
         tar = _Tar(file)
         staged_samples = read_staged_samples(settings.staging, plan, with_others=settings.negatives is not None)
         for staged in _prefetched(staged_samples, settings.images):
             sample, problems = prepare_sample(staged, settings, num_added)
-            rejected.extend(rejection(problem, staged.candidate.image, staged.key) for problem in problems)
+            rows.extend(problem_row(problem, staged.candidate.image, staged.key) for problem in problems)
             if sample:
                 tar.add_sample(sample)
                 records.append(sample.record)
         tar.finish()
     unfinished.replace(tar_path)
-    content = {**tar.identity(), **_counts(records), "samples": tar.samples, "rejected": rejected}
+    content = {**tar.identity(), **_counts(records), "samples": tar.samples, **_by_level(rows)}
     if settings.negatives:
         content["negatives"] = dict(sorted(num_added.items()))
     write_atomically(offsets_path, to_json_bytes(content))
@@ -113,20 +113,20 @@ def is_written(plan: ShardPlan, out: Path) -> bool:
 
 def _is_complete(content: dict[str, Any], num_candidates: int) -> bool:
     """Return whether the offsets file is consistent; raises many kinds of exception if its form differs."""
-    rows = content["rejected"]
-    names = rejection(Problem("", "", "", "")).keys()
+    rows, notes = content["rejected"], content.get("notes", [])  # version 0.2 had no notes
+    names = problem_row(Problem("", "", "", "")).keys()
     numbers = [*(content[name] for name in _counts([])), *content.get("negatives", {}).values()]
     return (
         len(content["samples"]) == content["num_samples"]
         and content["num_samples"] + sum(row["level"] == "sample" for row in rows) == num_candidates
         and all(type(number) is int for number in numbers)
-        and all(row.keys() == names and all(isinstance(text, str) for text in row.values()) for row in rows)
+        and all(row.keys() == names and all(isinstance(text, str) for text in row.values()) for row in rows + notes)
         and re.fullmatch("[0-9a-f]{64}", content["sha256"]) is not None
     )
 
 
-def rejection(problem: Problem, image: str | None = None, key: str | None = None) -> dict[str, Any]:
-    """Return a line of rejected.jsonl."""
+def problem_row(problem: Problem, image: str | None = None, key: str | None = None) -> dict[str, Any]:
+    """Return a line of rejected.jsonl or notes.jsonl."""
     return {
         "level": problem.level,
         "reason": problem.reason,
@@ -134,6 +134,13 @@ def rejection(problem: Problem, image: str | None = None, key: str | None = None
         "key": key,
         "source": problem.source,
         "detail": problem.detail,
+    }
+
+
+def _by_level(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "rejected": [row for row in rows if row["level"] != "note"],
+        "notes": [row for row in rows if row["level"] == "note"],
     }
 
 

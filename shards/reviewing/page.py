@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cogvlm_ft.html_page import HtmlPage
 from cogvlm_ft.shards.reviewing.pictures import Picture, draw_view
 from cogvlm_ft.shards.reviewing.survey import Survey
-from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, UNKNOWN_KIND, title_of
+from cogvlm_ft.shards.reviewing.suspect_texts import texts_of, title_of
 from cogvlm_ft.shards.reviewing.suspects import Suspect, View
 
 Words = tuple[str, str]
@@ -117,7 +117,7 @@ def _sections_of(survey: Survey) -> list[Section]:
             for suspect in survey.shown.get(kind, []):
                 cards.append(_card(suspect))
                 progress.update()
-            advice = KINDS.get(kind, UNKNOWN_KIND).advice
+            advice = texts_of(kind).advice
             title = (title_of(kind, "en"), title_of(kind, "zh"))
             sections.append(Section(kind, title, (advice["en"], advice["zh"]), count, cards))
     return sections

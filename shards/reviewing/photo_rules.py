@@ -64,7 +64,7 @@ class _Candidate:
         candidate = self.candidate
         problems = [*candidate.problems, *([self.lost] if self.lost else [])]
         found = [suspect_of_problem(problem, (self.view,)) for problem in problems]
-        if not candidate.targets and not candidate.turns and not problems:
+        if not candidate.targets and not candidate.turns and all(problem.is_note for problem in problems):
             found.append(self._about(self.ids.sample, "no_targets", {}, self.view))
         if self.photo:
             found += self._exif_suspects(self.photo)

@@ -186,9 +186,19 @@ KINDS: dict[str, Kind] = {
         "",
     ),
 }
-"""In the order of the page, the most serious first. Other reasons of readers have UNKNOWN_KIND."""
+"""In the order of the page, the most serious first. Other reasons of readers have texts of their own."""
 
-UNKNOWN_KIND = _kind(
+NOTE = "note."
+"""How the kinds of notes begin, before the reason."""
+_OTHER_NOTE = _kind(
+    "Note: {kind}",
+    "说明：{kind}",
+    "Nothing is left out. Check that this is what you mean.",
+    "没有舍弃任何内容；请确认这符合你的意图。",
+    "{detail}",
+    "{detail}",
+)
+_OTHER_LOSS = _kind(
     "Skipped: {kind}",
     "已跳过：{kind}",
     "A build skips this part; correct it in the annotations.",
@@ -198,6 +208,11 @@ UNKNOWN_KIND = _kind(
 )
 
 
+def texts_of(kind: str) -> Kind:
+    """Return the texts of any kind, also one that only a format reader defines."""
+    return KINDS.get(kind, _OTHER_NOTE if kind.startswith(NOTE) else _OTHER_LOSS)
+
+
 def title_of(kind: str, language: str) -> str:
-    """Return the title of any kind, also one that only a format reader defines."""
-    return KINDS.get(kind, UNKNOWN_KIND).title[language].format(kind=kind.replace("_", " "))
+    """Return the title of any kind."""
+    return texts_of(kind).title[language].format(kind=kind.removeprefix(NOTE).replace("_", " "))

@@ -11,7 +11,7 @@ from typing import Any
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.reviewing.sources import Place
-from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, UNKNOWN_KIND
+from cogvlm_ft.shards.reviewing.suspect_texts import NOTE, texts_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class View:
 
 @dataclass(frozen=True)
 class Suspect:
-    """level: "source", "sample", "target", "box" or "turn". values: fill the sentences of its kind."""
+    """level: "source", "sample", "target", "box", "turn" or "note". values: fill the sentences of its kind."""
 
     id: str
     kind: str
@@ -53,7 +53,7 @@ class Suspect:
         """Describe what was found."""
         if "detail" in self.values:  # a message of the reader
             return str(self.values["detail"])
-        return KINDS.get(self.kind, UNKNOWN_KIND).detail[language].format_map(self.values)
+        return texts_of(self.kind).detail[language].format_map(self.values)
 
     @property
     def rank(self) -> bytes:
@@ -76,11 +76,12 @@ class Suspect:
 
 
 def suspect_of_problem(problem: Problem, views: tuple[View, ...] = ()) -> Suspect:
-    """Report a part that a reader left out; no decision can be made about it."""
+    """Report a part that a reader left out, or a note; no decision can be made about it."""
     text = f"{problem.source}\0{problem.reason}\0{problem.detail}"
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    kind = NOTE + problem.reason if problem.is_note else problem.reason
     name = f"left-out-{digest}.{problem.reason}"
-    return Suspect(name, problem.reason, problem.level, problem.source, {"detail": problem.detail}, views)
+    return Suspect(name, kind, problem.level, problem.source, {"detail": problem.detail}, views)
 
 
 def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int) -> dict[str, list[Suspect]]:

@@ -143,7 +143,15 @@ def candidates_of(parts: Parts) -> list[Candidate]:
 
 
 def problems_of(parts: Parts) -> list[Problem]:
-    """All, also those of candidates."""
+    """What is lost, also those of candidates."""
+    return [problem for problem in _all_problems(parts) if not problem.is_note]
+
+
+def notes_of(parts: Parts) -> list[Problem]:
+    return [problem for problem in _all_problems(parts) if problem.is_note]
+
+
+def _all_problems(parts: Parts) -> list[Problem]:
     lists = [part.problems if isinstance(part, Candidate) else (part,) for part in parts]
     return [problem for problems in lists for problem in problems]
 

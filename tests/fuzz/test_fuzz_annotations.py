@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotation_samples import WITNESS, Parts, Sample, candidates_of, problems_of, samples
+from annotation_samples import WITNESS, Parts, Sample, candidates_of, notes_of, problems_of, samples
 from mutate import TEXTS, cpu_limit, deepened, mutate_json, mutate_text
 from PIL import Image
 from scaling import scaled
@@ -31,7 +31,7 @@ from cogvlm_ft.shards.packing.checks import check_candidate
 from cogvlm_ft.shards.packing.decisions import part_ids
 from cogvlm_ft.shards.packing.exif import EXIF_MODES
 from cogvlm_ft.shards.packing.splits import key_of
-from cogvlm_ft.shards.packing.tar_writing import rejection, to_json_bytes
+from cogvlm_ft.shards.packing.tar_writing import problem_row, to_json_bytes
 from cogvlm_ft.shards.packing.verify import VERIFY
 from cogvlm_ft.shards.review import annotated_items, review
 
@@ -148,8 +148,8 @@ def _check_parts(place: Place, parts: Parts, verify: str, outcomes: Counter[str]
 
 def _check_problem(problem: Problem, outcomes: Counter[str]) -> None:
     outcomes["problems"] += 1
-    assert problem.level in ("sample", "target", "box", "turn") and problem.reason and problem.detail
-    row = json.loads(to_json_bytes(rejection(problem)))
+    assert problem.level in ("sample", "target", "box", "turn", "note") and problem.reason and problem.detail
+    row = json.loads(to_json_bytes(problem_row(problem)))
     assert row["reason"] == problem.reason
 
 
@@ -190,7 +190,10 @@ def _check_build(out: Path, parts: Parts) -> None:
     lost = sum(row["level"] == "sample" for row in rows)
     assert num_samples + lost == len(candidates_of(parts)) + num_lost_when_read(parts)
     assert index["rejected"] == dict(sorted(Counter(row["reason"] for row in rows).items()))
-    assert len(rows) >= len(problems_of(parts))
+    notes = [json.loads(line) for line in (out / "notes.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert index["notes"] == dict(sorted(Counter(row["reason"] for row in notes).items()))
+    assert all(row["level"] == "note" for row in notes) and all(row["level"] != "note" for row in rows)
+    assert len(rows) >= len(problems_of(parts)) and len(notes) >= len(notes_of(parts))
 
 
 @pytest.mark.parametrize("name", SAMPLES)

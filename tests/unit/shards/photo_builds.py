@@ -25,12 +25,13 @@ def image_bytes(width: int = 40, height: int = 30, seed: int = 0, image_format: 
 
 
 def run_build(name: str, annotations: Path, images: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    """Every record by key as WebDataset reads it, the rejected rows, and index.json."""
+    """Every record by key as WebDataset reads it, the rejected rows, the notes, and index.json."""
     build(BuildSettings(name, images, annotations, **{"val_fraction": 0.0, **settings}), out, num_workers=1)
     urls = [str(path) for path in sorted(out.glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     return {
         "records": {sample["__key__"]: json.loads(sample["json"]) for sample in samples},
         "rejected": [json.loads(line) for line in (out / "rejected.jsonl").read_bytes().splitlines()],
+        "notes": [json.loads(line) for line in (out / "notes.jsonl").read_bytes().splitlines()],
         "index": json.loads((out / "index.json").read_bytes()),
     }

@@ -15,7 +15,7 @@ from scaling import SCALE, scaled
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.splits import shuffle_rank
-from cogvlm_ft.shards.packing.staging import StagingDatabase, read_note, read_staged_samples
+from cogvlm_ft.shards.packing.staging import StagingDatabase, read_staged_samples, read_value
 
 ROOT = Path(__file__).parents[3]
 FULL = Candidate(
@@ -119,9 +119,9 @@ def test_what_else_is_said_about_an_image(staging: StagingDatabase) -> None:
     plans = staging.plan_shards(val_fraction=0.0, samples_per_shard=2)  # images are cut in two
     context = {kept[0].image: others for kept, others in staging.by_image()}
     assert context == {"0.jpg": [duplicate], "1.jpg": [], "2.jpg": [dropped]}
-    staging.add_note("n", {"a": [1]})
+    staging.add_value("n", {"a": [1]})
     staging.commit()
-    assert read_note(staging.path, "n") == {"a": [1]}
+    assert read_value(staging.path, "n") == {"a": [1]}
     rows = [row for plan in plans for row in read_staged_samples(staging.path, plan, with_others=True)]
     found = {row.candidate: row.others for row in rows}
     assert set(found) == set(parts)

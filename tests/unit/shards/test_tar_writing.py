@@ -23,7 +23,7 @@ from cogvlm_ft.shards.packing.tar_writing import (
     _header,
     is_written,
     prepare_sample,
-    rejection,
+    problem_row,
     shard_paths,
     to_json_bytes,
     write_shard,
@@ -107,7 +107,7 @@ def test_a_shard_without_its_offsets_is_not_written(settings: WriteSettings) -> 
 
 
 def test_a_rejection_keeps_bytes_that_are_no_text() -> None:
-    row = rejection(Problem("box", "crowd", "detail \udcff", "source"), "\udce4.jpg", "k")
+    row = problem_row(Problem("box", "crowd", "detail \udcff", "source"), "\udce4.jpg", "k")
     assert to_json_bytes(row) == (
         rb'{"level":"box","reason":"crowd","image":"\udce4.jpg","key":"k","source":"source","detail":"detail \udcff"}'
     )
