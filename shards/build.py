@@ -37,6 +37,7 @@ from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
+from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan
 from cogvlm_ft.shards.packing.staging import StagingDatabase
@@ -115,7 +116,7 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
 
 def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
     """Yield what the annotations contain, with the decisions applied."""
-    parts = FORMATS[settings.format].read(settings.annotations, settings.images)
+    parts: Parts = with_photos(FORMATS[settings.format].read(settings.annotations, settings.images), settings.images)
     if settings.decisions:
         parts = _decided(parts, load_decisions(settings.decisions), staging)
     return parts

@@ -52,6 +52,7 @@ class Candidate:
         image is open.
     embedded_in: an annotation file that contains the image, used if there is no image file.
     problems: parts already skipped, and notes.
+    image_hint: what the message says about similar files if the image is not found.
     """
 
     image: str
@@ -63,6 +64,7 @@ class Candidate:
     units: Units = "pixels"
     embedded_in: Path | None = None
     problems: tuple[Problem, ...] = ()
+    image_hint: str = ""
 
 
 class Rejected(Exception):

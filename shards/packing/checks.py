@@ -65,8 +65,13 @@ def read_image(candidate: Candidate, images: Path) -> tuple[str, bytes]:
         return _extension(candidate.image), read_inside(images, candidate.image, "image", MAX_MEMBER_BYTES)
     except Rejected as rejected:
         if candidate.embedded_in is None or rejected.reason not in ("missing_image", "unsupported_extension"):
-            raise
+            raise with_hint(rejected, candidate) from None
         return read_embedded(candidate.embedded_in)
+
+
+def with_hint(rejected: Rejected, candidate: Candidate) -> Rejected:
+    """Return the reason why the image cannot be read, with what is known about similar files."""
+    return Rejected(rejected.level, rejected.reason, f"{rejected.detail} {candidate.image_hint}".rstrip())
 
 
 def _nothing_left(candidate: Candidate, problems: list[Problem]) -> Rejected:

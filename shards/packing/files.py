@@ -81,9 +81,10 @@ def _path_inside(folder: Path, name: str) -> str:
 def _unreadable(folder: Path, name: str, what: str, error: Exception) -> Rejected:
     """Return the reason; a path outside the folder is reported as such whether it exists or not."""
     if isinstance(error, OSError) and not _is_inside(os.path.realpath(folder / name), folder):
-        return Rejected("sample", f"path_outside_{what}s", f"{name!r:.200} leads out of {folder}")
+        return Rejected("sample", f"path_outside_{what}s", f"{name!r:.200} leads out of {folder}.")
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
-        return Rejected("sample", f"missing_{what}", f"no file {name!r:.200} in {folder}")
+        advice = f"; expected the {what}. Pass its folder as --{what}s, or correct the path."
+        return Rejected("sample", f"missing_{what}", f"no file {name!r:.200} in {folder}{advice}")
     return Rejected("sample", f"unreadable_{what}", f"{name!r:.200}: {error}")  # no permission, a loop of links
 
 

@@ -8,6 +8,7 @@ from hashlib import sha256
 from cogvlm_ft.data.reader import MAX_PIXELS, upright_size
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
+from cogvlm_ft.shards.packing.checks import with_hint
 from cogvlm_ft.shards.packing.verify import verify_image
 from cogvlm_ft.shards.reviewing.readings import boxes_of, fit
 from cogvlm_ft.shards.reviewing.sources import Item, read_photo
@@ -45,7 +46,7 @@ def open_photo(item: Item) -> Photo | Problem:
         data = read_photo(item.place)
         stored = verify_image(data, item.candidate.image, MAX_PIXELS)
     except Rejected as rejected:
-        return rejected.problem(source)
+        return with_hint(rejected, item.candidate).problem(source)
     except BadSampleError as error:
         return Problem("sample", error.reason, error.detail, source)
     photo = Photo(stored.size_px, sha256(data).digest(), stored.orientation, bool(item.upright))

@@ -14,6 +14,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.splits import SPLITS
 
 
@@ -47,7 +48,7 @@ class Item:
 
 def annotated_items(name: str, annotations: Path, images: Path) -> Iterator[Item | Problem]:
     """Yield what a format reads, one by one. Raises DataError like the format."""
-    for part in FORMATS[name].read(annotations, images):
+    for part in with_photos(FORMATS[name].read(annotations, images), images):
         if isinstance(part, Problem):
             yield part
         else:
