@@ -10,9 +10,8 @@ import tarfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, add_absent_targets
@@ -25,7 +24,7 @@ from cogvlm_ft.shards.packing.staging import StagedSample, read_staged_samples
 from cogvlm_ft.shards.packing.verify import VERIFY
 
 _NUM_AHEAD = 64
-_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+_WRITE_BUFFER = 1 << 20  # bytes; tarfile writes a record of 10 KiB at a time
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ def write_shard(plan: ShardPlan, settings: WriteSettings) -> int:
     records: list[Record] = []
     rows: list[dict[str, Any]] = []
     num_added: Counter[str] = Counter()
-    with unfinished.open("wb", buffering=0) as file:
-        tar = _Tar(file)
+    with unfinished.open("wb", buffering=_WRITE_BUFFER) as file, _Tar(file) as tar:
         staged_samples = read_staged_samples(settings.staging, plan, with_others=settings.negatives is not None)
         for staged in _prefetched(staged_samples, settings.images):
             sample, problems = prepare_sample(staged, settings, num_added)
@@ -58,7 +56,6 @@ def write_shard(plan: ShardPlan, settings: WriteSettings) -> int:
             if sample:
                 tar.add_sample(sample)
                 records.append(sample.record)
-        tar.finish()
     unfinished.replace(tar_path)
     content = {**tar.identity(), **_counts(records), "samples": tar.samples, **_by_level(rows)}
     if settings.negatives:
@@ -162,71 +159,58 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class _Tar:
-    """A plain WebDataset tar: an image and a record per sample, the same bytes on every machine.
+    """A WebDataset tar, written by webdataset.TarWriter: the same samples give the same bytes on every machine.
 
     samples: their rows in the offsets file.
-
-    webdataset's TarWriter is not used: it imports torch (seconds) and does not report offsets.
     """
 
-    def __init__(self, file: RawIOBase) -> None:
-        self._file = file
-        self._size = 0
-        self._sha256 = hashlib.sha256()
+    def __init__(self, file: BinaryIO) -> None:
+        from webdataset.writer import TarWriter  # here, because webdataset imports torch if there is one
+
+        self._file = _Hashed(file)
+        # Photos and records are bytes already, and nothing in a header may depend on the time or the machine.
+        self._writer = TarWriter(self._file, encoder=False, mtime=0, user="shards", group="shards", mode=0o444)
         self.samples: list[dict[str, Any]] = []
 
     def add_sample(self, sample: CheckedSample) -> None:
-        """Write the members of a sample in alphabetical order, as WebDataset does, in a single write."""
+        """Write the members of a sample in alphabetical order, as WebDataset does."""
         key = sample.record.key
         data = {sample.ext: sample.image, "json": record_to_json(sample.record)}
-        parts: list[bytes] = []
-        places: dict[str, list[int]] = {}
-        end = self._size
-        for ext in sorted(data):
-            header, content = _header(f"{key}.{ext}", len(data[ext])), data[ext]
-            places[ext] = [end + len(header), len(content)]
-            parts += header, content, bytes(-len(content) % _BLOCK)
-            end += sum(map(len, parts[-3:]))
-        self._write(b"".join(parts))
+        places = {ext: self._add_member(key, ext, data[ext]) for ext in sorted(data)}
         row = {"key": key, "ext": sample.ext, "image": places[sample.ext], "json": places["json"]}
         self.samples.append(row | {"num_questions": [len(sample.record.targets), len(sample.record.turns)]})
 
-    def finish(self) -> None:
-        """Write two empty blocks, then zeros up to a full tar record."""
-        end = self._size + 2 * _BLOCK
-        self._write(bytes(-(-end // _RECORD) * _RECORD - self._size))
+    def _add_member(self, key: str, ext: str, data: bytes) -> list[int]:
+        """Write one member; return the offset and the number of its data bytes."""
+        self._writer.write({"__key__": key, ext: data})
+        stream = self._writer.tarstream
+        stream.members.clear()  # they would only be needed to list the tar
+        return [stream.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data)]
+
+    def __enter__(self) -> _Tar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Write the end of the tar; after an error too, or its last bytes would be written to a closed file."""
+        self._writer.close()
 
     def identity(self) -> dict[str, Any]:
         """Return the hash and the number of bytes of the finished file."""
-        return {"sha256": self._sha256.hexdigest(), "size": self._size}
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:  # an unbuffered file may write fewer bytes
-            left = left[self._file.write(left) :]
-        self._sha256.update(data)
-        self._size += len(data)
+        return {"sha256": self._file.sha256.hexdigest(), "size": self._file.num_bytes}
 
 
-def _header(name: str, size: int) -> bytes:
-    """Return the header blocks of a member."""
-    if name.isascii() and size < 8**11:  # same bytes as tarfile, ten times faster
-        start = b"%s%07o\0%s%011o\0" % (name.encode().ljust(100, b"\0"), 0o444, b"0000000\0" * 2, size)
-        block = bytearray(_EMPTY_HEADER)
-        block[: len(start)] = start
-        block[148:156] = b"        "  # the checksum field counts as blanks
-        block[148:156] = b"%06o\0 " % sum(block)
-        return bytes(block)
-    return _slow_header(name, size)
+class _Hashed:
+    """A file that is only written to, with the hash and the number of bytes written so far."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
 
-def _slow_header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime, info.uname, info.gname = size, 0o444, 0, "shards", "shards"
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-
-
-_EMPTY_HEADER = _slow_header("", 0)
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
 
 
 def _counts(records: list[Record]) -> dict[str, int]:

@@ -22,7 +22,7 @@ def warm_up(num_workers: int) -> None:
     A separate process, so that workers inherit no threads and no locks.
     """
     if num_workers > 1:
-        multiprocessing.set_forkserver_preload(["cogvlm_ft.shards.packing.tar_writing"])
+        multiprocessing.set_forkserver_preload(["cogvlm_ft.shards.packing.tar_writing", "webdataset.writer"])
         forkserver.ensure_running()
 
 
