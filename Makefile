@@ -31,12 +31,12 @@ export COGVLM_REQUIRE_SLURM := 1
 test: slurm
 endif
 
-# A worker takes whole files, so that no fixture of a file is built twice, in the order of their names: the slow ones of
-# e2e come first and do not remain at the end.
-WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# tests/conftest.py decides what a worker takes together and what comes first. Three workers for two cores: many tests
+# wait, for a limit of Slurm or a lost connection.
+WORKERS ?= 3
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-test: setup ## all tests but those that need a GPU: side by side what is one process, then the rest one by one
+test: setup ## all tests but those that need a GPU: side by side, then those that measure time one by one
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not serial"
 	$(BIN)/python -m pytest -m "serial and not gpu"
 

@@ -25,7 +25,8 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 NUM_SCENES = 42
-SERIAL_FOLDERS = {"distributed", "slurm", "soak"}
+LONGEST_FIRST = ("slurm", "e2e", "distributed", "soak")  # folders; what remains at the end is short
+SHARED_RUNS = {"reference_run", "bf16_run"}  # fixtures of tests/distributed that take a training run each
 
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
@@ -35,10 +36,23 @@ TEXTS = [
 ]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark as serial what starts several processes that need both the machine's cores and their turn."""
-    if SERIAL_FOLDERS & set(item.path.relative_to(item.config.rootpath).parts):
-        item.add_marker(pytest.mark.serial)
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Name the tests that one xdist worker takes together, and put the longest folders first.
+
+    A file stays together, so that no fixture of it is built twice; so do all Slurm tests, which share one cluster, and
+    the files that read the same training runs.
+    """
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(config.rootpath).parts[1]
+
+    shared = {item.path for item in items if SHARED_RUNS & set(getattr(item, "fixturenames", ()))}
+    for item in items:
+        group = "slurm" if folder(item) == "slurm" else "shared runs" if item.path in shared else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(folder(item), len(order)))
 
 
 @pytest.fixture(scope="session")

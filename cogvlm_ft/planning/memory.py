@@ -144,7 +144,7 @@ class Planner:
         other = Planner(config or self.config, self.model_config, cluster or self.cluster)
         ours, theirs = self.config, other.config
         if theirs.model == ours.model and theirs.train.precision == ours.train.precision:
-            other.model, other._stages = self.model, self._stages
+            other.model, other._stages, other._numels = self.model, self._stages, self._numels
         if theirs.model == ours.model and other.zero.rules == self.zero.rules:
             other.gathered = self.gathered
         return other
@@ -153,6 +153,19 @@ class Planner:
     def model(self) -> CogVLMForCausalLM:
         """Build the model without data."""
         return build_on_meta(self.config, self.model_config)
+
+    @cached_property
+    def _numels(self) -> list[tuple[int, bool]]:
+        """List (elements, whether it is trained) of every parameter."""
+        return [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(numel for numel, _ in self._numels)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(numel for numel, trained in self._numels if trained)
 
     @cached_property
     def gathered(self) -> Gathered:
@@ -177,7 +190,7 @@ class Planner:
             evaluation=self._evaluation(sequences, sum(on_gpu.values())) if evaluation else {},
             host=self._host(sum(on_host.values()), cluster.gpus_per_node),
             disk=self._slices_bytes(num_ranks=1),
-            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            num_parameters=self.num_parameters,
             gathered=self.gathered,
         )
 
@@ -188,8 +201,7 @@ class Planner:
 
     def _partition_numel(self, num_ranks: int, *, trained_only: bool) -> int:
         """Return the elements of a rank: its padded partition of each tensor."""
-        parameters = (p for p in self.model.parameters() if p.requires_grad or not trained_only)
-        return sum(-(-p.numel() // num_ranks) for p in parameters)
+        return sum(-(-numel // num_ranks) for numel, trained in self._numels if trained or not trained_only)
 
     def _persistent(self) -> dict[str, tuple[int, bool]]:
         """Return kind -> (bytes of a rank, whether they are in host memory)."""
@@ -266,7 +278,7 @@ class Planner:
         asked = replace(sequences, num_images=batch_size, turn_tokens=prompt, labelled_tokens=1)
         slots = model.num_patches + 3 + asked.text_tokens + asked.turns * (config.evaluate.max_new_tokens - 1)
         cache = 2 * asked.num_images * slots * model.hidden_size * model.num_hidden_layers * element
-        whole = sum(p.numel() for p in self.model.parameters()) * element
+        whole = self.num_parameters * element
         free = self.cluster.gpu_gib * GIB - self.cluster.reserved_bytes - persistent
         once = config.evaluate.gather == "once" or (
             config.evaluate.gather == "auto" and whole <= FREE_FRACTION * free and self.cluster.num_gpus > 1

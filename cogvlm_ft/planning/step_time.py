@@ -79,7 +79,7 @@ def time_step(planner: Planner, estimate: MemoryEstimate, sequences: MicroBatchS
     per_image = forward / sequences.num_images
     compute_s = 3 * per_image * images / (ranks * speeds.tflops * 1e12 * speeds.mfu)
     element = element_bytes(config)
-    trained = sum(p.numel() for p in planner.model.parameters() if p.requires_grad)
+    trained = planner.num_trained
     gathered = estimate.gathered.total * element
     reduced = trained * element
     volume = (gathered + reduced) * num_micro_batches * (ranks - 1) / ranks

@@ -31,9 +31,10 @@ def write_tables(config: Config, sequences: MicroBatchShape, speeds: Speeds, gpu
     train = replace(config.train, micro_batch_size=1, global_batch_size=32)
     config = replace(config, train=train)
     rows: dict[str, list[str]] = {"training": [], "evaluation": [], "step": []}
+    first = Planner(config, CogVLMConfig(), Cluster())
     for precision, deepspeed, where in PRESETS:
         run = replace(config, deepspeed=deepspeed, train=replace(train, precision=precision))
-        first = Planner(run, CogVLMConfig(), Cluster())
+        first = first.changed(run)
         at = replace(speeds, tflops=H100_TFLOPS[number_format(run)])
         for image_size in IMAGE_SIZES_PX:
             shown = replace(sequences, num_images=1, image_size=image_size)

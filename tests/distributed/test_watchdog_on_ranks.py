@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import Ranks, run, started
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 PROGRAM = Path(__file__).with_name("hanging.py")
 TIMEOUT_S = 4.0
 

@@ -16,7 +16,7 @@ from jobs import Job, submit
 
 HANG_TIMEOUT_S = 40  # more than any rank takes to start beside all the other jobs
 ASKED = "a signal to stop"
-AGAIN = "it is queued again"
+AGAIN = "queueing it again"
 OWN_NODES = "--nodelist=node[3-4]"
 AFTER_NAME = "cogvlm-ft-after"
 SWEEP = {"slow": 1e-4, "fast": 2e-3}  # run -> learning rate

@@ -82,7 +82,7 @@ def small_config(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 def test_the_program_prints_text_and_json(small_config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model-config", small_config, "--gpus-per-node", "2", "--gpu-memory-gib", "1.65"]
+    arguments = ["--model-config", small_config, "--gpus-per-node", "2", "--gpu-memory-gib", "1.52"]
     arguments += ["--images", "1000", "evaluate.batch_size=1", "data.max_turns_per_image=3"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
