@@ -26,7 +26,6 @@ settings.load_profile("repeatable")
 
 NUM_SCENES = 42
 LONGEST_FIRST = ("slurm", "e2e", "distributed", "soak")  # folders; what remains at the end is short
-SHARED_RUNS = {"reference_run", "bf16_run"}  # fixtures of tests/distributed that take a training run each
 
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
@@ -36,23 +35,19 @@ TEXTS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Name the tests that one xdist worker takes together, and put the longest folders first.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep the tests of a file on one pytest-xdist worker, so that no fixture of it is built twice.
 
-    A file stays together, so that no fixture of it is built twice; so do all Slurm tests, which share one cluster, and
-    the files that read the same training runs.
+    Files that share more, such as a cluster, name their group themselves.
     """
+    if not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(config.rootpath).parts[1]
 
-    shared = {item.path for item in items if SHARED_RUNS & set(getattr(item, "fixturenames", ()))}
-    for item in items:
-        group = "slurm" if folder(item) == "slurm" else "shared runs" if item.path in shared else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest folders first."""
     order = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(folder(item), len(order)))
+    items.sort(key=lambda item: order.get(item.path.relative_to(config.rootpath).parts[1], len(order)))
 
 
 @pytest.fixture(scope="session")

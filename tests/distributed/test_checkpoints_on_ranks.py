@@ -19,7 +19,7 @@ from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.slices import rank_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
 
 
 def settings(shards: Path, start_model: Path, output_dir: Path, *changes: str) -> list[str]:

@@ -16,7 +16,7 @@ from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.model.loading import read_whole
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -13,7 +13,7 @@ from reference import NUM_SAMPLES, NUM_STEPS
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.tracking.sample_losses import read_sample_losses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
 
 
 def test_losses_of_single_samples(reference_run: Path, shards: Path) -> None:

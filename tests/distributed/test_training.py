@@ -23,7 +23,7 @@ from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 from cogvlm_ft.train.schedule import lr_at
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
 
 
 def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:

@@ -13,7 +13,7 @@ from ranks import read_metrics
 from safetensors import safe_open
 from situations import SWEEP
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1200)]
 
 
 def read_json(path: Path) -> dict:

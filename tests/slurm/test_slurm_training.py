@@ -13,7 +13,7 @@ from situations import ASKED, HANG_TIMEOUT_S
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1200)]
 
 
 def test_two_nodes_train_together(reference: Job) -> None:

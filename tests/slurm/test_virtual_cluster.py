@@ -10,7 +10,7 @@ import psutil
 import pytest
 from cluster import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
 START_AND_SLEEP = """
 import sys, time
