@@ -25,7 +25,7 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 NUM_SCENES = 42
-LONGEST_FIRST = ("slurm", "e2e", "distributed", "soak")  # folders; what remains at the end is short
+ORDER = ("slurm", "golden", "unit", "fuzz", "soak", "distributed", "e2e")  # folders; Slurm jobs need most of the time
 
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
@@ -45,9 +45,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest folders first."""
-    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.relative_to(config.rootpath).parts[1], len(order)))
+    """Start the Slurm jobs first, and beside them what starts no processes."""
+    items.sort(key=lambda item: ORDER.index(item.path.relative_to(config.rootpath).parts[1]))
 
 
 @pytest.fixture(scope="session")
