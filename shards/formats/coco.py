@@ -3,100 +3,128 @@
 {"images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}], "categories": [{"id": 7, "name": "dog"}],
  "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 20, 10], "iscrowd": 0}]}
 
-The file is one JSON object and is read into memory, except for the outlines, its largest part.
+A folder is read with all such files in it; `coco_files` finds their photos. A file is one JSON object and is read into
+memory, except for the outlines, its largest part, of which the box is kept where there is no bbox.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.formats.coco_files import ListedPhotos, coco_files, lists_in, recognised_files, without_repeats
+from cogvlm_ft.shards.formats.coco_json import ById, box_of, is_crowd, load_coco
+from cogvlm_ft.shards.formats.rows import are_fractions, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
     check_text,
-    four_numbers,
     image_path,
     make_targets,
     require,
 )
-from cogvlm_ft.shards.packing.files import read_ends
-
-_LISTS = ("images", "annotations", "categories")
-_ENDS_BYTES = 2**16
 
 
+@dataclass
 class _Image:
-    """One entry of "images", filled with its annotations: boxes by category name, in the order of the file."""
+    """A photo, filled with its annotations: boxes by category name, in the order of the file.
 
-    def __init__(self, entry: dict[str, Any], source: str) -> None:
-        check_text(entry.get("file_name"), "sample")
-        self.path = image_path(entry.get("file_name"), '"file_name"')
-        self.source = source
-        self.stated_size_px = _size(entry)
-        self.boxes: dict[str, list[Box | None]] = defaultdict(list)  # None: an unusable box
-        self.problems: list[Problem] = []
+    is_repeated: it is listed under several ids.
+    """
+
+    path: str
+    source: str
+    stated_size_px: tuple[int, int] | None
+    is_repeated: bool = False
+    boxes: dict[str, list[Box | None]] = field(default_factory=lambda: defaultdict(list))  # None: an unusable box
+    problems: list[Problem] = field(default_factory=list)
 
 
-def read_coco(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """Yield one candidate per image with one target per category. Raises DataError if the file is not COCO."""
-    content = _load(path)
-    problems: list[Problem] = []
-    names = _category_names(content["categories"], problems)
-    images = _images(content["images"], problems)
-    for i, annotation in enumerate(content["annotations"]):
-        _add_annotation(annotation, f"annotations[{i}]", images, names, problems)
-    yield from problems
-    yield from (_candidate(image) for image in images.values() if image)
+@dataclass
+class _Content:
+    """What one file lists. all_are_crowds: the flag says nothing, because every annotation has it."""
+
+    images: ById[_Image | None]
+    names: ById[str]
+    all_are_crowds: bool
+    in_fractions: bool
+    problems: list[Problem]
+
+
+def read_coco(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
+    """Yield one candidate per photo with one target per category. Raises DataError if there is no COCO file."""
+    if not annotations.is_dir():
+        yield from _read_file(annotations, ListedPhotos(images_dir, annotations.name))
+        return
+    names, repeats = without_repeats(coco_files(annotations))
+    if not names:
+        raise DataError(f"{annotations}: no COCO .json file in it or in its folders; expected one")
+    for name in repeats:
+        yield Problem("note", "other_file", "left out: instances_*.json beside it has the boxes of these photos", name)
+    file_of: dict[str, str] = {}
+    for name in names:
+        for part in _read_file(annotations / name, ListedPhotos(images_dir, name)):
+            sourced = replace(part, source=f"{name}: {part.source}")
+            if isinstance(sourced, Problem):
+                yield sourced
+                continue
+            problems = (replace(problem, source=f"{name}: {problem.source}") for problem in sourced.problems)
+            candidate = replace(sourced, problems=tuple(problems))
+            if file_of.setdefault(candidate.image, name) == name:
+                yield candidate
+            else:
+                yield from candidate.problems
+                detail = f"{candidate.image} is also listed in {file_of[candidate.image]}. Remove one of the two files."
+                yield Problem("sample", "image_in_two_files", detail, candidate.source)
 
 
 def recognise_coco(annotations: Path) -> str | None:
-    """Look for the COCO lists at both ends of the file; MDETR's token spans and panoptic segments are other formats."""
-    ends = read_ends(annotations, _ENDS_BYTES)
-    is_object = ends.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{"
-    lists = [name for name in _LISTS if f'"{name}"'.encode() in ends]
-    is_coco = lists and b'"category_id"' in ends and b'"bbox"' in ends
-    is_other = any(name in ends for name in (b'"tokens_', b'"segments_info"'))
-    return f"a COCO object with {' and '.join(lists)}" if is_object and is_coco and not is_other else None
+    """Look for the COCO lists at both ends of the file, or of the first .json files of the folder."""
+    if annotations.is_dir():
+        names = recognised_files(annotations)
+        return f"COCO files: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else None
+    lists = lists_in(annotations)
+    return f"a COCO object with {' and '.join(lists)}" if lists else None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-        content = json.loads(text, object_hook=_without_outlines)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; expected COCO instances JSON") from None
-    except (ValueError, RecursionError) as error:
-        hint = "for one JSON object per line use --format jsonl"
-        raise DataError(f"{path} is not valid JSON: {error}; expected one COCO instances object ({hint})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}; expected a COCO object with {', '.join(_LISTS)}")
-    missing = [name for name in _LISTS if not isinstance(content.get(name), list)]
-    if missing:
-        found = ", ".join(sorted(content)[:10]) or "nothing"
-        missing_names = " or ".join(missing)
-        raise DataError(f"{path} has no list called {missing_names}; found {found}; expected COCO instances JSON")
-    first = next(iter(content["annotations"]), None)
-    if isinstance(first, dict) and "segments_info" in first:
-        raise DataError(
-            f"{path} is COCO's panoptic JSON, which has segments; expected the instances JSON of these images"
-        )
-    return content
+def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem]:
+    value = load_coco(path)
+    annotations = value["annotations"]
+    problems: list[Problem] = []
+    crowds = [is_crowd(annotation) for annotation in annotations if isinstance(annotation, dict)]
+    content = _Content(
+        _images(value["images"], photos, problems),
+        _category_names(value["categories"], problems),
+        bool(crowds) and all(crowds),
+        are_fractions(_boxes(annotations)),
+        problems,
+    )
+    for i, annotation in enumerate(annotations):
+        _add_annotation(annotation, f"annotations[{i}]", content)
+    _add_notes(content)
+    yield from problems
+    units = "unit" if content.in_fractions else "pixels"
+    for image in {id(image): image for image in content.images.values() if image}.values():
+        yield replace(_candidate(image), units=units)
 
 
-def _without_outlines(value: dict[str, Any]) -> dict[str, Any]:
-    value.pop("segmentation", None)
-    return value
+def _boxes(annotations: list[Any]) -> Iterator[Box]:
+    for annotation in annotations:
+        try:
+            yield box_of(annotation)[0]
+        except (Rejected, AttributeError):  # the latter: it is not an object
+            continue
 
 
-def _category_names(categories: list[Any], problems: list[Problem]) -> dict[Any, str]:
-    names: dict[Any, str] = {}
+def _category_names(categories: list[Any], problems: list[Problem]) -> ById[str]:
+    names = ById[str]()
     for i, category in enumerate(categories):
         try:
             number = _id(category, "target")
@@ -109,43 +137,109 @@ def _category_names(categories: list[Any], problems: list[Problem]) -> dict[Any,
     return names
 
 
-def _images(entries: list[Any], problems: list[Problem]) -> dict[Any, _Image | None]:
-    """Return the images by id; None for an unusable one, whose boxes are lost with it."""
-    images: dict[Any, _Image | None] = {}
+def _images(entries: list[Any], photos: ListedPhotos, problems: list[Problem]) -> ById[_Image | None]:
+    """Return the photos by id; None for an unusable one, whose boxes are lost with it.
+
+    A photo under two ids, as of two annotators or a merged file, is one photo.
+    """
+    images = ById[_Image | None]()
+    by_path: dict[str, _Image] = {}
     for i, entry in enumerate(entries):
         try:
             number = _id(entry, "sample")
             require(number not in images, "sample", '"id"', number, "an id that no other image has")
             images[number] = None
-            images[number] = _Image(entry, f"image id {number}")
+            image = _Image(photos.find(_file_name(entry)), f"image id {number}", stated_size(entry))
+            first = by_path.setdefault(image.path, image)
+            if first is not image:
+                _join(first, image, problems)
+            images[number] = first
         except Rejected as rejected:
             problems.append(rejected.problem(f"images[{i}]"))
     return images
 
 
-def _add_annotation(
-    annotation: Any, source: str, images: dict[Any, _Image | None], names: dict[Any, str], problems: list[Problem]
-) -> None:
+def _join(first: _Image, again: _Image, problems: list[Problem]) -> None:
+    """Count a photo that is listed again. Raises Rejected if its size differs."""
+    if first.stated_size_px and again.stated_size_px not in (None, first.stated_size_px):
+        detail = f"{again.path} has {again.stated_size_px} pixels here, {first.stated_size_px} in {first.source}"
+        raise Rejected("sample", "contradiction", detail)
+    first.is_repeated = True
+    first.stated_size_px = first.stated_size_px or again.stated_size_px
+    detail = f"{again.path} is also {first.source}: one photo with the boxes of both"
+    problems.append(Problem("note", "image_listed_again", detail, again.source))
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    """Return the path of the photo; LVIS only has the address."""
+    name, address = entry.get("file_name"), entry.get("coco_url")
+    check_text(name, "sample")
+    if name is None and isinstance(address, str) and "://" in address:
+        check_text(address, "sample")
+        try:
+            name = "/".join(unquote(urlsplit(address).path).split("/")[-2:])
+        except ValueError:
+            name = None
+    return image_path(name, '"file_name"')
+
+
+def _add_annotation(annotation: Any, source: str, content: _Content) -> None:
     """Put the box where it belongs, or a problem where it can be found."""
+    problems = content.problems
     try:
         require(isinstance(annotation, dict), "box", "the annotation", annotation, "an object")
-        image_id, category_id = _hashable(annotation.get("image_id")), _hashable(annotation.get("category_id"))
-        if image_id not in images:
-            raise Rejected("box", "unknown_image_id", f'image_id {image_id!r:.80} is not in "images"')
-        image = images[image_id]
+        image = _found(content.images, annotation, "image_id", "images")
         if image is None:
             return
         problems = image.problems
-        if category_id not in names:
-            raise Rejected("box", "unknown_category_id", f'no usable entry of "categories" has id {category_id!r:.80}')
-        name = names[category_id]
-        if annotation.get("iscrowd"):
-            raise Rejected("box", "crowd", f"{name!r}: a region around a crowd, not a single object")
-        image.boxes[name].append(None)
-        x, y, width, height = four_numbers(annotation.get("bbox"), "[x, y, width, height]")
-        image.boxes[name][-1] = x, y, x + width, y + height
+        name = _found(content.names, annotation, "category_id", "categories")
+        if is_crowd(annotation):
+            problems.append(_crowd_as_object(annotation, name, source, content))
+        boxes = image.boxes[name]
+        boxes.append(None)
+        box, is_of_outline = box_of(annotation)
+        if not content.in_fractions and are_fractions([box]):
+            detail = f"{list(box)} of {name!r} could be fractions of the photo; other boxes of the file are in pixels"
+            raise Rejected("box", "ambiguous_unit", detail)
+        if image.is_repeated and box in boxes:
+            boxes.pop()
+            raise Rejected("box", "same_box", f"{list(box)} of {name!r} is in the file before, for the same photo")
+        boxes[-1] = box
+        if is_of_outline:
+            problems.append(Problem("note", "box_around_outline", f"{name!r} has no bbox: {list(box)}", source))
     except Rejected as rejected:
         problems.append(rejected.problem(source))
+
+
+def _crowd_as_object(annotation: dict[str, Any], name: str, source: str, content: _Content) -> Problem:
+    """Return the note that a crowd is one object; raises Rejected if it is a crowd.
+
+    CVAT sets the flag for every brush mask, and Datumaro's writer, which it uses, adds "attributes".
+    """
+    if content.all_are_crowds or "attributes" in annotation:
+        detail = f"{name!r} has iscrowd 1, which tools write for every mask: taken as one object"
+        return Problem("note", "crowd_as_object", detail, source)
+    detail = "a region around a crowd, not a single object. If a tool marks every mask so, set iscrowd to 0."
+    raise Rejected("box", "crowd", f"{name!r}: {detail}")
+
+
+def _found(entries: ById[Any], annotation: dict[str, Any], field_name: str, list_name: str) -> Any:
+    number = _hashable(annotation.get(field_name))
+    try:
+        return entries.find(number)
+    except (KeyError, ValueError):  # none, or several
+        detail = f'no usable entry of "{list_name}" has id {number!r:.80}'
+        raise Rejected("box", f"unknown_{field_name}", detail) from None
+
+
+def _add_notes(content: _Content) -> None:
+    num_by_text = content.images.num_by_text + content.names.num_by_text
+    if num_by_text:
+        detail = f"{num_by_text} ids are text where they are used and numbers where they are listed, or the reverse"
+        content.problems.append(Problem("note", "ids_as_text", detail, "annotations"))
+    if content.in_fractions:
+        detail = "all boxes are between 0 and 1: read as fractions of the width and height of the photo"
+        content.problems.append(Problem("note", "unit_inferred", detail, "annotations"))
 
 
 def _candidate(image: _Image) -> Candidate:
@@ -169,8 +263,3 @@ def _id(entry: Any, level: str) -> Any:
 
 def _hashable(value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) else None
-
-
-def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    size = entry.get("width"), entry.get("height")
-    return size if all(type(side) is int and side > 0 for side in size) else None  # type: ignore[return-value]

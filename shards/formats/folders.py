@@ -56,12 +56,12 @@ class Photos:
 
     def named(self, folder: str, name: str) -> str | None:
         """Return the image of this name that belongs to annotations in `folder`."""
-        paths = (posixpath.join(place, name) for place in _image_folders(folder))
+        paths = (posixpath.join(place, name) for place in image_folders(folder))
         return next((path for path in paths if self._is_image(path)), None)
 
     def of_stem(self, folder: str, stem: str) -> str | None:
         """Return the image with this name before its extension. Raises Rejected if a folder has several."""
-        for place in _image_folders(folder):
+        for place in image_folders(folder):
             names = self._names_in(place)
             found = []
             for i in range(bisect_left(names, f"{stem}."), len(names)):
@@ -90,7 +90,7 @@ class Photos:
             return []
 
 
-def _image_folders(folder: str) -> Iterator[str]:
+def image_folders(folder: str) -> Iterator[str]:
     """Return the folders where the images may be, the most likely first."""
     yield folder
     parts = folder.split("/")

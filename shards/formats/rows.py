@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.grounding.targets import Target
+from cogvlm_ft.grounding.targets import Box, Target
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, check_text, require, shown
 
 MAX_LINE_BYTES = 64 * 2**20
 _HEAD_BYTES = 2**20
+_MAX_FRACTION = 1.5
+"""A box of fractions may reach a little beyond its image."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -207,9 +209,29 @@ def read_head(path: Path, num_bytes: int) -> bytes:
 
 
 def stated_size(value: dict[str, Any]) -> tuple[int, int] | None:
-    """Return (width, height) if the annotation states them."""
-    size = value.get("width"), value.get("height")
-    return size if all(type(side) is int and side > 0 for side in size) else None  # type: ignore[return-value]
+    """Return (width, height) if the annotation states them, also as 50.0 or as text."""
+    width, height = whole_number(value.get("width")), whole_number(value.get("height"))
+    return (width, height) if width and height else None
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a positive whole number, also one written as 50.0 or as text; None for anything else."""
+    try:
+        found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        return None
+    return int(found) if found > 0 and found.is_integer() else None
+
+
+def are_fractions(boxes: Iterable[Box]) -> bool:
+    """Return whether all boxes could only be fractions of an image: none reaches beyond 1.5."""
+    largest, has_fraction = 0.0, False
+    for box in boxes:
+        largest = max(largest, *map(abs, box))
+        has_fraction = has_fraction or not all(side.is_integer() for side in box)
+        if largest > _MAX_FRACTION:
+            return False
+    return has_fraction
 
 
 def _load_array(path: Path) -> list[Any] | None:

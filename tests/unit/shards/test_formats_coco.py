@@ -49,9 +49,9 @@ def test_panoptic_json_is_something_else(tmp_path: Path) -> None:
         read_all(read_coco, path)
 
 
-def test_a_folder_is_no_json(tmp_path: Path) -> None:
+def test_a_folder_without_a_file(tmp_path: Path) -> None:
     assert recognise_coco(tmp_path) is None
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"no COCO \.json file in it"):
         read_all(read_coco, tmp_path)
 
 

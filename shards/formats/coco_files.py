@@ -1,0 +1,109 @@
+"""Find the COCO files of a folder, and the photos that each one lists.
+
+Layouts: _annotations.coco.json beside its photos (Roboflow), annotations/instances_val2017.json with val2017/ or
+images/val2017/ (COCO, CVAT), labels.json with data/ (FiftyOne), result.json with images/ (Label Studio).
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from cogvlm_ft.shards.formats.folders import files_below, image_folders
+from cogvlm_ft.shards.packing.candidates import Rejected
+from cogvlm_ft.shards.packing.files import read_ends
+
+_LISTS = ("images", "annotations", "categories")
+_ENDING = ".json"
+_ENDS_BYTES = 2**16
+_MAX_INSPECTED = 50
+_REFS = re.compile(r"g?refs\(\w+\)\.(p|json)")
+_INSTANCES = "instances_"
+_SUBSET = re.compile(r"(?:instances|person_keypoints|annotations?|coco)[-_](.+)")
+_IMAGE_FOLDERS = ("", "images", "data", "JPEGImages")
+
+
+def lists_in(path: Path) -> list[str]:
+    """Return the names of COCO's lists at both ends of the file; none if it is of another format.
+
+    MDETR's token spans and panoptic segments are other formats.
+    """
+    ends = read_ends(path, _ENDS_BYTES)
+    is_object = ends.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{"
+    is_coco = b'"category_id"' in ends and (b'"bbox"' in ends or b'"segmentation"' in ends)
+    is_other = any(name in ends for name in (b'"tokens_', b'"segments_info"', b'"shapes"'))
+    if not is_object or not is_coco or is_other:
+        return []
+    return [name for name in _LISTS if f'"{name}"'.encode() in ends]
+
+
+def coco_files(folder: Path) -> list[str]:
+    """Return the COCO files below the folder."""
+    return [name for name in files_below(folder, _ENDING) if lists_in(folder / name)]
+
+
+def recognised_files(folder: Path) -> list[str]:
+    """Return COCO files below the folder, inspecting the first .json files.
+
+    None if most files are of another format, which one file may be exported from, or if RefCOCO's refs are there.
+    """
+    names = list(islice(files_below(folder, _ENDING), _MAX_INSPECTED))
+    found = [name for name in names if lists_in(folder / name)]
+    has_refs = any(_REFS.fullmatch(entry) for entry in os.listdir(folder))  # noqa: PTH208
+    return found if 2 * len(found) >= len(names) and not has_refs else []
+
+
+def without_repeats(names: list[str]) -> tuple[list[str], list[str]]:
+    """Return (files to read, files to leave out): beside instances_*.json others have the same photos again."""
+    folders = {posixpath.dirname(name) for name in names if posixpath.basename(name).startswith(_INSTANCES)}
+    repeats = [
+        name
+        for name in names
+        if posixpath.dirname(name) in folders and not posixpath.basename(name).startswith(_INSTANCES)
+    ]
+    return [name for name in names if name not in repeats], repeats
+
+
+class ListedPhotos:
+    """Find the photos that one COCO file lists. All paths are relative to the images folder.
+
+    name: the path of the file below the annotations folder, or only its name.
+    """
+
+    def __init__(self, images: Path, name: str) -> None:
+        self._images = images
+        self._folder, base = posixpath.split(name)
+        stem = base[: -len(_ENDING)] if base.lower().endswith(_ENDING) else base
+        match = _SUBSET.fullmatch(stem)
+        folders = list(dict.fromkeys((*image_folders(self._folder), *_IMAGE_FOLDERS)))
+        subset = [posixpath.join(folder, match[1] if match else stem) for folder in folders]
+        self._places = [[place for place in places if (images / place).is_dir()] for places in (subset, folders)]
+
+    def find(self, stated: str) -> str:
+        """Return the photo; the stated path if there is none. Raises Rejected if several fit equally well."""
+        own = posixpath.normpath(posixpath.join(self._folder, stated))
+        if self._is_file(own):
+            return own
+        for places in self._places:
+            paths = (posixpath.normpath(posixpath.join(place, stated)) for place in places)
+            found = [path for path in dict.fromkeys(paths) if self._is_file(path)]
+            if len(found) > 1:
+                raise _ambiguous(stated, found)
+            if found:
+                return found[0]
+        return own
+
+    def _is_file(self, path: str) -> bool:
+        try:
+            return (self._images / path).is_file()
+        except (OSError, ValueError):  # the name is too long, or has a NUL
+            return False
+
+
+def _ambiguous(stated: str, found: Iterable[str]) -> Rejected:
+    detail = f"{stated!r:.200} could be {' or '.join(found)}; write the folder into file_name, or pass it as --images"
+    return Rejected("sample", "ambiguous_image", detail)
