@@ -112,7 +112,8 @@ def _check_count(sample: Sample, data: bytes, parts: Parts, outcomes: Counter[st
         assert found == given
     num_images = sample.num_images(data)
     if num_images is not None:
-        assert num_lost_when_read(parts) + len(candidates_of(parts)) == num_images
+        num_joined = sum(problem.reason == "image_listed_again" for problem in notes_of(parts))
+        assert num_lost_when_read(parts) + len(candidates_of(parts)) + num_joined == num_images
 
 
 def num_lost_when_read(parts: Parts) -> int:
