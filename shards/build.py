@@ -34,6 +34,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
 from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run_first_pass
+from cogvlm_ft.shards.packing.box_units import BOX_UNITS, BoxUnits, UnitSurvey
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
@@ -74,6 +75,7 @@ class BuildSettings:
     verify: str = VERIFY[0]
     decisions: Path | None = None
     exif: str = EXIF_MODES[0]
+    box_unit: str = "auto"
     negatives: NegativeSettings | None = None
     max_side: int | None = None
 
@@ -86,9 +88,9 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
     warm_up(num_workers)
     staging = StagingDatabase(out / _STAGING, settings.seed)
     try:
-        for part in tqdm(_parts(settings, staging), unit="", desc="annotations"):
-            staging.add(part)
+        box_units = _stage(settings, staging)
         signature["annotations_sha256"] = staging.sha256
+        signature["box_units"] = sorted([*group, units] for group, units in box_units.units_of.items())
         exif = decide_exif(staging.candidates(), settings.images, settings.exif)
         signature["exif"] = {"mode": settings.exif, "applied": exif.apply}
         _begin(out, signature, found)
@@ -111,7 +113,21 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
         raise DataError(f"{staging.path}: {error}. Check the free space and that no other build uses {out}.") from None
     finally:
         staging.close()
-    return f"{exif.explanation}\n\n{summarize(index, files, out)}"
+    decided = "\n".join(line for line in (box_units.explanation, exif.explanation) if line)
+    return f"{decided}\n\n{summarize(index, files, out)}"
+
+
+def _stage(settings: BuildSettings, staging: StagingDatabase) -> BoxUnits:
+    """Stage everything that the annotations contain; return the decided units. Raises DataError if they are unclear."""
+    survey = UnitSurvey(settings.images)
+    for part in tqdm(_parts(settings, staging), unit="", desc="annotations"):
+        staging.add(part)
+        survey.add(part)
+    box_units = survey.decide(settings.box_unit, settings.annotations)
+    for note in box_units.notes:
+        staging.add(note)
+    staging.settle_units(box_units)
+    return box_units
 
 
 def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
@@ -161,12 +177,14 @@ def _check_settings(settings: BuildSettings) -> None:
 def _signature(settings: BuildSettings) -> dict[str, Any]:
     """Return the settings for build.json; shards of other settings must not be mixed with new ones.
 
-    Of the annotations and the decisions counts what came out, of EXIF what was decided: both are added when all is
-    read.
+    Of the annotations and the decisions counts what came out, of EXIF and the unit of the boxes what was decided: both
+    are added when all is read.
     """
     negatives = settings.negatives.signature() if settings.negatives else None
     signature = {**vars(settings), "images": str(settings.images.resolve()), "negatives": negatives}
-    return {name: value for name, value in signature.items() if name not in ("annotations", "decisions", "exif")}
+    return {
+        name: value for name, value in signature.items() if name not in ("annotations", "decisions", "exif", "box_unit")
+    }
 
 
 def _check_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -291,6 +309,8 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     verify_help = "structure: detect truncated files (fast); decode: detect more"
     add("--verify", choices=VERIFY, default=defaults.verify, help=verify_help)
     add("--exif", choices=EXIF_MODES, default=defaults.exif, help="rotate photos by their EXIF orientation")
+    box_unit_help = "of the boxes, where the format leaves it open; default: inferred from all boxes of the source"
+    add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help=box_unit_help)
     add("--max-side", type=int, help="shrink larger photos to this side in px, stored as JPEG")
     add("--negatives", type=float, default=0.0, help="fraction of absent targets among all targets, such as 0.2")
     add("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="sources of absent targets")
@@ -319,6 +339,7 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
         verify=args.verify,
         decisions=args.decisions,
         exif=args.exif,
+        box_unit=args.box_unit,
         negatives=negatives,
         max_side=args.max_side,
     )

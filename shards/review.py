@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.packing.box_units import BOX_UNITS
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, write_atomically
 from cogvlm_ft.shards.reviewing.page import render_page
@@ -67,6 +68,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", choices=["auto", *sorted(FORMATS)], default="auto", help="default: recognised from the files")
     add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
     add("--annotations", type=Path, help="annotation file or folder")
+    add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help="as of shards/build.py")
     add("--out", type=Path, required=True, help="folder for review.html, review.json and suspects.jsonl")
     add("--image-size", type=int, default=490, help="of training, in px: reports boxes smaller than one patch")
     add("--max-pictures", type=int, default=200, help="maximum on the page; suspects.jsonl lists all suspects")
@@ -92,7 +94,7 @@ def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
     if name == "auto":
         name, seen = recognise_format(args.annotations)
         print(f"--format {name}: {seen}")
-    return annotated_items(name, args.annotations, args.images), f"{args.annotations} ({name})"
+    return annotated_items(name, args.annotations, args.images, args.box_unit), f"{args.annotations} ({name})"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -250,6 +250,7 @@ def _candidate(image: _Image) -> Candidate:
         source=image.source,
         targets=targets,
         stated_size_px=image.stated_size_px,
+        unit_basis="documented",
         problems=tuple(image.problems),
     )
 

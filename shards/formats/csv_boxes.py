@@ -201,6 +201,7 @@ def _candidate(image: str, rows: list[_Row], layout: _Layout) -> Candidate:
         source=rows[0].source,
         targets=tuple(replace(target, language=languages.get(target.phrase, target.language)) for target in targets),
         stated_size_px=size,
+        unit_basis="documented",
         problems=tuple(problems),
     )
 

@@ -84,6 +84,7 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
         source=source,
         targets=tuple(target for target in targets if target),
         turns=tuple(turn for turn in turns if turn),
+        unit_basis="documented",
         problems=tuple(problems),
     )
 

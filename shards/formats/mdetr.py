@@ -140,5 +140,6 @@ def _candidate(entry: _Entry) -> Candidate:
         source=entry.source,
         targets=tuple(targets),
         stated_size_px=entry.size,
+        unit_basis="documented",
         problems=tuple(entry.problems),
     )

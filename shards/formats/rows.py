@@ -134,7 +134,7 @@ def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
     for candidate in candidates:
         problems += candidate.problems
         other_size = size and candidate.stated_size_px and size != candidate.stated_size_px
-        if candidate.targets and (other_size or candidate.units != first.units):
+        if candidate.targets and (other_size or _unit(candidate) != _unit(first)):
             found = f"boxes in {candidate.units}, image size {candidate.stated_size_px}"
             detail = f"{found}; {first.source} has {first.units} and {size} for the same image"
             problems += (
@@ -152,6 +152,10 @@ def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
         stated_size_px=size,
         problems=tuple(problems),
     )
+
+
+def _unit(candidate: Candidate) -> tuple[str, str]:
+    return candidate.units, candidate.unit_basis
 
 
 def load_json(path: Path, expected: str) -> Any:

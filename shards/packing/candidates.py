@@ -13,6 +13,7 @@ from cogvlm_ft.data.record import detect_language, is_finite_number
 from cogvlm_ft.grounding.targets import Box, Target, Turn
 
 Units = Literal["pixels", "unit", "thousandths"]
+UnitBasis = Literal["stated", "documented", "unknown"]
 
 _MAX_SHOWN = 80
 _SHOWN = reprlib.Repr()
@@ -50,6 +51,8 @@ class Candidate:
     stated_size_px: the image size stated by the annotation, if any.
     units: of the boxes: "pixels", "unit" (0..1 of width and height) or "thousandths"; converted to pixels once the
         image is open.
+    unit_basis: "stated": `units` are certain; "documented": as the format says, though some tools write others;
+        "unknown": tools disagree. packing/box_units.py decides about the last two.
     embedded_in: an annotation file that contains the image, used if there is no image file.
     problems: parts already skipped, and notes.
     image_hint: what the message says about similar files if the image is not found.
@@ -62,6 +65,7 @@ class Candidate:
     turns: tuple[Turn, ...] = ()
     stated_size_px: tuple[int, int] | None = None
     units: Units = "pixels"
+    unit_basis: UnitBasis = "stated"
     embedded_in: Path | None = None
     problems: tuple[Problem, ...] = ()
     image_hint: str = ""

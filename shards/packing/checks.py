@@ -105,13 +105,19 @@ def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int], sto
         raise Rejected("sample", "size_mismatch", detail)
 
 
+def _is_fraction(box: Box, units: Units) -> str | None:
+    """Return "normalised_box" for a box in pixels that is smaller than the first pixel of its image."""
+    is_small = units == "pixels" and min(box) >= 0 and max(box) <= 1
+    return "normalised_box" if is_small and not all(value % 1 == 0 for value in box) else None
+
+
 def _fit_target(
     target: Target, units: Units, source: str, image_size_px: tuple[int, int], problems: list[Problem]
 ) -> Target | None:
     boxes: list[Box] = []
     for found in target.boxes_xyxy:
         box = box_in_pixels(found, units, image_size_px)
-        defect = box_defect(box, image_size_px)
+        defect = _is_fraction(found, units) or box_defect(box, image_size_px)
         if defect:
             detail = f"box {list(box)} (x0, y0, x1, y1) of {target.phrase!r} in an image of {image_size_px}"
             problems.append(Problem("box", defect, detail, source))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvlm_ft.grounding.targets import Target, Turn
+from cogvlm_ft.shards.packing.box_units import BoxUnits
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.splits import ShardPlan, key_of, key_with_hash, plan_shards, shuffle_rank
 
@@ -103,6 +104,18 @@ class StagingDatabase:
         """Yield the candidates with a unique key, in the order they were added."""
         for (content,) in self._database.execute("SELECT content FROM candidates ORDER BY number"):
             yield _candidate(json.loads(content))
+
+    def settle_units(self, box_units: BoxUnits) -> None:
+        """Convert all candidates to the decided units."""
+        if box_units.is_as_read:
+            return
+        for table in ("candidates", "context"):
+            select = f"SELECT number, content FROM {table} WHERE number > ? ORDER BY number LIMIT 1000"
+            last = -1
+            while rows := self._database.execute(select, (last,)).fetchall():
+                last = rows[-1][0]
+                settled = ((_to_json(box_units.settle(_candidate(json.loads(content)))), row) for row, content in rows)
+                self._database.executemany(f"UPDATE {table} SET content = ? WHERE number = ?", settled)
 
     def by_image(self) -> Iterator[tuple[list[Candidate], list[Candidate]]]:
         """Yield for each image its candidates, and those of `add_context`. Call `plan_shards` first."""

@@ -32,6 +32,7 @@ FULL = Candidate(
     ),
     stated_size_px=(640, 480),
     units="unit",
+    unit_basis="documented",
     embedded_in=Path("a b/x.json"),
     problems=(Problem("box", "zero_area", "detail", "source"),),
 )
