@@ -34,6 +34,11 @@ _MIN_BAD_BOXES, _MIN_BAD_FRACTION, _FITS = 3, 0.1, 0.95
 _CERTAIN = math.log(1000)
 _NEAR = 0.05
 
+
+class UnclearUnitError(DataError):
+    """The boxes of a source fit two units, or none."""
+
+
 Group = tuple[Units, UnitBasis]
 """Candidates that are read alike: the unit that the reader assumes, and why."""
 
@@ -157,7 +162,7 @@ class UnitSurvey:
         self._groups.setdefault((part.units, part.unit_basis), Evidence()).add(part, self._sizes(part))
 
     def decide(self, box_unit: str, annotations: Path) -> BoxUnits:
-        """Return the decision; box_unit: of the user, or "auto". Raises DataError if two units fit, or none."""
+        """Return the decision; box_unit: of the user, or "auto". Raises DataError."""
         if box_unit != "auto":
             return self._as_told(box_unit, annotations)
         units_of: dict[Group, Units] = {}
@@ -207,7 +212,7 @@ def survey_units(parts: Iterable[Candidate | Problem], images: Path) -> UnitSurv
 
 
 def _decide(group: Group, evidence: Evidence, annotations: Path) -> Units:
-    """Return the one unit that fits; raises DataError if there are two, or none."""
+    """Return the one unit that fits; raises UnclearUnitError if there are two, or none."""
     assumed, basis = group
     if evidence.num_boxes and evidence.fits_all("unit"):
         if not evidence.has_fractions:
@@ -229,7 +234,7 @@ def _fitting_documented(documented: Units, evidence: Evidence) -> list[Units]:
         )
     others: list[Units] = [units for units in ("thousandths", "unit") if evidence.fits_nearly_all(units)]  # type: ignore[misc]
     many_bad = evidence.num_outside >= max(_MIN_BAD_BOXES, _MIN_BAD_FRACTION * evidence.num_sized)
-    if many_bad or (evidence.fits_all("thousandths") and evidence.tells("thousandths")):
+    if (many_bad and others) or (evidence.fits_all("thousandths") and evidence.tells("thousandths")):
         return ["pixels", *others]
     return ["pixels"]
 
@@ -255,7 +260,7 @@ def _explain(units: Units, evidence: Evidence) -> str:
     return f"{inside}; {largest}"
 
 
-def _refused(fitting: list[Units], evidence: Evidence, annotations: Path) -> DataError:
+def _refused(fitting: list[Units], evidence: Evidence, annotations: Path) -> UnclearUnitError:
     options = " or ".join(_OPTIONS[units] for units in fitting or ("pixels", "thousandths"))
     found = _explain("pixels", evidence)
     problem = "the boxes fit two units" if fitting else "the boxes fit no unit"
@@ -264,7 +269,7 @@ def _refused(fitting: list[Units], evidence: Evidence, annotations: Path) -> Dat
         readings = ", ".join(f"{_numbers(box_in_pixels(box, units, size))} px as {_WORDS[units]}" for units in fitting)
         found += f"; {phrase!r} in {image} is {readings}"
     advice = f"Add {options}" if fitting else f"Correct the boxes, or add {options}: boxes that do not fit are rejected"
-    return DataError(f"{annotations}: {problem}: {found}; expected one unit for all boxes. {advice}.")
+    return UnclearUnitError(f"{annotations.name}: {problem}: {found}; expected one unit for all boxes. {advice}.")
 
 
 def _is_inside(box: Box, size: tuple[int, int]) -> bool:

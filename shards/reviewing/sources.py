@@ -12,7 +12,7 @@ from cogvlm_ft.data.record import BadSampleError, record_from_json
 from cogvlm_ft.data.tars import MAX_MEMBER_BYTES
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS
-from cogvlm_ft.shards.packing.box_units import survey_units
+from cogvlm_ft.shards.packing.box_units import BoxUnits, UnclearUnitError, survey_units
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import read_image
 from cogvlm_ft.shards.packing.photo_names import with_photos
@@ -50,11 +50,17 @@ class Item:
 def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = "auto") -> Iterator[Item | Problem]:
     """Yield what a format reads, one by one, as shards/build.py would. Raises DataError like the format.
 
-    box_unit: of the user, or "auto". A format that leaves the unit open is read twice.
+    box_unit: of the user, or "auto". A format that leaves the unit open is read twice. If the unit is not clear, a
+    problem says so, and the boxes keep the unit that the format assumes: the page shows what is wrong with it.
     """
     annotated = FORMATS[name]
     first_pass = with_photos(annotated.read(annotations, images), images) if annotated.has_open_units else ()
-    box_units = survey_units(first_pass, images).decide(box_unit, annotations)
+    found_units = survey_units(first_pass, images)
+    try:
+        box_units = found_units.decide(box_unit, annotations)
+    except UnclearUnitError as error:
+        box_units = BoxUnits({})
+        yield Problem("box", "box_unit_unclear", str(error), annotations.name)
     yield from box_units.notes
     for found in with_photos(annotated.read(annotations, images), images):
         part = found if isinstance(found, Problem) else box_units.settle(found)
