@@ -9,7 +9,7 @@ import numpy as np
 
 from cogvlm_ft.config import load_config, save_config
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.evaluate.evaluate import Evaluation, save_evaluation, truth_boxes
 from cogvlm_ft.grounding.boxes import format_boxes

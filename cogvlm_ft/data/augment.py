@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageEnhance
 
+from cogvlm_ft.data.frames import GRID_PX, Frame, fit, whole_frame
 from cogvlm_ft.data.mentions import mentions_colour, mentions_place, mentions_side
 from cogvlm_ft.data.record import Record
-from cogvlm_ft.data.transforms import GRID_PX, Frame, fit, whole_frame
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.settings import AugmentConfig, DataConfig
 

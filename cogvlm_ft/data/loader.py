@@ -10,32 +10,21 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cogvlm_ft.data.augment import Colours, augments, choose_look
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
+from cogvlm_ft.data.look import build_look
 from cogvlm_ft.data.plan import Item, PhotoParts, SamplePlan, TurnsPart, rank_items
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.record import BadSampleError, Record
-from cogvlm_ft.data.transforms import Frame, model_input, move_record, resize_of, whole_frame
+from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.grounding.targets import Turn
-from cogvlm_ft.grounding.turns import build_turns, most_turns
+from cogvlm_ft.grounding.turns import most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.settings import AugmentConfig
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
-
-
-def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list[Turn]:
-    """Build an image's turns: those of the record verbatim, then those about its targets.
-
-    The wording of the latter depends on (seed, epoch, key) only.
-    """
-    assert record.image_size_px is not None
-    worded = build_turns(record.targets, record.image_size_px, wording, seed=seed, epoch=epoch, key=record.key)
-    return [*record.turns, *worded]
 
 
 def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
@@ -99,8 +88,15 @@ class GroundingDataset(Dataset):
         sample = self.reader.read(index)
         key = sample.record.key
         try:
-            frame, colours, turns = self._look(sample.record, item.epoch)
-            weight = item.weight
+            look = build_look(
+                sample.record,
+                self.wording,
+                self.augment,
+                resize_of(self.config),
+                seed=self.seed,
+                epoch=item.epoch,
+            )
+            turns, weight = look.turns, item.weight
             if part.number >= max(1, len(turns)):  # fewer turns than the maximum: this part is empty
                 turns, weight = turns[:1], 0.0
             else:
@@ -120,24 +116,12 @@ class GroundingDataset(Dataset):
         return Example(
             key=key,
             item=item,
-            pixel_values=model_input(sample.image, frame, self.config.image_size, colours.apply),
+            pixel_values=model_input(sample.image, look.frame, self.config.image_size, look.colours.apply),
             sequences=sequences,
             weight=weight,
             num_turns=len(turns),
             num_cut_boxes=sum(turn.num_cut_boxes for turn in turns),
         )
-
-    def _look(self, record: Record, epoch: int) -> tuple[Frame, Colours, list[Turn]]:
-        """Choose the frame and the colours of an image, and build the turns about what the model sees."""
-        frame, colours, turns = whole_frame(record, resize_of(self.config)), Colours(), None
-        if augments(self.augment):  # what may change depends on the texts
-            turns = turns_of(record, self.wording, seed=self.seed, epoch=epoch)
-            frame, colours = choose_look(
-                record, turns, self.augment, resize_of(self.config), seed=self.seed, epoch=epoch
-            )
-        if turns is None or not frame.is_whole_photo:  # build them for the boxes in the frame
-            turns = turns_of(move_record(record, frame), self.wording, seed=self.seed, epoch=epoch)
-        return frame, colours, turns
 
 
 def read_steps(

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.frames import Frame, move_record, whole_frame
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record, detect_language
-from cogvlm_ft.data.transforms import Frame, model_input, move_record, resize_of, whole_frame
+from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.draw import draw_boxes
 from cogvlm_ft.evaluate.generate import Answer, generate_answers

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cogvlm_ft.data.frames import photo_frame
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
-from cogvlm_ft.data.transforms import model_input, photo_frame, resize_of
+from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.generate import generate_answers
 from cogvlm_ft.grounding.descriptions import corpus_chrf

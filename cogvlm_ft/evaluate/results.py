@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cogvlm_ft.data.transforms import photo_frame
+from cogvlm_ft.data.frames import photo_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import ABOUT, CURVES_FILE, METRICS_FILE, PREDICTIONS_FILE
 from cogvlm_ft.grounding.ceiling import best_answer_iou

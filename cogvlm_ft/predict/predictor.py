@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
-from cogvlm_ft.data.transforms import Frame, fit, model_input, photo_frame, resize_of
+from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.evaluate.draw import draw_boxes
 from cogvlm_ft.evaluate.evaluate import build_grammar

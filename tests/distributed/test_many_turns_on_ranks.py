@@ -13,7 +13,7 @@ from tiny import run_settings
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_config

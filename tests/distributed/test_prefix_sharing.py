@@ -11,7 +11,7 @@ from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording

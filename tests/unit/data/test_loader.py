@@ -13,7 +13,8 @@ import torch
 from cogvlm_ft.data.collate import BadSample, Batch, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import GroundingDataset, Item, read_steps, turns_of
+from cogvlm_ft.data.loader import GroundingDataset, Item, read_steps
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record

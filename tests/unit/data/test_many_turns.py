@@ -16,7 +16,8 @@ from test_loader import NOT_AN_IMAGE, NUM_SAMPLES, SEED, assert_equal, build_dat
 
 from cogvlm_ft.data.collate import BadSample, Batch
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of, read_steps, turns_of
+from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of, read_steps
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.plan import SamplePlan, plan_samples, split_photos
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.grounding.wording import load_wording

@@ -18,10 +18,11 @@ from strategies import boxes_in
 from test_reader import write_shard
 
 from cogvlm_ft.data.augment import crop
+from cogvlm_ft.data.frames import GRID_PX, Frame, fit, move_record, photo_frame
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
-from cogvlm_ft.data.transforms import GRID_PX, Frame, fit, move_record, photo_frame, resize_of
+from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.evaluate.evaluate import _predict, _read_questions
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.grounding.boxes import bins_from_box, boxes_from_bins

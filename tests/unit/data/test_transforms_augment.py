@@ -22,12 +22,13 @@ from test_reader import write_shard
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.augment import Colours, augments, choose_look, crop, draft_side
+from cogvlm_ft.data.frames import Frame, move_record, photo_frame
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import Item, turns_of
+from cogvlm_ft.data.loader import Item
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.mentions import mentions_colour, mentions_place, mentions_side
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record
-from cogvlm_ft.data.transforms import Frame, move_record, photo_frame
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Box, Target, Turn

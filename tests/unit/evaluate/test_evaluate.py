@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cogvlm_ft.data.index import load_index
-from cogvlm_ft.data.loader import turns_of
+from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation, truth_boxes
 from cogvlm_ft.evaluate.generate import generate_answers

@@ -25,7 +25,7 @@ from taught_model import (
     teach,
 )
 
-from cogvlm_ft.data.transforms import photo_frame
+from cogvlm_ft.data.frames import photo_frame
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
