@@ -18,8 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
-from cogvlm_ft.shards.formats.coco_files import ListedPhotos, coco_files, lists_in, recognised_files, without_repeats
+from cogvlm_ft.shards.formats.coco_files import coco_files, listed_photos, lists_in, recognised_files, without_repeats
 from cogvlm_ft.shards.formats.coco_json import ById, box_of, is_crowd, load_coco
+from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
 from cogvlm_ft.shards.formats.rows import are_fractions, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
@@ -61,28 +62,14 @@ class _Content:
 def read_coco(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per photo with one target per category. Raises DataError if there is no COCO file."""
     if not annotations.is_dir():
-        yield from _read_file(annotations, ListedPhotos(images_dir, annotations.name))
+        yield from _read_file(annotations, listed_photos(images_dir, annotations.name))
         return
     names, repeats = without_repeats(coco_files(annotations))
     if not names:
         raise DataError(f"{annotations}: no COCO .json file in it or in its folders; expected one")
     for name in repeats:
         yield Problem("note", "other_file", "left out: instances_*.json beside it has the boxes of these photos", name)
-    file_of: dict[str, str] = {}
-    for name in names:
-        for part in _read_file(annotations / name, ListedPhotos(images_dir, name)):
-            sourced = replace(part, source=f"{name}: {part.source}")
-            if isinstance(sourced, Problem):
-                yield sourced
-                continue
-            problems = (replace(problem, source=f"{name}: {problem.source}") for problem in sourced.problems)
-            candidate = replace(sourced, problems=tuple(problems))
-            if file_of.setdefault(candidate.image, name) == name:
-                yield candidate
-            else:
-                yield from candidate.problems
-                detail = f"{candidate.image} is also listed in {file_of[candidate.image]}. Remove one of the two files."
-                yield Problem("sample", "image_in_two_files", detail, candidate.source)
+    yield from read_files((name, _read_file(annotations / name, listed_photos(images_dir, name))) for name in names)
 
 
 def recognise_coco(annotations: Path) -> str | None:

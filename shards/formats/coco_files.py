@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from cogvlm_ft.shards.formats.folders import files_below, image_folders
-from cogvlm_ft.shards.packing.candidates import Rejected
+from cogvlm_ft.shards.formats.folders import files_below
+from cogvlm_ft.shards.formats.listed_photos import ListedPhotos
 from cogvlm_ft.shards.packing.files import read_ends
 
 _LISTS = ("images", "annotations", "categories")
@@ -24,7 +23,6 @@ _MAX_INSPECTED = 50
 _REFS = re.compile(r"g?refs\(\w+\)\.(p|json)")
 _INSTANCES = "instances_"
 _SUBSET = re.compile(r"(?:instances|person_keypoints|annotations?|coco)[-_](.+)")
-_IMAGE_FOLDERS = ("", "images", "data", "JPEGImages")
 
 
 def lists_in(path: Path) -> list[str]:
@@ -68,42 +66,9 @@ def without_repeats(names: list[str]) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in repeats], repeats
 
 
-class ListedPhotos:
-    """Find the photos that one COCO file lists. All paths are relative to the images folder.
-
-    name: the path of the file below the annotations folder, or only its name.
-    """
-
-    def __init__(self, images: Path, name: str) -> None:
-        self._images = images
-        self._folder, base = posixpath.split(name)
-        stem = base[: -len(_ENDING)] if base.lower().endswith(_ENDING) else base
-        match = _SUBSET.fullmatch(stem)
-        folders = list(dict.fromkeys((*image_folders(self._folder), *_IMAGE_FOLDERS)))
-        subset = [posixpath.join(folder, match[1] if match else stem) for folder in folders]
-        self._places = [[place for place in places if (images / place).is_dir()] for places in (subset, folders)]
-
-    def find(self, stated: str) -> str:
-        """Return the photo; the stated path if there is none. Raises Rejected if several fit equally well."""
-        own = posixpath.normpath(posixpath.join(self._folder, stated))
-        if self._is_file(own):
-            return own
-        for places in self._places:
-            paths = (posixpath.normpath(posixpath.join(place, stated)) for place in places)
-            found = [path for path in dict.fromkeys(paths) if self._is_file(path)]
-            if len(found) > 1:
-                raise _ambiguous(stated, found)
-            if found:
-                return found[0]
-        return own
-
-    def _is_file(self, path: str) -> bool:
-        try:
-            return (self._images / path).is_file()
-        except (OSError, ValueError):  # the name is too long, or has a NUL
-            return False
-
-
-def _ambiguous(stated: str, found: Iterable[str]) -> Rejected:
-    detail = f"{stated!r:.200} could be {' or '.join(found)}; write the folder into file_name, or pass it as --images"
-    return Rejected("sample", "ambiguous_image", detail)
+def listed_photos(images: Path, name: str) -> ListedPhotos:
+    """Return the photos of the file; instances_val2017.json and val2017.json have them in val2017/."""
+    folder, base = posixpath.split(name)
+    stem = base[: -len(_ENDING)] if base.lower().endswith(_ENDING) else base
+    match = _SUBSET.fullmatch(stem)
+    return ListedPhotos(images, folder, match[1] if match else stem)

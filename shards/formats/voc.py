@@ -65,7 +65,7 @@ def recognise_voc(annotations: Path) -> str | None:
         first, what = annotations / (names[0] if names else ""), f"{len(names)} Pascal VOC .xml files"
     else:
         first, what = annotations, "a Pascal VOC .xml file"
-    is_voc = first.suffix.lower() == _ENDING and b"<annotation" in read_head(first, 4096)
+    is_voc = first.suffix.lower() == _ENDING and b"<annotation>" in read_head(first, 4096)
     return what if is_voc else None
 
 

@@ -74,6 +74,8 @@ def samples() -> dict[str, Callable[[], Sample]]:
     return {
         "coco": _coco,
         "voc": _voc,
+        "cvat": _cvat,
+        "cvat tracks": _cvat_tracks,
         "yolo": _yolo,
         "labelme": _labelme,
         "x-anylabeling": _x_anylabeling,
@@ -192,6 +194,56 @@ def _voc() -> Sample:
     images = {"raccoon-63.jpg": (600, 400), "witness.jpg": SIZE}
     found = _boxes_and_problems("empty_phrase")
     return Sample("voc", files, "raccoon-63.xml", "", images, given, found, num_images=lambda data: 2)
+
+
+def _cvat() -> Sample:
+    witness = '<image name="witness.jpg" width="400" height="300"><box label="dog" xtl="1" ytl="2" xbr="30" ybr="20"/>'
+    xml = """<?xml version="1.0" encoding="utf-8"?><annotations>
+<version>1.1</version>
+<image id="0" name="sub/a.jpg" subset="train" width="400" height="300">
+<box label="dog" source="manual" occluded="0" xtl="1.5" ytl="2.5" xbr="210" ybr="120" rotation="30.0" z_order="0">
+<attribute name="colour">red</attribute></box>
+<polygon label="猫" points="10.0,20.0;110,20;110.5,200" group_id="1"/>
+<polygon label="猫" points="1,2;11,2;11,20" group_id="1"/><polyline label="lane" points="1,2;11,2"/>
+<points label="eye" points="1,2"/><ellipse label="ball" cx="50" cy="60" rx="20" ry="10" rotation="45"/>
+<mask label="grass" rle="3, 4, 5" left="10" top="20" width="4" height="3"/><tag label="night"/>
+<cuboid label="box" xtl1="1" ytl1="2" xbl1="1" ybl1="30" xtr1="20" ytr1="3" xbr1="20" ybr1="33" xtl2="5" ytl2="6"
+ xbl2="7" ybl2="8" xtr2="25" ytr2="3" xbr2="25" ybr2="30"/>
+<skeleton label="person"><points label="head" points="5,5"/></skeleton></image>"""
+    return _cvat_like(f"{xml}{witness}</image></annotations>", {"sub/a.jpg": SIZE, "witness.jpg": SIZE})
+
+
+def _cvat_tracks() -> Sample:
+    xml = """<annotations>
+<meta><task><original_size><width>400</width><height>300</height></original_size></task></meta>
+<track id="0" label="dog"><box frame="7" outside="0" xtl="1" ytl="2" xbr="30" ybr="20"/></track>
+<track id="1" label="car" source="manual">
+<box frame="0" keyframe="1" outside="0" occluded="0" xtl="1" ytl="2" xbr="30" ybr="40"/>
+<box frame="1" keyframe="0" outside="1" occluded="0" xtl="2" ytl="2" xbr="31" ybr="40"/></track>
+<track id="2" label="人"><polygon frame="0" outside="0" points="1,2;30,2;30,50"/>
+<points frame="1" outside="0" points="1,2"/><box frame="1" outside="0" xtl="2" ytl="2" xbr="31" ybr="40"/></track>
+</annotations>"""
+    return _cvat_like(
+        xml, dict.fromkeys(("images/frame_000000.PNG", "frame_000001.jpg", "images/frame_000007.jpg"), SIZE)
+    )
+
+
+def _cvat_like(xml: str, images: dict[str, tuple[int, int]]) -> Sample:
+    def given(data: bytes) -> int | None:
+        try:
+            tree = ET.fromstring(data)
+        except (ET.ParseError, ValueError, LookupError):
+            return None
+        shapes = [shape for name in ("image", "track") for one in tree.findall(name) for shape in one]
+        return len(shapes)
+
+    def found(parts: Parts) -> int | None:
+        num_boxes = _boxes_and_problems()(parts)
+        num_outside = sum(problem.reason == "outside" for problem in notes_of(parts))
+        return None if num_boxes is None else num_boxes + num_outside
+
+    files = {"a.xml": xml.encode()}
+    return Sample("cvat", files, "a.xml", "a.xml", images, given, found, has_witness=False)
 
 
 def _yolo() -> Sample:

@@ -222,7 +222,7 @@ def _check_review(out: Path, report: dict[str, Any], parts: Parts) -> None:
     assert (out / "review.html").read_bytes().decode().rstrip().endswith("</html>")
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLES if name not in ("voc", "yolo", "csv", "csv of questions")])
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name.split()[0] not in ("voc", "cvat", "yolo", "csv")])
 def test_values_nested_about_as_deep_as_python_can_read(name: str, tmp_path: Path) -> None:
     """Where reading them just works, and printing them in a message may not."""
     sample = SAMPLES[name]()
