@@ -6,8 +6,11 @@
                               model/         config.json and tokenizer: what an export needs
                               ranks/         fp32 weights and Adam's moments, one safetensors file per rank
 
-Everything is written into `.tmp-step-...` and published by one rename, so a folder named step-* was complete once; its
-manifest tells whether it still is. The newest is found by name; no file records it.
+    checkpoints/evaluated-00000120.json      what its evaluation added to the state: evaluated_step, best
+
+A state is saved before it is evaluated, so that no evaluation can cost what was trained. Everything is written into
+`.tmp-step-...` and published by one rename, so a folder named step-* was complete once; its manifest tells whether it
+still is. The newest is found by name; no file records it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
+from cogvlm_ft.safetensors_io import sync
 from cogvlm_ft.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -77,13 +82,43 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Read the state of a checkpoint; CheckpointError if it cannot be read."""
+    """Read the state of a checkpoint, its evaluation included; CheckpointError if it cannot be read."""
+    path = checkpoint / STATE_FILE
     try:
-        fields = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        record = evaluation_record(checkpoint)
+        if record.is_file():
+            path = record
+            fields |= json.loads(record.read_text(encoding="utf-8"))
         best = fields.pop("best")
         return TrainState(**fields, best=Best(**best) if best else None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def record_evaluation(folder: Path, state: TrainState) -> None:
+    """Write what an evaluation added to the state beside the state's checkpoint, at once or not at all. Rank 0 only."""
+    record = evaluation_record(folder / step_name(state.step))
+    fields = dataclasses.asdict(state)
+    partial = record.with_name(f".tmp-{record.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({name: fields[name] for name in ("evaluated_step", "best")}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(record)
+    sync(folder)
+
+
+def discard_later_evaluations(folder: Path, step: int) -> None:
+    """Delete the records of steps after this one, from which the run continues. Rank 0 only."""
+    for record in folder.glob("evaluated-*.json"):
+        if record > evaluation_record(folder / step_name(step)):
+            record.unlink()
+
+
+def evaluation_record(checkpoint: Path) -> Path:
+    """Return where the evaluation of a checkpoint is recorded."""
+    return checkpoint.with_name(f"evaluated-{checkpoint.name.removeprefix('step-')}.json")
 
 
 def newest_intact(folder: Path) -> Path | None:
@@ -140,7 +175,7 @@ def load_checkpoint(
     if problems:
         raise CheckpointError(f"{checkpoint} is corrupt:  {'; '.join(problems)}")
     assign_slices(engine, checkpoint, with_optimizer=with_optimizer)
-    return read_state(checkpoint)
+    return from_main(read_state(checkpoint) if is_main() else None)
 
 
 def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int | None) -> None:
@@ -152,6 +187,7 @@ def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int |
             doomed = path.with_name(f".tmp-old-{path.name}")
             path.rename(doomed)
             shutil.rmtree(doomed)
+            evaluation_record(path).unlink(missing_ok=True)
 
 
 def _milestones(checkpoints: list[Path], every: int | None) -> list[Path]:
@@ -167,4 +203,7 @@ def _milestones(checkpoints: list[Path], every: int | None) -> list[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left half written or half deleted. Rank 0 only."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

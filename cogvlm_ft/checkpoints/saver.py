@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,9 @@ from cogvlm_ft.checkpoints.checkpoint import (
     MODEL_FOLDER,
     STATE_FILE,
     TrainState,
+    evaluation_record,
     prune_checkpoints,
+    record_evaluation,
     remove_leftovers,
 )
 from cogvlm_ft.checkpoints.manifest import write_manifest
@@ -99,6 +102,19 @@ class CheckpointSaver:
             self._report(problem)
             return None
         return self._folder / step_name(self._state.step)
+
+    def record_evaluation(self, state: TrainState) -> None:
+        """Record what an evaluation added to a state whose checkpoint is started or saved. Rank 0 writes."""
+        if not is_main() or self.last_step != state.step:
+            return
+        try:
+            record_evaluation(self._folder, state)
+        except OSError as error:
+            logger.warning(
+                "the evaluation of step %d could not be recorded: %s. Training continues; a resumed run repeats it",
+                state.step,
+                error,
+            )
 
     def close(self, step: int) -> None:
         """Finish; raise CheckpointError if the run's last state is not saved, whatever settings.on_error is.
@@ -199,6 +215,9 @@ class CheckpointSaver:
             "are unchanged. Free space, or lower checkpoint.keep_last"
         )
         self.last_step = -1
+        if is_main():
+            with contextlib.suppress(OSError):  # a record without its checkpoint
+                evaluation_record(self._folder / step_name(self._state.step)).unlink(missing_ok=True)
         if self._settings.on_error == "stop":
             raise CheckpointError(message)
         if is_main():

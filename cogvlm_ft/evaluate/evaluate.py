@@ -37,6 +37,7 @@ from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
+from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.settings import EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -91,11 +92,13 @@ def evaluate(
     *,
     seed: int,
     about: Mapping[str, Any] | None = None,
+    stop_request: StopRequest | None = None,
 ) -> Evaluation:
     """Score `model` (the module inside the engine) on the reader's first `max_samples` images. Collective.
 
     Every rank takes every world_size-th image and runs the same number of batches; no image is scored twice.
-    about: facts of the caller about the weights, recorded with the results.
+    about: facts of the caller about the weights, recorded with the results. stop_request: checked before every batch;
+    raises StopRequested.
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
     mine = range(rank(), num_samples, world_size())
@@ -107,6 +110,8 @@ def evaluate(
         for batch in tqdm(
             range(num_batches), desc="evaluate", unit="batch", disable=None if is_main() else True, leave=False
         ):
+            if stop_request:
+                stop_request.check()
             indices = mine[batch * settings.batch_size : (batch + 1) * settings.batch_size]
             questions = list(_read_questions(reader, indices, wording, seed, resize_of(model.config)))
             num_bad += len(indices) - len(questions)

@@ -28,6 +28,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
+from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.settings import Config, EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,22 @@ def _read_image(question: ProbeQuestion) -> Image.Image:
 
 
 def ask_probe(
-    model: Any, tokenizer: CogVLMTokenizer, questions: Sequence[ProbeQuestion], settings: EvaluateConfig
+    model: Any,
+    tokenizer: CogVLMTokenizer,
+    questions: Sequence[ProbeQuestion],
+    settings: EvaluateConfig,
+    stop_request: StopRequest | None = None,
 ) -> list[str]:
-    """Answer the questions, on every rank. Collective: a rank without questions asks about a blank image."""
+    """Answer the questions, on every rank. Collective: a rank without questions asks about a blank image.
+
+    stop_request: checked before every batch; raises StopRequested.
+    """
     mine = range(rank(), len(questions), world_size())
     answers: list[tuple[int, str]] = []
     with inference(model), parameters_gathered(model, settings.gather):
         for start in range(0, -(-len(questions) // world_size()), settings.batch_size):
+            if stop_request:
+                stop_request.check()
             numbers = mine[start : start + settings.batch_size]
             pixels = [_pixels(model, questions[i]) for i in numbers] or [torch.zeros(3, *2 * [model.config.image_size])]
             prompts = [[questions[i].prompt] for i in numbers] or [["?"]]
@@ -130,16 +140,22 @@ def probe_metrics(
 
 
 def run_probe(
-    config: Config, model: Any, tokenizer: CogVLMTokenizer, folder: Path, *, is_untouched: bool = False
+    config: Config,
+    model: Any,
+    tokenizer: CogVLMTokenizer,
+    folder: Path,
+    *,
+    is_untouched: bool = False,
+    stop_request: StopRequest | None = None,
 ) -> dict[str, float]:
     """Compute the metrics of evaluate.probe, the same on every rank, {} without it; answers go to `folder`. Collective.
 
-    is_untouched: the model before its first step, whose answers are the right ones later.
+    is_untouched: the model before its first step, whose answers are the right ones later. stop_request: as in evaluate.
     """
     if config.evaluate.probe is None:
         return {}
     questions = load_probe(Path(config.evaluate.probe).expanduser())
-    answers = ask_probe(model, tokenizer, questions, config.evaluate)
+    answers = ask_probe(model, tokenizer, questions, config.evaluate, stop_request)
     untouched_file = RunFolder(config.output_path).untouched_probe
     if is_main():
         _write(folder / ANSWERS_FILE, questions, answers)

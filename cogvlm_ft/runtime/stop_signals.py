@@ -1,11 +1,17 @@
-"""Record a request to stop (SIGTERM, SIGUSR1), to be answered by all ranks together at the next step boundary."""
+"""Record a request to stop (SIGTERM, SIGUSR1), answered by all ranks together between two steps or batches."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
+from cogvlm_ft.runtime.distributed import any_rank
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequested(Exception):
+    """A rank was asked to stop; raised on all of them."""
 
 
 class StopRequest:
@@ -25,6 +31,11 @@ class StopRequest:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raise StopRequested on every rank if any rank was asked to stop. Collective."""
+        if any_rank(self.seen):
+            raise StopRequested
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.seen = True

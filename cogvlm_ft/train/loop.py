@@ -1,4 +1,4 @@
-"""The training loop: evaluate, save, stop or step. The last state is always evaluated and saved."""
+"""The training loop: save, evaluate, stop or step. What was trained is never lost to what is measured."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cogvlm_ft.build import Run
 from cogvlm_ft.checkpoints.checkpoint import (
     Best,
     TrainState,
+    discard_later_evaluations,
     load_checkpoint,
     newest_intact,
     remove_leftovers,
@@ -28,7 +29,7 @@ from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.report.report import try_report
 from cogvlm_ft.report.wandb_media import save_pictures, show_evaluation
 from cogvlm_ft.runtime.distributed import any_ranks, barrier, from_main, is_main, rank, world_size
-from cogvlm_ft.runtime.stop_signals import StopRequest
+from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_best
@@ -50,20 +51,29 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
         total=run.num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True
     ) as bar:
         while True:
-            # ---- Evaluate (collective) ----
-            finished = state.step >= run.num_steps
-            if is_evaluation_due(run, state, finished):
-                state = evaluate_epoch(run, state, tracker)
-
             # ---- Save (collective): the last state always ----
+            finished = state.step >= run.num_steps
             stop, is_writing = any_ranks([stop_request.seen, saver.is_writing])
             if not is_writing:
                 saver.finish()  # publish what all ranks have written
-            ends = stop or finished or is_patience_over(run, state)
-            if saver.last_step != state.step and (ends or is_save_due(run, state, saved, log.skipped.hold_checkpoints)):
+            is_due = stop or finished or is_save_due(run, state, saved, log.skipped.hold_checkpoints)
+            if is_due and saver.last_step != state.step:
                 saver.start(state)
                 saved = state
-            if ends:
+
+            # ---- Evaluate (collective): a request to stop abandons it, and the next start repeats it ----
+            if is_evaluation_due(run, state, finished) and not stop:
+                try:
+                    state = evaluate_epoch(run, state, tracker, stop_request)
+                except StopRequested:
+                    stop = True
+                else:
+                    saver.record_evaluation(state)
+
+            # ---- Stop ----
+            if stop or finished or is_patience_over(run, state):
+                if saver.last_step != state.step:
+                    saver.start(state)
                 break
 
             # ---- Step (collective) ----
@@ -103,6 +113,8 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
             f"{folder}: checkpoints of an earlier run; expected resume=true to continue, or another output_dir"
         )
     state = load_checkpoint(run.engine, newest, is_checked=True)
+    if is_main():
+        discard_later_evaluations(folder, state.step)
     if state.data_sha256 != fresh.data_sha256:
         raise CheckpointError(
             f"{newest} was trained on other shards than data.shards={run.config.data.shards} holds now, or "
@@ -176,10 +188,13 @@ def is_patience_over(run: Run, state: TrainState) -> bool:
     return over
 
 
-def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None) -> TrainState:
-    """Evaluate, save the results and update the best value. Collective."""
+def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_request: StopRequest) -> TrainState:
+    """Evaluate, save the results and update the best value. Collective. Raises StopRequested."""
     folder = run.folder.evaluation(state.step)
-    probed = run_probe(run.config, run.model, run.tokenizer, folder, is_untouched=state.step == 0)
+    is_untouched = state.step == 0
+    probed = run_probe(
+        run.config, run.model, run.tokenizer, folder, is_untouched=is_untouched, stop_request=stop_request
+    )
     result = evaluate(
         run.model,
         run.tokenizer,
@@ -188,6 +203,7 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None) -> Trai
         run.config.evaluate,
         seed=run.config.seed,
         about=about_weights(run, state),
+        stop_request=stop_request,
     )
     result = dataclasses.replace(result, metrics=result.metrics | probed)
     train = run.config.train

@@ -1,13 +1,16 @@
-"""A run on two ranks stops early by a weighted composite that includes the forgetting probe."""
+"""When a run on two ranks stops: by a weighted composite, and on request while it is evaluated."""
 
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from ranks import read_metrics, run
+from ranks import read_metrics, run, started
+from run_states import assert_same_end
 from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
@@ -49,3 +52,41 @@ def test_no_gain_in_the_composite_ends_the_training(shards: Path, start_model: P
     assert "mean_iou" in scores and "ap" not in scores and "mean_iou/language=zh" in scores
     assert scores["about"]["protocol"] == "qwen_vl" and scores["about"]["checkpoint"] == str(start_model)
     assert scores["about"]["checkpoint_sha256"] == fingerprint(start_model)
+
+
+def one_epoch(shards: Path, start_model: Path, folder: Path) -> list[str]:
+    """Return the command of an epoch of five steps, whose evaluation takes seconds."""
+    long = ["evaluate.before_training=false", "evaluate.batch_size=1", "evaluate.max_new_tokens=50"]
+    return ["launch/train.py", *run_settings(shards, start_model, folder, "train.epochs=1", *long)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(one_epoch(shards, start_model, folder / "run"), 2, folder / "logs")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_an_evaluation_that_is_disturbed_costs_no_epoch(
+    number: signal.Signals, undisturbed: Path, shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    """A request to stop ends the evaluation after a batch; a kill ends it at once. The next start repeats it."""
+    disturbed, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    with started(one_epoch(shards, start_model, disturbed), 2, tmp_path / "logs") as ranks:
+        deadline = time.monotonic() + 120
+        while not any(checkpoints.glob("*step-00000005")):  # being written, or written
+            assert time.monotonic() < deadline, ranks.output()
+            time.sleep(0.01)
+        time.sleep(0.3)
+        ranks.send(number)
+        assert ranks.wait() == ([-9, -9] if number == signal.SIGKILL else [0, 0]), ranks.output()
+    assert read_metrics(disturbed, "val") == []
+    if number == signal.SIGUSR1:
+        state = read_state(list_checkpoints(checkpoints)[-1])
+        assert (state.step, state.evaluated_step) == (5, -1)
+    run(one_epoch(shards, start_model, disturbed), 2, tmp_path / "logs")
+    assert_same_end(disturbed, undisturbed)
+    states = [read_state(list_checkpoints(run / "checkpoints")[-1]) for run in (disturbed, undisturbed)]
+    assert states[0].evaluated_step == states[1].evaluated_step == 5
+    assert states[0].best == states[1].best

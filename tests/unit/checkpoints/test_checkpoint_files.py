@@ -13,10 +13,12 @@ from cogvlm_ft.checkpoints.checkpoint import (
     STATE_FILE,
     Best,
     TrainState,
+    discard_later_evaluations,
     list_checkpoints,
     newest_intact,
     prune_checkpoints,
     read_state,
+    record_evaluation,
     remove_leftovers,
 )
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
@@ -114,6 +116,35 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 def test_a_state_reads_back(tmp_path: Path, state: TrainState) -> None:
     path = write_checkpoint(tmp_path, state.step, state, state.world_size)
     assert read_state(path) == state
+
+
+def test_an_evaluation_is_recorded_beside_its_checkpoint(tmp_path: Path) -> None:
+    evaluated = dataclasses.replace(STATE, evaluated_step=STATE.step, best=Best(value=0.7, step=STATE.step))
+    path = write_checkpoint(tmp_path, STATE.step, STATE, STATE.world_size)
+    record_evaluation(tmp_path, evaluated)
+    assert read_state(path) == evaluated
+    assert find_damage(path) == [] and list_checkpoints(tmp_path) == [path] and newest_intact(tmp_path) == path
+    discard_later_evaluations(tmp_path, STATE.step)
+    assert read_state(path) == evaluated
+    discard_later_evaluations(tmp_path, STATE.step - 1)
+    assert read_state(path) == STATE and names(tmp_path) == [path.name]
+
+
+def test_a_record_goes_with_its_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+        record_evaluation(tmp_path, TrainState(step=step, evaluated_step=step))
+    (tmp_path / ".tmp-evaluated-00000004.json").write_text("{")  # of a kill while it was written
+    remove_leftovers(tmp_path)
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=1)
+    assert names(tmp_path) == ["evaluated-00000001.json", "evaluated-00000003.json", step_name(1), step_name(3)]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 12)
+    (tmp_path / "evaluated-00000012.json").write_text('{"evaluated_step": 12')
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/evaluated-00000012.json cannot be read"):
+        read_state(path)
 
 
 @pytest.mark.parametrize(
