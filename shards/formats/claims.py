@@ -67,7 +67,7 @@ class ImageClaims:
         self._settled = False
 
     def sources(self) -> Iterator[str]:
-        """Yield every file, and those that had to wait once more."""
+        """Yield every file, then again those whose image could not be decided yet."""
         yield from self._files
         self._settled = True
         yield from self._waiting
