@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from cogvlm_ft.data.index import ShardIndex, load_index
+from cogvlm_ft.data.pixels import PILLOW_FORMATS, UnsupportedPixelsError, kind_of, open_image, to_rgb
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.grounding.targets import Target
@@ -30,7 +30,6 @@ _TURN_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # some other formats of Pillow start other programs
 _MAX_OPEN_FILES = 64  # per process; the usual limit is 1024
 
 
@@ -121,19 +120,25 @@ def open_split(config: Config, split: str, *, draft_side: int | None = None) -> 
 
 
 def decode_image(data: bytes, key: str, max_pixels: int, *, upright: bool = False) -> Image.Image:
-    """Decode the whole image as RGB. Raises BadSampleError with reason too_many_pixels or broken_image.
+    """Decode the whole image as RGB, by the rule of `data.pixels`.
+
+    Raises BadSampleError with reason too_many_pixels, broken_image or unsupported_pixels.
 
     upright: apply its EXIF orientation.
     """
     return _decode(data, key, max_pixels, upright, None)[0]
 
 
-def broken_image(key: str, error: Exception) -> BadSampleError:
+def bad_image(key: str, data: bytes, error: Exception) -> BadSampleError:
     """Wrap what Pillow raises on broken bytes, which is nearly any exception: KeyError, struct.error, ..."""
-    what = str(error)
+    if isinstance(error, UnsupportedPixelsError):
+        return BadSampleError(key, "unsupported_pixels", str(error))
+    what = f"{type(error).__name__}: {error}"
     if isinstance(error, UnidentifiedImageError):  # its text has a memory address, which differs between runs
-        what = f"unknown format; expected one of {', '.join(_PILLOW_FORMATS)}"
-    return BadSampleError(key, "broken_image", f"{type(error).__name__}: {what}")
+        kind = kind_of(data)
+        formats = f"expected one of {', '.join(PILLOW_FORMATS)}"
+        what = f"found {kind}; {formats}. Convert the image" if kind else f"unknown format; {formats}"
+    return BadSampleError(key, "broken_image", what)
 
 
 def read_orientation(data: bytes) -> int:
@@ -142,7 +147,7 @@ def read_orientation(data: bytes) -> int:
     Pillow itself turns a TIFF, so this returns 1 for it.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        with open_image(data, ("JPEG", "PNG", "WEBP")) as image:
             return orientation_of(image)
     except Exception:  # not an image at all: decoding reports it
         return 1
@@ -170,17 +175,16 @@ def _orientation(image: Image.Image) -> int:
 
 def _decode(data: bytes, key: str, max_pixels: int, upright: bool, draft_side: int | None) -> tuple[Image.Image, int]:
     """Return the decoded image and the factor by which its sides are smaller than those of the file."""
-    Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces Pillow's limit, which only warns up to twice its value
     try:
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+        with open_image(data) as image:
             width, height = image.size
             if width * height <= max_pixels:
+                orientation = orientation_of(image) if upright else 1  # before decoding, as when shards are built
                 shrink = _draft(image, draft_side) if draft_side else 1
-                rgb = image.convert("RGB")
-                orientation = _orientation(image) if upright else 1
+                rgb = to_rgb(image, data)
                 return (rgb if orientation == 1 else rgb.transpose(_TURN_UPRIGHT[orientation])), shrink
     except Exception as error:
-        raise broken_image(key, error) from None
+        raise bad_image(key, data, error) from None
     raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels; expected at most {max_pixels}")
 
 

@@ -5,14 +5,12 @@ There is one decision per source: one tool annotates all its images in the same 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
+from cogvlm_ft.data.pixels import open_image
 from cogvlm_ft.data.reader import read_orientation, upright_size
 from cogvlm_ft.data.record import box_defect
 from cogvlm_ft.shards.packing.candidates import Candidate, Rejected
@@ -53,7 +51,7 @@ class Evidence:
         if orientation == 1:
             return
         self.num_turned += 1
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             sizes = {UPRIGHT: upright_size(image.size, orientation), STORED: image.size}
         if sizes[UPRIGHT] == sizes[STORED]:  # upside down or square
             return

@@ -1,17 +1,15 @@
 """Verify that an image file is complete, and return its size: by its structure, as fast as copying, or by decoding.
 
-The structure shows truncated and empty files, other kinds of file, trailing zeros, and for PNG any changed byte.
-Neither way detects changed bytes in the image data of a JPEG reliably: its decoder conceals them.
+The structure shows truncated and empty files, other kinds of file, trailing zeros, and for PNG any changed byte outside
+its texts. Neither way detects changed bytes in the image data of a JPEG reliably: its decoder conceals them.
 """
 
 from __future__ import annotations
 
-import io
 from typing import NamedTuple
 
-from PIL import Image
-
-from cogvlm_ft.data.reader import broken_image, decode_image, orientation_of, read_orientation
+from cogvlm_ft.data.pixels import open_image
+from cogvlm_ft.data.reader import bad_image, decode_image, orientation_of, read_orientation
 from cogvlm_ft.data.record import BadSampleError
 
 VERIFY = ("structure", "decode")
@@ -29,15 +27,14 @@ class WholeImage(NamedTuple):
 
 
 def verify_image(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]) -> WholeImage:
-    """Verify the image; raises BadSampleError with reason too_many_pixels or broken_image.
+    """Verify the image; raises BadSampleError as `decode_image` does.
 
     Other kinds than JPEG and PNG are always decoded.
     """
     if verify == "decode" or not data.startswith((_JPEG, _PNG)):
         return WholeImage(decode_image(data, key, max_pixels).size, read_orientation(data))
-    Image.MAX_IMAGE_PIXELS = None  # ours replaces Pillow's limit, which only warns up to twice its value
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with open_image(data, ("JPEG", "PNG")) as image:
             width, height = image.size
             if width * height <= max_pixels:
                 orientation = orientation_of(image)
@@ -47,7 +44,7 @@ def verify_image(data: bytes, key: str, max_pixels: int, verify: str = VERIFY[0]
                     raise ValueError("the file ends before the image does")
                 return WholeImage((width, height), orientation)
     except Exception as error:
-        raise broken_image(key, error) from None
+        raise bad_image(key, data, error) from None
     raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels; expected at most {max_pixels}")
 
 

@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards": {"errors", "settings", "html_page", "command_line", "grounding", "data"},
 }
 # Packing runs where there is no torch: of data, shards/ takes what needs none.
-DATA_FOR_SHARDS = {f"cogvlm_ft.data.{name}" for name in ("record", "index", "tars", "reader", "plan", "frames", "look")}
+DATA_FOR_SHARDS = {
+    f"cogvlm_ft.data.{name}" for name in ("record", "index", "tars", "reader", "pixels", "plan", "frames", "look")
+}
 HEAVY = ("torch", "transformers", "deepspeed")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve"}
 # RefCOCO is published as pickles. This module alone reads them, after it has checked that every instruction of the
