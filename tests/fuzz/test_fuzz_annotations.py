@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from annotation_samples import WITNESS, Parts, Sample, candidates_of, notes_of, problems_of, samples
+from folder_samples import folder_samples
 from mutate import TEXTS, cpu_limit, deepened, mutate_json, mutate_text
 from PIL import Image
 from scaling import scaled
@@ -38,7 +39,7 @@ from cogvlm_ft.shards.review import annotated_items, review
 NUM_READ, NUM_BUILT, NUM_REVIEWED = scaled(120), scaled(30), scaled(10)  # of each sample
 NUM_DECISIONS = scaled(150)
 SECONDS = 10.0  # of computing, for an input that takes milliseconds
-SAMPLES = samples()
+SAMPLES = {**samples(), **folder_samples()}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300, method="thread")]
 
