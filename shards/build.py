@@ -38,8 +38,11 @@ from cogvlm_ft.shards.packing.box_units import BOX_UNITS, BoxUnits, UnitSurvey
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
+from cogvlm_ft.shards.packing.given_splits import SPLIT_CHOICES, with_splits
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
+from cogvlm_ft.shards.packing.source_photos import GroupBy
+from cogvlm_ft.shards.packing.split_plan import DEFAULT_VAL_FRACTION, SplitRules
 from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan
 from cogvlm_ft.shards.packing.staging import StagingDatabase
 from cogvlm_ft.shards.packing.summary import summarize
@@ -68,7 +71,9 @@ class BuildSettings:
     format: str
     images: Path
     annotations: Path
-    val_fraction: float = 0.1
+    val_fraction: float | None = None
+    split: str = SPLIT_CHOICES[0]
+    group_by: str = "photo"
     seed: int = 0
     samples_per_shard: int = 1000
     max_pixels: int = MAX_PIXELS
@@ -93,8 +98,10 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
         signature["box_units"] = sorted([*group, units] for group, units in box_units.units_of.items())
         exif = decide_exif(staging.candidates(), settings.images, settings.exif)
         signature["exif"] = {"mode": settings.exif, "applied": exif.apply}
+        rules = SplitRules(settings.val_fraction, settings.split, settings.group_by, settings.images)
+        plans, splitting = staging.plan_shards(rules, samples_per_shard=settings.samples_per_shard)
+        signature["splitting"] = splitting.to_json()
         _begin(out, signature, found)
-        plans = staging.plan_shards(val_fraction=settings.val_fraction, samples_per_shard=settings.samples_per_shard)
         vocabulary, second_pass = _first_pass(settings, staging)
         staging.commit()
         packing = WriteSettings(
@@ -131,11 +138,11 @@ def _stage(settings: BuildSettings, staging: StagingDatabase) -> BoxUnits:
 
 
 def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
-    """Yield what the annotations contain, with the decisions applied."""
+    """Yield what the annotations contain, with the decisions applied, and the split that the files state."""
     parts: Parts = with_photos(FORMATS[settings.format].read(settings.annotations, settings.images), settings.images)
     if settings.decisions:
         parts = _decided(parts, load_decisions(settings.decisions), staging)
-    return parts
+    return with_splits(parts, settings.split, settings.annotations, settings.images)
 
 
 def _decided(parts: Parts, decisions: Decisions, staging: StagingDatabase) -> Parts:
@@ -164,8 +171,11 @@ def _check_settings(settings: BuildSettings) -> None:
         raise DataError(f"--images {settings.images}: not a folder; expected the folder of the photos")
     if not settings.annotations.exists():
         raise DataError(f"--annotations {settings.annotations}: no such file or folder")
-    if not 0 <= settings.val_fraction < 1:
-        raise DataError(f"--val-fraction: {settings.val_fraction}; expected at least 0 and below 1")
+    if settings.val_fraction is not None and not 0 <= settings.val_fraction <= 1:
+        raise DataError(f"--val-fraction: {settings.val_fraction}; expected 0 (only train) to 1 (only val)")
+    if settings.split not in SPLIT_CHOICES:
+        raise DataError(f"--split: {settings.split!r}; expected {', '.join(SPLIT_CHOICES)}")
+    GroupBy(settings.group_by)
     for name in ("samples_per_shard", "max_pixels", "max_side"):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -251,7 +261,8 @@ def _finish(
     negatives: NegativeSettings | None,
 ) -> tuple[dict[str, Any], ProblemFiles]:
     """Write rejected.jsonl, notes.jsonl and then index.json; return the index and the written problems."""
-    splits: dict[str, Any] = {split: {"shards": [], **dict.fromkeys(_COUNTS, 0)} for split in SPLITS}
+    names = [split for split in SPLITS if split != "test" or any(plan.split == "test" for plan in plans)]
+    splits: dict[str, Any] = {split: {"shards": [], **dict.fromkeys(_COUNTS, 0)} for split in names}
     num_added: Counter[str] = Counter()
     with ProblemFiles(out) as files:
         for row in _problem_rows(out, plans, staging, splits, num_added):
@@ -284,7 +295,7 @@ def _problem_rows(
     for plan in plans:
         tar_path, offsets_path = shard_paths(plan.name, out)
         content = read_json_file(offsets_path)
-        split = splits[plan.name.partition("-")[0]]
+        split = splits[plan.split]
         shard = {name: content[name] for name in ("num_samples", "size", "sha256")}
         split["shards"].append({"path": tar_path.name, **shard})
         for name in _COUNTS:
@@ -302,7 +313,12 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
     add("--out", type=Path, required=True, help="folder for the shards")
     add("--decisions", type=Path, help="parts to drop or edit: a file saved from the page of cogvlm-review")
-    add("--val-fraction", type=float, default=defaults.val_fraction, help="fraction of the photos for validation")
+    fraction_help = f"of the photos, for validation; default: the user's splits, else {DEFAULT_VAL_FRACTION}"
+    add("--val-fraction", type=float, help=fraction_help)
+    split_help = "of all photos; or folders (keep train/ valid/ test/), or random; default: folders if there are any"
+    add("--split", choices=SPLIT_CHOICES, default=defaults.split, help=split_help)
+    group_help = "kept in one split: copies of one photo (default), folder, none, or a regular expression on the path"
+    add("--group-by", default=defaults.group_by, help=group_help)
     add("--seed", type=int, default=defaults.seed, help="of the split, the order and the absent targets")
     add("--samples-per-shard", type=int, default=defaults.samples_per_shard)
     add("--max-pixels", type=int, default=MAX_PIXELS, help="reject larger photos")
@@ -333,6 +349,8 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
         images=args.images or (annotations if annotations.is_dir() else annotations.parent),
         annotations=annotations,
         val_fraction=args.val_fraction,
+        split=args.split,
+        group_by=args.group_by,
         seed=args.seed,
         samples_per_shard=args.samples_per_shard,
         max_pixels=args.max_pixels,

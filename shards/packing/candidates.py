@@ -56,6 +56,7 @@ class Candidate:
     embedded_in: an annotation file that contains the image, used if there is no image file.
     problems: parts already skipped, and notes.
     image_hint: what the message says about similar files if the image is not found.
+    split: "train", "val" or "test" if the user's files state one.
     """
 
     image: str
@@ -69,6 +70,7 @@ class Candidate:
     embedded_in: Path | None = None
     problems: tuple[Problem, ...] = ()
     image_hint: str = ""
+    split: str | None = None
 
 
 class Rejected(Exception):

@@ -25,10 +25,11 @@ _KINDS = (
 )
 
 
-def read_inside(folder: Path, name: str, what: str, max_bytes: int) -> bytes:
+def read_inside(folder: Path, name: str, what: str, max_bytes: int, *, num_last: int | None = None) -> bytes:
     """Read a file; raises Rejected if it is missing, too large, not a regular file, or outside the folder.
 
     what: "image" or "annotation", for the reasons: missing_image, unreadable_image, path_outside_images.
+    num_last: read the last bytes only.
     """
     try:
         with open(_path_inside(folder, name), "rb", buffering=0, opener=_open_at_once) as file:
@@ -41,6 +42,8 @@ def read_inside(folder: Path, name: str, what: str, max_bytes: int) -> bytes:
             if status.st_size > max_bytes:
                 detail = f"{name!r:.200} has {status.st_size} bytes; expected at most {max_bytes}"
                 raise Rejected("sample", "too_large", detail)
+            if num_last is not None:
+                file.seek(max(status.st_size - num_last, 0))
             return file.read(status.st_size)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise _unreadable(folder, name, what, error) from None

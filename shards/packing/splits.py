@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cogvlm_ft.shards.packing.candidates import Candidate
 
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
 
 _MAX_KEY_BYTES = 80  # a tar header holds names of 100 bytes, with the extension
 
@@ -25,14 +26,24 @@ class ShardPlan:
     def __len__(self) -> int:
         return self.last - self.first
 
+    @property
+    def split(self) -> str:
+        """Return the split that the shard belongs to."""
+        return self.name.partition("-")[0]
 
-def plan_shards(num_val: int, num_samples: int, samples_per_shard: int) -> list[ShardPlan]:
-    """Return one plan per shard. Positions below `num_val` are val, the others train."""
-    plans = []
-    for split, start, end in (("train", num_val, num_samples), ("val", 0, num_val)):
-        for number, first in enumerate(range(start, end, samples_per_shard)):
-            plans.append(ShardPlan(f"{split}-{number:06d}", first, min(first + samples_per_shard, end)))
-    return plans
+
+def plan_shards(num_samples: Mapping[str, int], samples_per_shard: int) -> list[ShardPlan]:
+    """Return one plan per shard. The positions of val come first, then those of train and test."""
+    plans: dict[str, list[ShardPlan]] = {}
+    start = 0
+    for split in ("val", "train", "test"):
+        end = start + num_samples.get(split, 0)
+        firsts = enumerate(range(start, end, samples_per_shard))
+        plans[split] = [
+            ShardPlan(f"{split}-{number:06d}", first, min(first + samples_per_shard, end)) for number, first in firsts
+        ]
+        start = end
+    return [plan for split in SPLITS for plan in plans[split]]
 
 
 def key_of(candidate: Candidate) -> str:

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.box_units import BoxUnits
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
-from cogvlm_ft.shards.packing.splits import ShardPlan, key_of, key_with_hash, plan_shards, shuffle_rank
+from cogvlm_ft.shards.packing.split_plan import SplitPlan, SplitReport, SplitRules
+from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan, key_of, key_with_hash, plan_shards, shuffle_rank
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -32768;
 CREATE TABLE candidates (
-    number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, rank BLOB NOT NULL, content TEXT NOT NULL
+    number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, rank BLOB NOT NULL, content TEXT NOT NULL,
+    image BLOB NOT NULL, given INTEGER NOT NULL
 );
 CREATE TABLE context (number INTEGER PRIMARY KEY, rank BLOB NOT NULL, content TEXT NOT NULL);
 CREATE TABLE problems (number INTEGER PRIMARY KEY, is_duplicate INTEGER NOT NULL, content TEXT NOT NULL);
@@ -84,21 +86,18 @@ class StagingDatabase:
         """Store a JSON value under a name, for `read_value`."""
         self._database.execute("INSERT INTO named_values VALUES (?, ?)", (name, json.dumps(content)))
 
-    def plan_shards(self, *, val_fraction: float, samples_per_shard: int) -> list[ShardPlan]:
-        """Split by image, shuffle, and cut into shards; an image has all its candidates in one split. Call it once."""
-        execute = self._database.execute
+    def plan_shards(self, rules: SplitRules, *, samples_per_shard: int) -> tuple[list[ShardPlan], SplitReport]:
+        """Split by photo, shuffle, and cut into shards; call it once. Raises DataError."""
         for statement in _INDEXES.splitlines():
-            execute(statement)
-        execute("INSERT INTO positions SELECT row_number() OVER (ORDER BY rank, key) - 1, number FROM candidates")
-        num_images, num_samples = execute("SELECT count(DISTINCT rank), count(*) FROM candidates").fetchone()
-        num_val_images = round(val_fraction * num_images)
-        border = execute(
-            "SELECT DISTINCT rank FROM candidates ORDER BY rank LIMIT 1 OFFSET ?", (num_val_images,)
-        ).fetchone()
-        num_val = num_samples
-        if border:
-            (num_val,) = execute("SELECT count(*) FROM candidates WHERE rank < ?", border).fetchone()
-        return plan_shards(num_val, num_samples, samples_per_shard)
+            self._database.execute(statement)
+        plan = SplitPlan(self._database, rules, self._seed)
+        num_samples, report = plan.assign()
+        for moved in plan.moved():
+            detail = (
+                f"{moved.image} is a copy of {moved.copy}, which is in {moved.split}: moved there from {moved.stated}"
+            )
+            self._add_problem(Problem("note", f"moved_to_{moved.split}", detail, moved.image), None)
+        return plan_shards(dict(zip(SPLITS, num_samples, strict=True)), samples_per_shard), report
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield the candidates with a unique key, in the order they were added."""
@@ -138,8 +137,10 @@ class StagingDatabase:
         self.path.unlink(missing_ok=True)
 
     def _insert(self, key: str, candidate: Candidate, content: str) -> bool:
-        row = key, shuffle_rank(candidate.image, self._seed), content
-        sql = "INSERT INTO candidates (key, rank, content) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+        given = -1 if candidate.split is None else SPLITS.index(candidate.split)
+        image = candidate.image.encode("utf-8", "surrogatepass")
+        row = key, shuffle_rank(candidate.image, self._seed), content, image, given
+        sql = "INSERT INTO candidates (key, rank, content, image, given) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         return self._database.execute(sql, row).rowcount == 1
 
     def _add_problem(self, problem: Problem, image: str | None) -> None:

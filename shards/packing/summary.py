@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
+from cogvlm_ft.shards.packing.splits import SPLITS
 
 
 def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
@@ -14,6 +15,7 @@ def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
     for name, split in index["splits"].items():
         counts = f"{split['num_samples']:>10}{split['num_targets']:>10}{split['num_boxes']:>10}"
         lines.append(f"{name:<8}{len(split['shards']):>8}{counts}{split['num_absent']:>8}{split['num_turns']:>8}")
+    lines += _splitting(index["build"])
     if "negatives" in index:
         found = index["negatives"]
         added = ", ".join(f"{count} by {kind}" for kind, count in found["added"].items())
@@ -26,6 +28,33 @@ def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
     tars = " ".join(f"{name}-*.tar" for name in index["splits"])
     lines.append(f"\n{out}: {', '.join(('index.json', *PROBLEM_FILES))}, {tars}")
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def _splitting(build: dict[str, Any]) -> list[str]:
+    """Describe where the splits come from, and which photos were kept together."""
+    found = build["splitting"]
+    stated = ", ".join(f"{count} {name}" for name, count in found["stated"].items() if count and name != "none")
+    lines = []
+    if found["kept"] and build["split"] in SPLITS:
+        lines.append(f"\nsplits: all photos are {build['split']}, by --split")
+    elif found["kept"]:
+        others = f"; the {found['stated']['none']} others are train" if found["stated"]["none"] else ""
+        lines.append(f"\nsplits: as in the files ({stated}{others}). --split random splits by --val-fraction instead")
+        if found["val_fraction"] is not None:
+            lines.append(f"  no photo is stated to be val: {found['val_fraction']:g} of train becomes val")
+    elif len([name for name, count in found["stated"].items() if count]) > 1:
+        lines.append(f"\nsplits: at random; those in the files ({stated}) are not used. --split folders keeps them")
+    if found["num_groups"]:
+        photos, groups = f"{found['num_grouped']} photos", f"{found['num_groups']} groups"
+        largest = f"the largest has {found['largest']}, such as {found['largest_name']}"
+        lines.append(f"\nkept together: {photos} in {groups} of copies or series, never in two splits; {largest}")
+    if found["num_identical"]:
+        lines.append(f"  {found['num_identical']} photos have the content of another one")
+    if found["num_moved"]:
+        lines.append(f"  {found['num_moved']} photos are copies of photos of another split and were moved there")
+    if found["num_unmatched"]:
+        lines.append(f"  {found['num_unmatched']} photos do not match --group-by; they are grouped by photo")
+    return lines
 
 
 def _by_reason(title: str, counts: dict[str, int], examples: dict[str, dict[str, Any]]) -> list[str]:

@@ -53,11 +53,12 @@ def test_the_order_depends_on_the_seed_and_never_changes() -> None:
 
 
 def test_slices_are_whole_but_for_the_last() -> None:
-    assert plan_shards(num_val=3, num_samples=8, samples_per_shard=2) == [
+    assert plan_shards({"train": 5, "val": 3, "test": 1}, samples_per_shard=2) == [
         ShardPlan("train-000000", 3, 5),
         ShardPlan("train-000001", 5, 7),
         ShardPlan("train-000002", 7, 8),
         ShardPlan("val-000000", 0, 2),
         ShardPlan("val-000001", 2, 3),
+        ShardPlan("test-000000", 8, 9),
     ]
-    assert plan_shards(num_val=0, num_samples=0, samples_per_shard=2) == []
+    assert plan_shards({}, samples_per_shard=2) == []

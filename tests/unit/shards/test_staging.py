@@ -14,6 +14,7 @@ from scaling import SCALE, scaled
 
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.split_plan import SplitRules
 from cogvlm_ft.shards.packing.splits import shuffle_rank
 from cogvlm_ft.shards.packing.staging import StagingDatabase, read_staged_samples, read_value
 
@@ -35,6 +36,8 @@ FULL = Candidate(
     unit_basis="documented",
     embedded_in=Path("a b/x.json"),
     problems=(Problem("box", "zero_area", "detail", "source"),),
+    image_hint="a hint",
+    split="test",
 )
 
 
@@ -46,7 +49,7 @@ def staging(tmp_path: Path) -> StagingDatabase:
 def content_of(
     staging: StagingDatabase, val_fraction: float = 0.0, samples_per_shard: int = 100
 ) -> dict[str, list[tuple[str, Candidate]]]:
-    plans = staging.plan_shards(val_fraction=val_fraction, samples_per_shard=samples_per_shard)
+    plans, _ = staging.plan_shards(SplitRules(val_fraction), samples_per_shard=samples_per_shard)
     staging.commit()
     return {plan.name: [row[:2] for row in read_staged_samples(staging.path, plan)] for plan in plans}
 
@@ -81,7 +84,7 @@ def test_the_order_is_by_image_and_then_by_key(staging: StagingDatabase) -> None
 def test_the_share_of_val_is_rounded(staging: StagingDatabase, val_fraction: float, num_val: int) -> None:
     for i in range(10):
         staging.add(Candidate(f"{i}.jpg", None, ""))
-    plans = staging.plan_shards(val_fraction=val_fraction, samples_per_shard=100)
+    plans, _ = staging.plan_shards(SplitRules(val_fraction), samples_per_shard=100)
     assert sum(len(plan) for plan in plans if plan.name.startswith("val")) == num_val
     assert sum(map(len, plans)) == 10
 
@@ -117,7 +120,7 @@ def test_what_else_is_said_about_an_image(staging: StagingDatabase) -> None:
     for part in (*parts, duplicate):
         staging.add(part)
     staging.add_context(dropped)
-    plans = staging.plan_shards(val_fraction=0.0, samples_per_shard=2)  # images are cut in two
+    plans, _ = staging.plan_shards(SplitRules(0.0), samples_per_shard=2)  # images are cut in two
     context = {kept[0].image: others for kept, others in staging.by_image()}
     assert context == {"0.jpg": [duplicate], "1.jpg": [], "2.jpg": [dropped]}
     staging.add_value("n", {"a": [1]})

@@ -18,6 +18,7 @@ from cogvlm_ft.data.tars import scan_tar
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.checks import CheckedSample
+from cogvlm_ft.shards.packing.split_plan import SplitRules
 from cogvlm_ft.shards.packing.staging import StagingDatabase, read_staged_samples
 from cogvlm_ft.shards.packing.tar_writing import (
     WriteSettings,
@@ -59,7 +60,7 @@ def staged(settings: WriteSettings, parts: list[Candidate]) -> StagingDatabase:
 
 def test_the_tar_has_the_bytes_that_webdataset_writes(settings: WriteSettings) -> None:
     staging = staged(settings, candidates(settings))
-    [part] = staging.plan_shards(val_fraction=0.0, samples_per_shard=10)
+    [part], _ = staging.plan_shards(SplitRules(0.0), samples_per_shard=10)
     staging.commit()
     assert write_shard(part, settings) == 5 and is_written(part, settings.out)
     tar_path, offsets_path = shard_paths(part.name, settings.out)
@@ -109,7 +110,7 @@ def test_offsets_lead_to_the_members(name: str, num_bytes: int) -> None:
 
 def test_a_shard_without_its_offsets_is_not_written(settings: WriteSettings) -> None:
     staging = staged(settings, candidates(settings))
-    [part] = staging.plan_shards(val_fraction=0.0, samples_per_shard=10)
+    [part], _ = staging.plan_shards(SplitRules(0.0), samples_per_shard=10)
     staging.commit()
     assert not is_written(part, settings.out)
     write_shard(part, settings)

@@ -1,0 +1,157 @@
+"""The split that a user's files state: folders train/ valid/ test/, names of COCO files, the keys of data.yaml."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.splits import SPLITS
+
+SPLIT_CHOICES = ("auto", "folders", "random", "train", "val", "test")
+"""The values of --split. auto: as folders, if there are any and no --val-fraction is given, else random."""
+
+_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+_WORD = "(?P<split>train|validation|valid|val|dev|test)(?:ing)?[0-9]*"
+_IMAGES = "images|imgs|labels|annotations|set|data"
+_FOLDER = re.compile(rf"(?:(?:{_IMAGES})[-_])?{_WORD}(?:[-_]?(?:{_IMAGES}))?", re.IGNORECASE)
+_FILE = re.compile(rf"(?:^|[-_. /]){_WORD}(?=[-_. ])", re.IGNORECASE)
+_MAX_LIST_BYTES = 64 * 2**20
+
+
+@lru_cache(maxsize=1024)
+def split_of_folder(name: str) -> str | None:
+    """Return the split that a folder of this name holds, or None."""
+    found = _FOLDER.fullmatch(name)
+    return _NAMES[found["split"].lower()] if found else None
+
+
+def split_of_path(folder: str) -> str | None:
+    """Return the split of the innermost folder that names one."""
+    found = (split_of_folder(part) for part in reversed(folder.split("/")))
+    return next((split for split in found if split), None)
+
+
+class GivenSplits:
+    """Find the split that the user's files state for a candidate."""
+
+    def __init__(self, annotations: Path, images: Path) -> None:
+        self._images = images
+        self._by_folder, self._by_image = _splits_of_yaml(annotations, images)
+
+    def of(self, candidate: Candidate) -> str | None:
+        """Return the split of a candidate, or None if nothing states one."""
+        return (
+            self._by_image.get(candidate.image)
+            or self._of_folder(posixpath.dirname(candidate.image))
+            or _of_source(candidate.source)
+        )
+
+    def _of_folder(self, folder: str) -> str | None:
+        above = folder
+        while self._by_folder:
+            if above in self._by_folder:
+                return self._by_folder[above]
+            if not above:
+                break
+            above = posixpath.dirname(above)
+        return split_of_path(folder)
+
+
+def with_splits(
+    parts: Iterable[Candidate | Problem], choice: str, annotations: Path, images: Path
+) -> Iterator[Candidate | Problem]:
+    """Yield the same parts, each candidate with its split by the value of --split."""
+    given = GivenSplits(annotations, images)
+    for part in parts:
+        if isinstance(part, Problem):
+            yield part
+        else:
+            yield replace(part, split=choice if choice in SPLITS else given.of(part))
+
+
+def _of_source(source: str) -> str | None:
+    """Return the split in the path of an annotation file in a folder, as in "instances_val2017.json: image id 3"."""
+    path = source.partition(": ")[0]
+    found = list(_FILE.finditer(posixpath.basename(path))) if path.endswith(".json") else []
+    return _NAMES[found[-1]["split"].lower()] if found else split_of_path(posixpath.dirname(path))
+
+
+def _splits_of_yaml(annotations: Path, images: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the splits by folder and by image that a data.yaml states; both are relative to the images folder.
+
+    A folder or an image that it gives to two splits has none.
+    """
+    by_folder: dict[str, str | None] = {}
+    by_image: dict[str, str | None] = {}
+    for path in _yaml_files(annotations):
+        content = _load_yaml(path)
+        for key in ("train", "val", "valid", "test"):
+            entries = content.get(key)
+            for entry in entries if isinstance(entries, list) else [entries]:
+                if not isinstance(entry, str) or not entry.strip():
+                    continue
+                found = _locate(entry.strip(), content.get("path"), path.parent)
+                if found and found.is_dir():
+                    _state(by_folder, _below(found, images), _NAMES[key])
+                elif found:
+                    for image in _listed(found):
+                        _state(by_image, _below(image, images), _NAMES[key])
+    return (
+        {name: split for name, split in by_folder.items() if split},
+        {name: split for name, split in by_image.items() if split},
+    )
+
+
+def _state(splits: dict[str, str | None], name: str | None, split: str) -> None:
+    if name is not None and splits.setdefault(name, split) != split:
+        splits[name] = None
+
+
+def _yaml_files(annotations: Path) -> list[Path]:
+    folder = annotations if annotations.is_dir() else annotations.parent
+    places = [folder, *folder.absolute().parents[:2]]
+    return next((found for place in places if (found := sorted([*place.glob("*.yaml"), *place.glob("*.yml")]))), [])
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_bytes(), yaml.BaseLoader)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) and "names" in content else {}
+
+
+def _locate(entry: str, root: Any, folder: Path) -> Path | None:
+    """Return the folder or list of a split; Roboflow writes ../train/images for train/images."""
+    roots = [folder / root, folder] if isinstance(root, str) else [folder]
+    names = [entry, entry.removeprefix("../")]
+    try:
+        return next((place / name for place in roots for name in names if (place / name).exists()), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _listed(path: Path) -> Iterator[Path]:
+    """Yield the images of a list file, which are relative to it if they begin with ./"""
+    if path.suffix != ".txt" or not path.is_file() or path.stat().st_size > _MAX_LIST_BYTES:
+        return
+    for line in path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines():
+        if line.strip():
+            yield path.parent / line.strip()
+
+
+def _below(path: Path, images: Path) -> str | None:
+    """Return the path relative to the images folder, "" for the folder itself; None outside of it."""
+    below = posixpath.normpath(os.path.relpath(path, images))
+    if below == ".":
+        return ""
+    return None if below.startswith("..") else below
