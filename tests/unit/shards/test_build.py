@@ -387,7 +387,7 @@ def test_summary_counts_and_shows_examples(photos: Path, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [({"val_fraction": 1.0}, "--val-fraction"), ({"samples_per_shard": 0}, "--samples-per-shard")],
+    [({"val_fraction": 1.1}, "--val-fraction"), ({"samples_per_shard": 0}, "--samples-per-shard")],
 )
 def test_settings_out_of_range(photos: Path, tmp_path: Path, setting: dict[str, Any], words: str) -> None:
     annotations = write_lines(tmp_path / "x.jsonl", [dog("a.jpg")])
