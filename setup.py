@@ -53,11 +53,13 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "sacrebleu>=2.4",
-        "pillow>=10.1",
+        "pillow>=11.3",
         "safetensors>=0.5",
         "PyYAML>=6",
         "jinja2>=3.1",
         "requests>=2.28",
+        "fsspec>=2024.6",
+        "braceexpand>=0.1.7",
         "psutil>=5.9",
         "packaging>=22",
         "tqdm>=4.66",
@@ -75,8 +77,16 @@ setup(
             "starlette>=0.40",
             "uvicorn>=0.30",
             "playwright>=1.48",  # drives an installed Chromium
+            "s3fs>=2024.6",
+            "moto[s3]>=5",  # an S3 server for tests
+            "flask>=3",
+            "flask-cors>=4",
+            "gcsfs>=2024.6",
+            "gcp-storage-emulator>=2024.8",  # a server of Google Cloud Storage for tests
         ],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # for launch/predict.py --serve
+        "s3": ["s3fs>=2024.6"],  # for data.shards=s3://
+        "gcs": ["gcsfs>=2024.6"],  # for data.shards=gs://
         "workspace": ["wandb-workspaces>=0.4.13"],  # for launch/workspace.py
         "bench": ["accelerate>=1.1"],  # what bench/loading.py compares with
     },

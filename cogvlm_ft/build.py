@@ -90,7 +90,8 @@ def build_run(config: Config) -> Run:
     folder = RunFolder(config.output_path)
     if is_main():
         folder.path.mkdir(parents=True, exist_ok=True)
-        shown = replace(data, shards=without_passwords(data.shards))  # a run's folder is for others to read, too
+        # A run's folder is for others to read, too.
+        shown = replace(data, shards=without_passwords(data.shards), val_shards=without_passwords(data.val_shards))
         save_config(replace(config, data=shown), folder.config)
     barrier()
     engine, tokenizer = build_model_engine(config)

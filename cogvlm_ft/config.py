@@ -75,6 +75,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     _check(config)
+    _refuse_commands(config, overrides)
     return config
 
 
@@ -105,6 +106,27 @@ def _refuse_resolvers(value: Any, source: str) -> None:
             f"{source}: {value}: environment variables and other resolvers are not expanded; expected a plain value, "
             "or another setting such as ${train.lr}"
         )
+
+
+def _refuse_commands(config: Config, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for shards that are a command (`pipe:`) unless they are typed on the command line."""
+    typed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+    data = typed.get("data") if isinstance(typed, dict) else None
+    for name in ("shards", "val_shards"):
+        value = getattr(config.data, name)
+        if _has_command(value) and not (isinstance(data, dict) and data.get(name) == value):
+            raise ConfigError(
+                f"data.{name}: found a command (pipe:) in a config file; expected it on the command line only, because "
+                f"it is run. Type data.{name}=pipe:... after the program's name"
+            )
+
+
+def _has_command(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_command, (*value.keys(), *value.values())))
+    if isinstance(value, list):
+        return any(map(_has_command, value))
+    return isinstance(value, str) and value.strip().startswith("pipe:")
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]:

@@ -127,13 +127,17 @@ class DataConfig:
 
     shards: Any = setting(
         MISSING,
-        "Folder of shards or its http(s) address; or a list to mix, "
-        "`[{path: a, weight: 2.0}, {path: b, weight: 0.5}]`, where weight is the number of times per epoch.",
+        "Folder of shards; or tars: one, a list, `train-{000000..000003}.tar`, `*.tar`; on disk or at an "
+        "`https://`, `s3://` or `gs://` address. Or a list to mix, `[{path: a, weight: 2.0}, {path: b, weight: 0.5}]`, "
+        "where weight is the number of times per epoch.",
         is_path=True,
+    )
+    val_shards: Any = setting(
+        None, "Shards to evaluate on, in the same forms. null: the split `val_split` of `shards`.", is_path=True
     )
     cache_dir: Optional[str] = setting(
         None,
-        "Local folder for shards whose server cannot send parts of a file.",
+        "Local folder for shards that cannot be read in place: compressed, or from a server without ranges.",
         is_path=True,
     )
     cache_gib: float = setting(100.0, "Size of that cache.", unit="GiB", least=0)
@@ -157,11 +161,7 @@ class DataConfig:
         "sample. null: all in one.",
         least=1,
     )
-    num_workers: int = setting(
-        2,
-        "Loader processes per rank. 0: read in the training process.",
-        least=0,
-    )
+    num_workers: int = setting(2, "Loader processes per rank. 0: read in the training process.", least=0)
     max_bad_fraction: float = setting(
         0.01,
         "Fraction of unusable samples per epoch beyond which the run stops.",

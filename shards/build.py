@@ -28,8 +28,8 @@ except ModuleNotFoundError as error:
 
 from tqdm import tqdm
 
-from cogvlm_ft.data.index import INDEX_VERSION, read_json_file
 from cogvlm_ft.data.reader import MAX_PIXELS
+from cogvlm_ft.data.shard_sets import INDEX_VERSION, read_json_file
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
 from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report

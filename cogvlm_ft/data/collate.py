@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ from cogvlm_ft.model.layout import PAD_BLOCK
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used, with the reason as one word."""
+    """A sample that cannot be used, with the reason as one word. detail: for people; names the field."""
 
     key: str
     reason: str
+    detail: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" + (f": {self.detail}" if self.detail else "")
 
 
 @dataclass(frozen=True)

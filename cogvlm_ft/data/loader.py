@@ -66,7 +66,7 @@ class GroundingDataset(Dataset):
 
         Raises DataError if MAX_REPLACEMENTS samples in a row cannot be used.
         """
-        bad = None
+        bad, why = None, None
         first, part = self.parts.find(item.index) if self.parts is not None else (item.index, TurnsPart(0, 1))
         for step in range(MAX_REPLACEMENTS):
             index = (first + step) % len(self.reader)
@@ -75,12 +75,13 @@ class GroundingDataset(Dataset):
             try:
                 example = self._encode(index, part, item)
             except BadSampleError as error:
+                why = why or error
                 if step == 0 and item.weight > 0:  # neighbours and padding are reported at their own positions
-                    bad = BadSample(error.key, error.reason)
+                    bad = BadSample(error.key, error.reason, error.detail)
             else:
                 return example if step == 0 else replace(example, weight=0.0, bad=bad)
         raise DataError(
-            f"data.shards: {MAX_REPLACEMENTS} samples in a row cannot be used, the first is {bad}; "
+            f"data.shards: {MAX_REPLACEMENTS} samples in a row cannot be used; the first is {why}; "
             "expected usable samples. Fix the annotations and build the shards again"
         )
 

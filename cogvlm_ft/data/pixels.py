@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # some other formats of Pillow start other programs
+from cogvlm_ft.data.tars import IMAGE_FORMATS
+
+PILLOW_FORMATS = tuple(IMAGE_FORMATS)
 
 CUT_FRACTION = 0.001
 """Fraction of the values that become black, and of those that become white."""

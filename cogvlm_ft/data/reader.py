@@ -13,6 +13,7 @@ from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.pixels import PILLOW_FORMATS, UnsupportedPixelsError, kind_of, open_image, to_rgb
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
+from cogvlm_ft.data.shard_sets import SplitChoice
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.settings import Config
 
@@ -113,9 +114,20 @@ class ShardReader:
 
 
 def open_split(config: Config, split: str, *, draft_side: int | None = None) -> ShardReader:
-    """Open one split of `data.shards`, such as `config.data.val_split`; DataError if it is missing or unreadable."""
+    """Open one split, such as `config.data.val_split`; DataError if it is missing or unreadable.
+
+    It is read from `data.val_shards` if it is the validation split and that is set, else from `data.shards`.
+    """
     data = config.data
-    index = load_index(data.shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib)
+    is_separate = split == data.val_split and data.val_shards is not None
+    choice = SplitChoice(
+        setting="data.val_shards" if is_separate else "data.shards",
+        by_name_only=not is_separate and split != data.train_split,
+        takes_only_split=is_separate,
+        runs_commands=True,  # load_config refuses those that are not typed on the command line
+    )
+    shards = data.val_shards if is_separate else data.shards
+    index = load_index(shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib, choice=choice)
     return ShardReader(index, draft_side=draft_side)
 
 
@@ -147,14 +159,14 @@ def read_orientation(data: bytes) -> int:
     Pillow itself turns a TIFF, so this returns 1 for it.
     """
     try:
-        with open_image(data, ("JPEG", "PNG", "WEBP")) as image:
+        with open_image(data, ("JPEG", "PNG", "WEBP", "AVIF")) as image:
             return orientation_of(image)
     except Exception:  # not an image at all: decoding reports it
         return 1
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened JPEG, PNG or WEBP."""
+    """Return the EXIF orientation of an opened image of a format that may have one."""
     if image.format != "WEBP" and "exif" not in image.info:
         return 1  # getexif would decode a PNG to search after the pixels
     return _orientation(image)
@@ -200,11 +212,21 @@ def _draft(image: Image.Image, side: int) -> int:
 
 def _fit_record(record: Record, image_size_px: tuple[int, int]) -> Record:
     """Check the record against its image, and clip boxes that exceed it by a rounding error."""
-    if record.image_size_px not in (None, image_size_px):
+    if record.image_size_px is None:
+        _refuse_fractions(record, image_size_px)
+    elif record.image_size_px != image_size_px:
         detail = f"image_size_px: found {record.image_size_px}; expected {image_size_px}, the size of the image"
         raise BadSampleError(record.key, "size_mismatch", detail)
     targets = tuple(_fit_target(target, record.key, image_size_px) for target in record.targets)
     return replace(record, image_size_px=image_size_px, targets=targets)
+
+
+def _refuse_fractions(record: Record, image_size_px: tuple[int, int]) -> None:
+    """Refuse boxes of another program that are all within one pixel: they are fractions of the sides."""
+    boxes = [box for target in record.targets for box in target.boxes_xyxy]
+    if boxes and min(image_size_px) > 1 and max(max(box) for box in boxes) <= 1:
+        detail = f"boxes: found {list(boxes[0])}; expected pixels of an image of {image_size_px}, not fractions of it"
+        raise BadSampleError(record.key, "box_in_fractions", detail)
 
 
 def _fit_target(target: Target, key: str, image_size_px: tuple[int, int]) -> Target:

@@ -14,6 +14,8 @@ from cogvlm_ft.grounding.targets import Box, Target, Turn
 BOX_TOLERANCE_PX = 1.0
 """How far a box may exceed the image and still be clipped: annotation tools round, and some count pixels from 1."""
 
+_MAX_NAMED = 8  # fields in a message
+
 _CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
@@ -95,9 +97,9 @@ def record_from_json(data: bytes, key: str) -> Record:
     targets = _list(fields.get("targets", []), key, "targets")
     turns = _list(fields.get("turns", []), key, "turns")
     if not targets and not turns:
-        raise BadSampleError(
-            key, "no_targets", 'the record: found neither "targets" nor "turns"; expected at least one of them'
-        )
+        found = ", ".join(repr(name)[:40] for name in list(fields)[:_MAX_NAMED]) or "nothing"
+        detail = f'the record: found {found}; expected "targets" or "turns" with at least one entry'
+        raise BadSampleError(key, "no_targets", detail)
     return Record(
         key=key,
         image_size_px=_image_size(fields.get("image_size_px"), key),
@@ -168,13 +170,25 @@ def _target(value: Any, key: str, field: str) -> Target:
     _require(language in ("zh", "en"), key, f"{field}.language", language, '"zh" or "en"')
     description = value.get("description")
     _require(description is None or isinstance(description, str), key, f"{field}.description", description, "a string")
-    boxes = _list(value.get("boxes_xyxy"), key, f"{field}.boxes_xyxy")
-    return Target(
-        phrase=phrase,
-        language=language,
-        boxes_xyxy=tuple(_box(box, key, f"{field}.boxes_xyxy[{i}]") for i, box in enumerate(boxes)),
-        description=description,
+    return Target(phrase=phrase, language=language, boxes_xyxy=_boxes(value, key, field), description=description)
+
+
+def _boxes(target: dict[str, Any], key: str, field: str) -> tuple[Box, ...]:
+    """Return the boxes of a target: `boxes_xyxy` as this project writes them, or `boxes` as people write them."""
+    given = {name: target[name] for name in ("boxes_xyxy", "boxes") if target.get(name) is not None}
+    expected = "a list of [x0, y0, x1, y1] in pixels, empty if the object is absent"
+    missing = "boxes_xyxy" if "boxes_xyxy" in target else "boxes"
+    _require(bool(given), key, f"{field}.{missing}", None, expected)
+    (name, boxes), *other = given.items()
+    _require(
+        all(boxes == found for _, found in other),
+        key,
+        f"{field}.boxes",
+        given.get("boxes"),
+        f"{boxes}, as in boxes_xyxy",
     )
+    _require(isinstance(boxes, list), key, f"{field}.{name}", boxes, expected)
+    return tuple(_box(box, key, f"{field}.{name}[{i}]") for i, box in enumerate(boxes))
 
 
 def _box(value: Any, key: str, field: str) -> Box:

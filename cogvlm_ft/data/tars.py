@@ -5,17 +5,39 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from cogvlm_ft.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+IMAGE_FORMATS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+    "GIF": ("gif",),
+    "AVIF": ("avif",),
+    "JPEG2000": ("jp2", "j2k", "jpx", "jpf", "j2c", "jpc"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "QOI": ("qoi",),
+}
+"""Names of Pillow's formats and their extensions: those that it decodes itself and knows by their first bytes.
+
+Not EPS, for which it starts another program, nor TGA, as which it would read damaged files of other formats.
+"""
+
+IMAGE_EXTENSIONS = tuple(extension for extensions in IMAGE_FORMATS.values() for extension in extensions)
+
+RECORD_EXTENSIONS = ("json", "jsn", "annotation.json", "annotation.jsn", "annotations.json", "annotations.jsn")
+"""The members of a sample that may hold its record; of several, the first of this order does."""
 
 MAX_MEMBER_BYTES = 1 << 30
 """Largest image or record that is read, because it is read into memory as a whole."""
 
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_NAMED = 6  # members in a message
 _MAX_HEADER_BYTES = 1 << 14  # of a long name or a pax header; a path has at most 4096
 _LONG_NUMBER = re.compile(rb"[0-9]{256}")  # no part of a path is longer
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
@@ -34,51 +56,138 @@ class Entry(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A part of a tar that cannot be used; `key` is empty if unknown."""
+    """A part of a tar that cannot be used; `key` is empty if unknown, and `detail` if the reason says it all."""
 
     shard: str
     key: str
     reason: str
+    detail: str = ""
 
 
-def scan_tar(path: Path) -> tuple[list[Entry], list[Loss]]:
-    """List all complete samples (an image and a .json of one key) in order of appearance, and what was lost.
+class Scan(NamedTuple):
+    """What a tar holds. notes: what was decided although nothing is lost, such as which of two images is the photo."""
+
+    entries: list[Entry]
+    losses: list[Loss]
+    notes: list[Loss]
+
+
+@dataclass
+class _Parts:
+    """Members of one key. places: offset and size of those that can be used. others: extensions of the rest."""
+
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    is_damaged: bool = False
+
+    def images(self) -> list[str]:
+        return [extension for extension in self.places if extension in IMAGE_EXTENSIONS]
+
+    def records(self) -> list[str]:
+        return [extension for extension in RECORD_EXTENSIONS if extension in self.places]
+
+
+def scan_tar(path: Path) -> Scan:
+    """List all complete samples (an image and a record of one key) in order of appearance, and what was lost.
 
     The key is the name up to the first dot of its last part, as in WebDataset. Damage affects the damaged samples only.
     Raises DataError for a compressed tar.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    losses: list[Loss] = []
-    size = path.stat().st_size
     with path.open("rb") as file:
-        _refuse_compressed(path, file.read(6))
-        end = 0
-        for member in _members(file, size):
-            if _is_damaged(file, end, member.offset):
-                losses.append(Loss(path.name, "", "damaged_header"))
-            end = min(size, member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
-            reason = _sort_in(samples, member, size)
-            if reason:
-                losses.append(Loss(path.name, _split_name(member.name)[0], reason))
-        if _is_damaged(file, end, size):
-            losses.append(Loss(path.name, "", "damaged_header"))
-    entries = []
+        return scan_file(file, path.stat().st_size, path.name, str(path))
+
+
+def scan_file(file: BinaryIO, size: int, name: str, shown: str) -> Scan:
+    """Scan an opened tar of `size` bytes. name: for losses. shown: for errors."""
+    samples: dict[str, _Parts] = {}
+    losses: list[Loss] = []
+    _refuse_compressed(shown, file.read(6))
+    end = 0
+    for member in _members(file, size):
+        if _is_damaged(file, end, member.offset):
+            losses.append(Loss(name, "", "damaged_header"))
+        end = min(size, member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
+        reason = _sort_in(samples, member, size)
+        if reason:
+            losses.append(Loss(name, _split_name(member.name)[0], reason))
+    if _is_damaged(file, end, size):
+        losses.append(Loss(name, "", "damaged_header"))
+    return _judged(samples, losses, name)
+
+
+def _judged(samples: dict[str, _Parts], losses: list[Loss], shard: str) -> Scan:
+    """Sort the samples into entries and losses."""
+    scan = Scan([], losses, [])
     explained = {loss.key for loss in losses}
+    have_masks = any(len(_photos(parts)) == 1 < len(parts.images()) for parts in samples.values())
     for key, parts in samples.items():
-        missing = _missing_part(parts)
-        if not missing:
-            entries.append(_entry(key, parts))
-        elif key not in explained:
-            losses.append(Loss(path.name, key, missing))
-    return entries, losses
+        dotted = _dotted_stems(parts)
+        losses += [Loss(shard, f"{key}.{stem}", "dotted_key", _why_dotted(key, stem)) for stem in dotted]
+        photos = _photos(parts)
+        if have_masks and parts.images() == ["png"] and len(photos) == 1:
+            detail = f"found {key}.png; expected {key}.jpg too: in this tar a PNG beside a JPEG is a mask"
+            losses.append(Loss(shard, key, "no_image", detail))
+        elif len(photos) == 1 and parts.records() and not parts.is_damaged:
+            scan.notes.extend(_choices(shard, key, parts))
+            scan.entries.append(Entry(key, photos[0], *parts.places[photos[0]], *parts.places[parts.records()[0]]))
+        elif len(photos) > 1:
+            detail = f"found {_named(key, photos)}; expected one photo. Name the other like {key}.mask.png"
+            losses.append(Loss(shard, key, "several_images", detail))
+        elif key not in explained and (parts.places or not dotted):
+            losses.append(_incomplete(shard, key, parts, "no_json" if photos else "no_image"))
+    return scan
 
 
-def _refuse_compressed(path: Path, start: bytes) -> None:
+def _choices(shard: str, key: str, parts: _Parts) -> Iterator[Loss]:
+    """Yield a note for every choice between two members."""
+    for reason, found, taken in (
+        ("several_images", parts.images(), f"{key}.{_photos(parts)[0]}, because a PNG beside a JPEG is a mask"),
+        ("several_records", parts.records(), f"{key}.{parts.records()[0]}"),
+    ):
+        if len(found) > 1:
+            yield Loss(shard, key, reason, f"found {_named(key, found)}; took {taken}")
+
+
+def _incomplete(shard: str, key: str, parts: _Parts, reason: str) -> Loss:
+    expected = f"{key}.json" if reason == "no_json" else f"{key}.jpg, or another of {', '.join(IMAGE_EXTENSIONS)}"
+    return Loss(shard, key, reason, f"found {_named(key, [*parts.places, *parts.others])}; expected {expected}")
+
+
+def _named(key: str, extensions: list[str]) -> str:
+    names = [f"{key}.{extension}" for extension in extensions[:_MAX_NAMED]]
+    return " and ".join(names) + (" ..." if len(extensions) > _MAX_NAMED else "")
+
+
+def _photos(parts: _Parts) -> list[str]:
+    """Return the images that may be the photo: beside a JPEG, a PNG is a mask."""
+    images = parts.images()
+    jpegs = [extension for extension in images if extension in IMAGE_FORMATS["JPEG"]]
+    return jpegs if jpegs and set(images) - set(jpegs) <= set(IMAGE_FORMATS["PNG"]) else images
+
+
+def _dotted_stems(parts: _Parts) -> list[str]:
+    """Return `0001` for the members 0001.jpg and 0001.json: a sample of its own for whoever named them."""
+    ends: dict[str, set[str]] = {}
+    for extension in parts.others:
+        stem, _, end = extension.rpartition(".")
+        if stem:
+            ends.setdefault(stem, set()).add(end)
+    return [stem for stem, found in ends.items() if found & set(IMAGE_EXTENSIONS) and found & {"json", "jsn"}]
+
+
+def _why_dotted(key: str, stem: str) -> str:
+    return (
+        f"found {key}.{stem}.*; expected no further dot: a key ends at the first dot, as in WebDataset, so this is a "
+        f"part of {key!r}. Rename it, such as {key}_{stem}.*"
+    )
+
+
+def _refuse_compressed(path: str, start: bytes) -> None:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(
                 f"{path}: found {name} compression; expected a plain .tar, because samples are read in place. "
-                "Decompress it"
+                "Decompress it, or set data.cache_dir"
             )
 
 
@@ -129,7 +238,7 @@ class _Headers:
         return data
 
 
-def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, tar_size: int) -> str | None:
+def _sort_in(samples: dict[str, _Parts], member: tarfile.TarInfo, tar_size: int) -> str | None:
     """Add the member to its sample; return the reason if it cannot be used."""
     if member.isdir():
         return None
@@ -140,16 +249,16 @@ def _sort_in(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.Tar
     key, extension = _split_name(member.name)
     if not key:
         return None  # a hidden file, or one without extension: WebDataset ignores it too
-    if extension not in (*IMAGE_EXTENSIONS, "json"):
-        samples.setdefault(key, {})
+    parts = samples.setdefault(key, _Parts())
+    if extension not in IMAGE_EXTENSIONS and extension not in RECORD_EXTENSIONS:
+        parts.others.append(extension)
         return None
-    if member.offset_data + member.size > tar_size:
-        return "truncated"
-    if member.size > MAX_MEMBER_BYTES:
-        return "too_large"
-    if extension in samples.setdefault(key, {}):
+    if member.offset_data + member.size > tar_size or member.size > MAX_MEMBER_BYTES:
+        parts.is_damaged = True
+        return "truncated" if member.offset_data + member.size > tar_size else "too_large"
+    if extension in parts.places:
         return "duplicate_member"
-    samples[key][extension] = member.offset_data, member.size
+    parts.places[extension] = member.offset_data, member.size
     return None
 
 
@@ -179,14 +288,3 @@ def _is_global_header(block: bytes) -> bool:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").type == tarfile.XGLTYPE
     except tarfile.TarError:
         return False
-
-
-def _missing_part(parts: dict[str, tuple[int, int]]) -> str | None:
-    if not any(extension in parts for extension in IMAGE_EXTENSIONS):
-        return "no_image"
-    return None if "json" in parts else "no_json"
-
-
-def _entry(key: str, parts: dict[str, tuple[int, int]]) -> Entry:
-    ext = next(extension for extension in parts if extension != "json")
-    return Entry(key, ext, *parts[ext], *parts["json"])

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cogvlm_ft.build import build_dataset
-from cogvlm_ft.data.index import ShardIndex, read_json_file
+from cogvlm_ft.data.collate import BadSample
+from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of
 from cogvlm_ft.data.plan import PhotoParts, split_photos
 from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
+from cogvlm_ft.data.shard_sets import read_json_file
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.wording import load_wording
@@ -73,12 +75,12 @@ def judge_model(examination: Examination, readings: list[Reading]) -> list[Findi
 
 
 class Shards(NamedTuple):
-    """Samples that one rank has read, by split. bad: (key, reason) of those that cannot be used."""
+    """Samples that one rank has read, by split. bad: those that cannot be used."""
 
     data_sha256: tuple[str, ...]
     num_samples: dict[str, int]
     num_read: dict[str, int]
-    bad: dict[str, list[tuple[str, str]]]
+    bad: dict[str, list[BadSample]]
     damaged: list[str]
 
 
@@ -99,7 +101,8 @@ def read_shards(examination: Examination) -> Shards:
             chosen = random.Random(examination.config.seed).sample(chosen, min(total, NUM_SAMPLES[name]))
         mine = chosen[rank() :: world_size()]
         num_read[name], bad[name] = len(mine), [found for i in mine if (found := _problem_of(i, reader, dataset))]
-        bad[name] += [(loss.key or loss.shard, loss.reason) for loss in index.losses] if rank() == 0 else []
+        lost = index.losses if rank() == 0 else ()
+        bad[name] += [BadSample(loss.key or loss.shard, loss.reason, loss.detail) for loss in lost]
     damaged = _damaged_shards(indexes) if examination.all_shards else []
     sizes = {name: len(index) for name, index in indexes.items()}
     return Shards(tuple(index.data_sha256 for index in indexes.values()), sizes, num_read, bad, damaged)
@@ -121,17 +124,16 @@ def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset 
     return build_dataset(examination.config, reader.index, wording, parts, tokenizer, model_config)
 
 
-def _problem_of(i: int, reader: ShardReader, dataset: GroundingDataset | None) -> tuple[str, str] | None:
+def _problem_of(i: int, reader: ShardReader, dataset: GroundingDataset | None) -> BadSample | None:
     try:
         if dataset is None:
             reader.read(i)
             return None
-        bad = dataset[Item(epoch=0, index=i, weight=1.0)].bad
-        return (bad.key, bad.reason) if bad else None
+        return dataset[Item(epoch=0, index=i, weight=1.0)].bad
     except BadSampleError as error:
-        return error.key, error.reason
+        return BadSample(error.key, error.reason, error.detail)
     except DataError as error:  # none of its replacements could be used either
-        return f"sample {i}", str(error)
+        return BadSample(f"sample {i}", "unusable", str(error))
 
 
 def _damaged_shards(indexes: dict[str, ShardIndex]) -> list[str]:
@@ -158,21 +160,22 @@ def judge_shards(examination: Examination, readings: list[Reading]) -> list[Find
     for name in NUM_SAMPLES:
         total = readings[0].facts.num_samples[name]
         num_read = sum(part.facts.num_read[name] for part in readings)
-        bad = sorted({sample for part in readings for sample in part.facts.bad[name]})
+        bad = sorted({sample for part in readings for sample in part.facts.bad[name]}, key=str)
         findings.append(_judge_samples(examination, name, total, num_read, bad))
     return findings
 
 
-def _judge_samples(
-    examination: Examination, name: str, total: int, num_read: int, bad: list[tuple[str, str]]
-) -> Finding:
+def _judge_samples(examination: Examination, name: str, total: int, num_read: int, bad: list[BadSample]) -> Finding:
     limit = examination.config.data.max_bad_fraction
     how = "all" if examination.all_shards else f"{num_read} at random"
     found = f"{name}: {total} samples, {how} read and decoded"
     if not bad:
         return green(found)
-    reasons = ", ".join(f"{reason} {number}x" for reason, number in Counter(reason for _, reason in bad).most_common())
-    named = ", ".join(key for key, _ in bad[:MOST_NAMED])
+    reasons = ", ".join(
+        f"{reason} {number}x" for reason, number in Counter(sample.reason for sample in bad).most_common()
+    )
+    named = ", ".join(sample.key for sample in bad[:MOST_NAMED])
+    named += f"; {bad[0].key}: {bad[0].detail}" if bad[0].detail else ""
     found = f"{found}, {len(bad)} cannot be used ({reasons}): {named}"
     to_do = "fix them and build the shards again, or raise data.max_bad_fraction"
     if len(bad) > limit * num_read:

@@ -15,6 +15,9 @@ from typing import Any
 CODE = Path(__file__).resolve().parents[2]
 GIT_TIMEOUT_S = 20
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # scheme://user:password@host
+_QUERY = re.compile(r"(://[^\s'\"?,\]}]*)\?[^\s'\",\]}]+")  # scheme://host/path?token=...
+_COMMAND = re.compile(r"(?<!\w)pipe:(?!\.\.\.)[^\n]*")
+_ONLY_COMMAND = re.compile(r"([\w.]+=)?pipe:.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def provenance() -> dict[str, Any]:
     """Return the command, and the code's commit (None outside a git checkout)."""
     code = git_state()
     facts = {"commit": code.commit, "dirty": code.dirty} if code else None
-    return {"command": without_passwords(shlex.join(sys.argv)), "code": facts}
+    return {"command": shlex.join(without_passwords(sys.argv)), "code": facts}
 
 
 @cache
@@ -58,14 +61,19 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def has_password() -> bool:
-    """Check whether the command line holds an address with a password."""
-    return any(_PASSWORD.search(argument) for argument in sys.argv)
+    """Check whether the command line holds an address with a password or a query, or a command."""
+    return any(without_passwords(argument) != argument for argument in sys.argv)
 
 
 def without_passwords(value: Any) -> Any:
-    """Copy a value, or lists and dicts of values, leaving user and password out of addresses."""
+    """Copy a value, or lists and dicts of values, leaving user, password and query out of addresses.
+
+    Of a command (`pipe:`) only that it is one is left.
+    """
     if isinstance(value, str):
-        return _PASSWORD.sub("", value)
+        if command := _ONLY_COMMAND.fullmatch(value):
+            return f"{command[1] or ''}pipe:..."
+        return _COMMAND.sub("pipe:...", _QUERY.sub(r"\1", _PASSWORD.sub("", value)))
     if isinstance(value, dict):
         return {key: without_passwords(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

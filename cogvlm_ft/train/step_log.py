@@ -96,7 +96,7 @@ class BadSamples:
         if epoch != self._epoch:
             self._epoch, self._num_everywhere, self._here = epoch, 0, []
         for bad in (bad for batch in batches for bad in batch.bad):
-            logger.warning("sample %s cannot be used: %s", bad.key, bad.reason)
+            logger.warning("sample %s cannot be used: %s: %s", bad.key, bad.reason, bad.detail)
             self._here.append(bad)
         self._num_everywhere += num_bad_everywhere
         if self._num_everywhere > self._limit:
@@ -110,6 +110,6 @@ class BadSamples:
             f"{reason} {count}x" for reason, count in Counter(sample.reason for sample in bad).most_common(5)
         )
         return (
-            f"{self._num_everywhere} samples cannot be used ({reasons}; first: {', '.join(s.key for s in bad[:5])}), "
+            f"{self._num_everywhere} samples cannot be used ({reasons}; first: {'; '.join(map(str, bad[:3]))}), "
             f"more than data.max_bad_fraction allows ({self._limit:g}). Fix or rebuild the shards, or raise it"
         )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvlm_ft.data.index import ShardIndex, load_index, read_json_file
+from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.record import BadSampleError, record_from_json
+from cogvlm_ft.data.shard_sets import read_json_file
 from cogvlm_ft.data.tars import MAX_MEMBER_BYTES
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats import FORMATS
@@ -79,7 +80,10 @@ def shard_items(folder: Path) -> Iterator[Item | Problem]:
     for split in splits:
         index = load_index(str(folder), split)
         for loss in index.losses:
-            yield Problem("sample", loss.reason, f"sample {loss.key!r} of {loss.shard} cannot be read", loss.shard)
+            detail = loss.detail or f"sample {loss.key!r} of {loss.shard} cannot be read"
+            yield Problem("sample", loss.reason, detail, f"{loss.shard} {loss.key}")
+        for note in index.notes:
+            yield Problem("note", note.reason, note.detail, f"{note.shard} {note.key}")
         for i in range(len(index)):
             yield _stored_item(index, i)
 

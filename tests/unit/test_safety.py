@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from report_run import write_run
 
-from cogvlm_ft.data.index import load_index, shard_sources
+from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.sources import shard_sources
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import Evaluation, Shown, save_evaluation
 from cogvlm_ft.evaluate.results import find_evaluation

@@ -8,6 +8,7 @@ import json
 import logging
 import tarfile
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 from PIL import Image
 
 from cogvlm_ft.config import load_config, save_config
-from cogvlm_ft.data.index import ShardIndex, ShardSource, load_index, shard_sources
+from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, scan_tar
+from cogvlm_ft.data.sources import ShardSource, shard_sources
+from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, Loss, scan_tar
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.shards.build import BuildSettings, build
 
@@ -37,6 +39,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = ta
 
 def samples(*keys: str) -> list[tuple[str, bytes]]:
     return [(f"{key}.{ext}", data) for key in keys for ext, data in (("jpg", key.encode() * 600), ("json", RECORD))]
+
+
+def named(losses: Sequence[Loss]) -> list[tuple[str, str, str]]:
+    return [(loss.shard, loss.key, loss.reason) for loss in losses]
 
 
 def keys_of(index: ShardIndex) -> list[str]:
@@ -135,7 +141,7 @@ def test_a_truncated_tar_of_ours_is_scanned(built: Path) -> None:
     path.write_bytes(path.read_bytes()[: int(index.image_offset[1]) + 5])
     damaged = load_index(built, "train")
     assert keys_of(damaged) == [index.key(i) for i in (0, 2, 3, 4)]
-    assert damaged.losses == ((path.name, index.key(1), "truncated"),)
+    assert named(damaged.losses) == [(path.name, index.key(1), "truncated")]
 
 
 @pytest.mark.parametrize(
@@ -185,20 +191,20 @@ def test_keys_end_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
         ("c.webp", image),
         ("c.json", record),
     ]
-    entries, losses = scan_tar(write_tar(tmp_path / "x.tar", members))
+    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members))
     assert [(entry.key, entry.ext, entry.image_num_bytes) for entry in entries] == [
         ("dir.x/a", "jpg", 700),
         ("b", "png", 700),
         ("c", "webp", 700),
     ]
-    assert losses == [("x.tar", "d", "no_image")]
+    assert named(losses) == [("x.tar", "d", "no_image")]
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_tar_format_with_long_and_chinese_names(tmp_path: Path, tar_format: int) -> None:
     long = "文" * 30 if tar_format == tarfile.USTAR_FORMAT else "文" * 90
     path = write_tar(tmp_path / "x.tar", samples(long, "b"), tar_format)
-    entries, losses = scan_tar(path)
+    entries, losses, _ = scan_tar(path)
     assert [entry.key for entry in entries] == [long, "b"] and not losses
     data = path.read_bytes()
     for entry in entries:
@@ -208,9 +214,9 @@ def test_every_tar_format_with_long_and_chinese_names(tmp_path: Path, tar_format
 
 def test_incomplete_samples_are_losses(tmp_path: Path) -> None:
     members = [*samples("a"), ("b.jpg", b"x"), ("c.json", RECORD), *samples("d"), ("a.jpg", b"again")]
-    entries, losses = scan_tar(write_tar(tmp_path / "x.tar", members))
+    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members))
     assert [entry.key for entry in entries] == ["a", "d"] and entries[0].image_num_bytes == 600
-    assert losses == [
+    assert named(losses) == [
         ("x.tar", "a", "duplicate_member"),
         ("x.tar", "b", "no_json"),
         ("x.tar", "c", "no_image"),
@@ -231,7 +237,7 @@ def test_unsafe_members_are_refused(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    entries, losses = scan_tar(path)
+    entries, losses, _ = scan_tar(path)
     assert [entry.key for entry in entries] == ["a"]
     assert [loss.reason for loss in losses] == ["not_a_regular_file"] * 3 + ["unsafe_name"] * 3
 
@@ -248,9 +254,9 @@ def test_unsafe_members_are_refused(tmp_path: Path) -> None:
 def test_a_broken_header_costs_its_sample_only(tmp_path: Path, member: str, kept: str, lost: Any) -> None:
     path = write_tar(tmp_path / "x.tar", samples(*"abcd"))
     spoil(path, header_offset(path, member))
-    entries, losses = scan_tar(path)
+    entries, losses, _ = scan_tar(path)
     assert [entry.key for entry in entries] == list(kept)
-    assert [(key, reason) for _, key, reason in losses] == lost
+    assert [(key, reason) for _, key, reason in named(losses)] == lost
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -258,17 +264,17 @@ def test_a_broken_header_after_a_long_name_costs_its_sample_only(tmp_path: Path,
     long = "n" * 150
     path = write_tar(tmp_path / "x.tar", samples("a", long, "c"), tar_format)
     spoil(path, header_offset(path, f"{long}.jpg") + 2 * 512)  # header of the name, the name, header of the file
-    entries, losses = scan_tar(path)
+    entries, losses, _ = scan_tar(path)
     assert [entry.key for entry in entries] == ["a", "c"]
-    assert losses == [("x.tar", "", "damaged_header"), ("x.tar", long, "no_image")]
+    assert named(losses) == [("x.tar", "", "damaged_header"), ("x.tar", long, "no_image")]
 
 
 @pytest.mark.parametrize("cut", [0, 100, 511, 512, 900, 2000, 2600, 3100, 4000])
 def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path: Path, cut: int) -> None:
     path = write_tar(tmp_path / "x.tar", samples("a", "b"))
-    whole, _ = scan_tar(path)
+    whole, _, _ = scan_tar(path)
     path.write_bytes(path.read_bytes()[:cut])
-    entries, _ = scan_tar(path)
+    entries, _, _ = scan_tar(path)
     assert entries == [
         e for e in whole if max(e.image_offset + e.image_num_bytes, e.json_offset + e.json_num_bytes) <= cut
     ]
@@ -278,7 +284,7 @@ def test_tars_written_one_after_another_into_one_file(tmp_path: Path) -> None:
     first = write_tar(tmp_path / "1.tar", samples("a")).read_bytes()
     second = write_tar(tmp_path / "2.tar", samples("b")).read_bytes()
     (tmp_path / "x.tar").write_bytes(first + second)
-    entries, losses = scan_tar(tmp_path / "x.tar")
+    entries, losses, _ = scan_tar(tmp_path / "x.tar")
     assert [entry.key for entry in entries] == ["a", "b"] and not losses
 
 
@@ -289,7 +295,7 @@ def test_a_global_pax_header_is_no_damage(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    entries, losses = scan_tar(tmp_path / "x.tar")
+    entries, losses, _ = scan_tar(tmp_path / "x.tar")
     assert [entry.key for entry in entries] == ["a"] and not losses
 
 
@@ -328,8 +334,8 @@ def patch_size(path: Path, name: str, size: int) -> None:
 def test_a_member_that_claims_to_be_huge_is_refused(tmp_path: Path, size: int) -> None:
     path = write_tar(tmp_path / "x.tar", samples("a", "b", "c"))
     patch_size(path, "b.jpg", size)
-    entries, losses = scan_tar(path)
-    assert [entry.key for entry in entries] == ["a", "c"] and losses == [("x.tar", "b", "truncated")]
+    entries, losses, _ = scan_tar(path)
+    assert [entry.key for entry in entries] == ["a", "c"] and named(losses) == [("x.tar", "b", "truncated")]
 
 
 def test_a_member_that_is_huge_is_refused(tmp_path: Path) -> None:
@@ -338,8 +344,8 @@ def test_a_member_that_is_huge_is_refused(tmp_path: Path) -> None:
     patch_size(path, "b.jpg", MAX_MEMBER_BYTES + 1)
     with path.open("r+b") as file:  # a file with a hole takes no room
         file.truncate(len(whole) + MAX_MEMBER_BYTES + 512)
-    entries, losses = scan_tar(path)
-    assert [entry.key for entry in entries] == ["a"] and ("x.tar", "b", "too_large") in losses
+    entries, losses, _ = scan_tar(path)
+    assert [entry.key for entry in entries] == ["a"] and ("x.tar", "b", "too_large") in named(losses)
 
     content = {"size": path.stat().st_size, "sha256": "0" * 64}
     sample = {"key": "b", "ext": "jpg", "image": [512, MAX_MEMBER_BYTES + 1], "json": [0, 1]}
@@ -359,11 +365,11 @@ def test_a_name_of_megabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
     with path.open("r+b") as file:
         file.truncate(4 << 20)
     tracemalloc.start()
-    entries, losses = scan_tar(path)
+    entries, losses, _ = scan_tar(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [entry.key for entry in entries] == ["a", "b"] and peak < 2 << 20
-    assert losses == ([] if kind == tarfile.XGLTYPE else [("x.tar", "", "damaged_header")])
+    assert named(losses) == ([] if kind == tarfile.XGLTYPE else [("x.tar", "", "damaged_header")])
 
 
 def test_nothing_to_read_says_what_was_found(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_box_that_leaves_by_a_rounding_error_is_clipped(tmp_path: Path) -> Non
         (picture()[:-40], GOOD, "broken_image"),
         (picture(100, 90, image_format="JPEG")[:-2000], GOOD, "broken_image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", GOOD, "broken_image"),
-        (picture(image_format="GIF"), GOOD, "broken_image"),
+        (picture(), {"targets": [{"phrase": "dog", "boxes": [[0.1, 0.2, 0.5, 1]]}]}, "box_in_fractions"),
         (picture(101, 100), GOOD, "too_many_pixels"),
         (picture(), b"{", "bad_json"),
         (picture(), b"\xff", "bad_json"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,13 @@ import pytest
 from PIL import Image
 from servers import Server, serve
 
-from cogvlm_ft.data import remote
+from cogvlm_ft.data import object_store, remote, whole_files
 from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.build import BuildSettings, build
+
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,7 +42,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(whole_files, "_RETRY_DELAYS_S", (0.0, 0.0))
 
 
 def same_samples(found: ShardIndex, expected: ShardIndex) -> bool:
@@ -170,7 +175,7 @@ def test_damaged_files_are_named(built: Path, tmp_path: Path, name: str, content
 
 @pytest.mark.parametrize(
     "url",
-    ["pipe:touch {}", "pipe://touch {}", "file:///tmp", "ftp://x/y", "scp://x/y", "http://x/{{a,b}}", "http://x/y?z=1"],
+    ["pipe:touch {}", "pipe://touch {}", "ftp://x/y", "scp://x/y", "http://x/*.tar", "http://x/a b", "http://x/y#z"],
 )
 def test_addresses_that_are_not_opened(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match="expected"):
@@ -184,18 +189,62 @@ def test_no_password_is_shown() -> None:
     assert "secret" not in str(caught.value) and "ftp://host/x" in str(caught.value)
 
 
-def test_an_object_store_is_read_by_its_own_program(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "bin" / "gsutil"
+@pytest.fixture
+def without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object stores as they are read where the extras are not installed."""
+    monkeypatch.setattr(object_store, "_file_system", lambda scheme, pid: None)
+
+
+def gsutil(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a program of that name first in the search path."""
+    program = folder / "bin" / "gsutil"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\n[ "$1" = cat ] && exec cat "{built}/$(basename "$2")"\n')
+    program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+
+
+def test_an_object_store_is_read_by_its_own_program(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_fsspec: None
+) -> None:
+    gsutil(tmp_path, f'[ "$1" = cat ] && exec cat "{built}/$(basename "$2")"', monkeypatch)
     index = load_index("gs://bucket/folder", "train", cache_dir=tmp_path / "cache")
     assert same_samples(index, load_index(built, "train"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=r"gs://bucket/folder/index\.json.*program .* missing"):
         load_index("gs://bucket/folder", "train", cache_dir=tmp_path / "cache")
-    with pytest.raises(DataError, match="Set USE_AIS_FOR=s3"):
+    with pytest.raises(DataError, match=r"pip install 'cogvlm-ft\[s3\]', or set USE_AIS_FOR=s3"):
         load_index("s3://bucket/folder", "train")
+
+
+def alive(pid_file: Path) -> bool:
+    for _ in range(100):
+        if pid_file.is_file() and pid_file.read_text().strip():
+            break
+        time.sleep(0.05)
+    stat = Path("/proc", pid_file.read_text().strip(), "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def ends(pid_file: Path) -> bool:
+    return any(not alive(pid_file) or time.sleep(0.05) for _ in range(100))
+
+
+@pytest.mark.parametrize("script", ["echo data; exit 3", "head -c 3000000 /dev/zero; sleep 1000"])
+def test_what_an_opener_has_started_ends_with_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    gsutil(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/pid; {script}", monkeypatch)
+    with pytest.raises(DataError if "zero" in script else OSError, match=r"at most|status 3|no data"):
+        monkeypatch.setattr(whole_files, "_SILENCE_S", 1)
+        list(whole_files.stream("gs://b/x.tar", 2_000_000))
+    assert ends(tmp_path / "pid")
+
+
+def test_what_an_opener_has_started_ends_if_we_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gsutil(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/pid; sleep 1000", monkeypatch)
+    code = "from cogvlm_ft.data.whole_files import stream; list(stream('gs://b/x.tar', 10))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        assert alive(tmp_path / "pid")
+        process.kill()
+    assert ends(tmp_path / "pid")

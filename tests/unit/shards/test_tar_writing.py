@@ -74,7 +74,7 @@ def test_the_tar_has_the_bytes_that_webdataset_writes(settings: WriteSettings) -
             assert sample and not problems
             writer.write({"__key__": row["key"], sample.ext: sample.image, "json": record_to_json(sample.record)})
     assert tar_path.read_bytes() == buffer.getvalue()
-    entries, losses = scan_tar(tar_path)
+    entries, losses, _ = scan_tar(tar_path)
     assert not losses and [(e.key, e.ext, [e.image_offset, e.image_num_bytes]) for e in entries] == [
         (row["key"], row["ext"], row["image"]) for row in content["samples"]
     ]

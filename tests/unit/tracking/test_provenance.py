@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,15 @@ def test_the_command_line_without_passwords(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["launch/train.py", "data.shards=https://me:pa55@host/x", "tracking.name=a b"])
     assert provenance()["command"] == "launch/train.py data.shards=https://host/x 'tracking.name=a b'"
     assert has_password()
-    monkeypatch.setattr(sys, "argv", ["launch/train.py", "data.shards=https://host/a@b", "a=b@c"])
+    for secret, kept in (
+        ("data.shards=https://host/a.tar?sig=pa55", "data.shards=https://host/a.tar"),
+        ("data.shards=[{path: 's3://b/a?k=pa55', weight: 2}]", "data.shards=[{path: 's3://b/a', weight: 2}]"),
+        ("data.shards=pipe:curl -H pa55 \\\n pa55", "data.shards=pipe:..."),
+        ("data.shards=[a, pipe:curl pa55]", "data.shards=[a, pipe:..."),
+    ):
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", secret, "seed=1"])
+        assert provenance()["command"] == shlex.join(["launch/train.py", kept, "seed=1"]) and has_password()
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "data.shards=https://host/a@b", "a=b@c", "pipe:..."])
     assert not has_password()
 
 

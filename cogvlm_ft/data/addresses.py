@@ -1,0 +1,88 @@
+"""Addresses of shards: which may be opened, their parts, and how they are shown without secrets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from cogvlm_ft.errors import DataError
+
+SCHEMES = ("http", "https", "gs", "s3", "hf", "ais")
+COMMAND = "pipe:"
+
+_USER = re.compile(r"//[^/@\s]*@")
+_QUERY = re.compile(r"\?[^\s'\")]+")
+_TAR = re.compile(r".*\.(tar|tgz|tbz2?|txz|tar\.\w+)", re.IGNORECASE)
+_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+)", re.IGNORECASE)
+
+
+def is_command(path: str) -> bool:
+    """Return True for `pipe:` and a command, whose output is a tar."""
+    return path.startswith(COMMAND)
+
+
+def is_url(path: str) -> bool:
+    """Return True for the address of something on a server, False for a local path or a command."""
+    return "://" in path and not is_command(path)
+
+
+def scheme_of(url: str) -> str:
+    """Return what stands before the colon."""
+    return urlsplit(url).scheme
+
+
+def check_url(url: str) -> None:
+    """Raise DataError unless this is an address that may be opened."""
+    scheme = scheme_of(url)
+    if scheme not in SCHEMES:
+        expected = ", ".join(f"{name}://" for name in SCHEMES)
+        raise DataError(f"{shown(url)}: found scheme {scheme!r}; expected a local path or one of {expected}")
+    if re.search(r"[\s#\[\]{}*\\]", url):
+        hint = "Name every tar, such as train-{000000..000003}.tar" if "*" in url else "Write others as %20, %23, ..."
+        raise DataError(f"{shown(url)}: expected an address without blanks and # [ ] {{ }} * \\. {hint}")
+
+
+def shown(text: str) -> str:
+    """Return an address, or a text with addresses, without user names, passwords, queries and commands."""
+    if is_command(text):
+        return f"{COMMAND}{text[len(COMMAND) :].split(maxsplit=1)[0]} ..." if text[len(COMMAND) :].strip() else text
+    return _QUERY.sub("?...", _USER.sub("//", text))
+
+
+def joined(folder: str, name: str) -> str:
+    """Return the address of a file in a folder; a query stays at the end."""
+    parts = urlsplit(folder)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def beside(url: str, name: str) -> str:
+    """Return the address of a file in the folder of another file."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
+
+
+def name_of(location: str) -> str:
+    """Return the last part of a path or address, for people and for keys; without a query."""
+    if is_command(location):
+        return "pipe"
+    return PurePosixPath(urlsplit(location).path if is_url(location) else location).name
+
+
+def is_tar(location: str) -> bool:
+    """Return whether this names one tar, compressed or not, rather than a folder."""
+    return is_command(location) or _TAR.fullmatch(name_of(location)) is not None
+
+
+def is_compressed(location: str) -> bool:
+    """Return whether the name is that of a compressed tar."""
+    return _COMPRESSED.fullmatch(name_of(location)) is not None
+
+
+def local_path(location: str) -> str:
+    """Return the path in a `file:` address; other locations unchanged."""
+    if not location.startswith("file:"):
+        return location
+    parts = urlsplit(location)
+    host = "" if parts.netloc == "localhost" else parts.netloc
+    return unquote(host + parts.path)

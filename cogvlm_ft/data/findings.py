@@ -1,0 +1,72 @@
+"""What scans of tars found: losses that concern several tars, and what is logged."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from cogvlm_ft.data.shard import Shard
+from cogvlm_ft.data.tars import Loss
+
+_log = logging.getLogger(__name__)
+
+
+def explain_losses(shards: list[Shard]) -> list[Shard]:
+    """Return the same shards; photo and record of one key in two of them are one loss that names both."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for shard in shards:
+        for loss in shard.losses:
+            places.setdefault((loss.key, loss.reason), []).append(loss.shard)
+    halves = {key for key, reason in places if reason == "no_json" and (key, "no_image") in places}
+    if not halves:
+        return shards
+    return [shard._replace(losses=[_explained(loss, places, halves) for loss in shard.losses]) for shard in shards]
+
+
+def _explained(loss: Loss, places: dict[tuple[str, str], list[str]], halves: set[str]) -> Loss:
+    if loss.key not in halves or loss.reason not in ("no_json", "no_image"):
+        return loss
+    photo, record = places[loss.key, "no_json"][0], places[loss.key, "no_image"][0]
+    detail = (
+        f"the photo is in {photo}, its record in {record}; expected both in one tar. Write them one after the other"
+    )
+    return Loss(loss.shard, loss.key, "in_two_shards", detail)
+
+
+def report_findings(split: str, sources: Sequence[Sequence[Shard]]) -> None:
+    """Log what was lost, what was decided, and keys that several tars of a source have."""
+    shards = [shard for source in sources for shard in source]
+    for found, what in (
+        ([loss for shard in shards for loss in shard.losses], "unusable samples"),
+        ([note for shard in shards for note in shard.notes], "samples with a choice"),
+    ):
+        if found:
+            counts = dict(Counter(loss.reason for loss in found))
+            _log.warning("split %s: %s by reason: %s; first: %s", split, what, counts, _text(found[0]))
+    for source in sources:
+        _report_repeated_keys(split, source)
+
+
+def _text(loss: Loss) -> str:
+    return f"{loss.shard}: {loss.key or 'unknown key'}: {loss.reason}" + (f": {loss.detail}" if loss.detail else "")
+
+
+def _report_repeated_keys(split: str, shards: Sequence[Shard]) -> None:
+    first: dict[bytes, str] = {}
+    repeated = []
+    for shard in shards:
+        for key in shard.keys.tolist():
+            if first.setdefault(key, shard.path.name) != shard.path.name:
+                repeated.append((key, shard.path.name))
+    if repeated:
+        key, name = repeated[0]
+        _log.warning(
+            "split %s: keys that are in two tars: %d, such as %r in %s and %s. They are read as different samples; if "
+            "they are the same photos, remove one of them",
+            split,
+            len(repeated),
+            key.decode("utf-8", "backslashreplace"),
+            first[key],
+            name,
+        )
