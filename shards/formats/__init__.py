@@ -13,6 +13,7 @@ from cogvlm_ft.shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvl
 from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
 from cogvlm_ft.shards.formats.cvat import read_cvat, recognise_cvat
 from cogvlm_ft.shards.formats.jsonl import read_jsonl, recognise_jsonl
+from cogvlm_ft.shards.formats.label_studio import read_label_studio, recognise_label_studio
 from cogvlm_ft.shards.formats.labelme import read_labelme, recognise_labelme
 from cogvlm_ft.shards.formats.mdetr import read_mdetr, recognise_mdetr
 from cogvlm_ft.shards.formats.odvg import read_odvg, recognise_odvg
@@ -42,6 +43,7 @@ class Format:
 FORMATS: dict[str, Format] = {
     "voc": Format(read_voc, recognise_voc),
     "cvat": Format(read_cvat, recognise_cvat),
+    "label-studio": Format(read_label_studio, recognise_label_studio),
     "yolo": Format(read_yolo, recognise_yolo),
     "labelme": Format(read_labelme, recognise_labelme),
     "csv": Format(read_csv_boxes, recognise_csv_boxes, has_open_units=True),

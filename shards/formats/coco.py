@@ -32,6 +32,9 @@ from cogvlm_ft.shards.packing.candidates import (
     require,
 )
 
+_DOUBTFUL = 1.5
+"""Boxes up to this many pixels are rather fractions."""
+
 
 @dataclass
 class _Image:
@@ -185,7 +188,7 @@ def _add_annotation(annotation: Any, source: str, content: _Content) -> None:
         boxes = image.boxes[name]
         boxes.append(None)
         box, is_of_outline = box_of(annotation)
-        if not content.in_fractions and are_fractions([box]):
+        if not content.in_fractions and are_fractions([box], _DOUBTFUL):
             detail = f"{list(box)} of {name!r} could be fractions of the photo; other boxes of the file are in pixels"
             raise Rejected("box", "ambiguous_unit", detail)
         if image.is_repeated and box in boxes:

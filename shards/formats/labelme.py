@@ -4,23 +4,28 @@
  {"label": "dog", "description": "the dog on the left", "shape_type": "rectangle", "points": [[1, 2], [30, 20]]}]}
 
 The phrase is the description if there is one, where OCR and captioning tools write the text, else the label. It is not
-split, even if a tool wrote a list ("car | suv") or two languages; a line break becomes a space. Polygons with one
-phrase and one group_id are the visible parts of one object: they get one box around all of them, and the parts after
-the first are counted as "joined_part".
+split, even if a tool wrote a list ("car | suv") or two languages; a line break becomes a space. Shapes with one label
+and one group_id are the visible parts of one object, as in labelme's own converters: they get one box around all of
+them, and the parts after the first are counted as "joined_part". Shapes that the tool lets reach over the edge of the
+image are cut there.
 """
 
 from __future__ import annotations
 
 import math
 import posixpath
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.formats.claims import ImageClaims, OwnImage, Stated
 from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
 from cogvlm_ft.shards.formats.rows import parse_object
+from cogvlm_ft.shards.formats.sizes import SizePx, clip_to_size, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
@@ -36,23 +41,37 @@ from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_ends, read
 
 _ENDING = ".json"
 _IGNORED = ("__ignore__", "_background_")
-_MIN_POINTS = {"rectangle": 2, "mask": 2, "circle": 2, "polygon": 3, "rotation": 3, "quadrilateral": 3}
+_MIN_POINTS = {
+    "rectangle": 2,
+    "mask": 2,
+    "circle": 2,
+    "polygon": 3,
+    "rotation": 3,
+    "oriented_rectangle": 3,
+    "quadrilateral": 3,
+    "cuboid": 4,
+}
 """Minimum number of points, of the shapes with an area."""
+_OVER_THE_EDGE = ("circle", "rotation", "oriented_rectangle", "cuboid")
 _MAX_LOOKED_AT = 20
 _ENDS_BYTES = 2**16
 
 
 def read_labelme(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per file with one target per phrase. A missing image is later taken from "imageData"."""
-    root, names = annotation_files(annotations, _ENDING)
+    files = annotation_files(annotations, _ENDING)
     photos = Photos(images)
-    for name in names:
+    claims = ImageClaims(files, photos)
+    for source in claims.sources():
         try:
-            check_text(name, "sample")
-            content = parse_object(read_inside(root, name, "annotation", MAX_ANNOTATION_BYTES))
-            yield _candidate(content, root, name, photos)
+            check_text(source, "sample")
+            content = parse_object(read_inside(files.root, source, "annotation", MAX_ANNOTATION_BYTES))
+            require(isinstance(content.get("shapes"), list), "sample", '"shapes"', content.get("shapes"), "a list")
+            own = claims.image_of(source, _stated(content, files.root, source, photos))
+            if own:
+                yield _candidate(content, files.root, source, own)
         except Rejected as rejected:
-            yield rejected.problem(name)
+            yield rejected.problem(source)
 
 
 def recognise_labelme(annotations: Path) -> str | None:
@@ -70,66 +89,99 @@ def _is_labelme(path: Path) -> bool:
     return ends.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{" and b'"shapes"' in ends and b'"image' in ends
 
 
-class _Boxes:
-    """Boxes by phrase, filled shape by shape; None is an unusable box."""
+@dataclass
+class _Object:
+    """One object, of one or more shapes. box: None if no shape is usable. description: what a shape says besides."""
 
-    def __init__(self) -> None:
-        self.of: dict[str, list[Box | None]] = {}
-        self._places: dict[tuple[str, int | str], int] = {}
+    label: str
+    description: str = ""
+    box: Box | None = None
+
+    @property
+    def phrase(self) -> str:
+        return self.description or self.label
+
+    def may_have(self, other: _Object) -> bool:
+        """Return whether another shape of the same label and group is part of this object: no other text says no."""
+        return not (self.description and other.description) or self.description == other.description
+
+    def join(self, other: _Object) -> None:
+        """Add a shape; both have a box."""
+        assert self.box and other.box
+        self.description = self.description or other.description
+        x0, y0, x1, y1 = self.box
+        self.box = min(x0, other.box[0]), min(y0, other.box[1]), max(x1, other.box[2]), max(y1, other.box[3])
+
+
+class _Objects:
+    """The objects of an image, filled shape by shape."""
+
+    def __init__(self, size_px: SizePx | None) -> None:
+        self._size_px = size_px
+        self._all: list[_Object] = []
+        self._of_group: dict[tuple[str, str], list[_Object]] = defaultdict(list)
 
     def add(self, shape: Any) -> None:
-        """Add a shape; raises Rejected if it is unusable or becomes part of an existing box."""
+        """Add a shape; raises Rejected if it is unusable or becomes part of an existing object."""
         require(isinstance(shape, dict), "box", "the shape", shape, "an object")
-        phrase = _phrase(shape)
-        boxes = self.of.setdefault(phrase, [])
-        boxes.append(None)
-        box = boxes[-1] = _box(shape)
+        found = _Object(*_texts(shape))
+        self._all.append(found)
+        found.box = _box(shape, self._size_px)
         group = shape.get("group_id")
-        if shape.get("shape_type") != "polygon" or not isinstance(group, (int, str)):
+        if isinstance(group, bool) or not isinstance(group, (int, str)) or not str(group).strip():
             return
-        first = self._places.setdefault((phrase, group), len(boxes) - 1)
-        other = boxes[first]
-        if other is not None and first < len(boxes) - 1:
-            boxes.pop()
-            x0, y0, x1, y1 = box
-            boxes[first] = min(other[0], x0), min(other[1], y0), max(other[2], x1), max(other[3], y1)
-            raise Rejected("box", "joined_part", f"part of group {group} of {phrase!r:.80}: one box around all parts")
+        group = str(group).strip()
+        parts = self._of_group[found.label, group]
+        first = next((part for part in parts if part.may_have(found)), None)
+        if first is None:
+            parts.append(found)
+            return
+        self._all.pop()
+        first.join(found)
+        detail = f"part of group {group:.80} of {first.phrase!r:.80}: one box around all parts"
+        raise Rejected("box", "joined_part", detail)
+
+    def boxes_of(self) -> dict[str, list[Box | None]]:
+        """Return the boxes by phrase, in the order of the first shapes; None is an unusable box."""
+        found: dict[str, list[Box | None]] = {}
+        for one in self._all:
+            found.setdefault(one.phrase, []).append(one.box)
+        return found
 
 
-def _candidate(content: dict[str, Any], root: Path, source: str, photos: Photos) -> Candidate:
-    shapes: Any = content.get("shapes")
-    require(isinstance(shapes, list), "sample", '"shapes"', shapes, "a list")
+def _candidate(content: dict[str, Any], root: Path, source: str, own: OwnImage) -> Candidate:
     problems: list[Problem] = []
-    boxes = _Boxes()
-    for i, shape in enumerate(shapes):
+    size_px, notes = stated_size(content.get("imageWidth"), content.get("imageHeight"), source)
+    objects = _Objects(size_px)
+    for i, shape in enumerate(content["shapes"]):
         try:
-            boxes.add(shape)
+            objects.add(shape)
         except Rejected as rejected:
             problems.append(rejected.problem(f"{source} shapes[{i}]"))
-    data = content.get("imageData")
     return Candidate(
-        image=_image(content.get("imagePath"), root, source, photos),
+        image=own.image,
         key=None,
         source=source,
-        targets=make_targets(boxes.of, source, problems),
-        stated_size_px=_size(content),
-        embedded_in=root / source if isinstance(data, str) and data else None,
-        problems=tuple(problems),
+        targets=make_targets(objects.boxes_of(), source, problems),
+        stated_size_px=size_px,
+        embedded_in=root / source if _is_embedded(content) else None,
+        problems=(*problems, *own.notes, *notes),
     )
 
 
-def _phrase(shape: dict[str, Any]) -> str:
+def _texts(shape: dict[str, Any]) -> tuple[str, str]:
+    """Return label and description, each on one line. Raises Rejected if there is neither."""
     label, description = shape.get("label"), shape.get("description")
     require(isinstance(label, str), "box", '"label"', label, "a string")
     if label in _IGNORED:
         raise Rejected("box", "ignored_label", f"label {label} marks an area without annotation")
-    phrase = " ".join((description if isinstance(description, str) else "").split()) or " ".join(str(label).split())
-    if not phrase:
+    texts = " ".join(str(label).split()), " ".join((description if isinstance(description, str) else "").split())
+    if not any(texts):
         raise Rejected("target", "empty_phrase", "the shape has neither a description nor a label")
-    return phrase
+    return texts
 
 
-def _box(shape: dict[str, Any]) -> Box:
+def _box(shape: dict[str, Any], size_px: SizePx | None) -> Box:
     """Return the box around the points or the circle. Raises Rejected."""
     kind = shape.get("shape_type") or "polygon"
     require(isinstance(kind, str), "box", '"shape_type"', kind, "a string")
@@ -148,22 +200,19 @@ def _box(shape: dict[str, Any]) -> Box:
     if kind == "circle":  # its centre, and a point on it
         radius = math.dist(*points)
         xs, ys = (xs[0] - radius, xs[0] + radius), (ys[0] - radius, ys[0] + radius)
-    return four_numbers([min(xs), min(ys), max(xs), max(ys)], "of corners")
+    box = four_numbers([min(xs), min(ys), max(xs), max(ys)], "of corners")
+    return clip_to_size(box, size_px) if kind in _OVER_THE_EDGE else box
 
 
-def _image(path: Any, root: Path, source: str, photos: Photos) -> str:
-    """Return the image named in the file, else that name in the images folder, else the name of the .json."""
-    folder, stem = posixpath.dirname(source), posixpath.basename(source)[: -len(_ENDING)]
-    name = ""
-    if isinstance(path, str) and path.strip():
-        path = image_path(path, '"imagePath"')
-        name = posixpath.basename(path)
-        found = photos.at(root / folder / path) or photos.named(folder, name)
-        if found:
-            return found
-    return photos.of_stem(folder, stem) or posixpath.join(folder, name or f"{stem}.jpg")
+def _is_embedded(content: dict[str, Any]) -> bool:
+    data = content.get("imageData")
+    return isinstance(data, str) and bool(data)
 
 
-def _size(content: dict[str, Any]) -> tuple[int, int] | None:
-    size = content.get("imageWidth"), content.get("imageHeight")
-    return size if all(type(side) is int and side > 0 for side in size) else None  # type: ignore[return-value]
+def _stated(content: dict[str, Any], root: Path, source: str, photos: Photos) -> Stated:
+    path, folder = content.get("imagePath"), posixpath.dirname(source)
+    if not isinstance(path, str) or not path.strip():
+        return Stated(embedded=_is_embedded(content))
+    path = image_path(path, '"imagePath"')
+    found = photos.at(root / folder / path) or photos.stated(folder, path)
+    return Stated(posixpath.basename(path), found, _is_embedded(content))

@@ -19,8 +19,6 @@ from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, ch
 
 MAX_LINE_BYTES = 64 * 2**20
 _HEAD_BYTES = 2**20
-_MAX_FRACTION = 1.5
-"""A box of fractions may reach a little beyond its image."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -227,14 +225,16 @@ def whole_number(value: Any) -> int | None:
     return int(found) if found > 0 and found.is_integer() else None
 
 
-def are_fractions(boxes: Iterable[Box]) -> bool:
-    """Return whether all boxes could only be fractions of an image: none reaches beyond 1.5."""
-    largest, has_fraction = 0.0, False
+def are_fractions(boxes: Iterable[Box], largest: float = 1.02) -> bool:
+    """Return whether the boxes could only be fractions of an image: none reaches beyond `largest`, not all are whole.
+
+    Boxes of fractions may reach a little beyond the image.
+    """
+    has_fraction = False
     for box in boxes:
-        largest = max(largest, *map(abs, box))
-        has_fraction = has_fraction or not all(side.is_integer() for side in box)
-        if largest > _MAX_FRACTION:
+        if max(map(abs, box)) > largest:
             return False
+        has_fraction = has_fraction or not all(side.is_integer() for side in box)
     return has_fraction
 
 

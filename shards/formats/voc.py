@@ -5,20 +5,26 @@
 </annotation>
 
 The challenge counted pixels from 1; today's tools mostly count from 0, and no file states which. The numbers are kept:
-at worst a box is one pixel too far right and down.
+at worst a box is one pixel too far right and down. The rotated boxes of roLabelImg (<robndbox>: centre, size, angle in
+radians) become the upright box around them.
 """
 
 from __future__ import annotations
 
+import math
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.formats.claims import ImageClaims, OwnImage, Stated
+from cogvlm_ft.shards.formats.encodings import decode_xml
 from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
 from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.formats.sizes import SizePx, clip_to_size, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
@@ -32,7 +38,13 @@ from cogvlm_ft.shards.packing.candidates import (
 from cogvlm_ft.shards.packing.files import read_inside
 
 _ENDING = ".xml"
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_CORNERS = tuple(f"bndbox/{name}" for name in ("xmin", "ymin", "xmax", "ymax"))
+_ROTATED = tuple(f"robndbox/{name}" for name in ("cx", "cy", "w", "h", "angle"))
+_ONCE = frozenset(("name", *_CORNERS, *_ROTATED))
+_MAX_ANGLE = 2 * math.pi + 0.01
+_ROOT = re.compile(r"<annotation[\s>/]")
+_HEAD_BYTES = 4096
+_MAX_INSPECTED = 100
 _MAX_BYTES = 8 * 2**20
 _MAX_DEPTH = 4
 """Depth of the elements used: annotation, object, bndbox, xmin."""
@@ -40,106 +52,132 @@ _MAX_DEPTH = 4
 
 @dataclass
 class _Annotation:
-    """Texts by their path in the XML; the first one is used."""
+    """Texts by their path in the XML; the first one is used. repeated: by object, what it has more than once."""
 
     fields: dict[str, str] = field(default_factory=dict)
     objects: list[dict[str, str]] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
 
 
 def read_voc(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per file, one target per class name. The folder in <path> is ignored."""
-    root, names = annotation_files(annotations, _ENDING)
+    files = annotation_files(annotations, _ENDING)
     photos = Photos(images)
-    for name in names:
+    claims = ImageClaims(files, photos)
+    for source in claims.sources():
         try:
-            check_text(name, "sample")
-            yield _candidate(_parse(read_inside(root, name, "annotation", _MAX_BYTES)), name, photos)
+            check_text(source, "sample")
+            decoded = decode_xml(read_inside(files.root, source, "annotation", _MAX_BYTES))
+            annotation = _parse(decoded.text)
+            own = claims.image_of(source, _stated(annotation.fields.get("filename", ""), source, photos))
+            if own:
+                yield _candidate(annotation, source, own, decoded.notes(source))
         except Rejected as rejected:
-            yield rejected.problem(name)
+            yield rejected.problem(source)
 
 
 def recognise_voc(annotations: Path) -> str | None:
-    """Inspect the first .xml file."""
+    """Look for the outermost element at the beginning of the first .xml files."""
     if annotations.is_dir():
         names = list(files_below(annotations, _ENDING))
-        first, what = annotations / (names[0] if names else ""), f"{len(names)} Pascal VOC .xml files"
+        first, what = [annotations / name for name in names[:_MAX_INSPECTED]], f"{len(names)} Pascal VOC .xml files"
     else:
-        first, what = annotations, "a Pascal VOC .xml file"
-    is_voc = first.suffix.lower() == _ENDING and b"<annotation>" in read_head(first, 4096)
-    return what if is_voc else None
+        first, what = [annotations], "a Pascal VOC .xml file"
+    return what if any(_is_voc(path) for path in first) else None
 
 
-def _parse(data: bytes) -> _Annotation:
+def _is_voc(path: Path) -> bool:
+    if path.suffix.lower() != _ENDING:
+        return False
+    return _ROOT.search(read_head(path, _HEAD_BYTES).replace(b"\0", b"").decode("latin-1")) is not None
+
+
+def _parse(text: str) -> _Annotation:
     """Parse XML; raises Rejected if it is invalid or has a document type, which can define a huge text."""
     annotation = _Annotation()
     path: list[str] = []
-    text: list[str] = []
+    parts: list[str] = []
 
     def start(tag: str, _: dict[str, str]) -> None:
         path.append(tag)
-        text.clear()
+        parts.clear()
         if path[0] != "annotation":
             raise Rejected("sample", "bad_xml", f"the outermost element is {shown(tag)}; expected annotation")
         if len(path) == 2 and tag == "object":
             annotation.objects.append({})
+            annotation.repeated.append("")
 
     def end(_: str) -> None:
         if 1 < len(path) <= _MAX_DEPTH:
             fields, where = (annotation.objects[-1], path[2:]) if path[1] == "object" else (annotation.fields, path[1:])
-            fields.setdefault("/".join(where), "".join(text).strip())
+            name = "/".join(where)
+            if name in fields and name in _ONCE and path[1] == "object":
+                annotation.repeated[-1] = name
+            fields.setdefault(name, "".join(parts).strip())
         path.pop()
-        text.clear()
+        parts.clear()
 
     def refuse(*_: object) -> None:
         raise Rejected("sample", "bad_xml", "found a DOCTYPE, which may define anything. Delete that line.")
 
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate("utf-8")
     parser.buffer_text = True
     parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = text.append
+    parser.CharacterDataHandler = parts.append
     parser.StartDoctypeDeclHandler = refuse
     try:
-        parser.Parse(data, True)
-    except (expat.ExpatError, ValueError, LookupError) as error:  # the last two: an unknown encoding
+        parser.Parse(text.encode(), True)
+    except (expat.ExpatError, ValueError) as error:
         raise Rejected("sample", "bad_xml", str(error)) from None
     return annotation
 
 
-def _candidate(annotation: _Annotation, source: str, photos: Photos) -> Candidate:
+def _candidate(annotation: _Annotation, source: str, own: OwnImage, notes: tuple[Problem, ...]) -> Candidate:
     problems: list[Problem] = []
     boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
+    size_px, size_notes = stated_size(*(annotation.fields.get(f"size/{side}") for side in ("width", "height")), source)
     for i, found in enumerate(annotation.objects):
         try:
             if not found.get("name"):
                 raise Rejected("target", "empty_phrase", "the object has no <name>")
             boxes = boxes_of.setdefault(found["name"], [])
             boxes.append(None)
-            corners = [number(found.get(f"bndbox/{name}"), f"<{name}>") for name in _CORNERS]
-            boxes[-1] = four_numbers(corners, "[xmin, ymin, xmax, ymax]")
+            if annotation.repeated[i]:
+                detail = f"<{annotation.repeated[i]}> is there twice; expected one name and one box per <object>"
+                raise Rejected("box", "bad_field", detail)
+            boxes[-1] = _box(found, size_px)
         except Rejected as rejected:
             problems.append(rejected.problem(f"{source} object[{i}]"))
     return Candidate(
-        image=_image(annotation.fields.get("filename", ""), source, photos),
+        image=own.image,
         key=None,
         source=source,
         targets=make_targets(boxes_of, source, problems),
-        stated_size_px=_size(annotation.fields),
-        problems=tuple(problems),
+        stated_size_px=size_px,
+        problems=(*problems, *own.notes, *size_notes, *notes),
     )
 
 
-def _image(filename: str, source: str, photos: Photos) -> str:
-    """Return the image named in the file, else the one with the name of the .xml."""
-    folder, stem = posixpath.dirname(source), posixpath.basename(source)[: -len(_ENDING)]
-    name = posixpath.basename(filename.replace("\\", "/"))
-    found = photos.named(folder, name) or photos.of_stem(folder, stem)
-    return found or posixpath.join(folder, name or f"{stem}.jpg")
+def _box(found: dict[str, str], size_px: SizePx | None) -> Box:
+    """Return the box of an object. Raises Rejected."""
+    if _ROTATED[0] in found and _CORNERS[0] not in found:
+        return _box_around_rotated([number(found.get(name), f"<{name}>") for name in _ROTATED], size_px)
+    corners = [number(found.get(name), f"<{name}>") for name in _CORNERS]
+    return four_numbers(corners, "[xmin, ymin, xmax, ymax]")
 
 
-def _size(fields: dict[str, str]) -> tuple[int, int] | None:
-    """Return (width, height), or None if missing or 0, which some tools write."""
-    try:
-        width, height = int(fields["size/width"]), int(fields["size/height"])
-    except (KeyError, ValueError):
-        return None
-    return (width, height) if width > 0 and height > 0 else None
+def _box_around_rotated(values: list[float], size_px: SizePx | None) -> Box:
+    """Return the upright box around centre, size and angle, which may reach over the edge. Raises Rejected."""
+    x, y, width, height, angle = values
+    if not abs(angle) <= _MAX_ANGLE:
+        raise Rejected("box", "bad_field", f"<robndbox/angle> is {angle}; expected radians, at most 2 pi")
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    half_x, half_y = (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
+    box = four_numbers([x - half_x, y - half_y, x + half_x, y + half_y], "of corners")
+    return clip_to_size(box, size_px)
+
+
+def _stated(filename: str, source: str, photos: Photos) -> Stated:
+    path = posixpath.normpath(filename.replace("\\", "/")) if filename else ""
+    name = posixpath.basename(path)
+    return Stated(name, photos.stated(posixpath.dirname(source), path) if name else None)

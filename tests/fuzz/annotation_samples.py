@@ -76,6 +76,8 @@ def samples() -> dict[str, Callable[[], Sample]]:
         "voc": _voc,
         "cvat": _cvat,
         "cvat tracks": _cvat_tracks,
+        "label studio": _label_studio,
+        "label studio min": _label_studio_min,
         "yolo": _yolo,
         "labelme": _labelme,
         "x-anylabeling": _x_anylabeling,
@@ -158,7 +160,7 @@ def _all_problems(parts: Parts) -> list[Problem]:
     return [problem for problems in lists for problem in problems]
 
 
-def _in_json(count: Callable[[Any], int]) -> Given:
+def _in_json(count: Callable[[Any], int | None]) -> Given:
     def given(data: bytes) -> int | None:
         try:
             return count(json.loads(data.removeprefix(b"\xef\xbb\xbf")))
@@ -244,6 +246,82 @@ def _cvat_like(xml: str, images: dict[str, tuple[int, int]]) -> Sample:
 
     files = {"a.xml": xml.encode()}
     return Sample("cvat", files, "a.xml", "a.xml", images, given, found, has_witness=False)
+
+
+def _label_studio() -> Sample:
+    def result(kind: str, number: str, **value: Any) -> dict[str, Any]:
+        size = {"original_width": 400, "original_height": 300, "image_rotation": 0}
+        return {"id": number, "type": kind, "from_name": "label", "to_name": "image", **size, "value": value}
+
+    box = {"x": 10.5, "y": 20, "width": 30, "height": 40.25, "rotation": 0}
+    shapes = [
+        result("rectanglelabels", "a", **box, rectanglelabels=["dog"]),
+        result("rectanglelabels", "b", **{**box, "rotation": 15}, rectanglelabels=["狗"]),
+        result("polygonlabels", "c", points=[[1, 2], [30, 2.5], [30, 40]], polygonlabels=["cat"], closed=True),
+        result("ellipselabels", "d", x=50, y=50, radiusX=10, radiusY=20, rotation=0, ellipselabels=["ball"]),
+        result("keypointlabels", "e", x=50, y=50, width=1, keypointlabels=["eye"]),
+    ]
+    text = [
+        result("rectangle", "f", **box),
+        result("labels", "f", **box, labels=["Text"]),
+        result("textarea", "f", **box, text=["出口"]),
+    ]
+    whole = [result("choices", "g", choices=["night"]), {"type": "relation", "from_id": "a", "to_id": "b"}]
+    annotations = [
+        {"id": 5, "result": shapes, "was_cancelled": False, "updated_at": "2026-01-02T00:00:00Z"},
+        {"id": 6, "result": text[:1], "was_cancelled": False, "updated_at": "2026-01-01T00:00:00Z"},
+        {"id": 7, "result": [], "was_cancelled": True},
+    ]
+    tasks = [
+        {"id": 1, "data": {"image": "/data/upload/1/0a1b2c3d-a.jpg"}, "annotations": annotations, "predictions": []},
+        {
+            "id": 2,
+            "data": {"image": "https://example.org/b.jpg"},
+            "annotations": [{"id": 8, "result": [*text, *whole]}],
+        },
+    ]
+    return _label_studio_like(tasks, lambda task: [result for one in task["annotations"] for result in one["result"]])
+
+
+def _label_studio_min() -> Sample:
+    size = {"original_width": 400, "original_height": 300}
+    box = {"x": 10, "y": 20, "width": 30, "height": 40, "rotation": 0, **size}
+    tasks = [
+        {
+            "image": "/data/local-files/?d=a.jpg",
+            "id": 1,
+            "label": [{**box, "rectanglelabels": ["dog"]}],
+            "annotator": 1,
+        },
+        {"image": "b.jpg", "id": 2, "label": [{**box, "rectanglelabels": ["猫"]}, box], "annotation_id": 7},
+        {"image": "b.jpg", "id": 2, "shape": [{"points": [[1, 2], [3, 4], [5, 1]], "polygonlabels": ["a"], **size}]},
+    ]
+    return _label_studio_like(
+        tasks,
+        lambda task: [
+            region
+            for regions in task.values()
+            for region in (regions if isinstance(regions, list) else ())
+            if isinstance(region, dict)
+        ],
+    )
+
+
+def _label_studio_like(tasks: list[Any], regions_of: Callable[[Any], list[Any]]) -> Sample:
+    def num_regions(content: Any) -> int | None:
+        regions = [region for task in content for region in regions_of(task)]
+        values = [region.get("value", region) for region in regions]
+        labels = [value[name] for value in values for name in value if name.endswith("labels")]
+        return len(regions) if all(isinstance(one, list) and len(one) == 1 for one in labels) else None
+
+    def found(parts: Parts) -> int | None:
+        num_boxes = _boxes_and_problems()(parts)
+        num_others = sum(problem.reason == "not_a_target" for problem in notes_of(parts))
+        return None if num_boxes is None else num_boxes + num_others
+
+    images = {"0a1b2c3d-a.jpg": SIZE, "a.jpg": SIZE, "b.jpg": SIZE}
+    given = _in_json(num_regions)
+    return Sample("label-studio", {"a.json": tasks}, "a.json", "a.json", images, given, found, has_witness=False)
 
 
 def _yolo() -> Sample:

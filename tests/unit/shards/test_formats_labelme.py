@@ -80,7 +80,7 @@ def test_shapes_of_one_phrase_are_one_target(photos: Path) -> None:
     assert found.boxes == {"a.jpg": boxes} and list(found.boxes["a.jpg"]) == ["b", "a"]
 
 
-def test_polygons_of_one_group_are_one_object(photos: Path) -> None:
+def test_shapes_of_one_group_are_one_object(photos: Path) -> None:
     def part(x: int, group: Any, label: str = "sofa", kind: str = "polygon") -> dict[str, Any]:
         return shape(label, [[x, 2], [x + 3, 2], [x, x]], kind, group_id=group)
 
@@ -90,8 +90,19 @@ def test_polygons_of_one_group_are_one_object(photos: Path) -> None:
     sofas = ((3, 2, 23, 20), (10, 2, 13, 10), (7, 2, 14, 11))
     assert found.boxes == {"a.jpg": {"sofa": sofas, "cat": ((9, 2, 12, 9),)}}
     assert found.reasons == [("box", "joined_part")] * 3
-    found = read(photos, part(5, 0, kind="rectangle"), part(10, 0, kind="rectangle"))
-    assert len(found.boxes["a.jpg"]["sofa"]) == 2 and not found.problems
+    found = read(photos, part(5, "x"), part(10, " x ", kind="rectangle"), part(20, ""), part(25, " "), part(30, True))
+    assert found.boxes["a.jpg"]["sofa"] == ((5, 2, 13, 10), (20, 2, 23, 20), (25, 2, 28, 25), (30, 2, 33, 30))
+    assert found.reasons == [("box", "joined_part")]
+
+
+def test_shapes_of_one_group_with_other_texts_are_several_objects(photos: Path) -> None:
+    """OCR tools write the text as the description, and link a question and its answers by a group."""
+    texts = ("Name:", "Li", None, "Name:")
+    found = read(photos, *(shape("text", description=text, group_id=1) for text in texts))
+    assert [target.phrase for target in found.only.targets] == ["Name:", "Li"]
+    assert found.reasons == [("box", "joined_part")] * 2
+    found = read(photos, shape("dog", group_id=1), shape("dog", FOUR, description="the left dog", group_id=1))
+    assert [target.phrase for target in found.only.targets] == ["the left dog"]
 
 
 def test_a_part_that_cannot_be_used_does_not_take_its_group_with_it(photos: Path) -> None:
@@ -182,15 +193,26 @@ def test_an_image_outside_the_images_folder_is_not_looked_at(tmp_path: Path) -> 
 def test_an_image_that_is_nowhere_may_be_in_the_json(photos: Path) -> None:
     (photos / "a.jpg").unlink()
     found = read(photos, shape(), imageData="Zm9v", imagePath="x/gone.png")
-    assert found.only.image == "gone.png"
+    assert found.only.image == "a.png" and not found.problems
     assert found.only.embedded_in == photos.parent / "json" / "a.json"
     assert read(photos, shape(), imageData="").only.embedded_in is None
     assert read(photos, shape(), imagePath=None).only.image == "a.jpg"
 
 
-@pytest.mark.parametrize("size", [{"imageWidth": None}, {"imageHeight": 0}, {"imageHeight": "30"}])
+@pytest.mark.parametrize("size", [{"imageWidth": None}, {"imageHeight": 0}, {"imageHeight": ""}])
 def test_a_size_may_be_unknown(photos: Path, size: dict[str, Any]) -> None:
     assert read(photos, shape(), **size).only.stated_size_px is None
+
+
+@pytest.mark.parametrize("height", ["30", 30.0, "30.0", " 30 "])
+def test_a_size_may_be_text(photos: Path, height: Any) -> None:
+    assert read(photos, shape(), imageHeight=height).only.stated_size_px == (40, 30)
+
+
+@pytest.mark.parametrize("height", ["x", 30.5, -30, True, [30], float("nan"), float("inf"), "9" * 5000, 10**400])
+def test_a_size_that_is_none_is_reported(photos: Path, height: Any) -> None:
+    found = read(photos, shape(), imageHeight=height)
+    assert found.only.stated_size_px is None and found.reasons == [("note", "unreadable_size")]
 
 
 def test_recognise(tmp_path: Path) -> None:

@@ -55,15 +55,20 @@ def test_files_of_a_folder_come_in_order_with_their_subfolders(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "filename", ["a.jpg", "/home/me/photos/a.jpg", "C:\\photos\\a.jpg", "a", "", "gone.jpg", "../a.jpg"]
+    "filename", ["a.jpg", "A.JPG", "a.png", "/home/me/photos/a.jpg", "C:\\photos\\a.jpg", "a", "", "../a.jpg"]
 )
 def test_the_image_is_found_by_its_name_or_by_that_of_the_xml(photos: Path, filename: str) -> None:
     text = annotation("<path>/Users/you/b.jpg</path>", thing(), filename=filename)
-    assert read(photos, text).only.image == "a.jpg"
+    found = read(photos, text)
+    assert found.only.image == "a.jpg" and not found.problems
 
 
-def test_the_name_in_the_file_comes_first(photos: Path) -> None:
-    assert read(photos, annotation(thing(), filename="b.jpg")).only.image == "b.jpg"
+def test_the_name_of_the_xml_comes_first(photos: Path) -> None:
+    found = read(photos, annotation(thing(), filename="b.jpg"))
+    assert found.only.image == "a.jpg" and found.reasons == [("note", "stale_image_name")]
+    (photos / "a.jpg").unlink()
+    found = read(photos, annotation(thing(), filename="b.jpg"))
+    assert found.only.image == "b.jpg" and not found.problems
 
 
 def test_an_image_that_is_nowhere_is_named(photos: Path) -> None:
@@ -135,7 +140,6 @@ def test_a_bad_object_is_lost_alone(photos: Path, bad: str, reasons: list[tuple[
         "<annotation><object>",
         annotation("<object></size>"),
         "<html></html>",
-        '<?xml version="1.0" encoding="no-such"?>' + annotation(),
         '<!DOCTYPE annotation SYSTEM "file:///etc/passwd">' + annotation(thing()),
         '<!DOCTYPE a [<!ENTITY a "dog"><!ENTITY b "&a;&a;">]>' + annotation(thing("&b;")),
         annotation(thing("&undefined;")),
@@ -161,6 +165,8 @@ def test_a_document_type_in_another_encoding_is_refused_too(photos: Path) -> Non
 def test_other_encodings_are_read(photos: Path) -> None:
     text = '<?xml version="1.0" encoding="utf-16"?>' + annotation(thing("狗"))
     assert read_all(read_voc, write(photos.parent / "a.xml", text, "utf-16"), photos).boxes["a.jpg"].keys() == {"狗"}
+    path = write(photos.parent / "a.xml", '<?xml version="1.0" encoding="GBK"?>' + annotation(thing("狗")), "gbk")
+    assert read_all(read_voc, path, photos).boxes["a.jpg"].keys() == {"狗"}
     text = '<?xml version="1.0" encoding="iso-8859-1"?>' + annotation(thing("café"))
     assert read_all(read_voc, write(photos.parent / "a.xml", text, "latin-1"), photos).boxes["a.jpg"].keys() == {"café"}
 
@@ -202,7 +208,9 @@ def test_recognise(tmp_path: Path) -> None:
     path = write(tmp_path / "sub" / "a.xml", annotation())
     assert recognise_voc(path) == "a Pascal VOC .xml file"
     write(tmp_path / "z.xml", "<html>")
-    assert recognise_voc(tmp_path) is None  # the folder's own files come first
+    assert recognise_voc(tmp_path) == "2 Pascal VOC .xml files"
+    path.write_text("<annotations><version>1.1</version></annotations>")  # CVAT
+    assert recognise_voc(tmp_path) is None
     write(tmp_path / "z.xml", '\ufeff<?xml version="1.0"?>\n<annotation verified="yes"></annotation>')
     assert recognise_voc(tmp_path) == "2 Pascal VOC .xml files"
     assert recognise_voc(tmp_path / "gone.xml") is None

@@ -24,7 +24,13 @@ def read(photos: Path, text: str) -> Reading:
     labels = photos.parent / "labels"
     write(labels / "classes.txt", NAMES)
     write(labels / "a.txt", text)
-    return read_all(read_yolo, labels, photos)
+    return read_labels(labels, photos)
+
+
+def read_labels(labels: Path, images: Path) -> Reading:
+    """Everything but the note that says which file has the class names."""
+    found = read_all(read_yolo, labels, images)
+    return Reading(found.candidates, [problem for problem in found.problems if problem.reason != "class_names"])
 
 
 def test_one_target_per_class_in_shares_of_the_image(photos: Path) -> None:
@@ -36,18 +42,21 @@ def test_one_target_per_class_in_shares_of_the_image(photos: Path) -> None:
     ]
 
 
-def test_a_confidence_is_ignored_and_an_outline_becomes_a_box(photos: Path) -> None:
+def test_a_confidence_is_ignored(photos: Path) -> None:
+    found = read(photos, "0 0.5 0.5 0.5 0.25 0.87\n0.0 0.5 0.5 1 1\n0 0.5 0.5 0.5 0.5 1\n")
+    assert found.boxes == {"a.jpg": {"dog": ((0.25, 0.375, 0.75, 0.625), (0, 0, 1, 1), (0.25, 0.25, 0.75, 0.75))}}
+    assert found.reasons == [("note", "confidence_ignored")] and "2 boxes" in found.problems[0].detail
+
+
+def test_an_outline_becomes_a_box(photos: Path) -> None:
     found = read(
         photos,
-        "0 0.5 0.5 0.5 0.25 0.87\n"
         "0 0.5 0.1 0.9 0.2 0.7 0.8\n"  # three points
         "0 0.1 0.1 0.2 0.1 0.2 0.3 0.1 0.3\n"  # the four corners of a turned box
         "0.0 0.5 0.5 1 1\n",
     )
     assert not found.problems
-    assert found.boxes == {
-        "a.jpg": {"dog": ((0.25, 0.375, 0.75, 0.625), (0.5, 0.1, 0.9, 0.8), (0.1, 0.1, 0.2, 0.3), (0, 0, 1, 1))}
-    }
+    assert found.boxes == {"a.jpg": {"dog": ((0.5, 0.1, 0.9, 0.8), (0.1, 0.1, 0.2, 0.3), (0, 0, 1, 1))}}
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", " \r\n"])
@@ -68,11 +77,13 @@ def test_an_empty_file_is_an_image_with_nothing_in_it(photos: Path, text: str) -
         ("0 0.5 x 0.5 0.25", "not_numeric"),
         ("0 0.5 nan 0.5 0.25", "not_finite"),
         ("0 1e308 0.5 1.7e308 0.25", "not_finite"),
-        ("0 0.1 0.1 0.2 0.2 0.3 inf", "not_finite"),
-        ("0 0.1 0.1 nan 0.2 0.3 0.3", "not_finite"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4 inf", "not_finite"),
+        ("0 0.1 0.1 nan 0.2 0.3 0.3 0.4 0.4", "not_finite"),
         ("0", "wrong_number_of_coordinates"),
         ("0 0.5 0.5 0.5", "wrong_number_of_coordinates"),
-        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.9", "wrong_number_of_coordinates"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.9", "ambiguous_columns"),
+        ("0 0.5 0.5 0.5 0.25 1.57", "ambiguous_columns"),
+        ("0 0.5 0.5 0.5 0.25 0.9 3", "ambiguous_columns"),
     ],
 )
 def test_a_bad_line_is_lost_alone(photos: Path, line: str, reason: str) -> None:
@@ -85,6 +96,13 @@ def test_a_class_that_loses_all_its_boxes_is_lost(photos: Path) -> None:
     found = read(photos, "1 0.5 0.5 0.5\n0 0.5 0.5 1 1\n")
     assert found.reasons == [("box", "wrong_number_of_coordinates"), ("target", "no_boxes_left")]
     assert found.boxes["a.jpg"].keys() == {"dog"}
+
+
+@pytest.mark.parametrize("name", ["train.txt", "README.dataset.txt", "sub/readme.txt"])
+def test_other_texts_of_an_export_are_no_labels(photos: Path, name: str) -> None:
+    write(photos.parent / "labels" / name, "data/a.jpg\ndata/b.PNG\n" if name == "train.txt" else "# a data set\n")
+    found = read(photos, "0 0.5 0.5 1 1\n")
+    assert found.only.image == "a.jpg" and not found.problems
 
 
 @pytest.mark.parametrize("text", ["./images/a.jpg\n./images/b.jpg\n", "\0\xff", "x"])
@@ -115,7 +133,7 @@ def test_where_class_names_are(tmp_path: Path, path: str, text: str) -> None:
 def test_the_nearest_names_count(tmp_path: Path) -> None:
     write(tmp_path / "set" / "classes.txt", "far")
     write(tmp_path / "set" / "labels" / "unused.yaml", "names: 7")
-    write(tmp_path / "set" / "labels" / "broken.yaml", "names: [dog\n")
+    write(tmp_path / "set" / "labels" / "broken.yaml", "other: [dog\n")
     write(tmp_path / "set" / "labels" / "one" / "classes.txt", "near")
     for name in ("one/a.txt", "two/b.txt"):
         write(tmp_path / "set" / "labels" / name, "0 0.5 0.5 1 1")
@@ -126,15 +144,18 @@ def test_the_nearest_names_count(tmp_path: Path) -> None:
 def test_names_of_yaml_are_words(tmp_path: Path) -> None:
     write(tmp_path / "data.yaml", "names: {0: no, 1: 12, 2: [x], x: y, 3: on, " + "9" * 900 + ": z}")
     write(tmp_path / "a.txt", "".join(f"{i} 0.5 0.5 1 1\n" for i in range(4)))
-    found = read_all(read_yolo, tmp_path, tmp_path)
+    found = read_labels(tmp_path, tmp_path)
     assert list(found.boxes["a.jpg"]) == ["no", "12", "on"]
     assert found.reasons == [("box", "unknown_class")]
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_bytes(b"dog\n\xb9\xb7\n")
+    (tmp_path / "classes.txt").write_bytes("dog\n狗\n".encode("gbk"))
     write(tmp_path / "a.txt", "1 0.5 0.5 1 1\n0 0.5 0.5 1 1")
-    found = read_all(read_yolo, tmp_path, tmp_path)
+    found = read_labels(tmp_path, tmp_path)
+    assert found.boxes["a.jpg"].keys() == {"dog", "狗"} and found.reasons == [("note", "encoding_guessed")]
+    (tmp_path / "classes.txt").write_bytes(b"dog\n\xff\xff\n")
+    found = read_labels(tmp_path, tmp_path)
     assert found.boxes["a.jpg"].keys() == {"dog"} and found.reasons == [("target", "not_utf8")]
 
 
@@ -142,7 +163,7 @@ def test_without_names_nothing_can_be_read(tmp_path: Path) -> None:
     labels = tmp_path / "a" / "b" / "c" / "labels"
     write(tmp_path / "classes.txt", "too far above")
     write(labels / "a.txt", "0 0.5 0.5 1 1")
-    with pytest.raises(DataError, match=r"no file of class names .*classes\.txt, \*\.names, .* there or above"):
+    with pytest.raises(DataError, match=r"no file of class names .*\*\.yaml, .*classes\.txt, \*\.names there or above"):
         read_all(read_yolo, labels, tmp_path)
     write(labels / "a.yaml", "names: [dog]")
     write(labels / "b.yaml", "names: [cat]")
@@ -192,7 +213,7 @@ def test_a_file_that_is_too_large_or_elsewhere(photos: Path, monkeypatch: pytest
     write(photos.parent / "b.txt", "0 0.5 0.5 1 1")
     (photos.parent / "labels").mkdir()
     (photos.parent / "labels" / "b.txt").symlink_to(photos.parent / "b.txt")
-    monkeypatch.setattr(yolo, "_MAX_BYTES", 20)
+    monkeypatch.setattr(yolo, "MAX_BYTES", 20)
     found = read(photos, "0 0.5 0.5 1 1\n" * 2)
     assert found.reasons == [("sample", "too_large"), ("sample", "path_outside_annotations")]
 

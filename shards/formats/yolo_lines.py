@@ -1,0 +1,195 @@
+"""Read the columns of YOLO label lines: a box or an outline, perhaps with more that only the whole source explains.
+
+Predictions have a confidence and a track id after the box or outline, rotated boxes an angle, poses keypoints after the
+box. A line that could be two of these is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.formats.folders import AnnotationFiles
+from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.packing.candidates import Rejected, four_numbers
+from cogvlm_ft.shards.packing.files import read_inside
+
+MAX_BYTES = 16 * 2**20
+_BOX, _BOX_AND_ONE, _BOX_AND_TWO, _TWO_MORE_POINTS = 5, 6, 7, 9
+"""Columns, with the class."""
+_TRAILING = "Export labels rather than predictions, or without save_conf=True and track ids."
+_OUTLINES = "If they are outlines, write `task: segment` into data.yaml."
+_SHARE_LIKE_POSES = 0.9
+_OUTSIDE = 0.05
+"""How far a keypoint may be outside its box, as a fraction of the image."""
+
+
+def is_label_file(path: Path) -> bool:
+    """Return whether the file begins with a line of at least five numbers."""
+    columns = read_head(path, 4096).split(b"\n")[0].split()
+    return len(columns) >= _BOX and is_numbers(column.decode("latin-1") for column in columns)
+
+
+def is_numbers(columns: Iterable[str]) -> bool:
+    """Return whether every column is a number."""
+    return _numbers(columns) is not None
+
+
+class LabelLines:
+    """The lines of all label files. They are read in advance only if some have more columns than a box."""
+
+    def __init__(self, files: AnnotationFiles) -> None:
+        self._files = files
+        self.num_confidences = 0
+
+    def box(self, columns: list[float], num_keypoint_columns: int | None, *, outlines: bool) -> Box:
+        """Return the corners as fractions of the image. Raises Rejected.
+
+        num_keypoint_columns: after the box, if data.yaml states them. outlines: data.yaml states that all lines are.
+        """
+        num_columns = len(columns)
+        if num_columns < _BOX:
+            expected = "class x y width height, or class and three or more points"
+            raise Rejected("box", "wrong_number_of_coordinates", f"{num_columns} columns; expected {expected}")
+        if num_columns == _BOX:
+            return _box(columns)
+        if num_columns == _BOX_AND_ONE:
+            self._check_confidence(columns[5])
+            self.num_confidences += 1
+            return _box(columns)
+        if num_keypoint_columns is not None:
+            more = num_columns - _BOX - num_keypoint_columns
+            if more not in (0, 1, 2):  # a confidence and a track id
+                expected = f"{_BOX + num_keypoint_columns}, as kpt_shape says"
+                raise Rejected("box", "wrong_number_of_coordinates", f"{num_columns} columns; expected {expected}")
+            return _box(columns)
+        if not (outlines and num_columns % 2):
+            self._check_outline(columns)
+        return _box_around(columns)
+
+    def _check_confidence(self, value: float) -> None:
+        if 0 <= value <= 1 and not self._seen.sixth_is_no_confidence:
+            return
+        found = (
+            f"the sixth number is {value:g}" if not 0 <= value <= 1 else "other lines have a sixth number outside 0..1"
+        )
+        detail = f"6 columns, and {found}: an angle or a track id; expected class x y width height"
+        advice = "Export upright boxes, or remove the sixth number if it is not an angle."
+        raise Rejected("box", "ambiguous_columns", f"{detail}. {advice}")
+
+    def _check_outline(self, columns: list[float]) -> None:
+        """Raise Rejected unless the line can only be an outline."""
+        num_columns, seen = len(columns), self._seen
+        if num_columns % 2 == 0:
+            found = "an outline with a confidence, or a box with keypoints"
+        elif _may_have_visibility(columns):
+            found = "a box with keypoints and their visibility, or an outline"
+        elif num_columns == _BOX_AND_TWO and not seen.has_long_outlines:
+            found = "a box with confidence and track id, or an outline of three points"
+        elif seen.has_more_than_outlines:
+            found = "an outline, perhaps with a confidence and a track id at its end"
+        elif seen.look_like_poses:
+            found = "an outline, or a box with keypoints"
+        else:
+            return
+        advice = f"{_TRAILING} For keypoints, write kpt_shape into data.yaml. {_OUTLINES if num_columns % 2 else ''}"
+        raise Rejected("box", "ambiguous_columns", f"{num_columns} columns: {found}. {advice}".rstrip())
+
+    @cached_property
+    def _seen(self) -> _Seen:
+        seen = _Seen()
+        for source in self._files:
+            try:
+                data = read_inside(self._files.root, source, "annotation", MAX_BYTES)
+            except Rejected:
+                continue
+            for line in data.splitlines():
+                columns = line.split()
+                if len(columns) > _BOX:
+                    seen.add([column.decode("latin-1") for column in columns])
+        return seen
+
+
+class _Seen:
+    """What the lines of a source with more columns than a box have in common."""
+
+    def __init__(self) -> None:
+        self.sixth_is_no_confidence = False
+        self.has_long_outlines = False
+        self._num_outlines: Counter[int] = Counter()
+        self._num_trailing = 0
+        self._num_ids = 0
+        self._num_ids_above_1 = 0
+        self._num_like_poses = 0
+
+    def add(self, columns: list[str]) -> None:
+        """Count a line. One that is not of numbers counts for nothing."""
+        num_columns, ends = len(columns), _numbers(columns[-2:])
+        if ends is None:
+            return
+        if num_columns == _BOX_AND_ONE:
+            self.sixth_is_no_confidence |= not 0 <= ends[1] <= 1
+        if num_columns % 2 == 0:
+            self._num_trailing += 1
+            return
+        self.has_long_outlines |= num_columns >= _TWO_MORE_POINTS
+        self._num_outlines[num_columns] += 1
+        is_id = columns[-1].isdigit() and not columns[-2].isdigit()  # tools write decimals of coordinates
+        self._num_ids += is_id and ends[1] >= 1
+        self._num_ids_above_1 += is_id and ends[1] > 1
+        if len(self._num_outlines) == 1:
+            self._num_like_poses += _is_like_pose(_numbers(columns) or [])
+
+    @property
+    def has_more_than_outlines(self) -> bool:
+        """Return whether some lines end with a confidence or id: always one, or one that is no coordinate."""
+        return bool(self._num_trailing or self._num_ids_above_1) or self._num_ids == self._num_outlines.total()
+
+    @property
+    def look_like_poses(self) -> bool:
+        """Return whether all lines have one length, and nearly all could be a box with the keypoints in it."""
+        return len(self._num_outlines) == 1 and self._num_like_poses >= _SHARE_LIKE_POSES * self._num_outlines.total()
+
+
+def _numbers(columns: Iterable[str]) -> list[float] | None:
+    try:
+        return [float(column) for column in columns]
+    except ValueError:
+        return None
+
+
+def _box(columns: list[float]) -> Box:
+    x, y, width, height = four_numbers(columns[1:5], "x y width height")
+    return four_numbers([x - width / 2, y - height / 2, x + width / 2, y + height / 2], "of corners")
+
+
+def _box_around(columns: list[float]) -> Box:
+    if not all(map(math.isfinite, columns)):
+        raise Rejected("box", "not_finite", "a point of the outline is not finite")
+    xs, ys = columns[1::2], columns[2::2]
+    return four_numbers([min(xs), min(ys), max(xs), max(ys)], "of corners")
+
+
+def _may_have_visibility(columns: list[float]) -> bool:
+    """Return whether every third number after a box is 0, 1 or 2, as the visibility of a keypoint is."""
+    return (len(columns) - _BOX) % 3 == 0 and all(value in (0, 1, 2) for value in columns[7::3])
+
+
+def _is_like_pose(columns: list[float]) -> bool:
+    """Return whether the line can be a box inside the image and points in the box; (0, 0) is a point not seen."""
+    if not columns:
+        return False
+    x, y, width, height = columns[1:5]
+    left, top, right, bottom = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    if min(left, top) < -_OUTSIDE / 10 or max(right, bottom) > 1 + _OUTSIDE / 10:
+        return False
+    points = zip(columns[5::2], columns[6::2], strict=True)
+    return all(
+        left - _OUTSIDE <= px <= right + _OUTSIDE and top - _OUTSIDE <= py <= bottom + _OUTSIDE
+        for px, py in points
+        if (px, py) != (0, 0)
+    )

@@ -1,0 +1,183 @@
+"""Find what the folder of YOLO labels says about them: class names and the shape of keypoints.
+
+Training with Ultralytics uses the names of data.yaml. A classes.txt may be left from a labelling tool with other names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.shards.formats.encodings import Decoded, decode_text
+from cogvlm_ft.shards.formats.yolo_lines import is_label_file
+from cogvlm_ft.shards.packing.candidates import Problem, Rejected
+from cogvlm_ft.shards.packing.files import read_inside
+
+Names = dict[int, str]
+
+LISTS = ("classes.txt", "*.names")
+YAMLS = ("*.yaml", "*.yml")
+_FOLDERS_ABOVE = 2
+_MAX_BYTES = 2**20
+_NUMBER = re.compile("[0-9]{1,6}")
+_HAS_NAMES = re.compile(rb"""^[ \t]*["']?names["']?[ \t]*:""", re.M)
+_MAX_SHOWN = 5
+_OUTLINE_TASKS = ("segment", "obb")
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """What a file of class names says. num_keypoint_columns: of every line; outlines: all lines are some."""
+
+    file: Path
+    names: Names
+    num_keypoint_columns: int | None = None
+    outlines: bool = False
+    notes: tuple[Problem, ...] = ()
+
+
+def load_label_settings(root: Path, folder: str) -> LabelSettings:
+    """Return what the nearest YAML file with names says, else the nearest list; with a note about the choice.
+
+    Raises DataError if there is none, if two of a kind differ, or if a YAML file cannot be read.
+    """
+    below = Path(folder)
+    inside = [root / place for place in (below, *below.parents)] if folder else [root]
+    above = list(root.absolute().parents[:_FOLDERS_ABOVE])
+    chosen = _nearest(inside, YAMLS, strict=True)
+    listed = _nearest(inside, LISTS, strict=True) or _nearest(above, LISTS, strict=False)
+    if chosen is None:
+        chosen = _nearest(above, YAMLS, strict=listed is None)
+        if chosen and listed and _difference(chosen, listed):
+            detail = f"{_difference(chosen, listed)}; expected the same names. Remove or correct the wrong file."
+            raise DataError(f"{listed.file} and {chosen.file} {detail}")
+    if chosen is None and listed is None:
+        expected = ", ".join((*YAMLS, *LISTS))
+        raise DataError(
+            f"no file of class names for the YOLO labels in {root / folder}: none of {expected} there or above"
+        )
+    return _with_notes(chosen or listed, listed, folder)  # type: ignore[arg-type]
+
+
+def _with_notes(chosen: LabelSettings, listed: LabelSettings | None, folder: str) -> LabelSettings:
+    names = [f"{number} {name}" for number, name in list(chosen.names.items())[:_MAX_SHOWN]]
+    more = ", ..." if len(chosen.names) > _MAX_SHOWN else ""
+    notes = [Problem("note", "class_names", f"those of {chosen.file}: {', '.join(names)}{more}", folder or ".")]
+    difference = listed and _difference(chosen, listed)
+    if listed and difference:
+        detail = f"{listed.file} and {chosen.file} {difference}; used {chosen.file}. Remove or correct the wrong file."
+        notes.append(Problem("note", "class_names_differ", detail, folder or "."))
+    return replace(chosen, notes=(*notes, *chosen.notes))
+
+
+def _difference(chosen: LabelSettings, listed: LabelSettings) -> str | None:
+    """Return the first class that has two names, for people; None if one file only has more names."""
+    both = sorted(chosen.names.keys() & listed.names.keys())
+    number = next((number for number in both if chosen.names[number] != listed.names[number]), None)
+    if number is None:
+        return None
+    return f"differ: class {number} is {listed.names[number]!r:.80} and {chosen.names[number]!r:.80}"
+
+
+def _nearest(places: list[Path], patterns: tuple[str, ...], *, strict: bool) -> LabelSettings | None:
+    """Return the first file with names. Raises DataError if there are two that differ.
+
+    strict: a file that cannot be read is an error too.
+    """
+    for place in places:
+        found = [settings for settings in _all_in(place, patterns, strict=strict) if settings.names]
+        if any(settings.names != found[0].names for settings in found):
+            files = " and ".join(settings.file.name for settings in found)
+            raise DataError(f"{place} has {files} with different class names. Keep only the correct one.")
+        if found:
+            return next((settings for settings in found if settings.num_keypoint_columns), found[0])
+    return None
+
+
+def _all_in(place: Path, patterns: tuple[str, ...], *, strict: bool) -> Iterator[LabelSettings]:
+    for path in sorted(path for pattern in patterns for path in place.glob(pattern) if path.is_file()):
+        try:
+            data = read_inside(path.parent, path.name, "annotation", _MAX_BYTES)
+        except Rejected:
+            continue
+        try:
+            yield _of_list(path, data) if path.suffix not in (".yaml", ".yml") else _of_yaml(path, data)
+        except DataError:
+            if strict and _HAS_NAMES.search(data):
+                raise
+
+
+def _of_list(path: Path, data: bytes) -> LabelSettings:
+    if path.suffix == ".txt" and is_label_file(path):
+        return LabelSettings(path, {})
+    try:
+        decoded = decode_text(data)
+    except Rejected:  # the names that are not UTF-8 are reported with their targets
+        decoded = Decoded(data.decode("utf-8", "surrogateescape"))
+    names = {i: line.strip() for i, line in enumerate(decoded.text.split("\n")) if line.strip()}
+    return LabelSettings(path, names, notes=decoded.notes(path.name))
+
+
+def _of_yaml(path: Path, data: bytes) -> LabelSettings:
+    """Return `names:`, a list or a mapping of numbers, and `kpt_shape:`. Raises DataError.
+
+    Only nodes are read, so that class "no" is not False, and a name given twice is seen.
+    """
+    try:
+        decoded = decode_text(data)
+        root = yaml.compose(decoded.text, yaml.BaseLoader)
+    except Rejected as rejected:
+        raise DataError(f"{path}: {rejected.detail}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_reason(error)}; expected YAML with class names. Correct the file.") from None
+    fields: dict[str, yaml.Node] = {}
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "names" and "names" in fields:
+            raise DataError(f"{path}: names: is there twice; expected one list. Remove the wrong one.")
+        fields[str(key.value)] = value
+    names = _names_of(fields.get("names"), path)
+    notes = decoded.notes(path.name) if names else ()
+    outlines = _scalar(fields.get("task")) in _OUTLINE_TASKS
+    return LabelSettings(path, names, _keypoint_columns(fields.get("kpt_shape"), path), outlines, notes)
+
+
+def _reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).split("\n")[0][:200]
+    advice = " (indent with spaces, not tabs)" if "'\\t'" in str(error) else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}{advice}"
+
+
+def _names_of(node: yaml.Node | None, path: Path) -> Names:
+    if isinstance(node, yaml.SequenceNode):
+        return {i: value.value for i, value in enumerate(node.value) if isinstance(value, yaml.ScalarNode)}
+    names: Names = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        number = _scalar(key)
+        if number is None or not _NUMBER.fullmatch(number) or not isinstance(value, yaml.ScalarNode):
+            continue
+        if names.setdefault(int(number), value.value) != value.value:
+            detail = f"class {number} is {names[int(number)]!r:.80} and {value.value!r:.80}"
+            raise DataError(f"{path}: names: {detail}; expected one name. Remove the wrong one.")
+    return names
+
+
+def _keypoint_columns(node: yaml.Node | None, path: Path) -> int | None:
+    """Return how many columns of a line are keypoints. Raises DataError."""
+    if node is None or _scalar(node) in ("", "null", "~"):
+        return None
+    values = [_scalar(value) or "" for value in node.value] if isinstance(node, yaml.SequenceNode) else []
+    if len(values) != 2 or not all(map(_NUMBER.fullmatch, values)) or int(values[1]) not in (2, 3):
+        found = values or _scalar(node)
+        raise DataError(f"{path}: kpt_shape: {found}; expected [number of keypoints, 2 or 3]. Correct it.")
+    return int(values[0]) * int(values[1])
+
+
+def _scalar(node: yaml.Node | None) -> str | None:
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else None
