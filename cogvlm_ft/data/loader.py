@@ -22,6 +22,7 @@ from cogvlm_ft.grounding.turns import most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.runtime.stop_signals import ignore_stop_signals
 from cogvlm_ft.settings import AugmentConfig
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
@@ -144,7 +145,13 @@ def read_steps(
         items = rank_items(batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
         num_accum_steps = len(items)
         micro_batches += items
-    loader = DataLoader(dataset, batch_sampler=micro_batches, num_workers=num_workers, collate_fn=collate)  # type: ignore[arg-type]
+    loader = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=micro_batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_stop_signals if num_workers else None,
+    )
     step: list[Batch] = []
     for batch in loader:
         step.append(batch)

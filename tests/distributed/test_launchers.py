@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from ranks import REPOSITORY, free_port, read_metrics, run_program
-from tiny import short_run_settings
+from tiny import run_settings, short_run_settings
+
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -38,6 +44,49 @@ def test_launcher(launcher: str, shards: Path, start_model: Path, tmp_path: Path
     result = launch([*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")])
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2]
+
+
+def test_ranks_of_a_launcher_that_has_ended_save_and_end(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """`deepspeed` ends on SIGTERM without its ranks, which would go on and hold GPUs and port."""
+    settings = run_settings(shards, start_model, tmp_path / "run", "train.max_steps=500", "train.epochs=100")
+    command = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py"]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command, *settings, "evaluate.before_training=false", "data.num_workers=1"],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    output_dir = tmp_path / "run"
+    try:
+        wait_until(lambda: (output_dir / "metrics.jsonl").exists() and len(read_metrics(output_dir, "train")) > 1)
+        launcher.terminate()
+        assert launcher.wait(30) != 0
+        wait_until(lambda: not processes_of(output_dir))
+    finally:
+        for process in processes_of(output_dir):
+            process.kill()
+    last = list_checkpoints(output_dir / "checkpoints")[-1]
+    assert read_state(last).step == read_metrics(output_dir, "train")[-1]["step"] < 500
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def processes_of(output_dir: Path) -> list[psutil.Process]:
+    """Return every process whose command line names this folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if f"output_dir={output_dir}" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> None:

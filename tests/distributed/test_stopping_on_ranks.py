@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from ranks import read_metrics, run, started
+from ranks import read_metrics, run, started, wait_for_step
 from run_states import assert_same_end
 from tiny import run_settings
 
@@ -56,7 +57,12 @@ def test_no_gain_in_the_composite_ends_the_training(shards: Path, start_model: P
 
 def one_epoch(shards: Path, start_model: Path, folder: Path) -> list[str]:
     """Return the command of an epoch of five steps, whose evaluation takes seconds."""
-    long = ["evaluate.before_training=false", "evaluate.batch_size=1", "evaluate.max_new_tokens=50"]
+    long = [
+        "data.num_workers=2",
+        "evaluate.before_training=false",
+        "evaluate.batch_size=1",
+        "evaluate.max_new_tokens=50",
+    ]
     return ["launch/train.py", *run_settings(shards, start_model, folder, "train.epochs=1", *long)]
 
 
@@ -67,11 +73,14 @@ def undisturbed(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPa
     return folder / "run"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_evaluation_that_is_disturbed_costs_no_epoch(
     number: signal.Signals, undisturbed: Path, shards: Path, start_model: Path, tmp_path: Path
 ) -> None:
-    """A request to stop ends the evaluation after a batch; a kill ends it at once. The next start repeats it."""
+    """A request to stop ends the evaluation after a batch; a kill ends it at once. The next start repeats it.
+
+    The signal reaches the ranks and their loader processes, as from Slurm or docker.
+    """
     disturbed, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     with started(one_epoch(shards, start_model, disturbed), 2, tmp_path / "logs") as ranks:
         deadline = time.monotonic() + 120
@@ -79,10 +88,11 @@ def test_an_evaluation_that_is_disturbed_costs_no_epoch(
             assert time.monotonic() < deadline, ranks.output()
             time.sleep(0.01)
         time.sleep(0.3)
-        ranks.send(number)
+        for process in ranks.processes:
+            os.killpg(process.pid, number)
         assert ranks.wait() == ([-9, -9] if number == signal.SIGKILL else [0, 0]), ranks.output()
     assert read_metrics(disturbed, "val") == []
-    if number == signal.SIGUSR1:
+    if number == signal.SIGTERM:
         state = read_state(list_checkpoints(checkpoints)[-1])
         assert (state.step, state.evaluated_step) == (5, -1)
     run(one_epoch(shards, start_model, disturbed), 2, tmp_path / "logs")
@@ -90,3 +100,20 @@ def test_an_evaluation_that_is_disturbed_costs_no_epoch(
     states = [read_state(list_checkpoints(run / "checkpoints")[-1]) for run in (disturbed, undisturbed)]
     assert states[0].evaluated_step == states[1].evaluated_step == 5
     assert states[0].best == states[1].best
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_process_group_stops_and_saves(
+    number: signal.Signals, shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    """Slurm, docker and `kill -- -PGID` also signal the loader processes, which must go on until the rank ends."""
+    settings = run_settings(shards, start_model, tmp_path / "run", "data.num_workers=2", "train.max_steps=500")
+    arguments = ["launch/train.py", *settings, "train.epochs=100", "evaluate.before_training=false"]
+    with started(arguments, 2, tmp_path / "logs") as ranks:
+        wait_for_step(tmp_path / "run", 2, ranks)
+        for process in ranks.processes:
+            os.killpg(process.pid, number)
+        assert ranks.wait(60) == [0, 0], ranks.output()
+        assert "DataLoader worker" not in ranks.output()
+    [checkpoint] = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
+    assert read_state(checkpoint).step == read_metrics(tmp_path / "run", "train")[-1]["step"] < 500

@@ -104,7 +104,7 @@ def training_settings(shards: Path, start_model: Path) -> tuple[str, ...]:
     return (
         f"model.path={start_model}",
         f"data.shards={shards}",
-        "data.num_workers=0",
+        "data.num_workers=1",
         f"train.max_steps={NUM_STEPS}",
         "train.epochs=10",
         "train.global_batch_size=8",

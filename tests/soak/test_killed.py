@@ -37,7 +37,7 @@ def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
         f"output_dir={output_dir}",
         f"model.path={start_model}",
         f"data.shards={shards}",
-        "data.num_workers=0",
+        "data.num_workers=1",
         f"train.max_steps={NUM_STEPS}",
         "train.epochs=100",
         "train.global_batch_size=8",
