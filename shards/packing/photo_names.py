@@ -8,7 +8,6 @@ about the missing photo names the files that come closest.
 from __future__ import annotations
 
 import os
-import pickle
 import posixpath
 import re
 import tempfile
@@ -23,6 +22,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
+from cogvlm_ft.shards.packing.candidate_json import candidate_from_json, to_json
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 _HALF_WIDTH = {0x3000: " ", **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}}
@@ -61,22 +61,20 @@ def with_photos(parts: Iterable[Candidate | Problem], images: Path) -> Iterator[
     """
     claimed = set[int]()
     missing: dict[str, None] = {}
-    num_missing = 0
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
         for part in parts:
             if isinstance(part, Candidate) and part.embedded_in is None:
                 if not _is_there(images, part.image):
                     missing[part.image] = None
-                    num_missing += 1
-                    pickle.dump(part, file)
+                    file.write(to_json(part) + "\n")
                     continue
                 claimed.add(_hash(part.image))
             yield part
-        if num_missing:
+        if missing:
             found = _choices(missing, images, claimed)
             file.seek(0)
-            for _ in range(num_missing):
-                yield _with_choice(pickle.load(file), found)
+            for line in file:
+                yield _with_choice(candidate_from_json(line), found)
 
 
 class _Choice(NamedTuple):

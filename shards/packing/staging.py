@@ -7,12 +7,11 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.shards.packing.box_units import BoxUnits
+from cogvlm_ft.shards.packing.candidate_json import candidate_from_json, to_json
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.split_plan import SplitPlan, SplitReport, SplitRules
 from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan, key_of, key_with_hash, plan_shards, shuffle_rank
@@ -58,7 +57,7 @@ class StagingDatabase:
 
     def add(self, part: Candidate | Problem) -> None:
         """Store a problem, or a candidate under a unique key; a candidate whose key is taken becomes duplicate_key."""
-        content = _to_json(part)
+        content = to_json(part)
         self._hash.update(content.encode())
         self._hash.update(b"\n")
         if isinstance(part, Problem):
@@ -79,7 +78,7 @@ class StagingDatabase:
 
     def add_context(self, candidate: Candidate) -> None:
         """Store a candidate that becomes no sample: its targets are still present in its image."""
-        row = shuffle_rank(candidate.image, self._seed), _to_json(candidate)
+        row = shuffle_rank(candidate.image, self._seed), to_json(candidate)
         self._database.execute("INSERT INTO context (rank, content) VALUES (?, ?)", row)
 
     def add_value(self, name: str, content: Any) -> None:
@@ -102,7 +101,7 @@ class StagingDatabase:
     def candidates(self) -> Iterator[Candidate]:
         """Yield the candidates with a unique key, in the order they were added."""
         for (content,) in self._database.execute("SELECT content FROM candidates ORDER BY number"):
-            yield _candidate(json.loads(content))
+            yield candidate_from_json(content)
 
     def settle_units(self, box_units: BoxUnits) -> None:
         """Convert all candidates to the decided units."""
@@ -113,7 +112,7 @@ class StagingDatabase:
             last = -1
             while rows := self._database.execute(select, (last,)).fetchall():
                 last = rows[-1][0]
-                settled = ((_to_json(box_units.settle(_candidate(json.loads(content)))), row) for row, content in rows)
+                settled = ((to_json(box_units.settle(candidate_from_json(content))), row) for row, content in rows)
                 self._database.executemany(f"UPDATE {table} SET content = ? WHERE number = ?", settled)
 
     def by_image(self) -> Iterator[tuple[list[Candidate], list[Candidate]]]:
@@ -145,11 +144,11 @@ class StagingDatabase:
 
     def _add_problem(self, problem: Problem, image: str | None) -> None:
         sql = "INSERT INTO problems (is_duplicate, content) VALUES (?, ?)"
-        self._database.execute(sql, (image is not None, _to_json([problem, image])))
+        self._database.execute(sql, (image is not None, to_json([problem, image])))
 
     def _owner(self, key: str) -> Candidate:
         (content,) = self._database.execute("SELECT content FROM candidates WHERE key = ?", (key,)).fetchone()
-        return _candidate(json.loads(content))
+        return candidate_from_json(content)
 
 
 class StagedSample(NamedTuple):
@@ -169,7 +168,7 @@ def read_staged_samples(path: Path, plan: ShardPlan, *, with_others: bool = Fals
     with closing(_connect(path)) as database:
         known, everything = b"", list[Candidate]()
         for key, rank, content in database.execute(f"{rows} ORDER BY position", (plan.first, plan.last - 1)):
-            candidate = _candidate(json.loads(content))
+            candidate = candidate_from_json(content)
             if with_others and rank != known:
                 known, (kept, context) = rank, _of_image(database, rank)
                 everything = [*kept, *context]
@@ -189,36 +188,4 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _of_image(database: sqlite3.Connection, rank: bytes) -> tuple[list[Candidate], list[Candidate]]:
     kept = database.execute("SELECT content FROM candidates WHERE rank = ? ORDER BY key", (rank,))
     context = database.execute("SELECT content FROM context WHERE rank = ? ORDER BY number", (rank,))
-    return [_candidate(json.loads(row[0])) for row in kept], [_candidate(json.loads(row[0])) for row in context]
-
-
-def _fields(value: object) -> Any:
-    if is_dataclass(value):
-        return vars(value)
-    assert isinstance(value, Path)
-    return str(value)
-
-
-_to_json = json.JSONEncoder(default=_fields).encode
-
-
-def _candidate(fields: dict[str, Any]) -> Candidate:
-    """Restore a candidate from JSON, which has neither tuples nor paths."""
-    size, embedded_in = fields["stated_size_px"], fields["embedded_in"]
-    fields["targets"] = tuple(_target(target) for target in fields["targets"])
-    fields["turns"] = tuple(_turn(turn) for turn in fields["turns"])
-    fields["problems"] = tuple(Problem(**problem) for problem in fields["problems"])
-    fields["stated_size_px"] = size if size is None else tuple(size)
-    fields["embedded_in"] = embedded_in if embedded_in is None else Path(embedded_in)
-    return Candidate(**fields)
-
-
-def _target(fields: dict[str, Any]) -> Target:
-    fields["boxes_xyxy"] = tuple(tuple(box) for box in fields["boxes_xyxy"])
-    return Target(**fields)
-
-
-def _turn(fields: dict[str, Any]) -> Turn:
-    fields["target"] = fields["target"] and _target(fields["target"])
-    fields["history"] = tuple((prompt, answer) for prompt, answer in fields["history"])
-    return Turn(**fields)
+    return [candidate_from_json(row[0]) for row in kept], [candidate_from_json(row[0]) for row in context]
