@@ -15,7 +15,7 @@ from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
-from cogvlm_ft.shards.formats.conversations import questions_and_answers, verbatim_turn
+from cogvlm_ft.shards.formats.conversations import checked_turn, questions_and_answers
 from cogvlm_ft.shards.formats.rows import parse_object, read_head
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, require
 from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_inside
@@ -108,8 +108,9 @@ def _turns(content: dict[str, Any], source: str, problems: list[Problem]) -> lis
     earlier: tuple[tuple[str, str], ...] = ()
     for prompt, answer in _pairs(messages or [], source, problems):
         try:
-            turns.append(verbatim_turn(prompt, answer, earlier))
-            earlier = (*earlier, (prompt, answer))
+            turn = checked_turn(prompt, answer, earlier, source, problems)
+            turns.append(turn)
+            earlier = (*earlier, (turn.prompt, turn.answer))
         except Rejected as rejected:
             problems.append(rejected.problem(source))
     return turns

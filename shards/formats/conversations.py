@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Turn
-from cogvlm_ft.shards.formats.box_text import check_box_text
+from cogvlm_ft.shards.formats.box_text import normalise_box_text
 from cogvlm_ft.shards.packing.candidates import Problem, Rejected, require, shown
 
 Message = tuple[Any, Any]
@@ -43,17 +43,30 @@ def questions_and_answers(messages: Iterable[Message], source: str, problems: li
     return pairs
 
 
-def verbatim_turn(prompt: str, answer: str, earlier: tuple[tuple[str, str], ...]) -> Turn:
-    """Return a pair unchanged as a turn; raises Rejected if it is empty or has box text unknown to the model.
-
-    earlier: the pairs before it in the same conversation.
-    """
-    for name, text in (("the prompt", prompt), ("the answer", answer)):
-        require(bool(text.strip()), "turn", name, text, "a text that is not empty")
-        check_box_text(text, name, is_prompt=name == "the prompt")
+def checked_turn(
+    prompt: str, answer: str, earlier: tuple[tuple[str, str], ...], source: str, problems: list[Problem]
+) -> Turn:
+    """Return a pair as a turn, checked as in `checked_pair`. earlier: the pairs before it in the same conversation."""
     if len(earlier) > MAX_EARLIER:
         raise Rejected("turn", "long_conversation", f"more than {MAX_EARLIER} pairs before it")
-    return Turn(prompt, answer, history=earlier)
+    return Turn(*checked_pair(prompt, answer, source, problems), history=earlier)
+
+
+def checked_pair(prompt: str, answer: str, source: str, problems: list[Problem]) -> tuple[str, str]:
+    """Return both texts with their boxes in the model's form; raises Rejected if one is empty or unclear.
+
+    problems: gets a note about each text that was changed; others are returned as they are.
+    """
+    written: list[str] = []
+    notes: list[Problem] = []
+    for name, text in (("the prompt", prompt), ("the answer", answer)):
+        require(bool(text.strip()), "turn", name, text, "a text that is not empty")
+        written.append(normalise_box_text(text, name, is_prompt=name == "the prompt"))
+        if written[-1] != text:
+            detail = f"{name} was {text!r:.80}; written as {written[-1]!r:.80}"
+            notes.append(Problem("note", "box_text_normalised", detail, source))
+    problems += notes
+    return written[0], written[1]
 
 
 def _unanswered(question: str, source: str) -> Problem:

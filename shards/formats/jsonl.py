@@ -1,8 +1,8 @@
-"""JSON lines: one image per line.
+"""JSON lines, or one JSON array of the same objects: one image each.
 
 {"image": "a.jpg", "targets": [{"phrase": "dog", "boxes": [[1, 2, 30, 40]]}], "turns": [{"prompt": "?", "answer": "."}]}
 
-or one question per line, with the answer as CogVLM writes it:
+or one question each, with the answer as CogVLM writes it:
 
 {"image": "a.jpg", "Prompt": "狗在哪里?", "Label": "图片中存在一只狗,所在区域为[[086,540,400,760]]"}
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from cogvlm_ft.shards.formats.conversations import verbatim_turn
+from cogvlm_ft.shards.formats.conversations import checked_pair, checked_turn
 from cogvlm_ft.shards.formats.rows import first_objects, merge_same_image, rows_by_image
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
@@ -30,7 +30,7 @@ from cogvlm_ft.shards.packing.candidates import (
 def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per line, or one per image for Prompt/Label pairs. Raises DataError if no line is usable."""
     expected = 'one JSON object with "image" and "targets" or "turns" (or "Prompt" and "Label") per line'
-    for rows in rows_by_image(path, _joined_image, expected=expected, arrays=False):
+    for rows in rows_by_image(path, _joined_image, expected=expected, arrays=True):
         if isinstance(rows, Problem):
             yield rows
             continue
@@ -138,14 +138,18 @@ def _turn(value: Any, source: str, problems: list[Problem]) -> Turn | None:
                 and all(isinstance(text, str) and text.strip() for text in pair)
             )
             require(good, "turn", '"history"', pair, "a list of [prompt, answer], none empty")
-        return Turn(value["prompt"], value["answer"], history=tuple((pair[0], pair[1]) for pair in history))
+        notes: list[Problem] = []
+        earlier = tuple(checked_pair(pair[0], pair[1], source, notes) for pair in history)
+        turn = Turn(*checked_pair(value["prompt"], value["answer"], source, notes), history=earlier)
+        problems += notes
+        return turn
     except Rejected as rejected:
         problems.append(rejected.problem(source))
         return None
 
 
 def _pair(line: dict[str, Any], source: str, problems: list[Problem]) -> Turn | None:
-    """Return the texts of a Prompt/Label pair unchanged."""
+    """Return a Prompt/Label pair."""
     try:
         texts = []
         for expected in ("prompt", "label"):
@@ -153,7 +157,7 @@ def _pair(line: dict[str, Any], source: str, problems: list[Problem]) -> Turn | 
             require(len(names) == 1, "turn", "the keys", names, f'"{expected.capitalize()}" only once')
             require(isinstance(line[names[0]], str), "turn", f'"{names[0]}"', line[names[0]], "a string")
             texts.append(line[names[0]])
-        return verbatim_turn(texts[0], texts[1], ())
+        return checked_turn(texts[0], texts[1], (), source, problems)
     except Rejected as rejected:
         problems.append(rejected.problem(source))
         return None

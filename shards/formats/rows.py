@@ -239,14 +239,26 @@ def are_fractions(boxes: Iterable[Box], largest: float = 1.02) -> bool:
 
 
 def _load_array(path: Path) -> list[Any] | None:
-    """Load the file as one array; return None if it is not one, to read it line by line."""
-    if read_head(path, 4096)[:1] != b"[":
+    """Load the file as one array; return None if it is not one, to read it line by line.
+
+    Raises DataError for an array that is not valid JSON: line by line, only a few of its objects would be found.
+    """
+    head = read_head(path, MAX_LINE_BYTES)
+    if head[:1] != b"[":
         return None
     try:
-        values = load_json(path, "a JSON array")
+        values = load_json(path, "one JSON array, or one JSON object per line")
     except DataError:
+        if _begins_array(head.split(b"\n", 1)[0].strip()):
+            raise
         return None
     return values if isinstance(values, list) else None
+
+
+def _begins_array(line: bytes) -> bool:
+    """Return whether this first line is a bracket, with or without a whole object and a comma after it."""
+    value = _first_value(line[1:].decode("utf-8", "ignore").strip())
+    return line == b"[" or (isinstance(value, dict) and line.endswith(b","))
 
 
 def groups_of_equal(hashes: array[int]) -> Iterator[list[int]]:

@@ -82,7 +82,7 @@ def test_captions_are_asked_for_in_their_language(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "reasons"),
     [
-        (says("a", "在**[[086,540,400,760]]**", "c", "d"), [("turn", "bad_box_text")]),
+        (says("a", "在**[[86,540,400,760]]**", "c", "d"), [("turn", "bad_box_text")]),
         (says("a", "在[86, 540, 400, 760]", "c", "d"), [("turn", "bad_box_text")]),
         (says("a", "", "c", "d"), [("turn", "bad_field")]),
         (says("c", "d", "e"), [("turn", "no_answer")]),

@@ -106,6 +106,73 @@ def test_older_forms_in_thousandths(tmp_path: Path, line: Any) -> None:
     assert found.only.units == "thousandths" and not found.problems and not found.turns
 
 
+def json_answer(*entries: dict[str, Any], fence: bool = True) -> str:
+    text = json.dumps(list(entries), ensure_ascii=False, indent=1)
+    return f"```json\n{text}\n```" if fence else text
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "boxes"),
+    [
+        ("Find <ref>a</ref>", "<ref>a</ref><box>[[100, 200, 500, 600]]</box>", {"a": ((100, 200, 500, 600),)}),
+        (
+            "Find them",
+            "<ref>a</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box> and <ref>b</ref><box>[9, 9, 10, 10]</box>.",
+            {"a": ((1, 2, 3, 4), (5, 6, 7, 8)), "b": ((9, 9, 10, 10),)},
+        ),
+        ("Find <ref>狗</ref>", "<box>［［１，２，３，４］］</box>", {"狗": ((1, 2, 3, 4),)}),
+        ("Find <ref>狗</ref>", "<box>（１，２），（３，４）</box>", {"狗": ((1, 2, 3, 4),)}),
+    ],
+)
+def test_boxes_of_internvl(tmp_path: Path, question: str, answer: str, boxes: Any) -> None:
+    found = read(tmp_path, row(question, answer))
+    assert found.boxes == {"a.jpg": boxes} and not found.problems and not found.turns
+    assert (found.only.units, found.only.unit_basis) == ("thousandths", "documented")
+
+
+DOG, CAT = {"bbox_2d": [10, 20, 30, 40], "label": "dog"}, {"bbox_2d": [1.5, 2, 3, 4], "label": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "boxes"),
+    [
+        ("Locate all", json_answer(DOG, CAT, DOG), {"dog": ((10, 20, 30, 40),) * 2, "cat": ((1.5, 2, 3, 4),)}),
+        ("Locate all", json_answer(DOG, fence=False), {"dog": ((10, 20, 30, 40),)}),
+        ("Locate all", json.dumps(DOG), {"dog": ((10, 20, 30, 40),)}),
+        ("Locate all", f"Here they are:\n{json_answer(CAT)}\nThat is all.", {"cat": ((1.5, 2, 3, 4),)}),
+        ('As [{"bbox_2d": [x1, y1, x2, y2], "label": "..."}]', json_answer(CAT), {"cat": ((1.5, 2, 3, 4),)}),
+        ("Where is <ref>the dog</ref>?", json_answer({"bbox_2d": [1, 2, 3, 4]}), {"the dog": ((1, 2, 3, 4),)}),
+        ("Where is <ref>the dog</ref>?", json_answer(), {"the dog": ()}),
+        ("?", json_answer({"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "name": "x"}), {"x": ((1, 2, 3, 4), (5, 6, 7, 8))}),
+    ],
+)
+def test_boxes_in_json(tmp_path: Path, question: str, answer: str, boxes: Any) -> None:
+    found = read(tmp_path, row(question, answer))
+    assert found.boxes == {"a.jpg": boxes} and not found.problems and not found.turns
+    if any(boxes.values()):
+        assert found.only.unit_basis == "unknown"
+
+
+@pytest.mark.parametrize("slot", ["<bbox>", '"<bbox>"'])
+def test_placeholders_in_json(tmp_path: Path, slot: str) -> None:
+    text = f'[\n\t{{"bbox_2d": {slot}, "label": "<ref-object>"}},\n\t{{"bbox_2d": {slot}, "label": "<ref-object>"}}]'
+    objects = {"ref": ["羊", 'a "b"\\', "羊"], "bbox": [[10, 8, 30, 24], [50, 8, 80, 24]]}
+    found = read(tmp_path, row("找到<ref-object>", text, objects=objects))
+    assert found.boxes == {"a.jpg": {'a "b"\\': ((10, 8, 30, 24),), "羊": ((50, 8, 80, 24),)}} and not found.problems
+    assert (found.only.units, found.only.unit_basis) == ("pixels", "documented")
+
+
+def test_a_lost_box_in_json_is_reported(tmp_path: Path) -> None:
+    answer = json_answer({**DOG, "bbox_2d": [1, 2, 3]}, {**DOG, "bbox_2d": "x"}, CAT)
+    found = read(tmp_path, row("?", answer))
+    assert found.reasons == [
+        ("box", "wrong_number_of_coordinates"),
+        ("box", "bad_field"),
+        ("target", "no_boxes_left"),
+    ]
+    assert found.boxes == {"a.jpg": {"cat": ((1.5, 2, 3, 4),)}}
+
+
 def test_a_list_of_objects_serves_for_phrase_and_box(tmp_path: Path) -> None:
     """As in ms-swift 2: the box in the question and the phrase in the answer, or the other way round."""
     objects = [{"caption": "guy in red", "bbox": [138, 136, 235, 359], "bbox_type": "real", "image": 0}]
@@ -172,12 +239,20 @@ def test_boxes_in_other_units_for_the_same_image_are_a_contradiction(tmp_path: P
         ("?", "<box>(1,2),(3,4)</box><ref>a</ref>", "boxes_without_phrase"),
         ("Where?", "At [1, 2, 3, 4].", "bad_box_text"),
         ("Where?", "(1,2),(3,4)", "bad_box_text"),
-        ("Where?", '```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]\n```', "bad_box_text"),
+        ("Where?", '```json\n[{"bbox_2d": [1, 2, 3, 4]}]\n```', "boxes_without_phrase"),
+        ("Where?", '```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "dog"', "bad_box_text"),
+        ("Where?", '[{"box_2d": [1, 2, 3, 4], "label": "dog"}]', "bad_box_text"),
+        (
+            "Where?",
+            '{"bbox_2d": [1, 2, 3, 4], "label": "dog"} {"bbox_2d": [1, 2, 3, 4], "label": "cat"}',
+            "bad_box_text",
+        ),
+        ("Where?", "```json\n[]\n```", "boxes_without_phrase"),
         ("Where?", "<quad>(1,2),(3,4),(5,6),(7,8)</quad>", "bad_box_text"),
         ("Where?", "<box>(1,2),(3,4)", "bad_box_text"),
         ("In [[1,2,3,4]]?", "A dog.", "bad_box_text"),
         ("<ref>a</ref> not in [1,2,3,4]?", "<box>(1,2),(3,4)</box>", "bad_box_text"),
-        ("Where?", "[[001, 002, 003, 004]]", "bad_box_text"),
+        ("Where?", "[[1, 2, 3, 4]]", "bad_box_text"),
         ("Where?", "", "bad_field"),
         ("<image>", "A caption.", "bad_field"),
     ],
@@ -246,7 +321,7 @@ def test_a_bad_box_is_lost_alone(tmp_path: Path) -> None:
         tmp_path,
         objects_of(bbox=[[1, 2, 3], [1, 2, 3, 4]]),
         objects_of(bbox=[[615, 226], "x"]),
-        row("<ref>dog</ref>?", "<box>[[1, 2, 3, 4]]</box><box>(1,2),(3,4)</box>", image="b.jpg"),
+        row("<ref>dog</ref>?", "<box>[[1, 2, 3, 4</box><box>(1,2),(3,4)</box>", image="b.jpg"),
     )
     assert [reason for _, reason in found.reasons] == [
         "wrong_number_of_coordinates",
