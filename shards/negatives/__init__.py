@@ -4,8 +4,9 @@
 absent targets for each image (`absent`). `lexicon`, `meaning` and `photo` decide what is certainly absent.
 """
 
-from cogvlm_ft.shards.negatives.absent import KINDS, NegativeSettings, choose_absent, negatives_report
+from cogvlm_ft.shards.negatives.absent import KINDS, NegativeSettings, choose_absent
 from cogvlm_ft.shards.negatives.lexicon import load_lexicon
+from cogvlm_ft.shards.negatives.shortfall import negatives_report
 from cogvlm_ft.shards.negatives.vocabulary import Vocabulary
 
 __all__ = ["KINDS", "NegativeSettings", "Vocabulary", "choose_absent", "load_lexicon", "negatives_report"]

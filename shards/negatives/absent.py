@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
@@ -27,6 +27,7 @@ attribute: a phrase of this image with another colour, side or number."""
 
 _MAX_SHARE = 0.9
 _MOST_AT_ONE_PLACE = 3  # times the average: more would reveal which images have absent targets
+_MOST_IN_BACKGROUND = 0.75
 _DRAWS = 200
 
 
@@ -81,7 +82,9 @@ def choose_absent(
     """
     present = [target for target in candidate.targets if target.boxes_xyxy]
     draw = _draws(f"{settings.seed}:{candidate.key or candidate.image}")
-    num_targets = _number(len(present) * _absent_per_present(vocabulary, settings.share), draw())
+    plan = plan_absent(vocabulary, settings)
+    is_background = vocabulary.is_background(candidate, others)
+    num_targets = _number(plan.per_background if is_background else len(present) * plan.per_present, draw())
     if not num_targets:
         return ()
     photo = read_photo(candidate, others, vocabulary.exhaustive, vocabulary.lexicon)
@@ -90,19 +93,42 @@ def choose_absent(
     chosen = _choose(num_targets, present, candidate, photo, vocabulary, settings, draw)
     counts.update(kind for _, kind in chosen)
     counts["missed"] += num_targets - len(chosen)
+    counts["background_used"] += is_background and bool(chosen)
     return tuple(target for target, _ in chosen)
 
 
-def _absent_per_present(vocabulary: Vocabulary, share: float) -> float:
-    """Return how many absent targets an image that can take any gets per present one, to reach the fraction.
+class AbsentPlan(NamedTuple):
+    """How many absent targets to add: in total, per present target of an image, and per image without annotations."""
 
-    Those of the user count; photos that cannot take any are made up for by the others, within limits.
+    num_needed: float
+    per_present: float
+    per_background: float
+
+    def num_planned(self, totals: Mapping[str, int]) -> float:
+        """Return how many are tried."""
+        places = totals.get("present_where_absent_can_be_added", 0)
+        return self.per_present * places + self.per_background * totals.get("background_photos", 0)
+
+
+def plan_absent(vocabulary: Vocabulary, settings: NegativeSettings) -> AbsentPlan:
+    """Return how many absent targets to add, to reach the fraction.
+
+    Those of the user count. Images without annotations come first: each gets at least one, but together at most three
+    quarters, or an image without objects would be the only one with absent targets. Other images that cannot take any
+    are made up for by the others, within limits.
     """
     totals = vocabulary.totals
-    places = totals["present_where_absent_can_be_added"]
-    plain = share / (1 - share)
-    num_targets = plain * totals["present"] - totals["absent"]
-    return min(max(num_targets, 0) / places, _MOST_AT_ONE_PLACE * plain) if places else 0.0
+    places, background = totals["present_where_absent_can_be_added"], totals["background_photos"]
+    plain = settings.share / (1 - settings.share)
+    num_needed = max(plain * totals["present"] - totals["absent"], 0)
+    per_background = 0.0
+    if background and num_needed and settings.kinds.get("class", 0) > 0:
+        mean = places / totals["places"] if places else 1.0
+        most = max(1.0, num_needed * (_MOST_IN_BACKGROUND if places else 1)) / background
+        per_background = min(max(1.0, plain * mean), most)
+    rest = max(num_needed - per_background * background, 0)
+    per_present = min(rest / places, _MOST_AT_ONE_PLACE * plain) if places else 0.0
+    return AbsentPlan(num_needed, per_present, per_background)
 
 
 def _draws(name: str) -> Callable[[], float]:
@@ -137,14 +163,19 @@ def _choose(
         if kind == "attribute":
             target = swaps.pop(int(draw() * len(swaps))) if swaps else None
         else:
-            language = present[int(draw() * len(present))].language  # or the language would tell what is absent
-            target = _draw_absent(language, photo, vocabulary, taken, draw)
+            language = _language(present, vocabulary, draw)
+            target = _draw_absent(language, photo, vocabulary, taken, draw) if language else None
         if target is None:
             weights[kind] = 0
         elif (name := read_meaning(target.phrase, vocabulary.lexicon).whole) not in taken:
             taken.add(name)
             chosen.append((target, kind))
     return chosen
+
+
+def _language(present: Sequence[Target], vocabulary: Vocabulary, draw: Callable[[], float]) -> str | None:
+    """Draw the language of a present target, or the language would tell what is absent; else one of the data set."""
+    return present[int(draw() * len(present))].language if present else vocabulary.draw_language(draw())
 
 
 def _draw_absent(
@@ -160,20 +191,3 @@ def _draw_absent(
         if meaning.whole not in taken and not photo.may_show(meaning, lexicon):
             return Target(phrase, language, ())
     return None
-
-
-def negatives_report(vocabulary: Vocabulary, settings: NegativeSettings, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Return the entry for index.json: requested and reached fraction, counts by kind, and what was left out."""
-    totals = vocabulary.totals
-    num_added = sum(counts.get(kind, 0) for kind in KINDS)
-    num_absent = totals["absent"] + num_added
-    num_targets = totals["present"] + num_absent
-    kept_out = {name: totals[name] for name in sorted(totals) if name.startswith(("phrases_", "photos_"))}
-    return {
-        "share_wanted": settings.share,
-        "share_reached": round(num_absent / num_targets, 4) if num_targets else 0.0,
-        "added": {kind: counts.get(kind, 0) for kind in KINDS},
-        "missed": counts.get("missed", 0),
-        **kept_out,
-        "unknown_words": dict(vocabulary.unknown_words()),
-    }

@@ -72,13 +72,21 @@ class Vocabulary:
         present = [target for target in candidate.targets if target.boxes_xyxy]
         self.totals["present"] += len(present)
         self.totals["absent"] += len(candidate.targets) - len(present)
-        photo = read_photo(candidate, others, self.exhaustive, self.lexicon) if present else None
+        is_background = self.is_background(candidate, others)
+        photo = read_photo(candidate, others, self.exhaustive, self.lexicon) if present or is_background else None
         if isinstance(photo, str):
             self.totals[photo] += 1
+        elif is_background:
+            self.totals["background_photos"] += 1
         elif photo:
             self.totals["present_where_absent_can_be_added"] += len(present)
+            self.totals["places"] += 1
         for target in present:
             self._add_phrase(target)
+
+    def is_background(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+        """Return whether the image certainly shows nothing that the data set has a name for."""
+        return self.exhaustive and all(each.is_background for each in (candidate, *others))
 
     def _add_phrase(self, target: Target) -> None:
         meaning = read_meaning(target.phrase, self.lexicon)
@@ -98,6 +106,17 @@ class Vocabulary:
             self._drawn_from[language] = [text for text, _ in counts], list(accumulate(count for _, count in counts))
         phrases, sums = self._drawn_from[language]
         return phrases[bisect_right(sums, int(share * sums[-1]))] if phrases else None
+
+    def draw_language(self, share: float) -> str | None:
+        """Return the language at this fraction (0..1) of the counts of all phrases; None without phrases."""
+        languages = sorted(self._phrases)
+        sums = list(accumulate(sum(count for _, count in self._phrases[name].items()) for name in languages))
+        return languages[bisect_right(sums, int(share * sums[-1]))] if sums else None
+
+    @property
+    def num_phrases(self) -> int:
+        """Return the number of distinct phrases that can be called absent."""
+        return sum(len(counts.items()) for counts in self._phrases.values())
 
     def unknown_words(self) -> list[tuple[str, int]]:
         """Return the most frequent words that kept phrases from being used, for the user's list of synonyms."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import reprlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,11 @@ class Candidate:
     problems: tuple[Problem, ...] = ()
     image_hint: str = ""
     split: str | None = None
+
+    @property
+    def is_background(self) -> bool:
+        """Return whether nothing is annotated in the image, and nothing of it was skipped."""
+        return not self.targets and not self.turns and all(problem.is_note for problem in self.problems)
 
 
 class Rejected(Exception):
@@ -175,9 +181,21 @@ def make_target(
 
 
 def make_targets(boxes_of: dict[str, list[Box | None]], source: str, problems: list[Problem]) -> tuple[Target, ...]:
-    """Return one target per phrase; unusable ones become problems. None is a box that was already lost."""
+    """Return one target per label; unusable ones become problems. None is a box that was already lost.
+
+    Labels that differ only in blanks or in their Unicode form are one label, which is noted.
+    """
+    merged: dict[str, list[Box | None]] = {}
+    spellings: dict[str, list[str]] = {}
+    for label, boxes in boxes_of.items():
+        phrase = " ".join(unicodedata.normalize("NFC", label).split())
+        merged.setdefault(phrase, []).extend(boxes)
+        spellings.setdefault(phrase, []).append(label)
     targets = []
-    for phrase, boxes in boxes_of.items():
+    for phrase, boxes in merged.items():
+        if len(spellings[phrase]) > 1:
+            detail = f"{' and '.join(map(shown, spellings[phrase]))} are one label with {len(boxes)} boxes"
+            problems.append(Problem("note", "labels_joined", detail, source))
         try:
             targets.append(make_target(phrase, [box for box in boxes if box], num_boxes_found=len(boxes)))
         except Rejected as rejected:

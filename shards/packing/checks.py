@@ -31,15 +31,18 @@ def check_candidate(
     verify: str = VERIFY[0],
     *,
     apply_exif: bool = False,
+    keep_background: bool = False,
 ) -> tuple[CheckedSample | None, list[Problem]]:
     """Return the sample without its invalid parts (None if nothing is left), and all problems, also the reader's.
 
     apply_exif: the boxes are drawn on the photo as its EXIF orientation turns it.
+    keep_background: an image in which nothing is annotated becomes a sample without targets.
     """
     problems = list(candidate.problems)
     try:
-        if not candidate.targets and not candidate.turns:
-            raise _nothing_left(candidate, problems)
+        is_background = keep_background and candidate.is_background
+        if not candidate.targets and not candidate.turns and not is_background:
+            raise _nothing_left(candidate)
         ext, data = read_image(candidate, images)
         stored = _verified(data, key, max_pixels, verify)
         is_upright = not apply_exif or stored.orientation == 1
@@ -50,8 +53,8 @@ def check_candidate(
             for target in candidate.targets
         ]
         kept = tuple(target for target in targets if target)
-        if not kept and not candidate.turns:
-            raise _nothing_left(candidate, problems)
+        if not kept and not candidate.turns and not is_background:
+            raise Rejected("sample", "no_targets_left", f"all targets of {candidate.image} were rejected")
     except Rejected as rejected:
         return None, [*problems, rejected.problem(candidate.source)]
     source = candidate.source.encode("utf-8", "backslashreplace").decode()  # the name of a file may not be valid UTF-8
@@ -74,9 +77,14 @@ def with_hint(rejected: Rejected, candidate: Candidate) -> Rejected:
     return Rejected(rejected.level, rejected.reason, f"{rejected.detail} {candidate.image_hint}".rstrip())
 
 
-def _nothing_left(candidate: Candidate, problems: list[Problem]) -> Rejected:
-    if not all(problem.is_note for problem in problems):
-        return Rejected("sample", "no_targets_left", f"all targets of {candidate.image} were rejected")
+def _nothing_left(candidate: Candidate) -> Rejected:
+    if candidate.is_background:
+        return nothing_annotated(candidate)
+    return Rejected("sample", "no_targets_left", f"all targets of {candidate.image} were rejected")
+
+
+def nothing_annotated(candidate: Candidate) -> Rejected:
+    """Return the reason why an image without annotations is left out."""
     return Rejected("sample", "no_targets", f"nothing is annotated in {candidate.image}")
 
 

@@ -17,11 +17,7 @@ def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
         lines.append(f"{name:<8}{len(split['shards']):>8}{counts}{split['num_absent']:>8}{split['num_turns']:>8}")
     lines += _splitting(index["build"])
     if "negatives" in index:
-        found = index["negatives"]
-        added = ", ".join(f"{count} by {kind}" for kind, count in found["added"].items())
-        lines.append(
-            f"\nabsent targets: {found['share_reached']:.1%} of all, requested {found['share_wanted']:.1%}; {added}"
-        )
+        lines += _negatives(index["negatives"])
     lines += _by_reason("rejected", index["rejected"], files.rejected.examples)
     if index["notes"]:
         lines += _by_reason("notes (nothing is lost)", index["notes"], files.notes.examples)
@@ -42,10 +38,13 @@ def _splitting(build: dict[str, Any]) -> list[str]:
         lines.append(f"\nsplits: as in the files ({stated}{others}). --split random splits by --val-fraction instead")
         if found["val_fraction"] is not None:
             lines.append(f"  no photo is stated to be val: {found['val_fraction']:g} of train becomes val")
-    elif len([name for name, count in found["stated"].items() if count]) > 1:
+    elif found["stated"]["val"] or found["stated"]["test"]:
         lines.append(f"\nsplits: at random; those in the files ({stated}) are not used. --split folders keeps them")
     if found["num_groups"]:
-        photos, groups = f"{found['num_grouped']} photos", f"{found['num_groups']} groups"
+        photos, groups = (
+            f"{found['num_grouped']} photos",
+            f"{found['num_groups']} group{'' if found['num_groups'] == 1 else 's'}",
+        )
         largest = f"the largest has {found['largest']}, such as {found['largest_name']}"
         lines.append(f"\nkept together: {photos} in {groups} of copies or series, never in two splits; {largest}")
     if found["num_identical"]:
@@ -55,6 +54,17 @@ def _splitting(build: dict[str, Any]) -> list[str]:
     if found["num_unmatched"]:
         lines.append(f"  {found['num_unmatched']} photos do not match --group-by; they are grouped by photo")
     return lines
+
+
+def _negatives(found: dict[str, Any]) -> list[str]:
+    """Describe the reached fraction of absent targets, and why it is lower than requested."""
+    added = ", ".join(f"{count} by {kind}" for kind, count in found["added"].items())
+    reached, wanted = found["share_reached"], found["share_wanted"]
+    lines = [f"\nabsent targets: {reached:.1%} of all, requested {wanted:.1%}; {added}"]
+    if found["background_photos"]:
+        used = f"{found['background_used']} of {found['background_photos']} photos without annotations"
+        lines.append(f"  {used} are used. Leave out photos that nobody has annotated yet.")
+    return lines + [f"  {reason}" for reason in found["why_fewer"]]
 
 
 def _by_reason(title: str, counts: dict[str, int], examples: dict[str, dict[str, Any]]) -> list[str]:

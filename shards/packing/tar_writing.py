@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, add_absent_targets
 from cogvlm_ft.shards.packing.candidates import Problem
-from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate
+from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate, nothing_annotated
 from cogvlm_ft.shards.packing.files import prefetch
 from cogvlm_ft.shards.packing.shrink import shrink_sample
 from cogvlm_ft.shards.packing.splits import ShardPlan
@@ -81,10 +81,18 @@ def prepare_sample(
     """Check a candidate, add absent targets and shrink its image. num_added: counts the absent targets by kind."""
     candidate, key = staged.candidate, staged.key
     sample, problems = check_candidate(
-        candidate, key, settings.images, settings.max_pixels, settings.verify, apply_exif=settings.apply_exif
+        candidate,
+        key,
+        settings.images,
+        settings.max_pixels,
+        settings.verify,
+        apply_exif=settings.apply_exif,
+        keep_background=settings.negatives is not None,
     )
     if sample and settings.negatives:
         sample = add_absent_targets(sample, staged, settings.staging, settings.negatives, num_added)
+        if not sample.record.targets and not sample.record.turns:
+            return None, [*problems, nothing_annotated(candidate).problem(candidate.source)]
     if sample and settings.max_side:
         try:
             sample = shrink_sample(sample, settings.max_side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvlm_ft.shards.build import main
-from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, make_targets
 from cogvlm_ft.shards.packing.given_splits import GivenSplits, split_of_folder
 from cogvlm_ft.shards.packing.source_photos import photo_name
 from cogvlm_ft.shards.packing.split_plan import SplitRules
@@ -237,3 +238,90 @@ def test_identical_photos_are_in_one_split(
     staging.close()
     assert all(len(found) == 1 for found in splits.values())
     assert report.num_identical == sum(contents.count(content) > 1 for content in contents)
+
+
+def targets_of(out: Path) -> dict[str, list[tuple[str, int]]]:
+    """(phrase, number of boxes) of every target, by key; all tars."""
+    found = {}
+    for path in out.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    record = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    found[record["key"]] = [(t["phrase"], len(t["boxes_xyxy"])) for t in record["targets"]]
+    return found
+
+
+def rejected(out: Path) -> list[str]:
+    return [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_bytes().splitlines()]
+
+
+def test_22_a_photo_without_annotations_has_absent_targets(tmp_path: Path, capsys: Any) -> None:
+    found = built(tmp_path / "out", CASES / "22-background" / "in", "--negatives", "0.2", "--val-fraction", "0")
+    ((phrase, num_boxes),) = targets_of(tmp_path / "out")[next(key for key in found["train"] if "images_b" in key)]
+    assert phrase in ("dog", "cat") and num_boxes == 0 and rejected(tmp_path / "out") == []
+    assert "1 of 1 photos without annotations are used" in capsys.readouterr().out
+    built(tmp_path / "plain", CASES / "22-background" / "in", "--val-fraction", "0")
+    assert rejected(tmp_path / "plain") == ["no_targets"]
+
+
+@pytest.mark.parametrize("annotation_format", ["yolo", "voc", "coco"])
+def test_background_of_every_detection_format(tmp_path: Path, annotation_format: str) -> None:
+    photos = {"a": "dog", "b": "", "c": "cat", "d": "cat"}
+    for i, name in enumerate(photos):
+        write_photo(tmp_path / "in" / f"{name}.png", (60, 40), i)
+    if annotation_format == "coco":
+        boxes = [
+            {"id": i, "image_id": i, "category_id": label, "bbox": [3, 5, 20, 10]}
+            for i, label in enumerate(photos.values())
+            if label
+        ]
+        images = [{"id": i, "file_name": f"{name}.png", "width": 60, "height": 40} for i, name in enumerate(photos)]
+        labels = [{"id": name, "name": name} for name in ("dog", "cat")]
+        content = {"images": images, "annotations": boxes, "categories": labels}
+        (tmp_path / "in" / "i.json").write_text(json.dumps(content))
+    for name, label in photos.items():
+        box = f"{int(label == 'cat')} 0.5 0.5 0.25 0.5\n" if label else ""
+        corners = "<bndbox><xmin>3</xmin><ymin>5</ymin><xmax>23</xmax><ymax>15</ymax></bndbox>"
+        item = f"<object><name>{label}</name>{corners}</object>" if label else ""
+        if annotation_format == "yolo":
+            (tmp_path / "in" / f"{name}.txt").write_text(box)
+            (tmp_path / "in" / "classes.txt").write_text("dog\ncat\n")
+        elif annotation_format == "voc":
+            text = f"<annotation><filename>{name}.png</filename>{item}</annotation>"
+            (tmp_path / "in" / f"{name}.xml").write_text(text)
+    built(tmp_path / "out", tmp_path / "in", "--negatives", "0.3")
+    targets = targets_of(tmp_path / "out")
+    assert targets["b"] and all(count == 0 for _, count in targets["b"])
+    assert all(count == 1 for name in "acd" for phrase, count in targets[name] if phrase == photos[name])
+
+
+def test_why_there_are_fewer_absent_targets_is_said_in_numbers(tmp_path: Path, capsys: Any) -> None:
+    found = built(tmp_path / "out", yolo(tmp_path / "in", a=1, b=2, c=3, d=4), "--negatives", "0.5")
+    assert found["index"]["negatives"]["share_reached"] == 0
+    printed = capsys.readouterr().out
+    assert "4 were needed, 0 added" in printed
+    assert "4 found nothing that is certainly absent among 1 usable name" in printed
+
+
+def test_31_labels_that_differ_in_blanks_are_one_target(tmp_path: Path) -> None:
+    found = built(tmp_path / "out", CASES / "31-label-spelling" / "in", "--val-fraction", "0")
+    (targets,) = targets_of(tmp_path / "out").values()
+    assert dict(targets)["dog"] == 2 and len(targets) == len(dict(targets))
+    assert [row["reason"] for row in found["notes"]] == ["labels_joined"]
+
+
+LABELS = st.text(st.sampled_from("ab é 狗\u3000\u00a0"), min_size=1, max_size=6).filter(str.strip)
+
+
+@QUICK
+@given(counts=st.dictionaries(LABELS, st.integers(1, 3), min_size=1, max_size=6))
+def test_labels_keep_all_their_boxes(counts: dict[str, int]) -> None:
+    boxes: dict[str, list[Any]] = {
+        label: [(0.0, 0.0, 1.0, float(i + 1)) for i in range(n)] for label, n in counts.items()
+    }
+    problems: list[Problem] = []
+    targets = make_targets(boxes, "", problems)
+    assert sum(len(target.boxes_xyxy) for target in targets) == sum(counts.values())
+    assert len({" ".join(target.phrase.split()) for target in targets}) == len(targets)
+    assert all(problem.is_note for problem in problems)
