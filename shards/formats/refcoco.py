@@ -1,5 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as published: refs(unc).p, refs(google).p or refs(umd).p next to instances.json.
 
+Also gRefCOCO's grefs(unc).json, where "ann_id" is a list of several boxes, or [-1] with "no_target" for an absent one.
+
 refs: [{"ref_id": 0, "ann_id": 7, "image_id": 5, "file_name": "COCO_train2014_000000000005_0.jpg",
         "sentences": [{"sent": "the red car", ...}, ...], "split": "train", ...}, ...]
 Their split is not used: the builder splits by image.
@@ -15,7 +17,7 @@ from typing import Any
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target
 from cogvlm_ft.shards.formats.plain_pickle import load_plain_pickle
-from cogvlm_ft.shards.formats.rows import load_lists, stated_size
+from cogvlm_ft.shards.formats.rows import load_json, load_lists, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
@@ -27,7 +29,8 @@ from cogvlm_ft.shards.packing.candidates import (
     shown,
 )
 
-_REFS_NAME = re.compile(r"refs\(\w+\)\.p")
+_REFS_NAME = re.compile(r"refs\(\w+\)\.p|grefs\(\w+\)\.json")
+_NO_TARGET = -1
 
 
 class _Instances:
@@ -44,7 +47,8 @@ class _Instances:
 def read_refcoco(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per image, one target per sentence. annotations: the folder, or its refs file."""
     refs_path = _refs_path(annotations)
-    refs = load_plain_pickle(refs_path)
+    is_json = refs_path.suffix.lower() == ".json"
+    refs = load_json(refs_path, "gRefCOCO's refs") if is_json else load_plain_pickle(refs_path)
     if not isinstance(refs, list):
         raise DataError(f"{refs_path} holds a {type(refs).__name__}; expected a list of refs as RefCOCO publishes it")
     instances = _Instances(refs_path.with_name("instances.json"))
@@ -67,7 +71,9 @@ def recognise_refcoco(annotations: Path) -> str | None:
         names = sorted(path.name for path in annotations.iterdir() if _REFS_NAME.fullmatch(path.name))
     else:
         names = [annotations.name] if _REFS_NAME.fullmatch(annotations.name) else []
-    return f"RefCOCO's {' and '.join(names)}" if names else None
+    if not names:
+        return None
+    return f"{'gRefCOCO' if names[0].startswith('g') else 'RefCOCO'}'s {' and '.join(names)}"
 
 
 def _refs_path(annotations: Path) -> Path:
@@ -76,7 +82,8 @@ def _refs_path(annotations: Path) -> Path:
     found = sorted(path for path in annotations.iterdir() if _REFS_NAME.fullmatch(path.name))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{annotations} has {names}; expected one refs(...).p. Name the file itself as --annotations.")
+        expected = "one refs(...).p or grefs(...).json. Name the file itself as --annotations."
+        raise DataError(f"{annotations} has {names}; expected {expected}")
     return found[0]
 
 
@@ -103,16 +110,16 @@ def _image(number: int, refs: list[tuple[str, dict[str, Any]]], instances: _Inst
     for source, ref in refs:
         try:
             _check_same_image(ref, image)
-            box = _box(ref, instances)
+            boxes = _boxes(ref, instances)
             for i, sentence in enumerate(_sentences(ref)):
-                _add_sentence(sentence, box, f"{source} sentences[{i}]", targets, problems)
+                _add_sentence(sentence, boxes, f"{source} sentences[{i}]", targets, problems)
         except Rejected as rejected:
             problems += _lost(ref, rejected, source)
     yield Candidate(
         image=image,
         key=None,
         source=refs[0][0],
-        targets=tuple(targets),
+        targets=tuple(_without_contradictions(targets, refs[0][0], problems)),
         stated_size_px=size,
         problems=tuple(problems),
     )
@@ -130,11 +137,28 @@ def _stem(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _box(ref: dict[str, Any], instances: _Instances) -> Box:
-    number = ref.get("ann_id")
+def _boxes(ref: dict[str, Any], instances: _Instances) -> list[Box]:
+    """Return the boxes of the ref, none for an absent target. Raises Rejected if one of them is unusable."""
+    numbers = ref.get("ann_id")
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    is_absent = numbers == [_NO_TARGET]
+    if "no_target" in ref and bool(ref["no_target"]) != (is_absent or numbers == []):
+        detail = f'"no_target" is {shown(ref["no_target"])}, "ann_id" is {shown(numbers)}'
+        raise Rejected("target", "contradiction", f"{detail}; expected that both state the same")
+    if is_absent or (numbers == [] and ref.get("no_target")):
+        return []
+    if not numbers:
+        raise Rejected("target", "unknown_ann_id", '"ann_id" is empty; expected [-1] and "no_target" if it is absent')
+    return [_box(number, instances) for number in numbers]
+
+
+def _box(number: Any, instances: _Instances) -> Box:
     if not isinstance(number, int) or number not in instances.boxes:
         raise Rejected("target", "unknown_ann_id", f"ann_id {shown(number)} is not in instances.json")
-    x, y, width, height = four_numbers(instances.boxes[number], "[x, y, width, height]")
+    try:
+        x, y, width, height = four_numbers(instances.boxes[number], "[x, y, width, height]")
+    except Rejected as rejected:
+        raise Rejected("target", rejected.reason, rejected.detail) from None
     return x, y, x + width, y + height
 
 
@@ -145,13 +169,24 @@ def _sentences(ref: dict[str, Any]) -> list[Any]:
     return sentences
 
 
-def _add_sentence(sentence: Any, box: Box, source: str, targets: list[Target], problems: list[Problem]) -> None:
+def _without_contradictions(targets: list[Target], source: str, problems: list[Problem]) -> Iterator[Target]:
+    """Yield the targets, except absent ones whose phrase another ref of the photo has boxes for."""
+    present = {target.phrase for target in targets if target.boxes_xyxy}
+    for target in targets:
+        if target.boxes_xyxy or target.phrase not in present:
+            yield target
+        else:
+            detail = f"{shown(target.phrase)} is absent here, and has boxes in another ref of this photo"
+            problems.append(Problem("target", "contradiction", detail, source))
+
+
+def _add_sentence(sentence: Any, boxes: list[Box], source: str, targets: list[Target], problems: list[Problem]) -> None:
     try:
         fields = sentence if isinstance(sentence, dict) else {}
         text = fields.get("sent") or fields.get("raw")
         if not isinstance(text, str):
             raise Rejected("target", "bad_field", f'"sent" is {shown(text)}; expected a string')
-        targets.append(make_target(text, [box], num_boxes_found=1))
+        targets.append(make_target(text, boxes, num_boxes_found=len(boxes)))
     except Rejected as rejected:
         problems.append(rejected.problem(source))
 

@@ -85,6 +85,7 @@ def samples() -> dict[str, Callable[[], Sample]]:
         "csv of questions": _csv_of_questions,
         "refcoco refs": lambda: _refcoco("refs(unc).p"),
         "refcoco instances": lambda: _refcoco("instances.json"),
+        "grefcoco": _grefcoco,
         "mdetr": _mdetr,
         "odvg": _odvg,
         "odvg of a tool": _odvg_of_a_tool,
@@ -412,6 +413,34 @@ def _refcoco(changed: str) -> Sample:
     files = {"refs(unc).p": refs, "instances.json": {"images": entries, "annotations": boxes}}
     images = dict.fromkeys(names.values(), SIZE)
     return Sample("refcoco", files, changed, "", images, given, found, has_witness=False)
+
+
+def _grefcoco() -> Sample:
+    def ref(number: int, ann_id: Any, *sentences: str) -> dict[str, Any]:
+        texts = [{"raw": text, "sent_id": number, "sent": text} for text in sentences]
+        fields = {"ref_id": number, "ann_id": ann_id, "image_id": 5, "file_name": "a.jpg", "split": "train"}
+        return {**fields, "no_target": ann_id == [-1], "sentences": texts}
+
+    refs = [
+        ref(0, [7, 8], "both dogs", "the dogs"),
+        ref(1, [-1], "猫"),
+        ref(2, [8], "the right"),
+        ref(3, 7, "left"),
+    ]
+    entries = [{"id": 5, "file_name": "a.jpg", "width": 400, "height": 300}]
+    boxes = [{"id": 7, "image_id": 5, "bbox": [1, 2, 20, 10]}, {"id": 8, "image_id": 5, "bbox": [50, 2, 20, 10]}]
+
+    def num_sentences(content: Any) -> int:
+        lists = [one.get("sentences") if isinstance(one, dict) else None for one in content]
+        return sum(len(one) if isinstance(one, list) and one else 1 for one in lists)
+
+    def found(parts: Parts) -> int:
+        targets = sum(len(part.targets) for part in candidates_of(parts))
+        return targets + sum(problem.level == "target" for problem in problems_of(parts))
+
+    files = {"grefs(unc).json": refs, "instances.json": {"images": entries, "annotations": boxes}}
+    given = _in_json(num_sentences)
+    return Sample("refcoco", files, "grefs(unc).json", "", {"a.jpg": SIZE}, given, found, has_witness=False)
 
 
 def _mdetr() -> Sample:

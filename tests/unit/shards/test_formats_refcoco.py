@@ -11,12 +11,16 @@ import os
 import pickle
 import random
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from case_files import CASES, build_case
 from format_files import Reading, read_all, write_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats.plain_pickle import load_plain_pickle
@@ -322,7 +326,7 @@ def test_damaged_pickles_are_read_or_refused(tmp_path: Path, seed: int) -> None:
     ("change", "problems"),
     [
         ({"ann_id": 5}, [("target", "unknown_ann_id")] * 2),
-        ({"ann_id": [7]}, [("target", "unknown_ann_id")] * 2),
+        ({"ann_id": [8]}, [("target", "unknown_ann_id")] * 2),
         ({"image_id": 5}, [("target", "unknown_image_id")] * 2),
         ({"image_id": None}, [("target", "unknown_image_id")] * 2),
         ({"file_name": "COCO_train2014_000000000009_16.jpg"}, [("target", "other_image")] * 2),
@@ -388,3 +392,55 @@ def test_json_that_is_deeply_nested_is_no_crash(tmp_path: Path) -> None:
 def test_a_copy_of_the_refs_with_shared_lists_is_read(tmp_path: Path) -> None:
     shared = {**REFS[1], "sent_ids": REFS[1]["sentences"][0]["tokens"]}
     assert len(read(tmp_path, [shared, {**shared, "ref_id": 5}]).only.targets) == 2
+
+
+def grefcoco(path: Path, refs: list[dict[str, Any]]) -> Path:
+    boxes = [{"id": number, "image_id": 5, "bbox": [10 * number, 2, 20, number]} for number in (1, 2, 3)]
+    images = [{"id": 5, "file_name": "a.jpg", "width": 100, "height": 80}]
+    write_json(path / "instances.json", {"images": images, "annotations": boxes, "categories": []})
+    write_json(path / "grefs(unc).json", [{"image_id": 5, "file_name": "a.jpg", **ref} for ref in refs])
+    return path
+
+
+def sentences(*texts: str) -> list[dict[str, Any]]:
+    return [{"sent": text, "sent_id": i} for i, text in enumerate(texts)]
+
+
+def test_33_grefcoco(tmp_path: Path, capsys: Any) -> None:
+    found = build_case(CASES / "33-grefcoco/in", tmp_path, capsys)
+    assert "gRefCOCO's grefs(unc).json" in found.printed and found.reasons == []
+    (boxes,) = found.boxes.values()
+    assert boxes == {"both dogs": ((1, 2, 21, 12), (50, 2, 70, 12)), "the cat": ()}
+
+
+def test_grefcoco_never_makes_an_absent_target_of_a_lost_one(tmp_path: Path) -> None:
+    refs = [
+        {"ann_id": [1, 9], "no_target": False, "sentences": sentences("one box is unknown")},
+        {"ann_id": [], "no_target": False, "sentences": sentences("no box")},
+        {"ann_id": [], "sentences": sentences("no box, not said why")},
+        {"ann_id": [1], "no_target": True, "sentences": sentences("both said")},
+        {"ann_id": [-1], "no_target": False, "sentences": sentences("neither said")},
+        {"ann_id": [-1, 1], "no_target": False, "sentences": sentences("mixed")},
+        {"ann_id": [2], "no_target": False, "sentences": sentences("dog")},
+        {"ann_id": [-1], "no_target": True, "sentences": sentences("dog", "cat")},
+        {"ann_id": 3, "sentences": sentences("a number")},
+    ]
+    found = read_all(read_refcoco, grefcoco(tmp_path, refs), tmp_path)
+    assert found.boxes == {"a.jpg": {"dog": ((20, 2, 40, 4),), "cat": (), "a number": ((30, 2, 50, 5),)}}
+    assert len(found.problems) == 7 and {level for level, _ in found.reasons} == {"target"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([1, 2, 3]), max_size=3, unique=True), min_size=1, max_size=6))
+def test_grefcoco_with_any_number_of_boxes(ids: list[list[int]]) -> None:
+    refs = [
+        {"ann_id": numbers or [-1], "no_target": not numbers, "sentences": sentences(f"phrase {i}")}
+        for i, numbers in enumerate(ids)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        found = read_all(read_refcoco, grefcoco(Path(folder), refs), Path(folder))
+    expected = {
+        f"phrase {i}": tuple((10 * number, 2, 10 * number + 20, 2 + number) for number in numbers)
+        for i, numbers in enumerate(ids)
+    }
+    assert found.boxes == {"a.jpg": expected} and not found.problems
