@@ -395,6 +395,29 @@ def test_settings_out_of_range(photos: Path, tmp_path: Path, setting: dict[str, 
         build(BuildSettings("jsonl", photos, annotations, **setting), tmp_path / "out", num_workers=1)
 
 
+@pytest.mark.parametrize("samples_per_shard", [1, 2, 5])
+def test_webdataset_reads_every_sample_once_on_two_nodes_with_two_workers(
+    photos: Path, tmp_path: Path, samples_per_shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{**dog("a.jpg"), "key": f"k{number}"} for number in range(9)]
+    annotations = write_lines(tmp_path / "x.jsonl", lines)
+    build(
+        BuildSettings("jsonl", photos, annotations, samples_per_shard=samples_per_shard), tmp_path / "o", num_workers=1
+    )
+    urls = [str(path) for path in sorted((tmp_path / "o").glob("*.tar"))]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    read = []
+    for node in range(2):
+        monkeypatch.setenv("RANK", str(node))
+        dataset = webdataset.WebDataset(
+            urls, shardshuffle=False, nodesplitter=webdataset.split_by_node, empty_check=False
+        )
+        for sample in webdataset.WebLoader(dataset, batch_size=None, num_workers=2):
+            assert set(sample) >= {"jpg", "json"}
+            read.append(sample["__key__"])
+    assert sorted(read) == [f"k{number}" for number in range(9)]
+
+
 def test_a_shard_can_end_up_empty_without_a_gap_in_the_names(build_jsonl: Build, photos: Path) -> None:
     found = build_jsonl([dog("gone1.jpg"), dog("gone2.jpg"), dog("a.jpg")], samples_per_shard=1)
     shards = found["index"]["splits"]["train"]["shards"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import webdataset
+from photo_builds import read_by_workers
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
@@ -72,7 +72,7 @@ def test_raccoons(tmp_path: Path) -> None:
     assert not rejected(out)
     assert (totals(out, "num_samples"), totals(out, "num_boxes")) == (200, 217)
     urls = [str(path) for path in sorted(out.glob("*.tar"))]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    samples = read_by_workers(out)
     assert len(urls) == 5 and len(samples) == 200
     for sample in samples:
         name = f"{sample['__key__']}.jpg"
