@@ -119,8 +119,7 @@ def _candidate(
         try:
             boxes = boxes_of.setdefault(_class_name(columns[0], settings.names), [])
             boxes.append(None)
-            numbers = [number(column, "a column") for column in columns]
-            boxes[-1] = label_lines.box(numbers, settings.num_keypoint_columns, outlines=settings.outlines)
+            boxes[-1] = label_lines.box(columns, settings.num_keypoint_columns, outlines=settings.outlines)
         except Rejected as rejected:
             problems.append(rejected.problem(f"{source}:{i}"))
     return Candidate(

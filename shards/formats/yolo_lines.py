@@ -15,7 +15,7 @@ from pathlib import Path
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.folders import AnnotationFiles
 from cogvlm_ft.shards.formats.rows import read_head
-from cogvlm_ft.shards.packing.candidates import Rejected, four_numbers
+from cogvlm_ft.shards.packing.candidates import Rejected, four_numbers, number
 from cogvlm_ft.shards.packing.files import read_inside
 
 MAX_BYTES = 16 * 2**20
@@ -23,7 +23,7 @@ _BOX, _BOX_AND_ONE, _BOX_AND_TWO, _TWO_MORE_POINTS = 5, 6, 7, 9
 """Columns, with the class."""
 _TRAILING = "Export labels rather than predictions, or without save_conf=True and track ids."
 _OUTLINES = "If they are outlines, write `task: segment` into data.yaml."
-_SHARE_LIKE_POSES = 0.9
+_NEARLY_ALL = 0.9
 _OUTSIDE = 0.05
 """How far a keypoint may be outside its box, as a fraction of the image."""
 
@@ -46,11 +46,12 @@ class LabelLines:
         self._files = files
         self.num_confidences = 0
 
-    def box(self, columns: list[float], num_keypoint_columns: int | None, *, outlines: bool) -> Box:
+    def box(self, texts: list[str], num_keypoint_columns: int | None, *, outlines: bool) -> Box:
         """Return the corners as fractions of the image. Raises Rejected.
 
         num_keypoint_columns: after the box, if data.yaml states them. outlines: data.yaml states that all lines are.
         """
+        columns = [number(text, "a column") for text in texts]
         num_columns = len(columns)
         if num_columns < _BOX:
             expected = "class x y width height, or class and three or more points"
@@ -68,7 +69,7 @@ class LabelLines:
                 raise Rejected("box", "wrong_number_of_coordinates", f"{num_columns} columns; expected {expected}")
             return _box(columns)
         if not (outlines and num_columns % 2):
-            self._check_outline(columns)
+            self._check_outline(texts, columns)
         return _box_around(columns)
 
     def _check_confidence(self, value: float) -> None:
@@ -81,16 +82,16 @@ class LabelLines:
         advice = "Export upright boxes, or remove the sixth number if it is not an angle."
         raise Rejected("box", "ambiguous_columns", f"{detail}. {advice}")
 
-    def _check_outline(self, columns: list[float]) -> None:
+    def _check_outline(self, texts: list[str], columns: list[float]) -> None:
         """Raise Rejected unless the line can only be an outline."""
         num_columns, seen = len(columns), self._seen
         if num_columns % 2 == 0:
             found = "an outline with a confidence, or a box with keypoints"
         elif _may_have_visibility(columns):
             found = "a box with keypoints and their visibility, or an outline"
-        elif num_columns == _BOX_AND_TWO and not seen.has_long_outlines:
+        elif num_columns == _BOX_AND_TWO and (seen.has_confidences or not seen.has_long_outlines):
             found = "a box with confidence and track id, or an outline of three points"
-        elif seen.has_more_than_outlines:
+        elif seen.has_ids and _may_end_with_id(texts):
             found = "an outline, perhaps with a confidence and a track id at its end"
         elif seen.look_like_poses:
             found = "an outline, or a box with keypoints"
@@ -118,12 +119,12 @@ class _Seen:
     """What the lines of a source with more columns than a box have in common."""
 
     def __init__(self) -> None:
+        self.has_confidences = False
         self.sixth_is_no_confidence = False
         self.has_long_outlines = False
         self._num_outlines: Counter[int] = Counter()
-        self._num_trailing = 0
         self._num_ids = 0
-        self._num_ids_above_1 = 0
+        self._has_id_above_1 = False
         self._num_like_poses = 0
 
     def add(self, columns: list[str]) -> None:
@@ -132,27 +133,27 @@ class _Seen:
         if ends is None:
             return
         if num_columns == _BOX_AND_ONE:
+            self.has_confidences = True
             self.sixth_is_no_confidence |= not 0 <= ends[1] <= 1
+            return
         if num_columns % 2 == 0:
-            self._num_trailing += 1
             return
         self.has_long_outlines |= num_columns >= _TWO_MORE_POINTS
         self._num_outlines[num_columns] += 1
-        is_id = columns[-1].isdigit() and not columns[-2].isdigit()  # tools write decimals of coordinates
-        self._num_ids += is_id and ends[1] >= 1
-        self._num_ids_above_1 += is_id and ends[1] > 1
+        self._num_ids += _may_end_with_id(columns)
+        self._has_id_above_1 |= _may_end_with_id(columns) and ends[1] > 1
         if len(self._num_outlines) == 1:
             self._num_like_poses += _is_like_pose(_numbers(columns) or [])
 
     @property
-    def has_more_than_outlines(self) -> bool:
-        """Return whether some lines end with a confidence or id: always one, or one that is no coordinate."""
-        return bool(self._num_trailing or self._num_ids_above_1) or self._num_ids == self._num_outlines.total()
+    def has_ids(self) -> bool:
+        """Return whether outlines end with a track id: nearly all may, or one does that is not a coordinate."""
+        return self._has_id_above_1 or self._num_ids >= _NEARLY_ALL * self._num_outlines.total()
 
     @property
     def look_like_poses(self) -> bool:
         """Return whether all lines have one length, and nearly all could be a box with the keypoints in it."""
-        return len(self._num_outlines) == 1 and self._num_like_poses >= _SHARE_LIKE_POSES * self._num_outlines.total()
+        return len(self._num_outlines) == 1 and self._num_like_poses >= _NEARLY_ALL * self._num_outlines.total()
 
 
 def _numbers(columns: Iterable[str]) -> list[float] | None:
@@ -177,6 +178,11 @@ def _box_around(columns: list[float]) -> Box:
 def _may_have_visibility(columns: list[float]) -> bool:
     """Return whether every third number after a box is 0, 1 or 2, as the visibility of a keypoint is."""
     return (len(columns) - _BOX) % 3 == 0 and all(value in (0, 1, 2) for value in columns[7::3])
+
+
+def _may_end_with_id(columns: list[str]) -> bool:
+    """Return whether the last number is whole, and written as tools write an id after a confidence."""
+    return columns[-1].isdigit() and columns[-1] != "0" and not columns[-2].isdigit()
 
 
 def _is_like_pose(columns: list[float]) -> bool:

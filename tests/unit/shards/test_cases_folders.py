@@ -194,6 +194,14 @@ def test_outlines_with_trailing_values_are_refused(yolo: Path, num_points: int, 
     assert "save_conf=True and track ids" in found.problems[0].detail
 
 
+def test_one_odd_line_does_not_condemn_the_outlines_of_a_source(yolo: Path) -> None:
+    square = "0 0.1 0.2 0.6 0.2 0.6 0.8 0.1 0.8"
+    found = read_lines(yolo, square, f"{square} 0.5", "0 0.1 0.2 0.6 0.2 0.6 0.8 0.3 1", f"{square} 0.7 1", square)
+    assert found.boxes["images/a.png"]["dog"][:1] == ((0.1, 0.2, 0.6, 0.8),) and len(found.problems) == 1
+    found = read_lines(yolo, square, f"{square} 0.7 1", f"{square} 0.7 2", "0 0.1 0.2 0.6 0.2 0.6 0.8 0.3 1.0")
+    assert found.boxes["images/a.png"]["dog"] == ((0.1, 0.2, 0.6, 0.8), (0.1, 0.2, 0.6, 1)) and len(found.problems) == 2
+
+
 def test_one_angle_condemns_the_sixth_numbers_of_a_source(yolo: Path) -> None:
     found = read_lines(yolo, "0 0.5 0.5 0.2 0.1 0.3", "0 0.5 0.5 0.2 0.1 -0.4", "0 0.5 0.5 0.2 0.1")
     assert found.boxes["images/a.png"]["dog"] == (pytest.approx((0.4, 0.45, 0.6, 0.55)),)
