@@ -229,7 +229,7 @@ def _add_notes(content: _Content) -> None:
         content.problems.append(Problem("note", "ids_as_text", detail, "annotations"))
     if content.in_fractions:
         detail = "all boxes are between 0 and 1: read as fractions of the width and height of the photo"
-        content.problems.append(Problem("note", "unit_inferred", detail, "annotations"))
+        content.problems.append(Problem("note", "box_unit_inferred", detail, "annotations"))
 
 
 def _candidate(image: _Image) -> Candidate:

@@ -216,7 +216,7 @@ def _decide(group: Group, evidence: Evidence, annotations: Path) -> Units:
     assumed, basis = group
     if evidence.num_boxes and evidence.fits_all("unit"):
         if not evidence.has_fractions:
-            raise _refused(["unit", assumed], evidence, annotations)
+            raise _refused(["unit", "pixels"], evidence, annotations)
         return "unit"
     fitting = _fitting_documented(assumed, evidence) if basis == "documented" else _fitting(assumed, evidence)
     if len(fitting) != 1:
@@ -226,6 +226,8 @@ def _decide(group: Group, evidence: Evidence, annotations: Path) -> Units:
 
 def _fitting_documented(documented: Units, evidence: Evidence) -> list[Units]:
     """Return the documented unit; also another one that the boxes speak for, or that one alone."""
+    if documented == "unit":
+        return ["unit"]  # all boxes of a file were fractions
     if documented == "thousandths":
         if evidence.over_1000:
             return ["pixels"] if evidence.num_sized and evidence.fits_all("pixels") else []

@@ -239,7 +239,7 @@ def test_the_review_reads_as_the_build_does(photos: Path, tmp_path: Path) -> Non
             "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0.1, 0.2, 0.3, 0.4]}],
         },
     )
-    note, item = annotated_items("coco", path, photos)
-    assert note.reason == "box_unit_inferred" and item.candidate.units == "unit"  # type: ignore[union-attr]
-    [item] = annotated_items("coco", path, photos, "pixel")
+    *_, item = annotated_items("coco", path, photos)
+    assert item.candidate.units == "unit"  # type: ignore[union-attr]
+    *_, item = annotated_items("coco", path, photos, "pixel")
     assert item.candidate.units == "pixels"  # type: ignore[union-attr]

@@ -56,7 +56,7 @@ def test_21_masks_alone_are_objects(tmp_path: Path) -> None:
 def test_25_fractions(tmp_path: Path, capsys: Any) -> None:
     found = build_case(CASES / "25-coco-normalised/in/i.json", tmp_path, capsys)
     assert found.boxes == {key: {"dog": ((10, 16, 30, 48),)} for key in "abcd"}
-    assert found.reasons == [] and found.noted == ["unit_inferred"]
+    assert found.reasons == [] and found.noted == ["box_unit_inferred"]
 
 
 def test_one_box_of_fractions_among_pixels_is_reported(tmp_path: Path) -> None:
