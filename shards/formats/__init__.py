@@ -20,6 +20,7 @@ from cogvlm_ft.shards.formats.odvg import read_odvg, recognise_odvg
 from cogvlm_ft.shards.formats.refcoco import read_refcoco, recognise_refcoco
 from cogvlm_ft.shards.formats.rows import read_head
 from cogvlm_ft.shards.formats.swift import read_swift, recognise_swift
+from cogvlm_ft.shards.formats.unread import describe_unread
 from cogvlm_ft.shards.formats.voc import read_voc, recognise_voc
 from cogvlm_ft.shards.formats.yolo import read_yolo, recognise_yolo
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
@@ -68,6 +69,9 @@ def recognise_format(annotations: Path) -> tuple[str, str]:
         found = "; ".join(f"{what} (--format {name})" for name, what in fits) or _describe(annotations)
     except OSError as error:
         raise DataError(f"--annotations {annotations} cannot be read: {error.strerror}") from None
+    unread = None if fits else describe_unread(annotations)
+    if unread:
+        raise DataError(f"--annotations {annotations}: found {unread}")
     if fits:
         problem, advice = "fits several formats", "Choose one, or name the folder or file of one of them."
     else:
