@@ -61,9 +61,9 @@ def test_other_formats_alone_and_in_a_folder(name: str, tmp_path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     (tmp_path / "x" / "a.jpg").touch()
-    for annotations in (path, tmp_path / "x"):
+    for place in (path, tmp_path / "x"):
         with pytest.raises(DataError) as error:
-            recognise_format(annotations)
+            recognise_format(place)
         assert f"found {name}" in str(error.value) and file in str(error.value)
         assert "expected a format of docs/formats.md. " in str(error.value)
 
