@@ -13,6 +13,8 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs
 _STATED = re.compile(rb"""<\?xml[^>]{0,200}?\bencoding\s*=\s*["']([A-Za-z0-9._:-]{1,40})["']""")
 _KNOWN = re.compile("utf_8|utf_16|gb|hz|big5|shift_jis|cp[0-9]|euc_|iso8859|latin|koi8|ascii|johab|mac_")
 _GUESS = "gb18030"
+_CERTAIN = re.compile("[\u0800-\U0010ffff]")
+"""Three or more bytes of UTF-8 are not valid by chance."""
 _BETWEEN_WORDS = re.compile(r"""[\r\n\t,;:\[\]{}()'"<>|=/#-]+""")
 
 
@@ -39,7 +41,7 @@ def decode_text(data: bytes, stated: str | None = None) -> Decoded:
         if data.startswith(bom):
             return Decoded(_decoded(data[len(bom) :], name) or "")
     utf8 = _decoded(data, "utf-8")
-    if utf8 is not None and (utf8.isascii() or max(utf8) >= "\u0800"):
+    if utf8 is not None and (utf8.isascii() or _CERTAIN.search(utf8)):
         differs = stated is not None and not utf8.isascii() and _codec(stated) != "utf-8"
         return Decoded(utf8, "utf-8" if differs else None)
     codec = _codec(stated) if stated else None

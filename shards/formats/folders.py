@@ -90,9 +90,10 @@ class Photos:
         return next((images for images in found if images), [])
 
     def in_folder(self, folder: str, stem: str) -> list[str]:
-        """Return the images with this name before their extension in one folder."""
+        """Return the images with this name before their extension in one folder; the name may have one too."""
         names, start = self._names_in(folder), f"{stem}."
-        found = []
+        is_name = stem.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and _contains(names, stem)
+        found = [posixpath.join(folder, stem)] if is_name else []
         for i in range(bisect_left(names, start), len(names)):
             if not names[i].startswith(start):
                 break
@@ -129,6 +130,11 @@ class Photos:
             below = "" if below == "." else below
             found[_subject(below)].append(below)
         return found
+
+
+def _contains(names: list[str], name: str) -> bool:
+    place = bisect_left(names, name)
+    return place < len(names) and names[place] == name
 
 
 def image_folders(folder: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ from typing import Any
 from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.claims import ImageClaims, OwnImage, Stated
+from cogvlm_ft.shards.formats.encodings import Decoded, decode_text
 from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
 from cogvlm_ft.shards.formats.rows import parse_object
 from cogvlm_ft.shards.formats.sizes import SizePx, clip_to_size, stated_size
@@ -53,7 +54,7 @@ _MIN_POINTS = {
 }
 """Minimum number of points, of the shapes with an area."""
 _OVER_THE_EDGE = ("circle", "rotation", "oriented_rectangle", "cuboid")
-_MAX_LOOKED_AT = 20
+_MAX_INSPECTED = 100
 _ENDS_BYTES = 2**16
 
 
@@ -65,11 +66,13 @@ def read_labelme(annotations: Path, images: Path) -> Iterator[Candidate | Proble
     for source in claims.sources():
         try:
             check_text(source, "sample")
-            content = parse_object(read_inside(files.root, source, "annotation", MAX_ANNOTATION_BYTES))
+            data = read_inside(files.root, source, "annotation", MAX_ANNOTATION_BYTES)
+            decoded = Decoded("") if data.isascii() else decode_text(data)
+            content = parse_object(decoded.text.encode() or data)
             require(isinstance(content.get("shapes"), list), "sample", '"shapes"', content.get("shapes"), "a list")
             own = claims.image_of(source, _stated(content, files.root, source, photos))
             if own:
-                yield _candidate(content, files.root, source, own)
+                yield _candidate(content, files.root, source, own, decoded.notes(source))
         except Rejected as rejected:
             yield rejected.problem(source)
 
@@ -78,7 +81,7 @@ def recognise_labelme(annotations: Path) -> str | None:
     """Look for "shapes" at both ends of the first .json files."""
     if annotations.is_dir():
         names = list(files_below(annotations, _ENDING))
-        first, what = [annotations / name for name in names[:_MAX_LOOKED_AT]], f"{len(names)} .json files of labelme"
+        first, what = [annotations / name for name in names[:_MAX_INSPECTED]], f"{len(names)} .json files of labelme"
     else:
         first, what = [annotations], "a .json file of labelme"
     return what if any(_is_labelme(path) for path in first) else None
@@ -149,9 +152,11 @@ class _Objects:
         return found
 
 
-def _candidate(content: dict[str, Any], root: Path, source: str, own: OwnImage) -> Candidate:
+def _candidate(
+    content: dict[str, Any], root: Path, source: str, own: OwnImage, notes: tuple[Problem, ...]
+) -> Candidate:
     problems: list[Problem] = []
-    size_px, notes = stated_size(content.get("imageWidth"), content.get("imageHeight"), source)
+    size_px, size_notes = stated_size(content.get("imageWidth"), content.get("imageHeight"), source)
     objects = _Objects(size_px)
     for i, shape in enumerate(content["shapes"]):
         try:
@@ -165,7 +170,7 @@ def _candidate(content: dict[str, Any], root: Path, source: str, own: OwnImage) 
         targets=make_targets(objects.boxes_of(), source, problems),
         stated_size_px=size_px,
         embedded_in=root / source if _is_embedded(content) else None,
-        problems=(*problems, *own.notes, *notes),
+        problems=(*problems, *own.notes, *size_notes, *notes),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
@@ -34,6 +35,7 @@ from cogvlm_ft.shards.packing.candidates import (
 from cogvlm_ft.shards.packing.files import read_inside
 
 _ENDING = ".txt"
+_MAX_INSPECTED = 100
 
 Line = tuple[int, list[str]]
 """(number, columns)"""
@@ -83,7 +85,9 @@ def recognise_yolo(annotations: Path) -> str | None:
     if not annotations.is_dir():
         return None
     files = list(files_below(annotations, _ENDING))
-    is_yolo = any(is_label_file(annotations / file) for file in files[:100])
+    paths = (annotations / file for file in files)
+    filled = (path for path in paths if path.is_file() and path.stat().st_size)
+    is_yolo = any(is_label_file(path) for path in islice(filled, _MAX_INSPECTED))
     return f"{len(files)} .txt files with YOLO lines" if is_yolo else None
 
 

@@ -22,6 +22,7 @@ Names = dict[int, str]
 
 LISTS = ("classes.txt", "*.names")
 YAMLS = ("*.yaml", "*.yml")
+_YAML_ENDINGS = (".yaml", ".yml")
 _FOLDERS_ABOVE = 2
 _MAX_BYTES = 2**20
 _NUMBER = re.compile("[0-9]{1,6}")
@@ -49,54 +50,63 @@ def load_label_settings(root: Path, folder: str) -> LabelSettings:
     below = Path(folder)
     inside = [root / place for place in (below, *below.parents)] if folder else [root]
     above = list(root.absolute().parents[:_FOLDERS_ABOVE])
-    chosen = _nearest(inside, YAMLS, strict=True)
-    listed = _nearest(inside, LISTS, strict=True) or _nearest(above, LISTS, strict=False)
-    if chosen is None:
-        chosen = _nearest(above, YAMLS, strict=listed is None)
-        if chosen and listed and _difference(chosen, listed):
-            detail = f"{_difference(chosen, listed)}; expected the same names. Remove or correct the wrong file."
-            raise DataError(f"{listed.file} and {chosen.file} {detail}")
-    if chosen is None and listed is None:
+    found = [*_with_names(inside, YAMLS, strict=True), *_with_names(inside, LISTS, strict=True)]
+    num_inside = len(found)
+    if not any(settings.file.suffix in _YAML_ENDINGS for settings in found):
+        found += _with_names(above, YAMLS, strict=not found)[:1]
+    if not num_inside:
+        found += _with_names(above, LISTS, strict=False)[:1]
+    if not found:
         expected = ", ".join((*YAMLS, *LISTS))
         raise DataError(
             f"no file of class names for the YOLO labels in {root / folder}: none of {expected} there or above"
         )
-    return _with_notes(chosen or listed, listed, folder)  # type: ignore[arg-type]
+    chosen = next((settings for settings in found if settings.file.suffix in _YAML_ENDINGS), found[0])
+    difference = next((text for other in found if (text := _difference(chosen, other, root))), None)
+    if difference and found.index(chosen) >= num_inside > 0:
+        raise DataError(f"{difference}; expected the same names. Remove or correct the wrong file.")
+    return _with_notes(chosen, difference, root, folder)
 
 
-def _with_notes(chosen: LabelSettings, listed: LabelSettings | None, folder: str) -> LabelSettings:
+def _with_notes(chosen: LabelSettings, difference: str | None, root: Path, folder: str) -> LabelSettings:
     names = [f"{number} {name}" for number, name in list(chosen.names.items())[:_MAX_SHOWN]]
     more = ", ..." if len(chosen.names) > _MAX_SHOWN else ""
-    notes = [Problem("note", "class_names", f"those of {chosen.file}: {', '.join(names)}{more}", folder or ".")]
-    difference = listed and _difference(chosen, listed)
-    if listed and difference:
-        detail = f"{listed.file} and {chosen.file} {difference}; used {chosen.file}. Remove or correct the wrong file."
+    detail = f"those of {_shown(chosen.file, root)}: {', '.join(names)}{more}"
+    notes = [Problem("note", "class_names", detail, folder or ".")]
+    if difference:
+        detail = f"{difference}; used those of {_shown(chosen.file, root)}. Remove or correct the wrong file."
         notes.append(Problem("note", "class_names_differ", detail, folder or "."))
     return replace(chosen, notes=(*notes, *chosen.notes))
 
 
-def _difference(chosen: LabelSettings, listed: LabelSettings) -> str | None:
+def _difference(chosen: LabelSettings, other: LabelSettings, root: Path) -> str | None:
     """Return the first class that has two names, for people; None if one file only has more names."""
-    both = sorted(chosen.names.keys() & listed.names.keys())
-    number = next((number for number in both if chosen.names[number] != listed.names[number]), None)
+    both = sorted(chosen.names.keys() & other.names.keys())
+    number = next((number for number in both if chosen.names[number] != other.names[number]), None)
     if number is None:
         return None
-    return f"differ: class {number} is {listed.names[number]!r:.80} and {chosen.names[number]!r:.80}"
+    in_other = f"{other.names[number]!r:.80} in {_shown(other.file, root)}"
+    return f"class {number} is {in_other} and {chosen.names[number]!r:.80} in {_shown(chosen.file, root)}"
 
 
-def _nearest(places: list[Path], patterns: tuple[str, ...], *, strict: bool) -> LabelSettings | None:
-    """Return the first file with names. Raises DataError if there are two that differ.
+def _shown(file: Path, root: Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def _with_names(places: list[Path], patterns: tuple[str, ...], *, strict: bool) -> list[LabelSettings]:
+    """Return one file with names of each place that has any. Raises DataError if a place has two that differ.
 
     strict: a file that cannot be read is an error too.
     """
+    chosen = []
     for place in places:
         found = [settings for settings in _all_in(place, patterns, strict=strict) if settings.names]
         if any(settings.names != found[0].names for settings in found):
             files = " and ".join(settings.file.name for settings in found)
             raise DataError(f"{place} has {files} with different class names. Keep only the correct one.")
         if found:
-            return next((settings for settings in found if settings.num_keypoint_columns), found[0])
-    return None
+            chosen.append(next((settings for settings in found if settings.num_keypoint_columns), found[0]))
+    return chosen
 
 
 def _all_in(place: Path, patterns: tuple[str, ...], *, strict: bool) -> Iterator[LabelSettings]:
@@ -106,7 +116,7 @@ def _all_in(place: Path, patterns: tuple[str, ...], *, strict: bool) -> Iterator
         except Rejected:
             continue
         try:
-            yield _of_list(path, data) if path.suffix not in (".yaml", ".yml") else _of_yaml(path, data)
+            yield _of_list(path, data) if path.suffix not in _YAML_ENDINGS else _of_yaml(path, data)
         except DataError:
             if strict and _HAS_NAMES.search(data):
                 raise

@@ -64,14 +64,15 @@ def test_12_names_of_data_yaml_come_first(tmp_path: Path, capsys: Any) -> None:
     found = build_case(CASES / "12-yolo-two-name-files/in", tmp_path, capsys)
     assert list(found.boxes.values()) == [{"helmet": (BOX,)}]
     assert found.noted == ["class_names", "class_names_differ"]
-    assert "class 0 is 'dog' and 'helmet'" in found.notes[1]["detail"]
+    assert "class 0 is 'dog' in labels/train/classes.txt and 'helmet' in data.yaml" in found.printed
     assert "data.yaml: 0 helmet, 1 vest" in found.printed
 
 
 def test_12_names_of_a_list_beside_data_yaml_above_the_folder_are_an_error(tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(CASES / "12-yolo-two-name-files/in", tmp_path / "in")
     found = build_case(tmp_path / "in/labels", tmp_path / "out", capsys, "--images", str(tmp_path / "in/images"))
-    assert found.code == 2 and "class 0 is 'dog' and 'helmet'; expected the same names" in found.printed
+    assert found.code == 2 and "class 0 is 'dog' in train/classes.txt and 'helmet' in " in found.printed
+    assert "data.yaml; expected the same names. Remove or correct the wrong file." in found.printed
 
 
 def test_18_yaml_in_gbk_is_read(tmp_path: Path, capsys: Any) -> None:
@@ -224,6 +225,37 @@ def test_poses_without_kpt_shape_are_refused(yolo: Path) -> None:
     assert "write kpt_shape into data.yaml" in found.problems[0].detail
     found = read_lines(yolo, "0 0.35 0.5 0.5 0.6 0.2 0.3 2 0.4 0.6 1")
     assert found.reasons[0] == ("box", "ambiguous_columns")
+
+
+def test_a_nearer_data_yaml_that_differs_is_reported(yolo: Path) -> None:
+    (yolo / "labels/old.yaml").write_text("names: [dog, cat]\n")
+    assert not read_lines(yolo, line(0.5, 0.5, 0.2, 0.1)).problems
+    (yolo / "labels/old.yaml").write_text("names: [cat]\n")
+    found = read_lines(yolo, line(0.5, 0.5, 0.2, 0.1))
+    assert found.reasons == [("note", "class_names_differ")] and found.boxes["images/a.png"].keys() == {"cat"}
+    assert found.problems[0].detail.startswith("class 0 is 'dog' in data.yaml and 'cat' in labels/old.yaml; used")
+
+
+def test_empty_labels_come_first(yolo: Path) -> None:
+    for number in range(120):
+        (yolo / f"labels/0{number}.txt").write_text("")
+    read_lines(yolo, line(0.5, 0.5, 0.2, 0.1))
+    assert recognise_format(yolo)[0] == "yolo"
+
+
+@pytest.mark.parametrize("name", ["a.png.txt", "a.txt"])
+def test_an_empty_label_is_a_photo_without_targets(yolo: Path, name: str) -> None:
+    (yolo / "labels" / name).write_text("\n")
+    found = read_all(read_yolo, yolo, yolo)
+    assert found.boxes == {"images/a.png": {}} and [problem.reason for problem in found.problems] == ["class_names"]
+
+
+@pytest.mark.parametrize("label", ["猫", "狗"])
+def test_labelme_in_gbk(tmp_path: Path, label: str) -> None:
+    shape = {"label": label, "points": [[1, 2], [30, 20]], "shape_type": "rectangle"}
+    (tmp_path / "a.json").write_bytes(json.dumps({"shapes": [shape]}, ensure_ascii=False).encode("gbk"))
+    found = read_all(read_labelme, tmp_path, tmp_path)
+    assert found.boxes == {"a.jpg": {label: ((1, 2, 30, 20),)}} and found.reasons == [("note", "encoding_guessed")]
 
 
 @pytest.mark.parametrize(
