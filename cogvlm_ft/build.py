@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
 from cogvlm_ft.settings import Config
 from cogvlm_ft.tracking.provenance import without_passwords
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def build_run(config: Config) -> Run:
     data = config.data
     train_index = open_split(config, data.train_split).index
     val_reader = open_split(config, data.val_split)
+    if data.val_shards is not None:
+        _report_shared_shards(train_index, val_reader.index)
     wording = load_wording(config.data.wording)
     parts = split_index(train_index, wording, data.max_turns_per_image)
     if parts is not None:  # a position in these sequences means nothing in others
@@ -97,6 +102,18 @@ def build_run(config: Config) -> Run:
     engine, tokenizer = build_model_engine(config)
     dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
     return Run(config, engine, tokenizer, dataset, val_reader, plan, folder)
+
+
+def _report_shared_shards(train: ShardIndex, val: ShardIndex) -> None:
+    shared = [str(path) for path in val.shard_paths if path in set(train.shard_paths)]
+    if shared and is_main():
+        logger.warning(
+            "data.val_shards: %d of %d tars are in data.shards too, such as %s; expected none: the model is trained on "
+            "what it is evaluated on",
+            len(shared),
+            len(val.shard_paths),
+            shared[0],
+        )
 
 
 def build_dataset(

@@ -60,6 +60,11 @@ def _entry(row: object, where: str) -> Entry:
     name, settings = str(row["name"]), tuple(str(setting) for setting in row["settings"])
     if not NAME.fullmatch(name):
         raise ConfigError(f"{where}: name {name!r} names a folder; expected letters, digits and _ . = -")
+    if any("pipe:" in setting for setting in settings):
+        raise ConfigError(
+            f"{where}: found a command (pipe:); expected it on the command line only, because it is run. Type it after "
+            "the program's name"
+        )
     if any(setting.startswith("output_dir=") for setting in settings):
         raise ConfigError(
             f"{where} sets output_dir: each run writes into the folder NAME below the output_dir of the sweep"

@@ -14,9 +14,12 @@ from typing import Any
 
 CODE = Path(__file__).resolve().parents[2]
 GIT_TIMEOUT_S = 20
+COMMAND_NOT_KEPT = "command not kept"
+"""Stands for a command in what is written about a run."""
+
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # scheme://user:password@host
 _QUERY = re.compile(r"(://[^\s'\"?,\]}]*)\?[^\s'\",\]}]+")  # scheme://host/path?token=...
-_COMMAND = re.compile(r"(?<!\w)pipe:(?!\.\.\.)[^\n]*")
+_COMMAND = re.compile(r"(?<!\w)pipe:[^\n]*")
 _ONLY_COMMAND = re.compile(r"([\w.]+=)?pipe:.*", re.DOTALL)
 
 
@@ -68,12 +71,12 @@ def has_password() -> bool:
 def without_passwords(value: Any) -> Any:
     """Copy a value, or lists and dicts of values, leaving user, password and query out of addresses.
 
-    Of a command (`pipe:`) only that it is one is left.
+    A command (`pipe:`) is not kept: what is read back from a file would be run.
     """
     if isinstance(value, str):
         if command := _ONLY_COMMAND.fullmatch(value):
-            return f"{command[1] or ''}pipe:..."
-        return _COMMAND.sub("pipe:...", _QUERY.sub(r"\1", _PASSWORD.sub("", value)))
+            return f"{command[1] or ''}{COMMAND_NOT_KEPT}"
+        return _COMMAND.sub(COMMAND_NOT_KEPT, _QUERY.sub(r"\1", _PASSWORD.sub("", value)))
     if isinstance(value, dict):
         return {key: without_passwords(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ import logging
 import lzma
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.shard_sets import SplitChoice
 from cogvlm_ft.data.sources import ShardSource, locations, shard_sources, tars_of_split
 from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.tracking.provenance import without_passwords
 
 MANDATORY = ["output_dir=x", "model.path=m"]
 
@@ -266,6 +268,11 @@ def test_a_command_does_not_come_back_from_a_file_by_reference(tmp_path: Path) -
     save_config(typed, tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match="command line only"):
         load_config(tmp_path / "run.yaml")
+    kept = replace(typed, data=replace(typed.data, shards=without_passwords(typed.data.shards)))
+    save_config(kept, tmp_path / "run.yaml")  # as in a run folder
+    config = load_config(tmp_path / "run.yaml")
+    with pytest.raises(DataError, match="command not kept: found nothing"):
+        open_split(config, "train")
 
 
 @given(count=st.integers(1, 12), width=st.integers(1, 6), split=st.sampled_from(["train", "val", "a"]))

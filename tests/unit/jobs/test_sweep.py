@@ -65,6 +65,7 @@ def test_a_task_that_the_sweep_lacks(sweep: Path, monkeypatch: pytest.MonkeyPatc
         ("- {name: ../a, settings: []}", "names a folder"),
         ("- {name: a, settings: []}\n- {name: a, settings: []}", "a more than once"),
         ("- {name: a, settings: [output_dir=x]}", "entry 0 sets output_dir"),
+        ("- {name: a, settings: ['data.shards=pipe:touch x']}", "entry 0: found a command .*command line only"),
     ],
 )
 def test_mistakes_in_the_file_are_explained(tmp_path: Path, text: str, message: str) -> None:
