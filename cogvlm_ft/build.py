@@ -28,7 +28,7 @@ from cogvlm_ft.model import (
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
+from cogvlm_ft.runtime.distributed import from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
 from cogvlm_ft.settings import Config
 from cogvlm_ft.tracking.provenance import without_passwords
@@ -63,6 +63,13 @@ class Run:
         """Return the epochs before a state, with the fraction of the current one."""
         return state.samples_consumed / self.plan.num_samples
 
+    def save_settings(self) -> None:
+        """Write config.yaml, without passwords: a run's folder is for others to read, too. Rank 0 only."""
+        data = self.config.data
+        shown = replace(data, shards=without_passwords(data.shards), val_shards=without_passwords(data.val_shards))
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        save_config(replace(self.config, data=shown), self.folder.config)
+
     def save_model_files(self, folder: Path) -> None:
         """Write config.json, tokenizer, and what else an export needs besides the weights."""
         self.model.config.architectures = [type(self.model).__name__]
@@ -92,16 +99,9 @@ def build_run(config: Config) -> Run:
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
     )
-    folder = RunFolder(config.output_path)
-    if is_main():
-        folder.path.mkdir(parents=True, exist_ok=True)
-        # A run's folder is for others to read, too.
-        shown = replace(data, shards=without_passwords(data.shards), val_shards=without_passwords(data.val_shards))
-        save_config(replace(config, data=shown), folder.config)
-    barrier()
     engine, tokenizer = build_model_engine(config)
     dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
-    return Run(config, engine, tokenizer, dataset, val_reader, plan, folder)
+    return Run(config, engine, tokenizer, dataset, val_reader, plan, RunFolder(config.output_path))
 
 
 def _report_shared_shards(train: ShardIndex, val: ShardIndex) -> None:

@@ -50,6 +50,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
     from cogvlm_ft.planning.out_of_memory import memory_errors_explained
     from cogvlm_ft.planning.preflight import check_fits
     from cogvlm_ft.runtime.distributed import any_rank, init_distributed, is_main, rank, shut_down
+    from cogvlm_ft.runtime.run_lock import owned_run_folder
     from cogvlm_ft.runtime.watchdog import watched
     from cogvlm_ft.train.loop import train
 
@@ -57,7 +58,12 @@ def run(config: Config, stop_request: StopRequest) -> int:
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     check_fits(config)
-    with watched(config.output_path, rank(), config.train.hang_timeout_s), memory_errors_explained(config):
+    folder = config.output_path
+    with (
+        owned_run_folder(folder),
+        watched(folder, rank(), config.train.hang_timeout_s),
+        memory_errors_explained(config),
+    ):
         training = build_run(config)
         state = train(training, stop_request)
         is_stopped = any_rank(stop_request.seen) and state.step < training.num_steps

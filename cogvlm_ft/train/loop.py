@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 def train(run: Run, stop_request: StopRequest) -> TrainState:
     """Train to the end, an early stop or a stop request; return the last state, which is saved. Collective."""
     state, saver = start_or_resume(run)
+    if is_main():
+        run.save_settings()
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     log = StepLog(run, state, tracker)

@@ -157,3 +157,20 @@ def test_frozen_parameters_stay_as_they_are(shards: Path, start_model: Path, tmp
     for name, before in load_model(start_model).named_parameters():
         is_frozen = name.startswith("model.vision.") or name == "lm_head.weight"
         assert torch.equal(before, after[name]) == is_frozen, name
+
+
+def test_a_second_training_in_one_folder_is_refused(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """It changes nothing there, and the first goes on."""
+    changes = ["train.max_steps=500", "train.epochs=100", "checkpoint.every_steps=2", "evaluate.before_training=false"]
+    arguments = ["launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run", *changes)]
+    with started(arguments, 2, tmp_path / "logs") as first:
+        wait_for_step(tmp_path / "run", 3, first)
+        written = (tmp_path / "run" / "config.yaml").read_bytes()
+        with started([*arguments, "seed=7"], 2, tmp_path / "second") as second:
+            assert second.wait() == [2, 2], second.output()
+            assert second.output().count(f"another training writes there: process {first.processes[0].pid} on ") == 2
+        assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+        first.send(signal.SIGUSR1)
+        assert first.wait() == [0, 0], first.output()
+    steps = [row["step"] for row in read_metrics(tmp_path / "run", "train")]
+    assert steps == list(range(1, len(steps) + 1))

@@ -1,0 +1,227 @@
+"""One training per output_dir, also on a shared file system.
+
+    output_dir/.lock-000003      {"host": ..., "pid": ..., "job": ..., ...}; its mtime is the owner's heartbeat
+
+The owner is whoever wrote the file with the highest number. A new file is linked into place, which only one process
+can do per number, and NFS does at once for all hosts. The file with the highest number is never deleted, so a number is
+never used twice: of any number of processes that find the owner gone, one becomes the next owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime.distributed import from_main, is_main
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 10.0
+MISSED_HEARTBEATS = 6
+"""After so many, an owner on another host is taken for dead."""
+LOST_EXIT_CODE = 1
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that trains. machine: its boot and PID namespace, within which `pid` and `started` name a process."""
+
+    host: str
+    machine: str
+    pid: int
+    started: float
+    job: str | None
+    attempt: int
+    is_released: bool = False
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def this_process() -> Owner:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text().strip() if boot.exists() else ""
+    with contextlib.suppress(OSError):
+        machine += f"/{Path('/proc/self/ns/pid').stat().st_ino}"
+    job = os.environ.get("SLURM_JOB_ID")
+    attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    pid = os.getpid()
+    return Owner(socket.gethostname(), machine, pid, psutil.Process(pid).create_time(), job, attempt)
+
+
+@contextlib.contextmanager
+def owned_run_folder(folder: Path) -> Iterator[None]:
+    """Own the folder on rank 0 meanwhile. Collective. Raises ConfigError on all ranks if another training owns it."""
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if is_main():
+            try:
+                stack.enter_context(run_lock(folder))
+            except (ConfigError, OSError) as error:
+                problem = str(error)
+        problem = from_main(problem)
+        if problem:
+            raise ConfigError(problem)
+        yield
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Own the folder meanwhile; create it if necessary. Raises ConfigError if another training owns it.
+
+    Waits up to a minute to find out whether an owner on another host is alive.
+    """
+    path = _acquire(folder)
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="run lock")
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        with contextlib.suppress(OSError):
+            _replace(path, this_process(), is_released=True)
+
+
+def _acquire(folder: Path) -> Path:
+    """Return the lock file that makes this process the owner."""
+    folder.mkdir(parents=True, exist_ok=True)
+    me = this_process()
+    while True:
+        newest = _newest(folder)
+        if newest is not None:
+            owner = _read(newest)
+            if owner is None and newest.exists():
+                raise ConfigError(f"{newest}: not a lock of a run; expected one. Delete it if no training writes there")
+            if owner is not None and _is_alive(owner, me, newest):
+                raise ConfigError(
+                    f"output_dir={folder}: another training writes there: {owner}; expected one per folder. Stop it, "
+                    "wait for its end, or choose another output_dir"
+                )
+            if owner is not None and not owner.is_released:
+                logger.warning("output_dir=%s: %s, which owned it, has ended; this run continues", folder, owner)
+        path = _lock_file(folder, 1 + (_number(newest) if newest else 0))
+        if _create(path, me):
+            if _newest(folder) == path:
+                for older in _lock_files(folder)[:-1]:
+                    older.unlink(missing_ok=True)
+                return path
+            path.unlink()  # others have been owners since this process looked
+
+
+def _is_alive(owner: Owner, me: Owner, path: Path) -> bool:
+    """Decide whether the owner still trains."""
+    if owner.is_released:
+        return False
+    if owner.machine == me.machine:
+        return _is_running(owner)
+    if owner.job is not None and owner.job == me.job and owner.attempt < me.attempt:
+        return False  # Slurm has ended the former attempt of this job
+    logger.warning("%s belongs to %s; waiting for a sign of life", path.parent, owner)
+    deadline, seen = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT_S, _mtime(path)
+    while time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_S / 5)
+        if _mtime(path) != seen:  # released, or alive, or taken over
+            return path == _newest(path.parent) and not (_read(path) or owner).is_released
+    return False
+
+
+def _is_running(owner: Owner) -> bool:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(owner.pid)
+        return abs(process.create_time() - owner.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    """Renew the heartbeat; end this process at once if another has become the owner, because both would write."""
+    while not ended.wait(HEARTBEAT_S):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        newest = _newest(path.parent)
+        if newest is not None and newest != path:
+            logger.error("%s: another training has taken it over while this one was suspended; ending", path.parent)
+            os._exit(LOST_EXIT_CODE)
+
+
+def _lock_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".lock-" + "[0-9]" * 6))
+
+
+def _newest(folder: Path) -> Path | None:
+    return max(_lock_files(folder), default=None)
+
+
+def _lock_file(folder: Path, number: int) -> Path:
+    return folder / f".lock-{number:06d}"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _mtime(path: Path) -> int | None:
+    """Return the time of the last heartbeat. Opening the file makes NFS ask its server."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> Owner | None:
+    """Return the owner, None if the file is not ours or just vanished."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_new(path: Path, owner: Owner) -> Path:
+    partial = path.with_name(f".tmp{path.name}-{owner.host}-{owner.pid}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(asdict(owner), file)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
+
+
+def _create(path: Path, owner: Owner) -> bool:
+    """Create the lock file whole, or not at all if it exists."""
+    partial = _write_new(path, owner)
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links on this file system
+        return _create_exclusively(path, partial.read_text(encoding="utf-8"))
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def _create_exclusively(path: Path, content: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _replace(path: Path, owner: Owner, *, is_released: bool) -> None:
+    """Mark the lock as released. Nobody else replaces the newest file, so this loses no other owner."""
+    _write_new(path, Owner(**{**asdict(owner), "is_released": is_released})).replace(path)
