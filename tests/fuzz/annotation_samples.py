@@ -92,8 +92,12 @@ def samples() -> dict[str, Callable[[], Sample]]:
         "cogvlm-sft": _cogvlm_sft,
         "swift": _swift,
         "qwen": _qwen,
+        "internvl": _internvl,
+        "boxes in JSON": _boxes_in_json,
         "jsonl": _jsonl,
         "jsonl pairs": _jsonl_pairs,
+        "jsonl pairs of other box text": _jsonl_pairs_of_other_box_text,
+        "jsonl array": _jsonl_array,
     }
 
 
@@ -541,6 +545,41 @@ def _qwen() -> Sample:
     return _rows("swift", rows)
 
 
+def _internvl() -> Sample:
+    def row(image: str, question: str, answer: str) -> dict[str, Any]:
+        talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        return {"id": 0, "image": image, "width": SIZE[0], "height": SIZE[1], "conversations": talk}
+
+    rows = [
+        row("a.jpg", "Where is <ref>the dog</ref>?", "<ref>the dog</ref><box>[[100, 200, 500, 600]]</box>"),
+        row(
+            "b.jpg",
+            "找到它们",
+            "<ref>狗</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>和<ref>猫</ref><box>[[9,9,20,20]]</box>",
+        ),
+        row("a.jpg", "<ref>车</ref>呢?", "<box>［［１，２，３０，４０］］</box>"),
+        row("witness.jpg", "?", "A dog."),
+    ]
+    return _rows("swift", rows)
+
+
+def _boxes_in_json() -> Sample:
+    def row(image: str, answer: str, **more: Any) -> dict[str, Any]:
+        talk = [{"role": "user", "content": "<image>Locate all"}, {"role": "assistant", "content": answer}]
+        return {"messages": talk, "images": [image], **more}
+
+    entries = [{"bbox_2d": [900, 20, 990, 940], "label": "dog"}, {"bbox_2d": [15, 250, 300, 990], "label": "一只猫"}]
+    slots = '[{"bbox_2d": <bbox>, "label": "<ref-object>"}, {"bbox_2d": <bbox>, "label": "<ref-object>"}]'
+    objects = {"ref": ["羊", "牛"], "bbox": [[10, 8, 30, 24], [50, 8, 80, 24]]}
+    rows = [
+        row("a.jpg", f"```json\n{json.dumps(entries, ensure_ascii=False)}\n```"),
+        row("b.jpg", slots, objects=objects),
+        row("a.jpg", json.dumps(entries[0])),
+        row("witness.jpg", "A dog."),
+    ]
+    return _rows("swift", rows)
+
+
 def _jsonl() -> Sample:
     targets = [
         {"phrase": "the red car", "boxes": [[1, 2, 30, 40], [5, 5, 90, 80.5]], "description": "it is red"},
@@ -583,13 +622,38 @@ def _jsonl_pairs() -> Sample:
         {"image": "witness.jpg", "Prompt": "?", "Label": "!"},
     ]
 
-    def given(data: bytes) -> int:
-        return sum(bool(line.strip()) for line in data.split(b"\n"))
+    return _rows("jsonl", rows, _given_pairs, _found_pairs)
+
+
+def _jsonl_pairs_of_other_box_text() -> Sample:
+    rows = [
+        {"image": "a.jpg", "Prompt": "狗在哪里?", "Label": "所在区域为【【０８６，５４０，４００，７６０】】"},
+        {"image": "a.jpg", "Prompt": "用【【x0，y0，x1，y1】】回答", "Label": "**[[086, 540, 400, 760]]**"},
+        {"image": "b.jpg", "Prompt": "Find all dogs.", "Label": "(086,540),(400,760)"},
+        {"image": "b.jpg", "Prompt": "猫呢?", "Label": "[[086,540,400,760]，坐标001、002、003、004"},
+        {"image": "witness.jpg", "Prompt": "?", "Label": "!"},
+    ]
+    return _rows("jsonl", rows, _given_pairs, _found_pairs)
+
+
+def _given_pairs(data: bytes) -> int:
+    return sum(bool(line.strip()) for line in data.split(b"\n"))
+
+
+def _found_pairs(parts: Parts) -> int:
+    """A row that is neither a pair nor anything else is a candidate without anything, which is lost later."""
+    candidates = candidates_of(parts)
+    empty = sum(not (part.targets or part.turns or part.problems) for part in candidates)
+    return sum(len(part.turns) for part in candidates) + len(problems_of(parts)) + empty
+
+
+def _jsonl_array() -> Sample:
+    targets = [{"phrase": "the red car", "boxes": [[1, 2, 30, 40], [5, 5, 90, 80.5]]}]
+    rows = [{"image": f"{name}.jpg", "key": name, "targets": targets} for name in ("a", "b", "witness")]
+    images = dict.fromkeys(("a.jpg", "b.jpg", "witness.jpg"), SIZE)
+    given = _in_json(lambda rows: len(rows) if isinstance(rows, list) else 0)
 
     def found(parts: Parts) -> int:
-        """A row that is neither a pair nor anything else is a candidate without anything, which is lost later."""
-        candidates = candidates_of(parts)
-        empty = sum(not (part.targets or part.turns or part.problems) for part in candidates)
-        return sum(len(part.turns) for part in candidates) + len(problems_of(parts)) + empty
+        return len(candidates_of(parts)) + sum(problem.level == "sample" for problem in problems_of(parts))
 
-    return _rows("jsonl", rows, given, found)
+    return Sample("jsonl", {"a.json": rows}, "a.json", "a.json", images, given, found, has_witness=False)
