@@ -33,9 +33,9 @@ SIZES = {
         vocab_size=32000,
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=6,
+        num_hidden_layers=3,
         num_attention_heads=8,
-        vision_config={"hidden_size": 448, "intermediate_size": 3840, "num_hidden_layers": 6, "num_heads": 7},
+        vision_config={"hidden_size": 448, "intermediate_size": 3840, "num_hidden_layers": 3, "num_heads": 7},
     ),
 }
 NUM_WARM_STEPS = 3  # optimizer states are made in the first; from the third on DeepSpeed fetches ahead
