@@ -13,7 +13,7 @@ import unicodedata
 from itertools import pairwise
 from typing import NamedTuple
 
-from cogvlm_ft.shards.packing.candidates import Rejected
+from cogvlm_ft.shards.packing.candidates import Problem, Rejected
 
 _EXPECTED = (
     "expected [[x0,y0,x1,y1]]: thousandths of width and height from 000 to 999, three digits each, no blanks, "
@@ -33,6 +33,7 @@ _OPENING, _CLOSING = "[(<{（［【〔「『〖〈《｛﹝﹙", "])>}）］】�
 _NESTED = re.compile(
     rf"[{re.escape(_OPENING)}]\s*[{re.escape(_OPENING)}]|[{re.escape(_CLOSING)}]\s*[{re.escape(_CLOSING)}]|[⟦⟧]"
 )
+_UNPADDED = re.compile(r"has '\[\[(\d+(?:[,;\s]+\d+){3,})\]\]'")  # in a message
 _DIGITS = re.compile(r"\d+")
 _COMMAS, _SEMICOLONS = ",，、﹐､،", ";；﹔"
 _UNSEEN = "*`\\\u200b\u200c\u200d\u2060\ufeff＊"  # Markdown, and characters without width
@@ -126,6 +127,18 @@ def normalise_box_text(text: str, field: str, *, is_prompt: bool) -> str:
     for group in _FRAMED.finditer(result):
         raise _rejected(field, group[0], "remove what is directly around the brackets; ")
     return result
+
+
+def num_padded_boxes(text: str) -> tuple[int, int]:
+    """Return how many boxes the text has in the model's form, and how many of these have a number such as 086."""
+    boxes = [box for group in _EXACT.finditer(text) for box in group[1].split(";")]
+    return len(boxes), sum(_is_padded(box.split(",")) for box in boxes)
+
+
+def is_unpadded_box(problem: Problem) -> bool:
+    """Return whether this is about numbers in double brackets that are not written as thousandths."""
+    found = _UNPADDED.search(problem.detail) if problem.reason == "bad_box_text" else None
+    return found is not None and any(len(number) != 3 for number in _DIGITS.findall(found[1]))
 
 
 def _tokens(text: str, is_prompt: bool) -> list[_Token]:

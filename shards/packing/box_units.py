@@ -19,6 +19,7 @@ from cogvlm_ft.data.reader import read_orientation
 from cogvlm_ft.data.record import BOX_TOLERANCE_PX
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.formats.box_text import is_unpadded_box, num_padded_boxes
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, UnitBasis, Units, box_in_pixels
 from cogvlm_ft.shards.packing.checks import read_image
 
@@ -124,6 +125,38 @@ class Evidence:
         return fills and weight > _CERTAIN
 
 
+@dataclass
+class TextEvidence:
+    """Evidence from the boxes in turns, which are always read as thousandths.
+
+    num_boxes, num_padded: in three digits, and of these with a number such as 086. unpadded: the first text in double
+        brackets that is not in three digits.
+    """
+
+    num_boxes: int = 0
+    num_padded: int = 0
+    unpadded: Problem | None = None
+
+    def add(self, candidate: Candidate) -> None:
+        """Add the turns of an image, and what was rejected of them."""
+        for turn in candidate.turns:
+            for text in (turn.prompt, turn.answer):
+                num_boxes, num_padded = num_padded_boxes(text)
+                self.num_boxes += num_boxes
+                self.num_padded += num_padded
+        self.unpadded = self.unpadded or next(filter(is_unpadded_box, candidate.problems), None)
+
+    def check(self, annotations: Path) -> None:
+        """Raise UnclearUnitError if no box is padded though some need it: those of three digits may be pixels too."""
+        if self.unpadded and self.num_boxes and not self.num_padded:
+            raise UnclearUnitError(
+                f"{annotations.name}: boxes in texts could be pixels: none of {self.num_boxes} has a leading zero, and "
+                f"{self.unpadded.source} has one without three digits: {self.unpadded.detail:.80}; expected "
+                "thousandths such as 086. Write them so, or add --box-unit thousandth if those of three digits are "
+                "thousandths."
+            )
+
+
 @dataclass(frozen=True)
 class BoxUnits:
     """units_of: the decided unit by group. explanation: one line for people, empty if every box states its unit."""
@@ -151,10 +184,14 @@ class UnitSurvey:
         self._num_opened = 0
         self._stated: set[Units] = set()
         self._groups: dict[Group, Evidence] = {}
+        self._texts = TextEvidence()
 
     def add(self, part: Candidate | Problem) -> None:
         """Add a part of the source."""
-        if isinstance(part, Problem) or not any(target.boxes_xyxy for target in part.targets):
+        if isinstance(part, Problem):
+            return
+        self._texts.add(part)
+        if not any(target.boxes_xyxy for target in part.targets):
             return
         if part.unit_basis == "stated":
             self._stated.add(part.units)
@@ -163,6 +200,8 @@ class UnitSurvey:
 
     def decide(self, box_unit: str, annotations: Path) -> BoxUnits:
         """Return the decision; box_unit: of the user, or "auto". Raises DataError."""
+        if box_unit != "thousandth":
+            self._texts.check(annotations)
         if box_unit != "auto":
             return self._as_told(box_unit, annotations)
         units_of: dict[Group, Units] = {}

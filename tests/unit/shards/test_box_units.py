@@ -243,3 +243,25 @@ def test_the_review_reads_as_the_build_does(photos: Path, tmp_path: Path) -> Non
     assert item.candidate.units == "unit"  # type: ignore[union-attr]
     *_, item = annotated_items("coco", path, photos, "pixel")
     assert item.candidate.units == "pixels"  # type: ignore[union-attr]
+
+
+def pair(label: str) -> dict[str, str]:
+    return {"image": "a.jpg", "Prompt": "?", "Label": label}
+
+
+@pytest.mark.parametrize("other", ["[[86,540,400,760]]", "[[1086, 540, 1400, 760]]"])
+def test_box_text_in_pixels_condemns_that_of_three_digits(build_jsonl: Build, other: str) -> None:
+    lines_of_pixels = [pair("狗[[540,640,700,760]]"), pair(f"猫{other}")]
+    for box_unit in ("auto", "pixel"):
+        with pytest.raises(DataError, match=r"could be pixels: none of 1 has a leading zero.*--box-unit thousandth"):
+            build_jsonl(lines_of_pixels, box_unit=box_unit)
+    told = build_jsonl(lines_of_pixels, box_unit="thousandth")
+    assert len(told["records"]["a"]["turns"]) == 1
+    assert [row["reason"] for row in told["rejected"]] == ["bad_box_text"]
+
+
+def test_padded_box_text_beside_other_text_is_kept(build_jsonl: Build) -> None:
+    lines_of_both = [pair("狗[[540,640,700,760]]"), pair("[[86,540,400,760]]"), pair("[[086,540,400,760]]")]
+    built = build_jsonl(lines_of_both)
+    assert len(built["records"]["a"]["turns"]) == 2
+    assert [row["reason"] for row in built["rejected"]] == ["bad_box_text"]
