@@ -26,6 +26,7 @@ from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
     Rejected,
+    Units,
     check_text,
     image_path,
     make_targets,
@@ -100,7 +101,7 @@ def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem
         _add_annotation(annotation, f"annotations[{i}]", content)
     _add_notes(content)
     yield from problems
-    units = "unit" if content.in_fractions else "pixels"
+    units: Units = "unit" if content.in_fractions else "pixels"
     for image in {id(image): image for image in content.images.values() if image}.values():
         yield replace(_candidate(image), units=units)
 
