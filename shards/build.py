@@ -39,6 +39,7 @@ from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
 from cogvlm_ft.shards.packing.given_splits import SPLIT_CHOICES, with_splits
+from cogvlm_ft.shards.packing.label_names import load_names
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 from cogvlm_ft.shards.packing.source_photos import GroupBy
@@ -83,6 +84,7 @@ class BuildSettings:
     box_unit: str = "auto"
     negatives: NegativeSettings | None = None
     max_side: int | None = None
+    names: Path | None = None
 
 
 def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bool = False) -> str:
@@ -138,10 +140,12 @@ def _stage(settings: BuildSettings, staging: StagingDatabase) -> BoxUnits:
 
 
 def _parts(settings: BuildSettings, staging: StagingDatabase) -> Parts:
-    """Yield what the annotations contain, with the decisions applied, and the split that the files state."""
+    """Yield what the annotations contain, with the decisions, the words for labels and the stated splits applied."""
     parts: Parts = with_photos(FORMATS[settings.format].read(settings.annotations, settings.images), settings.images)
     if settings.decisions:
         parts = _decided(parts, load_decisions(settings.decisions), staging)
+    if settings.names:
+        parts = load_names(settings.names).apply(parts)
     return with_splits(parts, settings.split, settings.annotations, settings.images)
 
 
@@ -187,14 +191,13 @@ def _check_settings(settings: BuildSettings) -> None:
 def _signature(settings: BuildSettings) -> dict[str, Any]:
     """Return the settings for build.json; shards of other settings must not be mixed with new ones.
 
-    Of the annotations and the decisions counts what came out, of EXIF and the unit of the boxes what was decided: both
-    are added when all is read.
+    Of the annotations, the decisions and the names counts what came out, of EXIF and the unit of the boxes what was
+    decided: both are added when all is read.
     """
     negatives = settings.negatives.signature() if settings.negatives else None
     signature = {**vars(settings), "images": str(settings.images.resolve()), "negatives": negatives}
-    return {
-        name: value for name, value in signature.items() if name not in ("annotations", "decisions", "exif", "box_unit")
-    }
+    read_or_decided = ("annotations", "decisions", "exif", "box_unit", "names")
+    return {name: value for name, value in signature.items() if name not in read_or_decided}
 
 
 def _check_folder(out: Path, signature: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -331,6 +334,11 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--negatives", type=float, default=0.0, help="fraction of absent targets among all targets, such as 0.2")
     add("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="sources of absent targets")
     add("--synonyms", type=Path, help="YAML file of names with the same meaning, for absent targets")
+    add(
+        "--names",
+        type=Path,
+        help="YAML file of words for labels, in English and Chinese: RBC: [red blood cell, 红细胞]",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="delete what an earlier build wrote to --out")
     return parser.parse_args(argv)
@@ -343,7 +351,9 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
         name, seen = recognise_format(annotations)
         print(f"{annotations}: {seen}; reading it as --format {name}", flush=True)
     kinds = dict.fromkeys(args.negative_kinds, 1.0)
-    negatives = NegativeSettings(args.negatives, kinds, args.synonyms, args.seed) if args.negatives else None
+    negatives = (
+        NegativeSettings(args.negatives, kinds, args.synonyms, args.seed, args.names) if args.negatives else None
+    )
     return BuildSettings(
         format=name,
         images=args.images or (annotations if annotations.is_dir() else annotations.parent),
@@ -360,6 +370,7 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
         box_unit=args.box_unit,
         negatives=negatives,
         max_side=args.max_side,
+        names=args.names,
     )
 
 

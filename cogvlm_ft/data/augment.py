@@ -120,4 +120,5 @@ def _texts(record: Record, turns: Sequence[Turn]) -> list[str]:
     texts = [text for turn in turns for text in (turn.prompt, turn.answer)]
     texts += [text for turn in turns for pair in turn.history for text in pair]
     texts += [text for target in record.targets for text in (target.phrase, target.description or "")]
+    texts += [words for target in record.targets for _, words in target.names]
     return texts

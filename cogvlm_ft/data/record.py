@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.grounding.targets import Box, Target, Turn
+from cogvlm_ft.grounding.targets import Box, Name, Target, Turn
 
 BOX_TOLERANCE_PX = 1.0
 """How far a box may exceed the image and still be clipped: annotation tools round, and some count pixels from 1."""
@@ -58,20 +58,23 @@ def record_to_json(record: Record) -> bytes:
         "key": record.key,
         "image_size_px": record.image_size_px,
         "source": record.source,
-        "targets": [
-            {
-                "phrase": target.phrase,
-                "language": target.language,
-                "boxes_xyxy": target.boxes_xyxy,
-                "description": target.description,
-            }
-            for target in record.targets
-        ],
+        "targets": [_target_fields(target) for target in record.targets],
         "turns": [_turn_fields(turn) for turn in record.turns],
     }
     if record.upright:
         fields["upright"] = True
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _target_fields(target: Target) -> dict[str, Any]:
+    """Include the names only if there are some."""
+    fields: dict[str, Any] = {
+        "phrase": target.phrase,
+        "language": target.language,
+        "boxes_xyxy": target.boxes_xyxy,
+        "description": target.description,
+    }
+    return fields | {"names": target.names} if target.names else fields
 
 
 def _turn_fields(turn: Turn) -> dict[str, Any]:
@@ -170,7 +173,18 @@ def _target(value: Any, key: str, field: str) -> Target:
     _require(language in ("zh", "en"), key, f"{field}.language", language, '"zh" or "en"')
     description = value.get("description")
     _require(description is None or isinstance(description, str), key, f"{field}.description", description, "a string")
-    return Target(phrase=phrase, language=language, boxes_xyxy=_boxes(value, key, field), description=description)
+    boxes, names = _boxes(value, key, field), _names(value.get("names", []), key, f"{field}.names")
+    return Target(phrase, language, boxes, description, names)
+
+
+def _names(value: Any, key: str, field: str) -> tuple[Name, ...]:
+    """Parse pairs of a language and words."""
+    names = [_list(pair, key, f"{field}[{i}]") for i, pair in enumerate(_list(value, key, field))]
+    for i, pair in enumerate(names):
+        good = len(pair) == 2 and pair[0] in ("zh", "en")
+        _require(good, key, f"{field}[{i}]", pair, '["zh" or "en", words]')
+        _text(pair[1], key, f"{field}[{i}]")
+    return tuple((language, words) for language, words in names)
 
 
 def _boxes(target: dict[str, Any], key: str, field: str) -> tuple[Box, ...]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 Box = tuple[float, float, float, float]
 
 
+Name = tuple[str, str]
+"""(language, words)"""
+
+
 @dataclass(frozen=True)
 class Target:
     """One object to find in one image.
@@ -15,12 +19,14 @@ class Target:
     language: "zh" or "en".
     boxes_xyxy: pixels of the stored image, origin top left, (x0, y0, x1, y1); empty = the target is absent.
     description: a longer text about it, or None.
+    names: words to ask with instead of the phrase, which is a label then. A turn uses one of its own language.
     """
 
     phrase: str
     language: str
     boxes_xyxy: tuple[Box, ...]
     description: str | None = None
+    names: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def build_turns(
     """
     rng = random.Random(f"{seed}:{epoch}:{key}")
     part = _choose_part(wording, targets, rng)
+    targets = _with_names(targets, part, rng)
     return [replace(turn, style=part.style) for turn in _Image(key, image_size_px, part, rng).turns(targets)]
 
 
@@ -66,6 +67,21 @@ def _choose_part(wording: Wording, targets: Sequence[Target], rng: random.Random
     parts = [part for part in wording.mix if part.style != "describe" or any(t.boxes_xyxy for t in targets)]
     parts = parts or list(wording.mix)
     return rng.choices(parts, [part.weight for part in parts])[0]
+
+
+def _with_names(targets: Sequence[Target], wording: Wording, rng: random.Random) -> list[Target]:
+    """Replace labels that have names by one of them, all in one language as far as possible."""
+    named = {language for target in targets for language, _ in target.names}
+    languages = [language for language in wording.languages if language in named]
+    chosen = rng.choice(languages) if languages else None
+    return [_with_name(target, chosen, wording, rng) if target.names else target for target in targets]
+
+
+def _with_name(target: Target, language: str | None, wording: Wording, rng: random.Random) -> Target:
+    names = [name for name in target.names if name[0] == language]
+    names = names or [name for name in target.names if name[0] in wording.languages] or list(target.names)
+    language, phrase = rng.choice(names)
+    return replace(target, phrase=phrase, language=language, names=())
 
 
 @dataclass(frozen=True)

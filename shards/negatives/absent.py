@@ -37,12 +37,14 @@ class NegativeSettings:
 
     kinds: weights by which a kind of KINDS is tried first; weight 0 disables it.
     synonyms: the user's YAML file in the form of lexicon.yaml, added to it.
+    names: the user's words for labels.
     """
 
     share: float = 0.0
     kinds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     synonyms: Path | None = None
     seed: int = 0
+    names: Path | None = None
 
     def check(self) -> None:
         """Raise DataError for an unusable value, or a file that cannot be read."""
@@ -54,7 +56,7 @@ class NegativeSettings:
         good = all(0 <= weight < math.inf for weight in self.kinds.values())
         if not good or not any(self.kinds.values()):
             raise DataError(f"--negative-kinds: {dict(self.kinds)}; expected weights of 0 or more, not all of them 0")
-        load_lexicon(self.synonyms)
+        load_lexicon(self.synonyms, self.names)
 
     def signature(self) -> dict[str, Any]:
         """Return everything that determines the added targets, as JSON; the lexicon by its hash, not by its path."""
@@ -62,8 +64,8 @@ class NegativeSettings:
         folder = resources.files("cogvlm_ft.shards.negatives")
         for data in ((folder / name).read_bytes() for name in ("lexicon.yaml", "grammar.yaml")):
             digest.update(data)
-        if self.synonyms:
-            digest.update(self.synonyms.read_bytes())
+        for path in (self.synonyms, self.names):
+            digest.update(path.read_bytes() if path else b"")
         kinds = {kind: float(self.kinds.get(kind, 0)) for kind in KINDS}
         return {"share": self.share, "kinds": kinds, "seed": self.seed, "words_sha256": digest.hexdigest()}
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.shards.packing.label_names import load_names
 
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[a-z]+|[0-9]+|[{_CJK}]+|[^\W\d_a-z{_CJK}]+")
@@ -177,13 +178,18 @@ class _Misspellings:
 
 
 @cache
-def load_lexicon(path: Path | None) -> Lexicon:
-    """Return the built-in lexicon with a YAML file of the same form added to it; raises DataError. Cached."""
+def load_lexicon(path: Path | None, names: Path | None = None) -> Lexicon:
+    """Return the built-in lexicon with a YAML file of the same form added to it; raises DataError. Cached.
+
+    names: a file of words for labels (`packing/label_names.py`): a label means what its words mean.
+    """
     folder = resources.files("cogvlm_ft.shards.negatives")
     grammar = Grammar(yaml.safe_load((folder / "grammar.yaml").read_text(encoding="utf-8")))
     tables = [yaml.safe_load((folder / "lexicon.yaml").read_text(encoding="utf-8"))]
     if path is not None:
         tables.append(_load_table(path))
+    if names is not None:
+        tables.append({"synonyms": load_names(names).synonyms()})
     return Lexicon(grammar, tables)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cogvlm_ft.shards.negatives import NegativeSettings, Vocabulary, choose_absent, load_lexicon
 from cogvlm_ft.shards.packing.checks import CheckedSample
+from cogvlm_ft.shards.packing.label_names import LabelNames, load_names
 from cogvlm_ft.shards.packing.staging import StagedSample, StagingDatabase, read_value
 
 _VOCABULARY = "vocabulary"
@@ -35,7 +36,7 @@ def run_first_pass(
     staging: StagingDatabase, settings: NegativeSettings, *, exhaustive: bool
 ) -> tuple[Vocabulary, SecondPass]:
     """Gather the vocabulary of all candidates and store it in the staging database."""
-    vocabulary = Vocabulary(load_lexicon(settings.synonyms), exhaustive=exhaustive)
+    vocabulary = Vocabulary(load_lexicon(settings.synonyms, settings.names), exhaustive=exhaustive)
     for candidates, context in staging.by_image():
         for i, candidate in enumerate(candidates):
             vocabulary.add(candidate, [*candidates[:i], *candidates[i + 1 :], *context])
@@ -48,11 +49,17 @@ def add_absent_targets(
     sample: CheckedSample, staged: StagedSample, staging: Path, second_pass: SecondPass, counts: Counter[str]
 ) -> CheckedSample:
     """Append absent targets to the sample. counts: is increased by kind."""
-    vocabulary = _vocabulary(staging, second_pass.vocabulary_sha256, second_pass.settings.synonyms)
-    chosen = choose_absent(staged.candidate, vocabulary, second_pass.settings, counts, staged.others)
+    settings = second_pass.settings
+    vocabulary, names = _vocabulary(staging, second_pass.vocabulary_sha256, settings.synonyms, settings.names)
+    chosen = choose_absent(staged.candidate, vocabulary, settings, counts, staged.others)
+    if names:
+        chosen = names.named(chosen)
     return replace(sample, record=replace(sample.record, targets=sample.record.targets + chosen))
 
 
 @lru_cache(maxsize=1)  # a worker writes many shards
-def _vocabulary(staging: Path, vocabulary_sha256: str, synonyms: Path | None) -> Vocabulary:
-    return Vocabulary.from_json(read_value(staging, _VOCABULARY), load_lexicon(synonyms))
+def _vocabulary(
+    staging: Path, vocabulary_sha256: str, synonyms: Path | None, names: Path | None
+) -> tuple[Vocabulary, LabelNames | None]:
+    vocabulary = Vocabulary.from_json(read_value(staging, _VOCABULARY), load_lexicon(synonyms, names))
+    return vocabulary, load_names(names) if names else None

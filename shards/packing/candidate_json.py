@@ -36,6 +36,7 @@ def candidate_from_json(text: str) -> Candidate:
 
 def _target(fields: dict[str, Any]) -> Target:
     fields["boxes_xyxy"] = tuple(tuple(box) for box in fields["boxes_xyxy"])
+    fields["names"] = tuple((language, words) for language, words in fields["names"])
     return Target(**fields)
 
 

@@ -24,7 +24,7 @@ FULL = Candidate(
     key="mine",
     source="x.json:1 \udcff",
     targets=(
-        Target("狗", "zh", ((0.1, 1e-9, 1e300, float("inf")), (-1.0, 2.0, 3.0, 4.0)), "一只狗"),
+        Target("狗", "zh", ((0.1, 1e-9, 1e300, float("inf")), (-1.0, 2.0, 3.0, 4.0)), "一只狗", (("en", "dog"),)),
         Target("cat", "en", ()),
     ),
     turns=(
