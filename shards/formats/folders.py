@@ -67,6 +67,7 @@ class Photos:
     def __init__(self, images: Path) -> None:
         self._images = images
         self._names_in = lru_cache(maxsize=16)(self._list)
+        self._other_places = lru_cache(maxsize=64)(self._find_other_places)
 
     def at(self, path: Path) -> str | None:
         """Return the image at this path, relative to the working directory, if it is in the images folder."""
@@ -75,14 +76,17 @@ class Photos:
 
     def stated(self, folder: str, path: str) -> str | None:
         """Return the image that annotations in `folder` state: at its path, else of its name in a likely folder."""
-        paths = (self._images / folder / path, self._images / path)
-        found = (self.at(place) for place in paths)
-        return next((image for image in found if image), None) or self.named(folder, posixpath.basename(path))
+        folders, name = posixpath.split(path)
+        places = (self._images / folder / path, self._images / path) if folders else ()
+        found = (self.at(place) for place in places)
+        return next((image for image in found if image), None) or self.named(folder, name)
 
     def named(self, folder: str, name: str) -> str | None:
         """Return the image of this name that belongs to annotations in `folder`."""
-        paths = (posixpath.join(place, name) for place in self._places(folder))
-        return next((path for path in paths if self._is_image(path)), None)
+        if name.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS:
+            return None
+        places = (place for place in self._places(folder) if _contains(self._names_in(place), name))
+        return next((posixpath.join(place, name) for place in places), None)
 
     def of_stem(self, folder: str, stem: str) -> list[str]:
         """Return the images with this name before their extension, of the most likely folder that has any."""
@@ -117,8 +121,11 @@ class Photos:
     def _places(self, folder: str) -> Iterator[str]:
         """Return the folders where the images of annotations in `folder` may be, the most likely first."""
         yield folder
+        yield from self._other_places(folder)
+
+    def _find_other_places(self, folder: str) -> list[str]:
         others = [place for place in self._by_subject.get(_subject(folder), ()) if place != folder]
-        yield from sorted(others, key=lambda place: (not any(map(_is_for_images, place.split("/"))), place))
+        return sorted(others, key=lambda place: (not any(map(_is_for_images, place.split("/"))), place))
 
     @cached_property
     def _by_subject(self) -> dict[tuple[str, ...], list[str]]:
