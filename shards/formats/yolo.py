@@ -36,6 +36,7 @@ from cogvlm_ft.shards.packing.files import read_inside
 
 _ENDING = ".txt"
 _MAX_INSPECTED = 100
+_IMAGE_ENDINGS = tuple(f".{ext}" for ext in IMAGE_EXTENSIONS)
 
 Line = tuple[int, list[str]]
 """(number, columns)"""
@@ -97,11 +98,9 @@ def _is_list_of_names(root: Path, source: str) -> bool:
 
 def _is_other_text(source: str, lines: list[Line]) -> bool:
     """Return whether this is a text that exports contain besides labels: one about the data, or a list of images."""
-    texts = [" ".join(columns) for _, columns in lines]
-    endings = tuple(f".{ext}" for ext in IMAGE_EXTENSIONS)
-    return posixpath.basename(source).lower().startswith("readme") or (
-        bool(texts) and all(text.lower().endswith(endings) for text in texts)
-    )
+    if posixpath.basename(source).lower().startswith("readme"):
+        return True
+    return bool(lines) and all(columns[-1].lower().endswith(_IMAGE_ENDINGS) for _, columns in lines)
 
 
 def _lines(data: bytes) -> list[Line]:
