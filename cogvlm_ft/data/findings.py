@@ -6,6 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from cogvlm_ft.data.shard import Shard
 from cogvlm_ft.data.tars import Loss
 
@@ -43,30 +45,31 @@ def report_findings(split: str, sources: Sequence[Sequence[Shard]]) -> None:
     ):
         if found:
             counts = dict(Counter(loss.reason for loss in found))
-            _log.warning("split %s: %s by reason: %s; first: %s", split, what, counts, _text(found[0]))
+            _log.warning("split %s: %s by reason: %s; first: %s", split, what, counts, text_of(found[0]))
     for source in sources:
         _report_repeated_keys(split, source)
 
 
-def _text(loss: Loss) -> str:
+def text_of(loss: Loss) -> str:
+    """Return a loss or a note in one line."""
     return f"{loss.shard}: {loss.key or 'unknown key'}: {loss.reason}" + (f": {loss.detail}" if loss.detail else "")
 
 
 def _report_repeated_keys(split: str, shards: Sequence[Shard]) -> None:
-    first: dict[bytes, str] = {}
-    repeated = []
-    for shard in shards:
-        for key in shard.keys.tolist():
-            if first.setdefault(key, shard.path.name) != shard.path.name:
-                repeated.append((key, shard.path.name))
-    if repeated:
-        key, name = repeated[0]
-        _log.warning(
-            "split %s: keys that are in two tars: %d, such as %r in %s and %s. They are read as different samples; if "
-            "they are the same photos, remove one of them",
-            split,
-            len(repeated),
-            key.decode("utf-8", "backslashreplace"),
-            first[key],
-            name,
-        )
+    """Log keys that two tars have. Builds of ours have none."""
+    if not any((shard.questions < 0).any() for shard in shards):
+        return
+    keys = np.concatenate([shard.keys for shard in shards])
+    found, counts = np.unique(keys, return_counts=True)
+    repeated = found[counts > 1]
+    if not len(repeated):
+        return
+    names = [shard.path.name for shard in shards if (shard.keys == repeated[0]).any()]
+    _log.warning(
+        "split %s: keys that are in two tars: %d, such as %r in %s. They are read as different samples; if they are "
+        "the same photos, remove one of them",
+        split,
+        len(repeated),
+        bytes(repeated[0]).decode("utf-8", "backslashreplace"),
+        " and ".join(names[:2]),
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.data.addresses import name_of, shown
-from cogvlm_ft.data.findings import explain_losses, report_findings
+from cogvlm_ft.data.findings import explain_losses, report_findings, text_of
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard import Shard
 from cogvlm_ft.data.shard_sets import SplitChoice, load_source
@@ -82,7 +82,8 @@ def load_index(
     index = _join(split, [source.path for source in sources], [source.weight for source in sources], found)
     report_findings(split, found)
     if not len(index):
-        hint = f"Lost while scanning: {index.losses[:3]}" if index.losses else "Build with another --val-fraction"
+        lost = "; ".join(text_of(loss) for loss in index.losses[:3])
+        hint = f"Lost while scanning: {lost}" if lost else "Build with another --val-fraction"
         where = ", ".join(shown(source.path) for source in sources)
         raise DataError(f"{where}: split {split!r}: found no samples; expected at least one. {hint}")
     return index

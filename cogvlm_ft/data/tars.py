@@ -72,7 +72,7 @@ class Scan(NamedTuple):
     notes: list[Loss]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Parts:
     """Members of one key. places: offset and size of those that can be used. others: extensions of the rest."""
 
