@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -106,6 +108,15 @@ def test_offsets_lead_to_the_members(name: str, num_bytes: int) -> None:
                 member = whole.getmember(f"{row['key']}.{ext}")
                 assert (member.offset_data, member.size) == (start, size)
                 assert (member.mtime, member.uname, member.gname, member.mode) == (0, "shards", "shards", 0o444)
+
+
+def test_workers_write_without_torch() -> None:
+    code = (
+        "import sys; from cogvlm_ft.shards.packing.workers import import_webdataset_without_torch as load; load(); "
+        "from webdataset.writer import TarWriter; print('torch' in sys.modules); import torch; print(torch.ones(1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "tensor([1.])"]
 
 
 def test_a_shard_without_its_offsets_is_not_written(settings: WriteSettings) -> None:
