@@ -130,10 +130,9 @@ class _Objects:
         found = _Object(*_texts(shape))
         self._all.append(found)
         found.box = _box(shape, self._size_px)
-        group = shape.get("group_id")
-        if isinstance(group, bool) or not isinstance(group, (int, str)) or not str(group).strip():
+        group = _group(shape.get("group_id"))
+        if not group:
             return
-        group = str(group).strip()
         parts = self._of_group[found.label, group]
         first = next((part for part in parts if part.may_have(found)), None)
         if first is None:
@@ -207,6 +206,13 @@ def _box(shape: dict[str, Any], size_px: SizePx | None) -> Box:
         xs, ys = (xs[0] - radius, xs[0] + radius), (ys[0] - radius, ys[0] + radius)
     box = four_numbers([min(xs), min(ys), max(xs), max(ys)], "of corners")
     return clip_to_size(box, size_px) if kind in _OVER_THE_EDGE else box
+
+
+def _group(value: Any) -> str:
+    """Return the group of a shape, or "" for none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
 
 
 def _is_embedded(content: dict[str, Any]) -> bool:

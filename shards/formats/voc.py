@@ -135,7 +135,8 @@ def _parse(text: str) -> _Annotation:
 def _candidate(annotation: _Annotation, source: str, own: OwnImage, notes: tuple[Problem, ...]) -> Candidate:
     problems: list[Problem] = []
     boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
-    size_px, size_notes = stated_size(*(annotation.fields.get(f"size/{side}") for side in ("width", "height")), source)
+    fields = annotation.fields
+    size_px, size_notes = stated_size(fields.get("size/width"), fields.get("size/height"), source)
     for i, found in enumerate(annotation.objects):
         try:
             if not found.get("name"):

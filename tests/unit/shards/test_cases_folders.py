@@ -440,7 +440,9 @@ def test_sizes_in_every_spelling_are_compared(width: int, height: int, form: str
 
 
 @QUICK
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([1, "1", 0, None, "", " "])), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([1, "1", 1.0, 0, None, "", " "])), min_size=1, max_size=8)
+)
 def test_shapes_of_one_label_and_group_are_one_object(shapes: list[tuple[str, Any]]) -> None:
     content = [
         {"label": label, "group_id": group, "points": [[i, 1], [i + 3, 5 + i]], "shape_type": "mask"}
@@ -449,7 +451,7 @@ def test_shapes_of_one_label_and_group_are_one_object(shapes: list[tuple[str, An
     groups: dict[Any, list[int]] = {}
     for i, (label, group) in enumerate(shapes):
         none = group is None or not str(group).strip()
-        groups.setdefault((label, i) if none else (label, "group", str(group)), []).append(i)
+        groups.setdefault((label, i) if none else (label, "group", f"{float(group):g}"), []).append(i)
     expected = [(label[0], (min(at), 1, max(at) + 3, 5 + max(at))) for label, at in groups.items()]
     with tempfile.TemporaryDirectory() as name:
         found = read_all(read_labelme, write_json(Path(name) / "a.json", {"shapes": content}), Path(name))
