@@ -32,7 +32,8 @@ _OPTIONS = {units: f"--box-unit {option}" for option, units in BOX_UNITS.items()
 _WORDS = {"pixels": "pixels", "thousandths": "thousandths", "unit": "fractions 0..1"}
 _ROUNDING = 0.02  # fractions may be slightly outside 0..1
 _MIN_BAD_BOXES, _MIN_BAD_FRACTION, _FITS = 3, 0.1, 0.95
-_CERTAIN = math.log(1000)
+_RARE = 0.02
+_LIKELY, _CERTAIN = math.log(20), math.log(1000)
 _NEAR = 0.05
 
 
@@ -50,8 +51,8 @@ class Evidence:
 
     num_boxes: of positive area. num_sized: of these, in an image of known size. fits: by unit.
     over_1000: the first box with a larger value. example: box, phrase, image and size of the first sized box.
-    log_area: sum over the images of log(area / 1000^2): how much more likely boxes that are inside in both readings
-        are in thousandths than in pixels.
+    log_odds: how much more likely the images are in thousandths than in pixels, where boxes may be anywhere in the
+        field of their unit, and one image of fifty has a wrong box.
     reach: by unit, the lowest x0 and y0 and the highest x1 and y1, as fractions of the image.
     """
 
@@ -61,18 +62,22 @@ class Evidence:
     has_fractions: bool = False
     over_1000: str | None = None
     example: tuple[Box, str, str, tuple[int, int]] | None = None
-    log_area: float = 0.0
+    log_odds: float = 0.0
     reach: dict[Units, list[float]] = field(default_factory=dict)
 
     def add(self, candidate: Candidate, sizes: list[tuple[int, int]]) -> None:
         """Add the boxes of an image; sizes: as stored and as its EXIF orientation turns it, empty if unknown."""
-        num_sized = self.num_sized
+        num_sized, num_outside = self.num_sized, self.num_outside
         for target in candidate.targets:
             for box in target.boxes_xyxy:
                 if box[0] < box[2] and box[1] < box[3]:  # others are invalid in every unit
                     self._add_box(box, candidate, target.phrase, sizes)
         if self.num_sized > num_sized:
-            self.log_area += math.log(sizes[0][0] * sizes[0][1] / 1000**2)
+            width, height = sizes[0]
+            is_outside = self.num_outside > num_outside
+            chance = 1 - min(width / 1000, 1) * min(height / 1000, 1)  # of a box in thousandths to be outside in pixels
+            is_wrong = max(chance, _RARE**2) / _RARE
+            self.log_odds += math.log(is_wrong if is_outside else width * height / 1000**2)
 
     def _add_box(self, box: Box, candidate: Candidate, phrase: str, sizes: list[tuple[int, int]]) -> None:
         self.num_boxes += 1
@@ -119,10 +124,10 @@ class Evidence:
 
     def tells(self, units: Units) -> bool:
         """Return whether boxes that fit pixels and thousandths fill the range of one of them and end there."""
-        weight = self.log_area if units == "thousandths" else -self.log_area
+        odds = self.log_odds if units == "thousandths" else -self.log_odds
         left, top, right, bottom = self.reach.get(units, [1.0, 1.0, 0.0, 0.0])
         fills = max(left, top) <= _NEAR and min(right, bottom) >= 1 - _NEAR
-        return fills and weight > _CERTAIN
+        return fills and odds > _CERTAIN
 
 
 @dataclass
@@ -286,7 +291,7 @@ def _fitting(assumed: Units, evidence: Evidence) -> list[Units]:
         return ["pixels" if evidence.over_1000 else assumed]  # without a photo there is no sample
     if evidence.over_1000:
         return ["pixels"] if evidence.fits_nearly_all("pixels") else []
-    if evidence.num_outside >= _MIN_BAD_FRACTION * evidence.num_sized or evidence.tells("thousandths"):
+    if (evidence.num_outside and evidence.log_odds > _LIKELY) or evidence.tells("thousandths"):
         return ["thousandths"]
     if evidence.fits_all("pixels") and evidence.tells("pixels"):
         return ["pixels"]

@@ -163,6 +163,15 @@ def test_a_few_wrong_boxes_do_not_change_the_unit() -> None:
     assert decided(candidate((20, 10, 3, 4))) == "pixels"
 
 
+def test_a_few_boxes_outside_do_not_make_thousandths() -> None:
+    """Nine photos in pixels and one slightly wrong box, as rounding leaves them."""
+    inside = [candidate((10 + i, 20, 300, 400), units="thousandths", basis="unknown") for i in range(9)]
+    outside = candidate((500, 300, 645, 470), units="thousandths", basis="unknown")
+    with pytest.raises(DataError, match="two units: 9 of 10 boxes are inside their photos in pixels"):
+        decided(*inside, outside)
+    assert decided(*[outside] * 3) == "thousandths"
+
+
 def test_no_unit_fits() -> None:
     with pytest.raises(DataError, match=r"no unit: .* one is above 1000: \(1, 2, 1700, 400\) of 'dog' \(s\)"):
         decided(candidate((1, 2, 1700, 400), units="thousandths"))
