@@ -44,6 +44,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     from cogvlm_ft.build import build_model_engine
     from cogvlm_ft.checkpoints.checkpoint import load_checkpoint
     from cogvlm_ft.data.reader import open_split
+    from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
     from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
     from cogvlm_ft.evaluate.fingerprint import fingerprint
     from cogvlm_ft.evaluate.probe import run_probe
@@ -65,10 +66,11 @@ def run(config: Config, args: argparse.Namespace) -> None:
     result.metrics.update(run_probe(config, engine.module, tokenizer, args.out))
     if is_main():
         save_evaluation(result, args.out)
+        save_coco(result.predictions, args.out)
         try_report(args.out, reader)
         print(json.dumps({key: value for key, value in result.metrics.items() if "/" not in key}, indent=2))
         files = "report.html, metrics.json (by size, language, ... too), curves.json, predictions.jsonl, pictures/"
-        print(f"in {args.out}/: {files}")
+        print(f"in {args.out}/: {files}, {TRUTH_FILE}, {RESULTS_FILE}")
     shut_down()
 
 

@@ -5,6 +5,7 @@ Asks about one image, a folder, or a JSONL file of questions; --serve opens a pa
 Examples:
   python launch/predict.py --model exported --image photo.jpg --prompt "红色的车在哪里?"
   python launch/predict.py --model exported --image photos/ --targets 红色的车 狗
+  python launch/predict.py --model exported --image photos/ --targets 红色的车 狗 --format labelme --order doubtful
   python launch/predict.py --model exported --serve
 """
 
@@ -78,6 +79,9 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help="drawn image of one image (default: NAME-answer.png); otherwise a folder (default: answers)",
     )
     group.add_argument("--no-pictures", action="store_true", help="for a folder or JSONL: write predictions.jsonl only")
+    tools = ("coco", "labelme", "voc", "yolo", "cvat", "label-studio")
+    group.add_argument("--format", choices=tools, help="also write the boxes of --targets for a labelling tool")
+    group.add_argument("--order", choices=("given", "doubtful"), default="given", help="doubtful: least certain first")
     group.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
     group.add_argument(
         "--decoding",
@@ -113,6 +117,7 @@ def predict(args: argparse.Namespace) -> int:
     from cogvlm_ft.predict.one_image import answer_image
     from cogvlm_ft.predict.predictor import Asking, load_predictor
     from cogvlm_ft.predict.serve import check_installed, serve
+    from cogvlm_ft.predict.writers.write import check_questions, write_predictions
 
     upright = args.exif == "apply"
     if args.batch_size < 1 or (not args.serve and args.image is None):
@@ -120,6 +125,8 @@ def predict(args: argparse.Namespace) -> int:
     if args.serve:
         check_installed()
     questions = [] if args.serve else read_questions(args.image, args.prompt, args.targets, in_steps=args.steps)
+    if args.format:
+        check_questions(questions, args.format)
     names = ("image_size", "resize", "dtype", "decoding", "min_boxes", "max_new_tokens", "reading")
     wording = args.wording or ("conversation" if args.steps else "box")
     asking = Asking(wording=wording, zoom_patches=args.zoom, **{name: getattr(args, name) for name in names})
@@ -127,13 +134,15 @@ def predict(args: argparse.Namespace) -> int:
     if args.serve:
         serve(predictor, host=args.host, port=args.port, upright=upright)
         return 0
-    if args.image.is_file() and args.image.suffix.lower() != ".jsonl":
+    if args.image.is_file() and args.image.suffix.lower() != ".jsonl" and not args.format:
         answer_image(predictor, questions, args.out or Path(f"{args.image.stem}-answer.png"), upright)
         return 0
     out, pictures = args.out or Path("answers"), not args.no_pictures
     counts = predict_files(predictor, questions, out, batch_size=args.batch_size, upright=upright, pictures=pictures)
     reasons = f" {counts.reasons}" if counts.reasons else ""
     print(f"{counts.answered} answered, {counts.failed} failed{reasons}; results in {out}")
+    if args.format or args.order == "doubtful":
+        print(write_predictions(questions, out, args.format, doubtful_first=args.order == "doubtful"))
     return 0 if counts.answered else 2
 
 

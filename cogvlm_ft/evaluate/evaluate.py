@@ -283,6 +283,7 @@ def _predict(question: Question, number: int, answer: Answer, wording: Wording, 
         source=question.source,
         style=turn.style,
         frame_px=size,
+        phrase=turn.target.phrase if turn.target else "",
     )
 
 

@@ -21,6 +21,7 @@ class Prediction:
     not_found_prob: the model's probability of the not-found sentence; None = not known.
     described: the true answer includes a description of the target, so its text is compared too.
     language, source, style: "zh" or "en"; the source of the image; the style of the question, "own" for the user's.
+    phrase: of the target that is asked for; "" for turns without a target.
     frame_px: (width, height) of the model's input, in pixels of the stored image, padding included.
     """
 
@@ -43,3 +44,4 @@ class Prediction:
     source: str = ""
     style: str = ""
     frame_px: tuple[int, int] = (0, 0)
+    phrase: str = ""
