@@ -76,6 +76,7 @@ setup(
             "wandb-workspaces>=0.4.13",
             "starlette>=0.40",
             "uvicorn>=0.30",
+            "pycocotools>=2.0.8",  # reads what predict and evaluate write
             "playwright>=1.48",  # drives an installed Chromium
             "s3fs>=2024.6",
             "moto[s3]>=5",  # an S3 server for tests

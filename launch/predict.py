@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 ZOOM_PATCHES = 16.0
+TOOLS = ("coco", "labelme", "voc", "yolo", "cvat", "label-studio")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,8 +80,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help="drawn image of one image (default: NAME-answer.png); otherwise a folder (default: answers)",
     )
     group.add_argument("--no-pictures", action="store_true", help="for a folder or JSONL: write predictions.jsonl only")
-    tools = ("coco", "labelme", "voc", "yolo", "cvat", "label-studio")
-    group.add_argument("--format", choices=tools, help="also write the boxes of --targets for a labelling tool")
+    group.add_argument("--format", choices=TOOLS, help="also write the boxes of --targets for a labelling tool")
     group.add_argument("--order", choices=("given", "doubtful"), default="given", help="doubtful: least certain first")
     group.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
     group.add_argument(
@@ -139,8 +139,7 @@ def predict(args: argparse.Namespace) -> int:
         return 0
     out, pictures = args.out or Path("answers"), not args.no_pictures
     counts = predict_files(predictor, questions, out, batch_size=args.batch_size, upright=upright, pictures=pictures)
-    reasons = f" {counts.reasons}" if counts.reasons else ""
-    print(f"{counts.answered} answered, {counts.failed} failed{reasons}; results in {out}")
+    print(f"{counts.answered} answered, {counts.failed} failed {counts.reasons or ''}".rstrip() + f"; results in {out}")
     if args.format or args.order == "doubtful":
         print(write_predictions(questions, out, args.format, doubtful_first=args.order == "doubtful"))
     return 0 if counts.answered else 2

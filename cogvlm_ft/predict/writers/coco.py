@@ -10,7 +10,7 @@ from cogvlm_ft.predict.writers.labelled import LabelledPhoto, write_json
 
 
 def write_coco(photos: Sequence[LabelledPhoto], labels: Sequence[str], folder: Path) -> None:
-    """Write annotations/instances_default.json, as COCO and CVAT name it. The order of the images is that of the photos."""
+    """Write annotations/instances_default.json, a name as CVAT gives it, with the images in the order of the photos."""
     ids = {label: number for number, label in enumerate(labels, 1)}
     boxes = [(number, box) for number, photo in enumerate(photos, 1) for box in photo.boxes]
     images = [

@@ -135,14 +135,19 @@ def labels_of(photos: Iterable[LabelledPhoto], asked: Iterable[str]) -> list[str
     return list(dict.fromkeys([*named, *(box.label for photo in photos for box in photo.boxes)]))
 
 
-def check_file_names(paths: Mapping[str, Path]) -> None:
-    """Raise ConfigError if two photos would share an annotation file. paths: as of `read_labelled`."""
+def check_names(paths: Mapping[str, Path], *, file_each: bool) -> None:
+    """Raise ConfigError if two photos would have one name in the written files. paths: as of `read_labelled`.
+
+    file_each: each photo has an annotation file, which has its name without ending.
+    """
     photo_of: dict[str, str] = {}
     for name, path in paths.items():
-        stem = PurePosixPath(inside(name)).with_suffix("").as_posix()
-        other = photo_of.setdefault(stem, name)
+        written = inside(name)
+        if file_each:
+            written = PurePosixPath(written).with_suffix("").as_posix()
+        other = photo_of.setdefault(written, name)
         if file_of(paths[other]) != file_of(path):
-            raise ConfigError(f"{other} and {name} would share one annotation file, {stem}. Rename one of them.")
+            raise ConfigError(f"{other} and {name} would both be called {written} in the output. Rename one of them.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from cogvlm_ft.predict.writers.cvat import write_cvat
 from cogvlm_ft.predict.writers.label_studio import write_label_studio
 from cogvlm_ft.predict.writers.labelled import (
     LabelledPhoto,
-    check_file_names,
+    check_names,
     file_of,
     labels_of,
     read_labelled,
@@ -34,13 +34,15 @@ WRITERS: dict[str, Callable[[Sequence[LabelledPhoto], Sequence[str], Path], None
     "label-studio": write_label_studio,
 }
 """By the value of --format: (photos, labels, folder)."""
+_FILE_EACH = ("labelme", "voc", "yolo")
 
 
 def check_questions(questions: Sequence[Question], name: str) -> None:
     """Raise ConfigError if no answer can be written in this format, before anything is predicted."""
     if questions and not any(question.targets or question.in_steps for question in questions):
         raise ConfigError(f"--format {name}: no box would have a name; expected targets. Ask with --targets.")
-    check_file_names({question.name: question.path for question in questions if not question.problem})
+    paths = {question.name: question.path for question in questions if not question.problem}
+    check_names(paths, file_each=name in _FILE_EACH)
 
 
 def write_predictions(questions: Sequence[Question], out: Path, name: str | None, *, doubtful_first: bool) -> str:
