@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from cogvlm_ft.data.addresses import check_url, is_command, is_tar, is_url, local_path, name_of, scheme_of, shown
 from cogvlm_ft.data.object_store import matching
@@ -68,7 +68,7 @@ def _expanded(part: str) -> list[str]:
         return [part]  # braces and brackets may be a part of its name
     try:
         names = list(islice(braceexpand(part, escape=False), _MAX_LOCATIONS))
-    except UnbalancedBracesError:
+    except ValueError:
         raise DataError(f"{shown(part)}: found unbalanced braces; expected a form like {{000000..000003}}") from None
     return [each for name in names for each in _matching(name)]
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from cogvlm_ft.data.addresses import is_command, is_url, name_of, scheme_of, shown
 from cogvlm_ft.data.object_store import STORES
@@ -35,7 +35,7 @@ _CHUNK = 1 << 20
 _CURL_HTTP_ERROR = 22  # curl itself retries where that can help
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _START_OPENER = "import sys; sys.path.append(sys.argv[1]); from cogvlm_ft.data.opener import run; run()"
-_OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+_OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
@@ -236,7 +236,8 @@ def _unpack(location: str, path: Path, cache: Cache) -> None:
         chunks.close()  # type: ignore[attr-defined]  # a generator: this ends the opener
 
 
-def _decompressed(file: io.BufferedReader, location: str) -> BinaryIO | IO[bytes]:
+def _decompressed(file: io.BufferedReader, location: str) -> Any:
+    """Return a file that is read for the plain data."""
     start = file.peek(6)[:6]
     if start.startswith(_ZSTD):
         raise DataError(f"{shown(location)}: found zstd compression; expected gzip, bzip2, xz or none. Decompress it")
