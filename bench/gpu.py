@@ -31,6 +31,7 @@ from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.layout import image_span
 from cogvlm_ft.planning.activations import MicroBatchShape, peak_of, probe_stages
+from cogvlm_ft.runtime.tf32 import allow_tf32
 
 NUM_LANGUAGE_LAYERS, NUM_VISION_LAYERS = 2, 4  # close to the ratio of the model, 32 to 63
 PROMPT_TOKENS, ANSWER_TOKENS = 24, 24
@@ -120,7 +121,7 @@ def tiny_config() -> CogVLMConfig:
 def math_of(precision: str) -> Iterator[None]:
     """Allow or forbid TF32 products, as train.tf32 does."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    allow_tf32(precision == "tf32")
     try:
         yield
     finally:

@@ -370,7 +370,7 @@ class Config:
         0,
         "Seed of the data order, wording, augmentation and dropout.",
         least=0,
-        most=2**32 - 1,
+        most=2**63 - 1,
     )
     resume: bool = setting(
         True,

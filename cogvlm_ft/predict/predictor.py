@@ -25,6 +25,7 @@ from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_model
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.runtime.tf32 import allow_tf32
 
 MAX_TURNS = 16
 """Questions about one photo that are answered in one pass; more take several."""
@@ -97,6 +98,7 @@ def load_predictor(folder: Path, asking: Asking) -> Predictor:
     if asking.min_boxes and asking.decoding == "free":
         raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
     tokenizer = CogVLMTokenizer.from_folder(folder)
+    allow_tf32(False)
     model = load_model(folder, asking.image_size, torch.bfloat16 if asking.dtype == "bf16" else torch.float32)
     torch.nn.Module.to(model, device())
     return Predictor(model, tokenizer, asking)

@@ -9,9 +9,9 @@ import atexit
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,15 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import, and warns without it
 import deepspeed
 
+from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.gloo_threads import wait_until_at_rest
 
-# Launchers set the same three numbers under different names; the first that is set is used.
-RANK_VARIABLES = {
-    "RANK": ("RANK", "SLURM_PROCID"),
-    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_NTASKS"),
-    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID"),
+# Launchers set the same three numbers under different names; the first launcher whose names are set is used.
+LAUNCHERS = {
+    "torchrun, deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "Intel MPI, MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 DEFAULT_TIMEOUT_S = 1800
 AFTER_WATCHDOG_S = 300  # how much longer than the watchdog a collective waits: the watchdog's stacks tell more
@@ -39,15 +41,59 @@ def _free_port() -> int:
 
 
 def _fill_environment() -> None:
-    """Set the five variables that DeepSpeed expects; without them it would look for MPI."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    in_srun = "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ
-    for name, sources in RANK_VARIABLES.items():
-        usable = [source for source in sources if source in os.environ and (in_srun or not source.startswith("SLURM"))]
-        os.environ[name] = os.environ[usable[0]] if usable else defaults[name]
-    if os.environ["WORLD_SIZE"] == "1":
+    """Set the five variables that DeepSpeed expects; without them it would look for MPI.
+
+    Raises ConfigError if a launcher started several ranks, but their address is unknown: each would train alone.
+    """
+    found = ranks_of_launcher(os.environ)
+    os.environ.update(zip(LAUNCHERS["torchrun, deepspeed"], map(str, found), strict=True))
+    if found.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(device_index(found.local_rank, torch.cuda.device_count()))
+
+
+class LauncherRanks(NamedTuple):
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def ranks_of_launcher(environment: Mapping[str, str]) -> LauncherRanks:
+    """Read rank, number of ranks and rank on the node from the variables of the launcher, if there is one.
+
+    Raises ConfigError if there are several ranks without MASTER_ADDR and MASTER_PORT.
+    """
+    for launcher, names in LAUNCHERS.items():
+        if not all(environment.get(name, "").isdigit() for name in names[:2]):
+            continue
+        number, size = (int(environment[name]) for name in names[:2])
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+        if size > 1 and missing:
+            raise ConfigError(
+                f"{launcher} started {size} ranks ({names[1]}={size}): found no {' and no '.join(missing)}; expected "
+                "the address of rank 0 and a free port, the same on all ranks. Export them, or use slurm/train.sbatch, "
+                "torchrun or deepspeed"
+            )
+        local = environment.get(names[2], "")
+        return LauncherRanks(number, size, int(local) if local.isdigit() else 0)
+    return LauncherRanks(0, 1, 0)
+
+
+def device_index(local_rank: int, num_devices: int) -> int:
+    """Return the number of this rank's GPU among those it sees: all of the node, or only its own.
+
+    Raises ConfigError if it sees several, but not one for each rank.
+    """
+    if num_devices == 1:
+        return 0  # CUDA_VISIBLE_DEVICES or --gpus-per-task hides the GPUs of other ranks
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES: rank {local_rank} of its node sees {num_devices} GPUs; expected one GPU per rank, "
+            "or only the GPU of this rank. Start as many ranks per node as there are GPUs"
+        )
+    return local_rank
 
 
 def init_distributed(hang_timeout_s: float | None = None) -> None:

@@ -21,6 +21,7 @@ from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.param_gathering import attach_offload
 from cogvlm_ft.runtime.partitions import local_range
+from cogvlm_ft.runtime.tf32 import allow_tf32
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import Config
 
@@ -31,7 +32,7 @@ def deepspeed_file(config: Config) -> Path:
 
 
 def read_deepspeed_json(config: Config) -> dict[str, Any]:
-    """Return the settings in that file unchanged. Raises ConfigError if they are unreadable or not for ZeRO-3."""
+    """Return the settings in that file, without "auto". Raises ConfigError if they are unreadable or not for ZeRO-3."""
     path = deepspeed_file(config)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -39,7 +40,31 @@ def read_deepspeed_json(config: Config) -> dict[str, Any]:
         raise ConfigError(f"deepspeed={path}: {error}; expected a DeepSpeed JSON") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError(f"deepspeed={path}: found no zero_optimization; expected a DeepSpeed JSON for ZeRO-3")
+    settings = _without_auto(settings)
+    for key, value in settings["zero_optimization"].items():
+        if isinstance(value, float):  # 1e9
+            if not value.is_integer():
+                raise ConfigError(f"deepspeed={path}: zero_optimization.{key}: found {value}; expected a whole number")
+            settings["zero_optimization"][key] = int(value)
     return settings
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without the values "auto" of transformers' Trainer: the config or DeepSpeed's default counts.
+
+    The numbers of ranks of a node, for hpZ, remain to be filled in.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            if value.get("enabled") == "auto" or (key == "fp16" and value.get("enabled") is False):
+                continue  # what else it holds has no effect
+            inner = _without_auto(value)
+            if inner or not value:
+                kept[key] = inner
+        elif value != "auto" or key == "zero_hpz_partition_size":
+            kept[key] = value
+    return kept
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -170,9 +195,7 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     settings: from `deepspeed_settings`.
     """
     train = config.train
-    if train.tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    allow_tf32(train.tf32)
     freeze(model, config.model.freeze)
     groups = parameter_groups(model, train.weight_decay)
     kwargs: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}

@@ -92,7 +92,7 @@ def processes_of(output_dir: Path) -> list[psutil.Process]:
 def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> None:
     """Set what `srun` sets for each task, and the address that slurm/train.sbatch exports."""
     command = [sys.executable, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_STEP_NUM_TASKS": "2"}
     ranks = [
         subprocess.Popen(
             command,
