@@ -129,18 +129,20 @@ def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
     size = first.stated_size_px
     targets: list[Target] = []
     problems: list[Problem] = []
+    is_unknown = False
     for candidate in candidates:
         problems += candidate.problems
         other_size = size and candidate.stated_size_px and size != candidate.stated_size_px
-        if candidate.targets and (other_size or _unit(candidate) != _unit(first)):
-            found = f"boxes in {candidate.units}, image size {candidate.stated_size_px}"
-            detail = f"{found}; {first.source} has {first.units} and {size} for the same image"
+        if candidate.targets and (other_size or not _have_one_unit(candidate, first)):
+            found = f"boxes in {_unit(candidate)}, image size {candidate.stated_size_px}"
+            detail = f"{found}; {first.source} has {_unit(first)} and {size} for the same image"
             problems += (
                 Problem("target", "contradiction", f"{shown(target.phrase)}: {detail}", candidate.source)
                 for target in candidate.targets
             )
         else:
             targets += candidate.targets
+            is_unknown = is_unknown or (bool(candidate.targets) and candidate.unit_basis == "unknown")
         size = size or candidate.stated_size_px
     return replace(
         first,
@@ -148,12 +150,18 @@ def merge_same_image(candidates: Sequence[Candidate]) -> Candidate:
         targets=tuple(targets),
         turns=tuple(turn for candidate in candidates for turn in candidate.turns),
         stated_size_px=size,
+        unit_basis="unknown" if is_unknown else first.unit_basis,
         problems=tuple(problems),
     )
 
 
-def _unit(candidate: Candidate) -> tuple[str, str]:
-    return candidate.units, candidate.unit_basis
+def _have_one_unit(one: Candidate, other: Candidate) -> bool:
+    are_equally_certain = (one.unit_basis == "stated") == (other.unit_basis == "stated")
+    return one.units == other.units and are_equally_certain
+
+
+def _unit(candidate: Candidate) -> str:
+    return candidate.units if candidate.unit_basis == "stated" else f"{candidate.units} (assumed)"
 
 
 def load_json(path: Path, expected: str) -> Any:

@@ -229,6 +229,20 @@ def test_boxes_in_other_units_for_the_same_image_are_a_contradiction(tmp_path: P
     assert found.boxes["a.jpg"] == FOUND["a.jpg"] and Turn("Why?", "So.") in found.turns
 
 
+def test_thousandths_of_several_marks_for_the_same_image_stay_together(tmp_path: Path) -> None:
+    rows = (
+        row("<ref>dog</ref>?", "<box>(1,2),(3,4)</box>"),
+        row("<ref>cat</ref>?", "<|box_start|>(5,6),(7,8)<|box_end|>"),
+    )
+    for lines in (rows, rows[::-1]):
+        found = read(tmp_path, *lines)
+        assert found.boxes == {"a.jpg": {"dog": ((1, 2, 3, 4),), "cat": ((5, 6, 7, 8),)}} and not found.problems
+        assert (found.only.units, found.only.unit_basis) == ("thousandths", "unknown")
+    stated = {"ref": ["cow"], "bbox": [[1, 2, 3, 4]], "bbox_type": "norm1000"}
+    found = read(tmp_path, rows[1], row("<ref-object>?", "<bbox>", objects=stated))
+    assert found.reasons == [("target", "contradiction")] and "thousandths (assumed)" in found.problems[0].detail
+
+
 @pytest.mark.parametrize(
     ("question", "answer", "reason"),
     [
