@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 MISSED_HEARTBEATS = 6
-"""After so many, an owner on another host is taken for dead."""
+"""The number after which an owner on another host is taken for dead."""
 LOST_EXIT_CODE = 1
 
 
