@@ -11,6 +11,8 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
 from cogvlm_ft.shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
 from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
+from cogvlm_ft.shards.formats.csv_columns import describe_missing
+from cogvlm_ft.shards.formats.csv_text import first_line
 from cogvlm_ft.shards.formats.cvat import read_cvat, recognise_cvat
 from cogvlm_ft.shards.formats.jsonl import read_jsonl, recognise_jsonl
 from cogvlm_ft.shards.formats.label_studio import read_label_studio, recognise_label_studio
@@ -88,4 +90,6 @@ def _describe(annotations: Path) -> str:
         return ", ".join([*kinds, f"{folders} folders"])
     if not annotations.is_file():
         return "no file or folder"
+    if annotations.suffix.lower() == ".csv" and annotations.stat().st_size:
+        return describe_missing(first_line(annotations))
     return f"{annotations.stat().st_size} bytes that begin with {read_head(annotations, 40)!r}"

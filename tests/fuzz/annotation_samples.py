@@ -83,6 +83,8 @@ def samples() -> dict[str, Callable[[], Sample]]:
         "x-anylabeling": _x_anylabeling,
         "csv": _csv,
         "csv of questions": _csv_of_questions,
+        "csv of retinanet": _csv_of_retinanet,
+        "csv of openimages": _csv_of_openimages,
         "refcoco refs": lambda: _refcoco("refs(unc).p"),
         "refcoco instances": lambda: _refcoco("instances.json"),
         "grefcoco": _grefcoco,
@@ -386,6 +388,22 @@ def _csv_of_questions() -> Sample:
     }
     data = b"\n".join([*rows, b"https://example.org/witness.jpg,400,300,1,2,30,20,Where is the dog?"])
     return Sample("csv", {"a.csv": data}, "a.csv", "a.csv", {**images, "witness.jpg": SIZE}, _given_rows, _found_rows)
+
+
+def _csv_of_retinanet() -> Sample:
+    rows = ["first.jpg,1,2,3,4,dog", "sub/a.jpg,1,2,30,40,狗", "sub/a.jpg,5.5,6,70,80,cat", "b.jpg,,,,,"]
+    data = "\n".join([*rows, "witness.jpg,1,2,30,20,dog"]).encode()
+    images = dict.fromkeys(("first.jpg", "sub/a.jpg", "b.jpg", "witness.jpg"), SIZE)
+    return Sample("csv", {"a.csv": data}, "a.csv", "a.csv", images)
+
+
+def _csv_of_openimages() -> Sample:
+    head = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsGroupOf"
+    rows = ["a,x,/m/01,1,0.01,0.21,0.02,0.14,0,0", "a,x,/m/02,1,0.5,0.75,0.5,0.8,0,1", "b,x,/m/02,1,0,1,0,0.5,0,0"]
+    data = "\n".join([head, *rows, "witness,x,/m/01,1,0.1,0.9,0.2,0.8,0,0"]).encode()
+    images = dict.fromkeys(("a.jpg", "images/b.jpg", "witness.jpg"), SIZE)
+    files = {"a.csv": data, "class-descriptions-boxable.csv": b"/m/01,Dog\n/m/02,Cat\n"}
+    return Sample("csv", files, "a.csv", "a.csv", images, _given_rows, _found_rows)
 
 
 def _refcoco(changed: str) -> Sample:
