@@ -21,42 +21,53 @@ except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.settings import RESIZES, DataConfig
 from cogvlm_ft.shards.formats import FORMATS, recognise_format
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, write_atomically
 from cogvlm_ft.shards.reviewing.page import render_page
+from cogvlm_ft.shards.reviewing.settings import ReviewSettings, parse_augment
 from cogvlm_ft.shards.reviewing.sources import Item, annotated_items, shard_items
-from cogvlm_ft.shards.reviewing.statistics import PATCH_PX
+from cogvlm_ft.shards.reviewing.statistics import IMAGE_SIZES, PATCH_PX, WEIGHTS_SIZE
 from cogvlm_ft.shards.reviewing.survey import Survey, survey
-from cogvlm_ft.shards.reviewing.suspect_texts import title_of
+from cogvlm_ft.shards.reviewing.suspect_texts import NOTE, title_of
 
 Parts = Iterator[Item | Problem]
 
 
-def review(
-    parts: Parts, source: str, out: Path, *, image_size: int = 490, max_pictures: int = 200, num_workers: int = 1
-) -> Survey:
-    """Write review.html, review.json and suspects.jsonl to `out`. Raises DataError."""
+def review(parts: Parts, source: str, out: Path, settings: ReviewSettings | None = None) -> Survey:
+    """Write review.html, review.json and suspects.jsonl to `out`. Raises DataError, ConfigError for the wording."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out}: a file; expected a folder")
     out.mkdir(parents=True, exist_ok=True)
-    found = survey(parts, out, image_size=image_size, max_pictures=max_pictures, num_workers=num_workers)
-    write_atomically(out / "review.html", render_page(found, source).encode())
+    settings = settings or ReviewSettings()
+    load_wording(settings.wording)  # a mistake is reported before anything is read
+    found = survey(parts, out, settings)
+    write_atomically(out / "review.html", render_page(found, source, settings).encode())
     write_atomically(out / "review.json", to_json_bytes({"source": source, **found.report}))
     return found
 
 
 def summarize(found: Survey, out: Path) -> str:
-    """Format the summary for the terminal."""
-    counts, best = found.report["counts"], found.report["recommended"]
-    lines = [f"{counts['photos']} photos, {counts['targets']} targets, {counts['boxes']} boxes"]
+    """Format the summary for the terminal: the same numbers as on the page."""
+    counts, best, suspects = found.report["counts"], found.report["recommended"], found.report["suspects"]
+    lines = [
+        f"{counts['photos']} photos, {counts['targets']} targets, {counts['boxes']} boxes,"
+        f" {counts['absent']} absent targets, {counts['turns']} verbatim turns"
+    ]
     if best["image_size"]:
-        fraction = f"{best['share']:.0%} of the boxes are at least one patch wide"
-        lines.append(f"recommended image size: {best['image_size']} px ({fraction})")
-    lines.append(f"suspects: {sum(found.report['suspects'].values()) or 'none'}")
-    lines += [f"  {count:>7} {title_of(kind, 'en')}" for kind, count in found.report["suspects"].items()]
+        own = ", the weights' own" if best["image_size"] == best["weights_size"] else ""
+        fraction = f"{best['share']:.1%} of the boxes are at least one patch wide"
+        lines.append(f"recommended image size: {best['image_size']} px{own} ({fraction})")
+    rows = {kind: f"  {count:>7} {title_of(kind, 'en')}" for kind, count in suspects.items()}
+    lines.append(f"suspects: {found.report['num_suspects'] or 'none'}")
+    lines += [row for kind, row in rows.items() if not kind.startswith(NOTE)]
+    if found.report["num_notes"]:
+        lines.append(f"notes (nothing is lost): {found.report['num_notes']}")
+        lines += [row for kind, row in rows.items() if kind.startswith(NOTE)]
     lines.append(f"{out}: review.html, review.json, suspects.jsonl")
     return "\n".join(lines)
 
@@ -70,8 +81,14 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--annotations", type=Path, help="annotation file or folder")
     add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help="as of shards/build.py")
     add("--out", type=Path, required=True, help="folder for review.html, review.json and suspects.jsonl")
-    add("--image-size", type=int, default=490, help="of training, in px: reports boxes smaller than one patch")
-    add("--max-pictures", type=int, default=200, help="maximum on the page; suspects.jsonl lists all suspects")
+    add("--image-size", type=int, default=WEIGHTS_SIZE, help="of training, in px: reports boxes below one patch")
+    size_help = "image size of the weights that training starts from, in px: the least that is recommended"
+    add("--weights-size", type=int, choices=IMAGE_SIZES, default=WEIGHTS_SIZE, help=size_help)
+    add("--wording", default=DataConfig.wording, help="as data.wording, for the questions that the page shows")
+    add("--resize", choices=RESIZES, default=RESIZES[0], help="as data.resize, for the inputs that the page shows")
+    augment_help = "as data.augment, such as crop=0.5 flip=0.5; default: an example of what augmentation does"
+    add("--augment", nargs="+", metavar="NAME=VALUE", help=augment_help)
+    add("--max-pictures", type=int, default=200, help="of suspects on the page; suspects.jsonl lists all suspects")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result does not depend on it")
     args = parser.parse_args(argv)
     if (args.shards is None) == (args.annotations is None):
@@ -81,6 +98,19 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.image_size < PATCH_PX or args.max_pictures < 0:
         parser.error(f"expected --image-size {PATCH_PX} or more, and --max-pictures 0 or more")
     return args
+
+
+def _settings(args: argparse.Namespace) -> ReviewSettings:
+    """Collect what is not about the source. Raises ConfigError."""
+    return ReviewSettings(
+        image_size=args.image_size,
+        weights_size=args.weights_size,
+        wording=args.wording,
+        resize=args.resize,
+        augment=None if args.augment is None else parse_augment(args.augment),
+        max_pictures=args.max_pictures,
+        num_workers=args.workers,
+    )
 
 
 def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
@@ -101,18 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 0, 2 for a user's mistake, or 1 for any other error, with one line on stderr."""
     args = _parse_args(argv)
     try:
+        settings = _settings(args)
         parts, source = _parts(args)
-        found = review(
-            parts,
-            source,
-            args.out,
-            image_size=args.image_size,
-            max_pictures=args.max_pictures,
-            num_workers=args.workers,
-        )
-    except (DataError, OSError) as error:
+        found = review(parts, source, args.out, settings)
+    except (ConfigError, DataError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
+        return 1 if isinstance(error, OSError) else 2
     print(summarize(found, args.out))
     return 0
 

@@ -6,6 +6,8 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +28,15 @@ CREATE TABLE photos (
 CREATE TABLE phrases (phrase TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
 """
 _COPIES = """
-SELECT sha256, count(*), count(DISTINCT split), count(DISTINCT image) FROM photos
+SELECT sha256, count(DISTINCT split), count(DISTINCT image) FROM photos
 GROUP BY sha256 HAVING count(*) > 1 ORDER BY min(number)
 """
 _ONE_OF_EACH_SPLIT_FIRST = """
 SELECT content FROM photos WHERE sha256 = ? ORDER BY row_number() OVER (PARTITION BY split ORDER BY number), number
-LIMIT ?
 """
 _MAX_VIEWS = 4
-_MAX_COPIES = 50
-"""Maximum number of copies of one image that are inspected."""
+_MAX_COMPARED_RECORDS = 50
+"""Maximum number of records of one image that are compared."""
 _MAX_COMPARED = 100
 """Maximum number of boxes of an image that are compared with those of its copy."""
 
@@ -97,15 +98,15 @@ class Ledger:
         execute = self._database.execute
         execute("CREATE INDEX by_sha256 ON photos (sha256)")
         groups = execute(_COPIES)
-        for digest, count, num_splits, num_images in groups:
-            rows = execute(_ONE_OF_EACH_SPLIT_FIRST, (digest, _MAX_COPIES))
-            copies = [_photo_row(digest, content) for (content,) in rows]
+        for digest, num_splits, num_images in groups:
+            rows = execute(_ONE_OF_EACH_SPLIT_FIRST, (digest,))
+            copies = (_photo_row(digest, content) for (content,) in rows)
             if num_splits > 1:
-                yield _suspect_of_copies("train_and_val", copies, count)
+                yield _suspect_of_copies("train_and_val", list(copies))
             elif num_images > 1:
-                yield _suspect_of_copies("same_photo", copies, count)
+                yield _suspect_of_copies("same_photo", list(copies))
             else:
-                yield from _contradictions(copies)
+                yield from _contradictions(list(islice(copies, _MAX_COMPARED_RECORDS)))
 
     def close(self) -> None:
         """Delete the file."""
@@ -119,16 +120,18 @@ def _photo_row(digest: bytes, content: str) -> PhotoRow:
     return PhotoRow(digest, image, source, split, part, Place(*place), upright, boxes)
 
 
-def _suspect_of_copies(kind: str, rows: list[PhotoRow], count: int) -> Suspect:
+def _suspect_of_copies(kind: str, rows: list[PhotoRow]) -> Suspect:
+    kept = rows[0].image, rows[0].split
+    parts = tuple(row.part for row in rows if (row.image, row.split) != kept)
     names = [row.image if kind == "same_photo" else f"{row.image} ({row.split})" for row in rows[:10]]
     agreement = _agreement(rows[0], rows[1])
     values = {
-        "count": count,
-        "names": ", ".join(names) + (" …" if count > len(names) else ""),
+        "count": len(rows),
+        "names": ", ".join(names) + (" …" if len(rows) > len(names) else ""),
         "agreement": agreement[0],
         "agreement_zh": agreement[1],
     }
-    return _suspect(kind, rows, values)
+    return replace(_suspect(kind, rows, values), copies=parts)
 
 
 def _contradictions(rows: list[PhotoRow]) -> Iterator[Suspect]:

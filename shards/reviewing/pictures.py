@@ -20,6 +20,8 @@ SIDE_PX = 480
 _ZOOM_SIDE_PX = 240
 _SMALL_PX = 40
 """A suspicious box smaller than this in the thumbnail is also shown enlarged."""
+_TINY_PX = 200
+"""An image up to this size is enlarged."""
 _QUALITY = 72
 _MARKED, _INSTEAD, _OTHER, _OUTSIDE = (229, 57, 53), (38, 166, 91), (255, 255, 255), (128, 128, 132)
 
@@ -40,9 +42,10 @@ def draw_view(view: View) -> Picture | None:
     except (Rejected, BadSampleError):
         return None
     region = _region(view, image.size)
-    zoom = _zoom_region(view, image.size)
+    zoom = zoom_region(view.marked[0], image.size) if len(view.marked) == 1 else None
     return Picture(
-        _uri(_drawn(image, view, region, SIDE_PX)), _uri(_drawn(image, view, zoom, _ZOOM_SIDE_PX)) if zoom else None
+        jpeg_uri(_drawn(image, view, region, SIDE_PX)),
+        jpeg_uri(_drawn(image, view, zoom, _ZOOM_SIDE_PX)) if zoom else None,
     )
 
 
@@ -58,11 +61,9 @@ def _region(view: View, size_px: tuple[int, int]) -> Box:
     )
 
 
-def _zoom_region(view: View, size_px: tuple[int, int]) -> Box | None:
-    """Return the region around a single small suspicious box, six times its size; None if there is none."""
-    if len(view.marked) != 1:
-        return None
-    x0, y0, x1, y1 = view.marked[0]
+def zoom_region(box: Box, size_px: tuple[int, int]) -> Box | None:
+    """Return the region around a small box, six times its size; None if the box is not small."""
+    x0, y0, x1, y1 = box
     side = max(x1 - x0, y1 - y0)
     if not 1 <= side < _SMALL_PX * max(size_px) / SIDE_PX or not (0 <= x0 <= size_px[0] and 0 <= y0 <= size_px[1]):
         return None
@@ -71,11 +72,14 @@ def _zoom_region(view: View, size_px: tuple[int, int]) -> Box | None:
     return x - half, y - half, x + half, y + half
 
 
-def _drawn(image: Image.Image, view: View, region: Box, side_px: int) -> Image.Image:
-    """Draw the region with all boxes, at most `side_px` on a side; a tiny one is enlarged."""
+def cut_out(image: Image.Image, region: Box, side_px: int) -> tuple[Image.Image, float]:
+    """Return a region of an image, at most `side_px` on a side, and its scale; a tiny one is enlarged.
+
+    What is beyond the edges of the image is grey.
+    """
     left, top, right, bottom = region
-    scale = side_px / max(right - left, bottom - top)
-    scale = min(scale, 1.0 if side_px == SIDE_PX and max(image.size) > 200 else 16.0)
+    is_part = right - left < image.width or bottom - top < image.height
+    scale = min(side_px / max(right - left, bottom - top), 16.0 if is_part or max(image.size) <= _TINY_PX else 1.0)
     size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
     corner = max(0, math.floor(left)), max(0, math.floor(top))
     end = min(image.width, math.ceil(right)), min(image.height, math.ceil(bottom))
@@ -84,10 +88,16 @@ def _drawn(image: Image.Image, view: View, region: Box, side_px: int) -> Image.I
         part_size = max(1, round((end[0] - corner[0]) * scale)), max(1, round((end[1] - corner[1]) * scale))
         part = image.resize(part_size, Image.Resampling.BICUBIC, (*corner, *end), reducing_gap=2.0)
         canvas.paste(part, (round((corner[0] - left) * scale), round((corner[1] - top) * scale)))
+    return canvas, scale
+
+
+def _drawn(image: Image.Image, view: View, region: Box, side_px: int) -> Image.Image:
+    """Draw the region with all boxes."""
+    canvas, scale = cut_out(image, region, side_px)
     pen = ImageDraw.Draw(canvas)
     for boxes, colour, width in ((view.others, _OTHER, 1), (view.instead, _INSTEAD, 3), (view.marked, _MARKED, 3)):
         for box in boxes:
-            _outline(pen, box, region, scale, size, colour, width)
+            _outline(pen, box, region, scale, canvas.size, colour, width)
     return canvas
 
 
@@ -107,7 +117,8 @@ def _outline(
     pen.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=width)
 
 
-def _uri(image: Image.Image) -> str:
+def jpeg_uri(image: Image.Image) -> str:
+    """Encode a picture for the page."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -22,6 +22,8 @@ from cogvlm_ft.shards.reviewing.readings import Tally, boxes_of, in_pixels
 IMAGE_SIZES = (224, 490, 756, 980)
 WANTED_SHARE = 0.9
 """The recommended size is the smallest at which this fraction of boxes is at least one patch wide and high."""
+WEIGHTS_SIZE = 490
+"""Of the published weights for grounding. A smaller size would only lose what they have learned."""
 
 SIDE_EDGES_PX = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -76,8 +78,11 @@ def _count_box(tally: Tally, box: Box, image_size_px: tuple[int, int]) -> None:
     tally["iou", group, round(iou * _IOU_STEPS)] += 1
 
 
-def report_of(tally: Tally) -> dict[str, Any]:
-    """Return the statistics for review.json. Fractions are None where the total is 0."""
+def report_of(tally: Tally, weights_size: int = WEIGHTS_SIZE) -> dict[str, Any]:
+    """Return the statistics for review.json. Fractions are None where the total is 0.
+
+    weights_size: image size of the weights that training starts from, in px.
+    """
     counts = ("samples", "photos", "targets", "absent", "described", "boxes", "good boxes", "turns")
     return {
         "counts": {name.replace(" ", "_"): tally[(name,)] for name in counts},
@@ -90,7 +95,7 @@ def report_of(tally: Tally) -> dict[str, Any]:
         "box_side_px": _histogram(tally, SIDE_EDGES_PX, "box side"),
         "box_share_of_side": _histogram(tally, SHARE_EDGES, "box share"),
         "image_sizes": {str(size): _at_size(tally, size) for size in IMAGE_SIZES},
-        "recommended": recommend(tally),
+        "recommended": recommend(tally, weights_size),
         "best_iou": {
             "all": _iou_report(tally, range(len(GROUP_EDGES) + 1)),
             **{label: _iou_report(tally, [group]) for group, label in enumerate(edge_labels(GROUP_EDGES))},
@@ -98,18 +103,21 @@ def report_of(tally: Tally) -> dict[str, Any]:
     }
 
 
-def recommend(tally: Tally) -> dict[str, Any]:
-    """Return the smallest image size at which nearly all boxes are visible; the largest if there is none.
+def recommend(tally: Tally, weights_size: int = WEIGHTS_SIZE) -> dict[str, Any]:
+    """Return the smallest image size from that of the weights on at which nearly all boxes are visible.
+
+    The largest if there is none.
 
     A box below one patch (14 px) on its shorter side shares the token with what is around it, so it is hard to find
     and harder to outline. A larger size costs tokens with its square, on every photo of every epoch.
     """
-    shares = {size: _share_of_a_patch(tally, size) for size in IMAGE_SIZES}
-    if not tally["good boxes",]:
-        return {"image_size": None, "share": None, "wanted_share": WANTED_SHARE, "enough": False}
-    enough = [size for size, share in shares.items() if share is not None and share >= WANTED_SHARE]
-    size = enough[0] if enough else IMAGE_SIZES[-1]
-    return {"image_size": size, "share": shares[size], "wanted_share": WANTED_SHARE, "enough": bool(enough)}
+    shares = {size: _share_of_a_patch(tally, size) for size in IMAGE_SIZES if size >= weights_size}
+    found: dict[str, Any] = {"image_size": None, "share": None, "wanted_share": WANTED_SHARE, "enough": False}
+    if tally["good boxes",]:
+        enough = [size for size, share in shares.items() if share is not None and share >= WANTED_SHARE]
+        size = enough[0] if enough else IMAGE_SIZES[-1]
+        found |= {"image_size": size, "share": shares[size], "enough": bool(enough)}
+    return found | {"weights_size": weights_size}
 
 
 def edge_labels(edges: Sequence[float]) -> list[str]:

@@ -20,6 +20,7 @@ from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.decisions import part_ids
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes
 from cogvlm_ft.shards.packing.workers import die_with_parent
+from cogvlm_ft.shards.reviewing.gallery import Galleries, Measure, measure_photo
 from cogvlm_ft.shards.reviewing.ledger import Ledger, PhotoRow
 from cogvlm_ft.shards.reviewing.photo_rules import as_boxes, find_suspects, view_of
 from cogvlm_ft.shards.reviewing.photos import Photo, open_photo
@@ -32,16 +33,24 @@ from cogvlm_ft.shards.reviewing.readings import (
     judge_readings,
     read_as,
 )
+from cogvlm_ft.shards.reviewing.settings import ReviewSettings
 from cogvlm_ft.shards.reviewing.sources import Item
 from cogvlm_ft.shards.reviewing.statistics import count_candidate, report_of
-from cogvlm_ft.shards.reviewing.suspect_texts import KINDS
-from cogvlm_ft.shards.reviewing.suspects import Suspect, View, draw_fairly, smallest, suspect_of_problem
+from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, NOTE
+from cogvlm_ft.shards.reviewing.suspects import (
+    Chosen,
+    Suspect,
+    View,
+    draw_fairly,
+    smallest,
+    suspect_of_problem,
+)
 
 _CHUNK = 32
 _EXAMPLES = 3
 _MOST_FREQUENT = 30
-_MOST_OF_A_KIND = 0.2
-"""Maximum fraction of the pictures for one kind of suspects."""
+_MAX_PARTS = 200_000
+"""Parts on the page that one decision about a whole kind decides about, of all kinds together."""
 
 Example = tuple[bytes, View]
 """(rank, view)"""
@@ -49,73 +58,105 @@ Example = tuple[bytes, View]
 
 @dataclass
 class Findings:
-    """The findings of one part of the source. examples: a few images per reading that fixes their boxes."""
+    """The findings of one part of the source.
+
+    measures: of its images, for the galleries. examples: a few images per reading that fixes their boxes.
+    """
 
     tally: Tally = field(default_factory=Counter)
     phrases: Counter[str] = field(default_factory=Counter)
     suspects: list[Suspect] = field(default_factory=list)
     photos: list[PhotoRow] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=list)
     examples: dict[tuple[str, Reading], list[Example]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The result of a review. report: review.json; shown: by kind, in the order of the page."""
+    """The result of a review. report: review.json. The others are in the order of the page.
+
+    shown: suspects by kind. parts: by kind and level, 8 bytes each: what a decision about the whole kind decides.
+    num_parts_left_out: by kind, because there are more than _MAX_PARTS.
+    galleries: the photos to show.
+    """
 
     report: dict[str, Any]
-    shown: dict[str, list[Suspect]]
+    shown: dict[str, Chosen]
+    parts: dict[str, dict[str, bytearray]]
+    num_parts_left_out: Counter[str]
+    galleries: dict[str, list[Item]]
 
 
-def survey(
-    parts: Iterable[Item | Problem], out: Path, *, image_size: int, max_pictures: int, num_workers: int
-) -> Survey:
+def survey(parts: Iterable[Item | Problem], out: Path, settings: ReviewSettings) -> Survey:
     """Look at everything, write suspects.jsonl to `out`, and choose what the page shows."""
     with closing(Ledger(out / ".review.sqlite")) as ledger, (out / "suspects.jsonl").open("wb") as file:
-        gathered = _Gathered(ledger, file, max_pictures)
+        gathered = _Gathered(ledger, file, settings.max_pictures + settings.max_listed)
         with tqdm(unit="", desc="review") as bar:
-            for findings, num_parts in _all_findings(parts, image_size, num_workers):
-                gathered.add(findings)
-                bar.update(num_parts)
+            for findings, chunk in _all_findings(parts, settings.image_size, settings.num_workers):
+                gathered.add(findings, chunk)
+                bar.update(len(chunk))
         gathered.add_suspects(_source_suspects(gathered.tally, gathered.examples))
         for suspect in ledger.suspects():
             gathered.add_suspects([suspect])
-        shown = draw_fairly(gathered.by_kind(), max_pictures)
+        shown = draw_fairly(gathered.by_kind(), settings.max_pictures, settings.max_listed)
         counts = {kind: gathered.counts[kind] for kind in gathered.kinds()}
+        notes = sum(count for kind, count in counts.items() if kind.startswith(NOTE))
         report = {
-            **report_of(gathered.tally),
+            **report_of(gathered.tally, settings.weights_size),
             "phrases": ledger.phrases(_MOST_FREQUENT),
+            "num_suspects": sum(counts.values()) - notes,
+            "num_notes": notes,
             "suspects": counts,
-            "suspects_shown": {kind: len(found) for kind, found in shown.items()},
+            "suspects_shown": {kind: len(chosen.pictured) for kind, chosen in shown.items()},
+            "suspects_listed": {kind: len(chosen.listed) for kind, chosen in shown.items()},
         }
-        return Survey(report, shown)
+        return Survey(report, shown, gathered.parts, gathered.num_parts_left_out, gathered.galleries.chosen())
 
 
 class _Gathered:
     """The findings so far."""
 
-    def __init__(self, ledger: Ledger, file: BinaryIO, max_pictures: int) -> None:
+    def __init__(self, ledger: Ledger, file: BinaryIO, most_of_a_kind: int) -> None:
         self.tally: Tally = Counter()
         self.counts: Counter[str] = Counter()
         self.examples: dict[tuple[str, Reading], list[Example]] = defaultdict(list)
+        self.galleries = Galleries()
+        self.parts: dict[str, dict[str, bytearray]] = defaultdict(lambda: defaultdict(bytearray))
+        self.num_parts_left_out: Counter[str] = Counter()
+        self._num_parts = 0
         self._chosen: dict[str, list[Suspect]] = defaultdict(list)
         self._ledger = ledger
         self._file = file
-        self._most = max(1, round(_MOST_OF_A_KIND * max_pictures))
+        self._most = max(1, most_of_a_kind)
 
-    def add(self, findings: Findings) -> None:
+    def add(self, findings: Findings, chunk: list[Item | Problem]) -> None:
         self.tally.update(findings.tally)
         self._ledger.add(findings.photos, findings.phrases)
         for key, examples in findings.examples.items():
             self.examples[key] = _few(self.examples[key] + examples)
+        for measure in findings.measures:
+            item = chunk[measure.position]
+            assert isinstance(item, Item)
+            self.galleries.add(measure, item)
         self.add_suspects(findings.suspects)
 
     def add_suspects(self, suspects: list[Suspect]) -> None:
         for suspect in suspects:
             self._file.write(to_json_bytes(suspect.row()) + b"\n")
             self.counts[suspect.kind] += 1
+            self._add_parts(suspect)
             self._chosen[suspect.kind].append(suspect)
             if len(self._chosen[suspect.kind]) >= 2 * self._most:
                 self._chosen[suspect.kind] = smallest(self._chosen[suspect.kind], self._most)
+
+    def _add_parts(self, suspect: Suspect) -> None:
+        for part in suspect.parts:
+            level, _, digest = part.partition("-")
+            self._num_parts += 1
+            if self._num_parts <= _MAX_PARTS:
+                self.parts[suspect.kind][level] += bytes.fromhex(digest)
+            else:
+                self.num_parts_left_out[suspect.kind] += 1
 
     def kinds(self) -> list[str]:
         """Return the kinds that were found, in the order of the page."""
@@ -129,7 +170,7 @@ class _Gathered:
 def examine(parts: list[Item | Problem], image_size: int) -> Findings:
     """Examine one part of the source."""
     findings = Findings()
-    for part in parts:
+    for position, part in enumerate(parts):
         if isinstance(part, Problem):
             findings.suspects.append(suspect_of_problem(part))
             continue
@@ -140,29 +181,32 @@ def examine(parts: list[Item | Problem], image_size: int) -> Findings:
         findings.suspects.extend(find_suspects(part, opened, image_size))
         if photo:
             findings.photos.append(_photo_row(part, photo))
+            findings.measures.append(measure_photo(position, part, photo))
             _weigh_readings(part, photo, findings)
     return findings
 
 
-def _all_findings(parts: Iterable[Item | Problem], image_size: int, num_workers: int) -> Iterator[tuple[Findings, int]]:
-    """Yield the findings in the order of the source, whatever the number of processes."""
+def _all_findings(
+    parts: Iterable[Item | Problem], image_size: int, num_workers: int
+) -> Iterator[tuple[Findings, list[Item | Problem]]]:
+    """Yield the findings and what they are about, in the order of the source, whatever the number of processes."""
     stream = iter(parts)
     chunks = iter(lambda: list(islice(stream, _CHUNK)), [])
     if num_workers <= 1:
-        yield from ((examine(chunk, image_size), len(chunk)) for chunk in chunks)
+        yield from ((examine(chunk, image_size), chunk) for chunk in chunks)
         return
     context = multiprocessing.get_context("forkserver")  # as in shards/packing/workers.py
     context.set_forkserver_preload(["cogvlm_ft.shards.reviewing.survey"])
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=die_with_parent) as pool:
-        waiting: deque[tuple[Future[Findings], int]] = deque()
+        waiting: deque[tuple[Future[Findings], list[Item | Problem]]] = deque()
         try:
             for chunk in chunks:
-                waiting.append((pool.submit(examine, chunk, image_size), len(chunk)))
+                waiting.append((pool.submit(examine, chunk, image_size), chunk))
                 if len(waiting) > 4 * num_workers:
-                    future, size = waiting.popleft()
-                    yield future.result(), size
-            for future, size in waiting:
-                yield future.result(), size
+                    future, examined = waiting.popleft()
+                    yield future.result(), examined
+            for future, examined in waiting:
+                yield future.result(), examined
         except BrokenProcessPool:
             detail = "a worker process was ended from outside, perhaps for want of memory; try fewer --workers"
             raise DataError(detail) from None

@@ -40,7 +40,10 @@ class View:
 
 @dataclass(frozen=True)
 class Suspect:
-    """level: "source", "sample", "target", "box", "turn" or "note". values: fill the sentences of its kind."""
+    """level: "source", "sample", "target", "box", "turn" or "note". values: fill the sentences of its kind.
+
+    copies: of identical photos, the parts to drop if one is to stay.
+    """
 
     id: str
     kind: str
@@ -48,6 +51,12 @@ class Suspect:
     source: str
     values: dict[str, Any] = field(default_factory=dict)
     views: tuple[View, ...] = ()
+    copies: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return what a decision about the whole kind decides about."""
+        return self.copies or tuple(view.part for view in self.views[:1] if view.part)
 
     def detail(self, language: str) -> str:
         """Describe what was found."""
@@ -84,20 +93,34 @@ def suspect_of_problem(problem: Problem, views: tuple[View, ...] = ()) -> Suspec
     return Suspect(name, kind, problem.level, problem.source, {"detail": problem.detail}, views)
 
 
-def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int) -> dict[str, list[Suspect]]:
-    """Select some of each kind, at most `num_views` views in total, one of every kind in turn."""
-    waiting = {kind: sorted(found, key=lambda suspect: suspect.rank) for kind, found in suspects.items()}
-    chosen: dict[str, list[Suspect]] = {kind: [] for kind in suspects}
+@dataclass(frozen=True)
+class Chosen:
+    """The suspects of one kind on the page: those with pictures, and those without."""
+
+    pictured: list[Suspect] = field(default_factory=list)
+    listed: list[Suspect] = field(default_factory=list)
+
+
+def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int, num_listed: int) -> dict[str, Chosen]:
+    """Select suspects for the page, one of every kind in turn.
+
+    num_views: the most views that get a picture, in total. num_listed: the most suspects without pictures.
+    """
+    waiting = {kind: sorted(found, key=lambda suspect: suspect.rank)[::-1] for kind, found in suspects.items()}
+    chosen: dict[str, Chosen] = {kind: Chosen() for kind in suspects}
     while any(waiting.values()):
         for kind, found in waiting.items():
             if found:
-                suspect = found.pop(0)
-                if len(suspect.views) <= num_views:
+                suspect = found.pop()
+                if suspect.views and len(suspect.views) <= num_views:
                     num_views -= len(suspect.views)
-                    chosen[kind].append(suspect)
-                elif suspect.views:
+                    chosen[kind].pictured.append(suspect)
+                elif num_listed:
+                    num_listed -= 1
+                    chosen[kind].listed.append(suspect)
+                elif not num_views:
                     waiting[kind] = []
-    return {kind: found for kind, found in chosen.items() if found}
+    return chosen
 
 
 def smallest(suspects: Iterable[Suspect], count: int) -> list[Suspect]:

@@ -94,6 +94,29 @@ function use() {
   result.file = seen.files[0];
   result.kept = Object.keys(localStorage).length;
 
+  document.getElementById("clear").click();
+  const section = (kind) => document.querySelector(`.kind[data-kind="${kind}"]`);
+  const whole = (kind, decision) => section(kind).querySelector(`[data-all="${decision}"]`).click();
+  const chosen = (figure) => [...figure.querySelectorAll('[aria-pressed="true"]')];
+  const pressed = (figure) => chosen(figure).map((button) => button.dataset.decision);
+  whole("under_one_patch", "drop");
+  whole("same_photo", "drop");
+  result.bulk_pressed = [...figures("under_one_patch"), ...figures("same_photo")].map(pressed);
+  press(figures("under_one_patch")[0], "accept");
+  result.bulk_count = document.getElementById("count").textContent;
+  document.getElementById("download").click();
+  result.bulk_file = seen.files[1];
+
+  const gallery = (name) => document.getElementById(`gallery-${name}`);
+  document.querySelector('[data-gallery="smallest"]').click();
+  result.galleries = ["random", "smallest"].map((name) => shown(gallery(name)));
+  gallery("smallest").querySelector(".open").click();
+  const large = document.getElementById("large");
+  result.large = [large.open, large.querySelectorAll("svg").length, large.querySelector("p").textContent];
+  large.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  result.next = large.querySelector("p").textContent;
+  large.click();
+  result.closed = !large.open;
   result.images = [...document.images].map((image) => image.naturalWidth);
   result.too_wide = document.documentElement.scrollWidth > innerWidth;
   return result;
@@ -172,6 +195,15 @@ def test_it_works_in_a_browser(reviewed: Path, tmp_path: Path) -> None:
     assert len(result["images"]) >= 6 and min(result["images"]) > 0
     assert not result["too_wide"]
     assert "taken over" not in re.findall(r"<title>(.*?)</title>", dom)[0]
+
+    assert result["galleries"] == [False, True]
+    assert result["large"] == [True, 2, "d.jpg"] and result["next"] != "d.jpg" and result["closed"]
+    assert result["bulk_pressed"] == [["drop"], [], ["drop"]]  # of the copies the first stays
+    assert result["bulk_count"] == "2"
+    (tmp_path / "bulk.json").write_text(result["bulk_file"], encoding="utf-8")
+    assert len(load_decisions(tmp_path / "bulk.json")) == 2
+    rows = json.loads(result["bulk_file"])["decisions"]
+    assert {(row["kind"], row["decision"]) for row in rows} == {("under_one_patch", "accept"), ("same_photo", "drop")}
 
     (tmp_path / "review_decisions.json").write_text(result["file"], encoding="utf-8")
     decisions = load_decisions(tmp_path / "review_decisions.json")

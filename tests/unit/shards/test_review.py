@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import json
 import os
@@ -20,7 +22,8 @@ from cogvlm_ft.shards.build import BuildSettings, build
 from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.packing.decisions import load_decisions
-from cogvlm_ft.shards.review import main, review
+from cogvlm_ft.shards.review import main, review, summarize
+from cogvlm_ft.shards.reviewing.settings import ReviewSettings
 from cogvlm_ft.shards.reviewing.sources import Item, Place, annotated_items, shard_items
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -46,7 +49,7 @@ def review_lines(lines: list[Any], photos: Path, out: Path, **settings: Any) -> 
     out.mkdir(exist_ok=True)
     annotations = out / "lines.jsonl"
     annotations.write_text("\n".join(json.dumps(line) for line in lines))
-    review(annotated_items("jsonl", annotations, photos), "lines.jsonl", out, **settings)
+    review(annotated_items("jsonl", annotations, photos), "lines.jsonl", out, ReviewSettings(**settings))
     return Reviewed(out)
 
 
@@ -122,7 +125,8 @@ def test_one_flaw_is_one_suspect(name: str, photos: Path, tmp_path: Path) -> Non
     assert words in suspect["detail"]
     assert suspect["photos"][0]["image"] == flawed["image"]
     assert f'data-kind="{kind}"' in found.page
-    assert ("data:image/jpeg" in found.page) == (kind not in ("missing_image", "path_outside_images"))
+    of_suspects = found.page[found.page.index('<h2 id="suspects">') :]
+    assert ("data:image/jpeg" in of_suspects) == (kind not in ("missing_image", "path_outside_images"))
 
 
 def test_a_lost_line_is_a_suspect_without_photo(photos: Path, tmp_path: Path) -> None:
@@ -255,14 +259,82 @@ def test_both_languages_everywhere(photos: Path, tmp_path: Path) -> None:
     assert all(re.search("[\u4e00-\u9fff]", text) for text in chinese if text not in ("English", ""))
 
 
-def test_the_number_of_pictures_is_limited_and_said(photos: Path, tmp_path: Path) -> None:
-    lines = [line("a.jpg", ("dog", [[4 + i, 3, 5 + i, 25] for i in range(20)]), ("cat", [[4, 3, 60, 25]]))]
-    found = review_lines(lines, photos, tmp_path / "out", max_pictures=15)
-    assert found.kinds() == {"box_outside_image": 1, "under_one_patch": 20}
-    assert found.report["suspects_shown"] == {"box_outside_image": 1, "under_one_patch": 3}
-    assert found.page.count("<article") == 4
-    assert "Shown are 3 of 20" in found.page
-    assert review_lines(lines, photos, tmp_path / "none", max_pictures=0).page.count("<article") == 0
+def test_all_suspects_can_be_reached_and_the_page_is_bounded(photos: Path, tmp_path: Path) -> None:
+    """Those without a picture are listed; 40 at once are shown, the others are in templates."""
+    lines = [line("a.jpg", ("dog", [[4 + i / 4, 3, 5 + i / 4, 25] for i in range(100)]), ("cat", [[4, 3, 60, 25]]))]
+    found = review_lines(lines, photos, tmp_path / "out", max_pictures=15, max_listed=50)
+    assert found.kinds() == {"box_outside_image": 1, "under_one_patch": 100}
+    assert found.report["suspects_shown"] == {"box_outside_image": 1, "under_one_patch": 14}
+    assert found.report["suspects_listed"] == {"box_outside_image": 0, "under_one_patch": 50}
+    assert "Of 100, 14 have pictures" in found.page and "64 are on this page" in found.page
+    shown = re.sub(r"<template class=.later.*?</template>", "", found.page, flags=re.DOTALL)
+    assert (shown.count('<article class="card'), found.page.count('<article class="card')) == (41, 65)
+    assert 'data-left="24"' in found.page
+    without = review_lines(lines, photos, tmp_path / "none", max_pictures=0).page
+    assert "data:image/jpeg" not in without and without.count('<article class="card') == 101
+
+
+def bulk_parts(page: str, kind: str) -> list[str]:
+    """The ids that a decision about the whole kind decides about, as the page's script reads them."""
+    section = page[page.index(f'<section class="kind" data-kind="{kind}"') :]
+    match = re.search(r'data-parts="(.*?)"', section)
+    assert match
+    ids = []
+    for part in match[1].split():
+        level, text = part.split(":")
+        data = base64.b64decode(text)
+        ids += [f"{level}-{data[i : i + 8].hex()}" for i in range(0, len(data), 8)]
+    return ids
+
+
+def test_one_decision_about_a_whole_kind_has_all_its_parts(photos: Path, tmp_path: Path) -> None:
+    (photos / "z.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    boxes = [[4 + i / 4, 3, 5 + i / 4, 25] for i in range(100)]
+    lines = [line("a.jpg", ("dog", boxes)), line("z.jpg", ("dog", GOOD)), line("b.jpg", ("cat", GOOD, "zh"))]
+    found = review_lines(lines, photos, tmp_path / "out", max_pictures=3, max_listed=5)
+    by_kind = {kind: [row for row in found.suspects if row["kind"] == kind] for kind in found.kinds()}
+    small = {row["id"].partition(".")[0] for row in by_kind["under_one_patch"]}
+    assert set(bulk_parts(found.page, "under_one_patch")) == small and len(small) == 100
+    assert "Drop all (100 boxes)" in found.page and "Drop all (1 target)" in found.page
+    # of the copies one stays
+    (copies,) = by_kind["same_photo"]
+    assert bulk_parts(found.page, "same_photo") == [copies["photos"][1]["part"]]
+    assert "Drop all copies (1 image)" in found.page
+    rows = [{"id": part, "decision": "drop"} for kind in by_kind for part in bulk_parts(found.page, kind)]
+    (tmp_path / "decisions.json").write_text(json.dumps({"decisions": rows}))
+    decisions = load_decisions(tmp_path / "decisions.json")
+    parts = FORMATS["jsonl"].read(tmp_path / "out" / "lines.jsonl", photos)
+    assert [decisions.apply(part)[0] for part in parts] == [None, None, None]  # type: ignore[arg-type]
+    assert decisions.unmet() == []
+
+
+def test_the_terminal_and_the_page_have_the_same_numbers(photos: Path, tmp_path: Path) -> None:
+    lines = ["garbage", *(flaw for flaw, _, _ in FLAWS.values()), line("b.jpg", ("dog", GOOD), ("cat", []))]
+    annotations = tmp_path / "lines.jsonl"
+    annotations.write_text("\n".join(json.dumps(line) for line in lines))
+    found = review(annotated_items("jsonl", annotations, photos), "lines.jsonl", tmp_path)
+    printed = summarize(found, tmp_path)
+    page = Reviewed(tmp_path).page
+    tiles = {
+        name: int(count.replace(",", "")) for count, name in re.findall(r"<b>([\d,]+)</b><span lang=.en.>(.*?)<", page)
+    }
+    first = dict((name, int(count)) for count, name in re.findall(r"(\d+) ([a-z ]+)", printed.splitlines()[0]))
+    for here, there in (
+        ("images", "photos"),
+        ("targets", "targets"),
+        ("boxes", "boxes"),
+        ("absent targets", "absent targets"),
+        ("verbatim turns", "verbatim turns"),
+    ):
+        assert tiles[here] == first[there], here
+    assert f"suspects: {tiles['suspects']}\n" in printed
+    sections = re.findall(
+        r'<section class="kind".*?<h3><span lang="en">(.*?)</span>.*? · ([\d,]+)</h3>', page, re.DOTALL
+    )
+    assert {f"{int(count):>9} {html.unescape(title)}" for title, count in sections} == {
+        row for row in printed.splitlines() if re.match(r" +\d", row)
+    }
+    assert tiles["suspects"] == sum(int(count) for _, count in sections)
 
 
 def test_the_size_of_training_decides_what_is_under_a_patch(photos: Path, tmp_path: Path) -> None:
@@ -335,21 +407,28 @@ def test_out_that_is_a_file(photos: Path, tmp_path: Path) -> None:
 def test_raccoons(tmp_path: Path) -> None:
     """Four pairs of identical photos with different boxes, and nothing else."""
     root = DATA / "voc_raccoon"
-    review(annotated_items("voc", root / "annotations", root / "images"), "raccoons", tmp_path, max_pictures=40)
+    review(
+        annotated_items("voc", root / "annotations", root / "images"),
+        "raccoons",
+        tmp_path,
+        ReviewSettings(max_pictures=40),
+    )
     found = Reviewed(tmp_path)
     assert found.kinds() == {"same_photo": 4}
     pairs = {tuple(sorted(int(re.sub(r"\D", "", photo["image"])) for photo in row["photos"])) for row in found.suspects}
     assert pairs == {(11, 116), (83, 120), (52, 74), (65, 98)}
     assert found.report["counts"]["boxes"] == 217
-    assert found.report["recommended"]["image_size"] == 224
-    assert found.page.count("<figure") == 8
+    assert found.report["recommended"]["image_size"] == 490
+    assert "weights' own size is enough" in html.unescape(found.page)
+    assert found.page.count('<figure class="shot"') == 24 + 3 * 8 and found.page.count('<figure class="seen"') == 12
+    assert found.page.count("<figure data-") == 8
 
 
 @needs_data
 def test_coco128(tmp_path: Path) -> None:
     root = DATA / "coco128_train"
     source = annotated_items("coco", root / "coco_json" / "instances_train2017.json", root / "images" / "train2017")
-    review(source, "coco128", tmp_path, max_pictures=0)
+    review(source, "coco128", tmp_path, ReviewSettings(max_pictures=0))
     found = Reviewed(tmp_path)
     kinds = found.kinds()
     assert (kinds["crowd"], kinds["no_targets"]) == (10, 2)
@@ -357,6 +436,6 @@ def test_coco128(tmp_path: Path) -> None:
     assert kinds["under_one_patch"] / 929 == pytest.approx(0.25, abs=0.01)  # the data's README: thin at 490 px
     assert found.report["recommended"] == {
         **{"image_size": 980, "share": pytest.approx(0.912, abs=0.001)},
-        **{"wanted_share": 0.9, "enough": True},
+        **{"wanted_share": 0.9, "enough": True, "weights_size": 490},
     }
     assert found.report["image_sizes"]["490"]["tokens"] == 1227

@@ -15,6 +15,7 @@ from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.review import review
 from cogvlm_ft.shards.reviewing.readings import Boxes, Tally, boxes_of, count_readings, judge_readings
+from cogvlm_ft.shards.reviewing.settings import ReviewSettings
 from cogvlm_ft.shards.reviewing.sources import annotated_items
 
 COCO = Path(__file__).parents[3].parent / "shared" / "data" / "coco128_train"
@@ -120,7 +121,7 @@ def test_the_page_shows_examples_and_says_why(tmp_path: Path) -> None:
             lines.append(json.dumps({"image": part.image, "targets": targets}))
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     source = annotated_items("jsonl", tmp_path / "lines.jsonl", COCO / "images" / "train2017")
-    review(source, "xywh", tmp_path, max_pictures=15)
+    review(source, "xywh", tmp_path, ReviewSettings(max_pictures=15))
     suspects = [json.loads(line) for line in (tmp_path / "suspects.jsonl").read_bytes().splitlines()]
     (whole,) = [suspect for suspect in suspects if suspect["level"] == "source"]
     assert whole["kind"] == "looks_like_xywh"

@@ -55,13 +55,15 @@ def test_best_iou_is_never_above_one_and_large_boxes_lose_little() -> None:
 )
 def test_recommended_size(side_px: float, size: int, enough: bool) -> None:
     """One patch is 14 px of the square picture: 62.5 px of 1000 at 224, 28.6 at 490, 18.5 at 756, 14.3 at 980."""
-    found = recommend(tally_of((0, 0, side_px, 300)))
+    found = recommend(tally_of((0, 0, side_px, 300)), 224)
     assert (found["image_size"], found["enough"]) == (size, enough)
+    found = recommend(tally_of((0, 0, side_px, 300)))
+    assert (found["image_size"], found["enough"]) == (max(size, 490), enough)  # never below that of the weights
 
 
 def test_nine_of_ten_boxes_decide() -> None:
     large, small = [(0.0, 0.0, 500.0, 300.0)] * 9, [(0.0, 0.0, 20.0, 300.0)]
-    assert recommend(tally_of(*large, *small))["image_size"] == 224
+    assert recommend(tally_of(*large, *small), 224)["image_size"] == 224
     assert recommend(tally_of(*large[1:], *small * 2))["image_size"] == 756
 
 
@@ -158,9 +160,11 @@ def suspect(kind: str, number: int, num_views: int) -> Suspect:
 
 def test_every_kind_gets_its_share_of_the_pictures() -> None:
     suspects = {"a": [suspect("a", i, 1) for i in range(50)], "b": [suspect("b", 0, 2)], "c": [suspect("c", 0, 0)]}
-    chosen = draw_fairly(suspects, 5)
-    assert {kind: len(found) for kind, found in chosen.items()} == {"a": 3, "b": 1, "c": 1}
-    assert draw_fairly({"a": list(reversed(suspects["a"]))}, 3)["a"] == chosen["a"]
+    chosen = draw_fairly(suspects, 5, 10)
+    assert {kind: (len(found.pictured), len(found.listed)) for kind, found in chosen.items()} == {
+        **{"a": (3, 9), "b": (1, 0), "c": (0, 1)},
+    }
+    assert draw_fairly({"a": list(reversed(suspects["a"]))}, 3, 9)["a"] == chosen["a"]
 
 
 def test_bars_leave_out_empty_labels_at_both_ends() -> None:
