@@ -192,7 +192,7 @@ def write_example(name: str, folder: Path) -> Path:
         return folder
     if name == "yolo":
         (folder / "classes.txt").write_text("dog\ncat\nbus\n")
-    endings = {"voc": "xml", "yolo": "txt", "labelme": "json", "csv": "csv"}
+    endings = {"voc": "xml", "cvat": "xml", "yolo": "txt", "labelme": "json", "csv": "csv"}
     path = folder / f"example.{endings.get(name, 'json')}"
     path.write_text(text, encoding="utf-8")
     return folder if name == "yolo" else path
