@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class UnsupportedPixelsError(ValueError):
     """An image whose values have no known range."""
 
 
-def open_image(data: bytes, formats: Sequence[str] = PILLOW_FORMATS) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> Image.Image:
     """Open an encoded image without decoding it. Raises whatever Pillow raises on broken bytes.
 
     Pillow's limits do not apply: callers check the number of pixels, and large texts in a PNG are skipped.

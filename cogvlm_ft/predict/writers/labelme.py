@@ -14,7 +14,7 @@ def write_labelme(photos: Sequence[LabelledPhoto], labels: Sequence[str], folder
     """Write NAME.json for each photo, in the folders of the photos."""
     for photo in photos:
         file = folder / photo.file(".json")
-        content = {
+        content: dict[str, object] = {
             "version": _VERSION,
             "flags": {},
             "shapes": [_shape(box) for box in photo.boxes],
