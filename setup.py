@@ -52,6 +52,7 @@ setup(
         "omegaconf>=2.4",
         "numpy>=1.26",
         "scipy>=1.11",
+        "imagehash>=4.3",  # near-duplicates in a review
         "sacrebleu>=2.4",
         "pillow>=11.3",
         "safetensors>=0.5",

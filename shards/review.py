@@ -28,6 +28,7 @@ from cogvlm_ft.shards.formats import FORMATS, recognise_format
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, write_atomically
+from cogvlm_ft.shards.reviewing.label_words import names_text
 from cogvlm_ft.shards.reviewing.page import render_page
 from cogvlm_ft.shards.reviewing.settings import ReviewSettings, parse_augment
 from cogvlm_ft.shards.reviewing.sources import Item, annotated_items, shard_items
@@ -47,6 +48,8 @@ def review(parts: Parts, source: str, out: Path, settings: ReviewSettings | None
     load_wording(settings.wording)  # a mistake is reported before anything is read
     found = survey(parts, out, settings)
     write_atomically(out / "review.html", render_page(found, source, settings).encode())
+    if found.report["phrases"]["labels"] and not (out / "names.yaml").exists():  # one that was edited is kept
+        write_atomically(out / "names.yaml", names_text(found.report["phrases"]["labels"]).encode())
     write_atomically(out / "review.json", to_json_bytes({"source": source, **found.report}))
     return found
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from cogvlm_ft.grounding.metrics import match_iou
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.reviewing.label_words import MAX_LABELS, spelling_suspects
+from cogvlm_ft.shards.reviewing.near_duplicates import HashedPhoto, near_duplicates
 from cogvlm_ft.shards.reviewing.photo_rules import boxes_text, plain_phrase
 from cogvlm_ft.shards.reviewing.sources import Place
 from cogvlm_ft.shards.reviewing.suspects import Suspect, View
@@ -23,7 +25,8 @@ _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE photos (
-    number INTEGER PRIMARY KEY, sha256 BLOB NOT NULL, split TEXT NOT NULL, image BLOB NOT NULL, content TEXT NOT NULL
+    number INTEGER PRIMARY KEY, sha256 BLOB NOT NULL, split TEXT NOT NULL, image BLOB NOT NULL, content TEXT NOT NULL,
+    look TEXT
 );
 CREATE TABLE phrases (phrase TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -42,7 +45,7 @@ _MAX_COMPARED = 100
 
 
 class PhotoRow(NamedTuple):
-    """An image with its targets. targets: (phrase, boxes in pixels)."""
+    """An image with its targets. targets: (phrase, boxes in pixels). look: see `near_duplicates`."""
 
     sha256: bytes
     image: str
@@ -52,6 +55,7 @@ class PhotoRow(NamedTuple):
     place: Place
     upright: bool
     targets: tuple[tuple[str, tuple[Box, ...]], ...]
+    look: int | None = None
 
     def view(self) -> View:
         boxes = tuple(box for _, boxes in self.targets for box in boxes)
@@ -75,11 +79,14 @@ class Ledger:
                 photo.sha256,
                 photo.split or "",
                 photo.image.encode("utf-8", "surrogatepass"),
-                json.dumps([*photo[1:5], *photo.place.row(), *photo[6:]]),
+                json.dumps([*photo[1:5], *photo.place.row(), photo.upright, photo.targets]),
+                None if photo.look is None else str(photo.look),
             )
             for photo in photos
         ]
-        self._database.executemany("INSERT INTO photos (sha256, split, image, content) VALUES (?, ?, ?, ?)", rows)
+        self._database.executemany(
+            "INSERT INTO photos (sha256, split, image, content, look) VALUES (?, ?, ?, ?, ?)", rows
+        )
         add = "INSERT INTO phrases VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
         safe = [(phrase.encode("utf-8", "backslashreplace").decode(), count) for phrase, count in phrases.items()]
         self._database.executemany(add, safe)
@@ -91,10 +98,11 @@ class Ledger:
             "SELECT count(*), count(*) FILTER (WHERE count = 1) FROM phrases"
         ).fetchone()
         rows = execute("SELECT phrase, count FROM phrases ORDER BY count DESC, phrase LIMIT ?", (num_most,))
-        return {"different": num_different, "only_once": num_once, "most_frequent": [list(row) for row in rows]}
+        counts = {"different": num_different, "only_once": num_once, "labels": self.labels()}
+        return {**counts, "most_frequent": [list(row) for row in rows]}
 
     def suspects(self) -> Iterator[Suspect]:
-        """Yield identical images, by their bytes."""
+        """Yield identical images by their bytes, labels that are spelled alike, near-duplicates in two splits."""
         execute = self._database.execute
         execute("CREATE INDEX by_sha256 ON photos (sha256)")
         groups = execute(_COPIES)
@@ -107,6 +115,27 @@ class Ledger:
                 yield _suspect_of_copies("same_photo", list(copies))
             else:
                 yield from _contradictions(list(islice(copies, _MAX_COMPARED_RECORDS)))
+
+        yield from spelling_suspects(self.labels())
+        yield from self._near_duplicates()
+
+    def labels(self) -> dict[str, int]:
+        """Return the phrases with their counts; none if there are too many for labels."""
+        rows = self._database.execute("SELECT phrase, count FROM phrases LIMIT ?", (MAX_LABELS + 1,)).fetchall()
+        return dict(rows) if len(rows) <= MAX_LABELS else {}
+
+    def _near_duplicates(self) -> Iterator[Suspect]:
+        rows = self._database.execute("SELECT number, split, look FROM photos WHERE look IS NOT NULL ORDER BY number")
+        photos = (HashedPhoto(number, split, int(look)) for number, split, look in rows)
+        for pair in near_duplicates(photos):
+            found = [self._photo(photo.number) for photo in (pair.first, pair.second)]
+            if found[0].sha256 != found[1].sha256:  # identical ones are reported already
+                names = " and ".join(f"{row.image} ({row.split})" for row in found)
+                yield _suspect("near_duplicate", found, {"names": names, "bits": pair.num_bits})
+
+    def _photo(self, number: int) -> PhotoRow:
+        row = self._database.execute("SELECT sha256, content FROM photos WHERE number = ?", (number,)).fetchone()
+        return _photo_row(*row)
 
     def close(self) -> None:
         """Delete the file."""

@@ -10,6 +10,7 @@ from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import with_hint
 from cogvlm_ft.shards.packing.verify import verify_image
+from cogvlm_ft.shards.reviewing.near_duplicates import photo_hash
 from cogvlm_ft.shards.reviewing.readings import boxes_of, fit
 from cogvlm_ft.shards.reviewing.sources import Item, read_photo
 from cogvlm_ft.shards.reviewing.suspect_texts import Texts
@@ -20,6 +21,7 @@ class Photo:
     """stored_px: (width, height) of the file. orientation: by EXIF, 1 to 8.
 
     upright: its boxes were drawn on the rotated image. evidence: the reason, if it was not stated.
+    look: `photo_hash`, of photos whose split is known.
     """
 
     stored_px: tuple[int, int]
@@ -27,6 +29,7 @@ class Photo:
     orientation: int = 1
     upright: bool = False
     evidence: Texts | None = None
+    look: int | None = None
 
     @property
     def upright_px(self) -> tuple[int, int]:
@@ -49,7 +52,8 @@ def open_photo(item: Item) -> Photo | Problem:
         return with_hint(rejected, item.candidate).problem(source)
     except BadSampleError as error:
         return Problem("sample", error.reason, error.detail, source)
-    photo = Photo(stored.size_px, sha256(data).digest(), stored.orientation, bool(item.upright))
+    look = photo_hash(data) if item.split else None
+    photo = Photo(stored.size_px, sha256(data).digest(), stored.orientation, bool(item.upright), look=look)
     evidence = None if photo.upright else _boxes_for_upright(item.candidate, photo)
     return replace(photo, upright=True, evidence=evidence) if evidence else photo
 

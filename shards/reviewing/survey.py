@@ -226,6 +226,7 @@ def _photo_row(item: Item, photo: Photo) -> PhotoRow:
         part=part_ids(candidate).sample,
         place=item.place,
         upright=photo.upright,
+        look=photo.look,
         targets=tuple((target.phrase, tuple(islice(drawn, len(target.boxes_xyxy)))) for target in candidate.targets),
     )
 

@@ -50,10 +50,26 @@ KINDS: dict[str, Kind] = {
     "same_photo": _kind(
         "Identical photo twice",
         "重复的图片",
-        "Images are split by file name, so copies may end up in both train and val. Keep the better one.",
-        "划分按文件名进行，副本可能分到训练集和验证集两边。请保留较好的一个。",
+        "A build keeps copies in one split, but trains on each of them. Keep the better one.",
+        "构建时副本会归入同一划分，但每份都会参与训练。请保留较好的一个。",
         "{count} identical files: {names}.{agreement}",
         "{count} 个完全相同的文件：{names}。{agreement_zh}",
+    ),
+    "near_duplicate": _kind(
+        "Photos in two splits look alike",
+        "两个划分中的图片几乎相同",
+        "Frames of one video or edited copies make the score too high. Build with --group-by, or drop one of them.",
+        "同一视频的帧或修改过的副本会使分数虚高：请用 --group-by 构建，或去掉其中一个。",
+        "{names}: {bits} of 64 bits of their perceptual hashes differ",
+        "{names}：感知哈希的 64 位中有 {bits} 位不同",
+    ),
+    "label_spelling": _kind(
+        "Labels that differ in spelling only",
+        "只有写法不同的标签",
+        "They are asked as different objects. If they are one, give them the same words with --names.",
+        "它们会被当作不同的目标提问；如果是同一种，请用 --names 给出相同的词语。",
+        "{names}",
+        "{names}",
     ),
     "exif_rotated": _kind(
         "EXIF rotation disagrees with the boxes",

@@ -1,0 +1,113 @@
+"""Photos that look alike in two splits, labels that are spelled alike, and a first file for --names."""
+
+from __future__ import annotations
+
+import io
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from case_files import CASES, write_photo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from cogvlm_ft.shards.build import main as build
+from cogvlm_ft.shards.packing.label_names import load_names
+from cogvlm_ft.shards.review import main as review
+from cogvlm_ft.shards.reviewing.label_words import names_text, spelling_suspects
+from cogvlm_ft.shards.reviewing.near_duplicates import HashedPhoto, near_duplicates, photo_hash
+
+
+def scene(seed: int) -> Image.Image:
+    """A picture with coarse structure, as photos have."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((320, 240), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def pairs(train: list[bytes], val: list[bytes]) -> list[tuple[int, int]]:
+    numbers = count()
+    photos = [
+        HashedPhoto(next(numbers), split, value)
+        for split, images in (("train", train), ("val", val))
+        for value in map(photo_hash, images)
+        if value is not None
+    ]
+    return [(pair.second.number, pair.first.number - len(train)) for pair in near_duplicates(photos)]
+
+
+def test_resized_brightened_and_recompressed_copies_are_found_and_other_photos_are_not() -> None:
+    train = [jpeg(scene(seed)) for seed in range(40)]
+    bright = ImageEnhance.Brightness(scene(7)).enhance(1.2)
+    val = [jpeg(scene(3).resize((200, 150))), jpeg(bright), jpeg(scene(11), 30), jpeg(scene(99))]
+    assert pairs(train, val) == [(3, 0), (7, 1), (11, 2)]
+
+
+def test_plain_and_broken_photos_have_no_hash() -> None:
+    assert photo_hash(jpeg(Image.new("RGB", (50, 40), "grey"))) is None
+    assert photo_hash(b"no image") is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    hashes=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8),
+    flipped=st.lists(st.integers(0, 63), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_few_bits_make_a_duplicate(hashes: list[int], flipped: list[int], seed: int) -> None:
+    chosen = hashes[seed % len(hashes)]
+    changed = chosen
+    for bit in set(flipped):
+        changed ^= 1 << bit
+    photos = [*(HashedPhoto(i, "train", value) for i, value in enumerate(hashes)), HashedPhoto(100, "val", changed)]
+    (found,) = near_duplicates(photos)
+    assert found.num_bits == min((changed ^ value).bit_count() for value in hashes) <= len(set(flipped))
+    assert list(near_duplicates(photos[:-1])) == []
+
+
+def test_a_review_of_shards_lists_near_duplicates(tmp_path: Path, capsys: Any) -> None:
+    for split, seed, quality in (("train", 1, 90), ("train", 2, 90), ("valid", 1, 60), ("valid", 5, 90)):
+        folder = tmp_path / "in" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{seed}{split}.jpg").write_bytes(jpeg(scene(seed), quality))
+        (folder / f"{seed}{split}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (tmp_path / "in" / "classes.txt").write_text("dog\n")
+    annotations = ["--annotations", str(tmp_path / "in"), "--workers", "1"]
+    assert build([*annotations, "--out", str(tmp_path / "out")]) == 0
+    assert review(["--shards", str(tmp_path / "out"), "--out", str(tmp_path / "review"), "--workers", "1"]) == 0
+    assert "1 Photos in two splits look alike" in capsys.readouterr().out
+
+
+def test_31_labels_that_differ_in_case_are_a_suspect_and_names_yaml_is_written(tmp_path: Path, capsys: Any) -> None:
+    assert [
+        suspect.values["names"] for suspect in spelling_suspects({"Dog": 2, "dog": 3, "hot_dog": 1, "hot dog": 1})
+    ] == [
+        "'Dog' (2), 'dog' (3)",
+        "'hot dog' (1), 'hot_dog' (1)",
+    ]
+    out = tmp_path / "review"
+    arguments = ["--annotations", str(CASES / "31-label-spelling" / "in"), "--out", str(out), "--workers", "1"]
+    assert review(arguments) == 0
+    assert "Labels that differ in spelling only" in capsys.readouterr().out
+    load_names(out / "names.yaml")
+    (out / "names.yaml").write_text("dog: [hound]\n")
+    assert review(arguments) == 0
+    assert (out / "names.yaml").read_text() == "dog: [hound]\n"
+
+
+@pytest.mark.parametrize("label", ["dog", "no", "1", "a: b", "# c", "交通灯", "RBC", "'x", "null", "[[1]]"])
+def test_the_first_names_file_can_be_used_as_it_is(label: str, tmp_path: Path) -> None:
+    write_photo(tmp_path / "a.png")
+    (tmp_path / "names.yaml").write_text(names_text({label: 3, "cat": 9}), encoding="utf-8")
+    content = yaml.load((tmp_path / "names.yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
+    assert list(content) == ["cat", label] and content["cat"] == ["cat", "猫"]
+    load_names(tmp_path / "names.yaml")
