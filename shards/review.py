@@ -48,8 +48,8 @@ def review(parts: Parts, source: str, out: Path, settings: ReviewSettings | None
     load_wording(settings.wording)  # a mistake is reported before anything is read
     found = survey(parts, out, settings)
     write_atomically(out / "review.html", render_page(found, source, settings).encode())
-    if found.report["phrases"]["labels"] and not (out / "names.yaml").exists():  # one that was edited is kept
-        write_atomically(out / "names.yaml", names_text(found.report["phrases"]["labels"]).encode())
+    if found.report["labels"] and not (out / "names.yaml").exists():  # one that was edited is kept
+        write_atomically(out / "names.yaml", names_text(found.report["labels"]).encode())
     write_atomically(out / "review.json", to_json_bytes({"source": source, **found.report}))
     return found
 

@@ -98,8 +98,7 @@ class Ledger:
             "SELECT count(*), count(*) FILTER (WHERE count = 1) FROM phrases"
         ).fetchone()
         rows = execute("SELECT phrase, count FROM phrases ORDER BY count DESC, phrase LIMIT ?", (num_most,))
-        counts = {"different": num_different, "only_once": num_once, "labels": self.labels()}
-        return {**counts, "most_frequent": [list(row) for row in rows]}
+        return {"different": num_different, "only_once": num_once, "most_frequent": [list(row) for row in rows]}
 
     def suspects(self) -> Iterator[Suspect]:
         """Yield identical images by their bytes, labels that are spelled alike, near-duplicates in two splits."""

@@ -103,6 +103,7 @@ def survey(parts: Iterable[Item | Problem], out: Path, settings: ReviewSettings)
         notes = sum(count for kind, count in counts.items() if kind.startswith(NOTE))
         report = {
             **report_of(gathered.tally, settings.weights_size),
+            "labels": ledger.labels(),
             "phrases": ledger.phrases(_MOST_FREQUENT),
             "num_suspects": sum(counts.values()) - notes,
             "num_notes": notes,

@@ -95,7 +95,7 @@ FLAWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "normalised": (line("a.jpg", ("dog", [[0.1, 0.1, 0.6, 0.7]])), "below_one_pixel", "x0,y0,x1,y1, 0..1"),
     "thousandths": (line("a.jpg", ("dog", [[100, 100, 600, 700]])), "box_outside_image", "0..1000"),
     "small": (line("a.jpg", ("dog", [[4, 3, 5, 25]])), "under_one_patch", "0.88 patches at 490 px"),
-    "same phrase": (line("a.jpg", ("Dog", GOOD), ("dog ", [[5, 5, 9, 9]])), "same_phrase", "asked twice"),
+    "same phrase": (line("a.jpg", ("dog", GOOD), ("dog ", [[5, 5, 9, 9]])), "same_phrase", "asked twice"),
     "absent too": (line("a.jpg", ("dog", GOOD), ("dog", [])), "same_phrase", "and []"),
     "no Chinese": (line("a.jpg", ("dog", GOOD, "zh")), "wrong_language", "no Chinese character"),
     "no English": (line("a.jpg", ("狗", GOOD, "en")), "wrong_language", "has Chinese characters"),
@@ -200,10 +200,14 @@ def test_shards_say_which_way_up_their_boxes_are(
 
 def test_photo_in_train_and_val(photos: Path, tmp_path: Path) -> None:
     (photos / "z.jpg").write_bytes((photos / "a.jpg").read_bytes())
-    annotations = tmp_path / "lines.jsonl"
-    annotations.write_text("\n".join(json.dumps(line(f"{name}.jpg", ("dog", GOOD))) for name in "az"))
     shards = tmp_path / "shards"
-    build(BuildSettings("jsonl", photos, annotations, val_fraction=0.5), shards, num_workers=1)
+    shards.mkdir()
+    for name, split in (("a", "train"), ("z", "val")):  # one build would keep them together
+        annotations = tmp_path / f"{split}.jsonl"
+        annotations.write_text(json.dumps(line(f"{name}.jpg", ("dog", GOOD))))
+        build(BuildSettings("jsonl", photos, annotations, split=split), tmp_path / split, num_workers=1)
+        for file in (tmp_path / split).glob(f"{split}-*"):
+            file.rename(shards / file.name)
     out = tmp_path / "out"
     review(shard_items(shards), "shards", out)
     found = Reviewed(out)
