@@ -338,7 +338,7 @@ def test_the_terminal_and_the_page_have_the_same_numbers(photos: Path, tmp_path:
     assert {f"{int(count):>9} {html.unescape(title)}" for title, count in sections} == {
         row for row in printed.splitlines() if re.match(r" +\d", row)
     }
-    assert tiles["suspects"] == sum(int(count) for _, count in sections)
+    assert tiles["suspects"] + tiles.get("notes", 0) == sum(int(count) for _, count in sections)
 
 
 def test_the_size_of_training_decides_what_is_under_a_patch(photos: Path, tmp_path: Path) -> None:
