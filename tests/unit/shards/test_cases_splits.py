@@ -30,7 +30,8 @@ def built(out: Path, annotations: Path, *options: str) -> dict[str, Any]:
     keys: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for path in out.glob("*-*.json"):
         keys[path.name.split("-")[0]] += [row["key"] for row in json.loads(path.read_bytes())["samples"]]
-    notes = [json.loads(line) for line in (out / "notes.jsonl").read_bytes().splitlines()]
+    rows = map(json.loads, (out / "notes.jsonl").read_bytes().splitlines())
+    notes = [row for row in rows if row["reason"] != "class_names"]
     return keys | {"index": json.loads((out / "index.json").read_bytes()), "notes": notes}
 
 
