@@ -59,7 +59,8 @@ def class_names(folder: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for path in sorted(folder.glob("*class-descriptions*.csv")):
         text = path.read_bytes().decode("utf-8-sig", "replace")
-        names.update(row[:2] for row in csv.reader(text.splitlines()) if len(row) == 2 and row[1].strip())
+        rows = csv.reader(text.splitlines())
+        names.update((row[0], row[1]) for row in rows if len(row) == 2 and row[1].strip())
     if not names:
         expected = "OpenImages' class-descriptions-boxable.csv in the same folder"
         raise DataError(f"{folder}: LabelName has codes such as /m/01g317; expected {expected}. Put it there.")
