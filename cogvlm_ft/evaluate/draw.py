@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -154,6 +154,6 @@ def _stack(top: Image.Image, bottom: Image.Image) -> Image.Image:
 def _load_font() -> tuple[Font, bool]:
     """Load a font, and tell whether it has Chinese characters; without them, texts are written in escapes."""
     for path in CHINESE_FONTS:
-        if Path(path).is_file():
+        with contextlib.suppress(OSError):  # not installed, damaged, or no memory to map it
             return ImageFont.truetype(path, TEXT_PX), True
     return ImageFont.load_default(TEXT_PX), False
