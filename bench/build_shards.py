@@ -51,7 +51,10 @@ def main() -> None:
 
 
 def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
-    """Copy the photos under new names and write x.jsonl with one box for each; return the names."""
+    """Copy the photos under new names and write x.jsonl with one box for each; return the names.
+
+    Every copy is a few bytes longer than the one before, as different photos are: identical ones would be hashed.
+    """
     photos = sorted(path for path in source.rglob("*") if path.suffix in (".jpg", ".png"))
     if not photos:
         sys.exit(f"{source}: found no .jpg or .png file. Name a folder of photos with --photos.")
@@ -62,6 +65,8 @@ def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
         photo = photos[len(names) % len(photos)]
         names.append(f"{len(names):06d}{photo.suffix}")
         shutil.copyfile(photo, folder / names[-1])
+        with (folder / names[-1]).open("ab") as file:
+            file.write(bytes(len(names) // len(photos)))
         size += photo.stat().st_size
         targets = [{"phrase": "the object in the corner", "boxes": [[0, 0, 20, 20]]}]
         lines.append(json.dumps({"image": names[-1], "targets": targets}))
