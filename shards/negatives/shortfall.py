@@ -21,7 +21,7 @@ def negatives_report(vocabulary: Vocabulary, settings: NegativeSettings, counts:
     reached = round(num_absent / num_targets, 4) if num_targets else 0.0
     kept_out = {name: totals[name] for name in sorted(totals) if name.startswith(("phrases_", "photos_"))}
     return {
-        "share_wanted": settings.share,
+        "share_requested": settings.share,
         "share_reached": reached,
         "added": {kind: counts.get(kind, 0) for kind in KINDS},
         "missed": counts.get("missed", 0),

@@ -24,6 +24,7 @@ from urllib.parse import unquote
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.shards.packing.candidate_json import candidate_from_json, to_json
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.given_splits import split_of_path
 
 _HALF_WIDTH = {0x3000: " ", **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}}
 _UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")
@@ -50,7 +51,6 @@ _GENERAL_FOLDERS = frozenset(
     ]
 )
 """Folders whose names say nothing about which photos are in them."""
-_SPLIT = re.compile(r"(train|val|valid|validation|dev|test)(ing)?[0-9]*")
 _MAX_NAMED = 3
 
 
@@ -88,7 +88,7 @@ class _Names:
     """The files of the images folder whose names are similar to a missing one, by their keys."""
 
     def __init__(self, images: Path, missing: Iterable[str]) -> None:
-        wanted = {key for name in missing for key in _keys(name)}
+        missing_keys = {key for name in missing for key in _keys(name)}
         self._folder = images.absolute().name
         self._files: dict[str, list[str]] = defaultdict(list)
         for folder, subfolders, names in os.walk(images):
@@ -97,7 +97,7 @@ class _Names:
             for name in sorted(names):
                 if name.startswith(".") or not _has_image_ending(name):
                     continue
-                for key in wanted.intersection(_keys(name)):
+                for key in missing_keys.intersection(_keys(name)):
                     self._files[key].append(posixpath.normpath(posixpath.join(below, name)))
 
     def choice(self, missing: str) -> _Choice:
@@ -181,18 +181,12 @@ def _folders_of(path: str) -> list[str]:
 
 def _folders_agree(missing: str, found: str, images_name: str) -> bool:
     """Return whether one path only has more folders than the other, rather than other ones or another split."""
-    splits = _split_of(missing), _split_of(posixpath.join(images_name, found))
+    splits = [split_of_path(posixpath.dirname(path)) for path in (missing, posixpath.join(images_name, found))]
     if all(splits) and splits[0] != splits[1]:
         return False
     few, many = sorted((_folders_of(missing), _folders_of(found)), key=len)
     rest = iter(many)
     return all(part in rest for part in few)
-
-
-def _split_of(path: str) -> str | None:
-    """Return the first two letters of the split that the innermost such folder names."""
-    found = [part for part in _folders_of(path) if _SPLIT.fullmatch(part)]
-    return found[-1][:2] if found else None
 
 
 def _rank(missing: str, found: str) -> tuple[int, bool]:

@@ -59,8 +59,8 @@ def _splitting(build: dict[str, Any]) -> list[str]:
 def _negatives(found: dict[str, Any]) -> list[str]:
     """Describe the reached fraction of absent targets, and why it is lower than requested."""
     added = ", ".join(f"{count} by {kind}" for kind, count in found["added"].items())
-    reached, wanted = found["share_reached"], found["share_wanted"]
-    lines = [f"\nabsent targets: {reached:.1%} of all, requested {wanted:.1%}; {added}"]
+    reached, requested = found["share_reached"], found["share_requested"]
+    lines = [f"\nabsent targets: {reached:.1%} of all, requested {requested:.1%}; {added}"]
     if found["background_photos"]:
         used = f"{found['background_used']} of {found['background_photos']} photos without annotations"
         lines.append(f"  {used} are used. Leave out photos that nobody has annotated yet.")
