@@ -22,7 +22,7 @@ from xml.parsers import expat
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.folders import files_below
-from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
+from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, once_per_photo, read_files
 from cogvlm_ft.shards.formats.rows import read_head, stated_size
 from cogvlm_ft.shards.formats.shapes import box_around, box_around_ellipse, box_around_rotated
 from cogvlm_ft.shards.packing.candidates import (
@@ -74,12 +74,14 @@ class _Entry:
 def read_cvat(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per photo, with one target per label. Raises DataError if there is no such file."""
     if not annotations.is_dir():
-        yield from _read_file(annotations, "", images)
+        yield from once_per_photo(_read_file(annotations, "", images))
         return
     names = [name for name in files_below(annotations, _ENDING) if _is_cvat(annotations / name)]
     if not names:
         raise DataError(f"{annotations}: no CVAT .xml file in it or in its folders; expected one")
-    yield from read_files((name, _read_file(annotations / name, posixpath.dirname(name), images)) for name in names)
+    yield from read_files(
+        (name, once_per_photo(_read_file(annotations / name, posixpath.dirname(name), images))) for name in names
+    )
 
 
 def recognise_cvat(annotations: Path) -> str | None:
@@ -172,7 +174,6 @@ class _Parser:
 
 def _read_file(path: Path, folder: str, images: Path) -> Iterator[Candidate | Problem]:
     photos: dict[str, ListedPhotos] = {}  # by subset
-    source_of: dict[str, str] = {}
     num_entries = 0
     for entry in _entries(path):
         num_entries += 1
@@ -183,17 +184,9 @@ def _read_file(path: Path, folder: str, images: Path) -> Iterator[Candidate | Pr
         if subset not in photos:
             photos[subset] = ListedPhotos(images, folder, *([subset] if subset else []))
         try:
-            candidate = _candidate(entry, photos[subset])
+            yield _candidate(entry, photos[subset])
         except Rejected as rejected:
             yield rejected.problem(entry.source)
-            continue
-        if candidate.image in source_of:
-            yield from candidate.problems
-            detail = f"{candidate.image} is also {source_of[candidate.image]}. Remove one of the two."
-            yield Problem("sample", "image_listed_again", detail, entry.source)
-        else:
-            source_of[candidate.image] = entry.source
-            yield candidate
     if not num_entries:
         raise DataError(f"{path}: no image and no track; expected a file of CVAT for images 1.1 or for video 1.1")
 

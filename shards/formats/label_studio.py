@@ -24,7 +24,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.folders import files_below
 from cogvlm_ft.shards.formats.label_studio_regions import SHAPES, photo_paths, region_box
-from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
+from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, once_per_photo, read_files
 from cogvlm_ft.shards.formats.rows import load_json, whole_number
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
@@ -79,13 +79,14 @@ class _Task:
 def read_label_studio(annotations: Path, images: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per task, with one target per phrase. Raises DataError if there is no such file."""
     if not annotations.is_dir():
-        yield from _read_file(annotations, ListedPhotos(images, ""))
+        yield from once_per_photo(_read_file(annotations, ListedPhotos(images, "")))
         return
     names = [name for name in files_below(annotations, _ENDING) if _is_label_studio(annotations / name)]
     if not names:
         raise DataError(f"{annotations}: no .json file of Label Studio in it or in its folders; expected {_EXPECTED}")
     yield from read_files(
-        (name, _read_file(annotations / name, ListedPhotos(images, posixpath.dirname(name)))) for name in names
+        (name, once_per_photo(_read_file(annotations / name, ListedPhotos(images, posixpath.dirname(name)))))
+        for name in names
     )
 
 
@@ -117,21 +118,12 @@ def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem
             _add_task(row, f"[{i}]", tasks)
         except Rejected as rejected:
             yield rejected.problem(f"[{i}]")
-    source_of: dict[str, str] = {}
     for task in tasks.values():
         try:
-            candidate = _candidate(task, photos)
+            yield _candidate(task, photos)
         except Rejected as rejected:
             yield from task.problems
             yield rejected.problem(task.source)
-            continue
-        if candidate.image in source_of:
-            yield from candidate.problems
-            detail = f"{candidate.image} is also {source_of[candidate.image]}. Remove one of the two."
-            yield Problem("sample", "image_listed_again", detail, task.source)
-        else:
-            source_of[candidate.image] = task.source
-            yield candidate
 
 
 def _add_task(row: Any, place: str, tasks: dict[Any, _Task]) -> None:

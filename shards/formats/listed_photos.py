@@ -76,5 +76,19 @@ def read_files(files: Iterable[tuple[str, Iterator[Candidate | Problem]]]) -> It
                 yield Problem("sample", "image_in_two_files", detail, candidate.source)
 
 
+def once_per_photo(parts: Iterable[Candidate | Problem]) -> Iterator[Candidate | Problem]:
+    """Yield the parts of one file; a photo that is listed again becomes a problem."""
+    source_of: dict[str, str] = {}
+    for part in parts:
+        if isinstance(part, Candidate) and part.image in source_of:
+            yield from part.problems
+            detail = f"{part.image} is also {source_of[part.image]}. Remove one of the two."
+            yield Problem("sample", "image_listed_again", detail, part.source)
+            continue
+        if isinstance(part, Candidate):
+            source_of[part.image] = part.source
+        yield part
+
+
 def _sourced(problem: Problem, name: str) -> Problem:
     return replace(problem, source=f"{name}: {problem.source}")
