@@ -157,6 +157,36 @@ def test_of_many_simultaneous_starts_exactly_one_wins(
     assert sorted(process.exitcode for process in processes) == [0] + [2] * (NUM_STARTS - 1)
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cogvlm_ft.runtime import run_lock
+run_lock.HEARTBEAT_S = 0.5
+with run_lock.run_lock(Path(sys.argv[1])):
+    print("owns it", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other host has its own processes, name and network; only its heartbeat tells whether it is alive."""
+    namespaces = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "--net"]
+    if subprocess.run([*namespaces, "true"], check=False).returncode:
+        pytest.skip("no user namespaces here")
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.5)
+    command = [*namespaces, "sh", "-c", 'hostname node9 && exec "$@"', "-", sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "owns it\n"
+            with pytest.raises(ConfigError, match="process 1 on node9"), run_lock(tmp_path):
+                pass
+        finally:
+            other.kill()
+    with run_lock(tmp_path):
+        assert lock_names(tmp_path) == [".lock-000002"]
+
+
 def test_a_name_for_people() -> None:
     assert str(Owner("node1", "m", 3, 0.0, None, 0)) == "process 3 on node1"
     assert str(Owner("node1", "m", 3, 0.0, "12", 0)) == "process 3 on node1, Slurm job 12"
