@@ -36,6 +36,7 @@ setup(
     packages=find_packages(include=["cogvlm_ft", "cogvlm_ft.*"]),
     package_data={
         "cogvlm_ft": ["py.typed", "html_page.*", "configs/*.yaml", "configs/deepspeed/*.json", "slurm/*"],
+        "cogvlm_ft.evaluate": ["fonts/*"],
         "cogvlm_ft.grounding": ["wordings/*.yaml"],
         "cogvlm_ft.predict": ["page.*"],
         "cogvlm_ft.report": ["page.*"],

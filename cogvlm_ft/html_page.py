@@ -14,6 +14,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from cogvlm_ft.colours import style_sheet
+
 _SHARED = Path(__file__).parent
 _NO_NAVIGATION = "base-uri 'none'; form-action 'none'"
 
@@ -34,9 +36,10 @@ class HtmlPage:
         )
         environment.globals["both"] = both
         self._template = environment.get_template("page.html")
-        self.style, self.script = (
+        style, self.script = (
             _read(_SHARED / f"html_page.{kind}") + _read(folder / f"page.{kind}") for kind in ("css", "js")
         )
+        self.style = style_sheet() + style
 
     def render_file(self, **values: Any) -> str:
         """Return one file that needs no other. Values are escaped, and its policy lets only its own script run."""

@@ -1,75 +1,68 @@
-"""Draw an image: true boxes green, predicted boxes red and dashed, questions and answers below."""
+"""Draw an image: true boxes solid, answered boxes dashed, one colour for each turn, with all texts below."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from cogvlm_ft.colours import RIGHT_COLOUR, WRONG_COLOUR, ink_on, rgb, target_colour
+from cogvlm_ft.evaluate.fonts import TextFont, text_font
+from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box
 
 LONGER_SIDE_PX = 448
 LINE_PX = 3
 DASH_PX, GAP_PX = 9, 6
-MARGIN_PX = 10
-TEXT_PX = 15
-LABEL_PX = 20
+MARGIN_PX, INDENT_PX = 10, 48
+TEXT_PX, LABEL_TEXT_PX = 15, 13
+LABEL_PX = 18
+LINE_HEIGHT_PX = TEXT_PX + 7
+MAX_LABELS = 24
+"""Boxes with phrase and IoU; those after them are outlined only."""
+MAX_LABEL_CHARS = 18
 
-TRUTH_COLOUR = (0, 150, 60)
-ANSWER_COLOUR = (220, 30, 30)
-TEXT_COLOUR = (30, 30, 30)
-STRIP_COLOUR = (248, 248, 246)
+TEXT_COLOUR, SOFT_COLOUR = "#1e1e1e", "#5c6675"
+STRIP_COLOUR, HALO_COLOUR = "#f8f8f6", "#ffffff"
+LEGEND, LEGEND_OF_ANSWERS = "— 标注 truth    - - 回答 answer", "- - 回答 answer"
 
-# Fonts with Chinese characters on Linux distributions and macOS.
-CHINESE_FONTS = (
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/google-noto-cjk/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
-    "/usr/share/fonts/wqy-microhei/wqy-microhei.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
-    "/usr/share/fonts/wqy-zenhei/wqy-zenhei.ttc",
-    "/usr/share/fonts/truetype/arphic/uming.ttc",
-    "/System/Library/Fonts/PingFang.ttc",
-)
-
-# An escape, a word with its blanks (long ones are cut), or one character that is not ASCII.
-_PIECE = re.compile(r"\\u[0-9a-f]{4}|[!-\[\]-~]{1,24} *|.")
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+# A word with its blanks (long ones are cut), or one character that is not ASCII.
+_PIECE = re.compile(r"[!-~]{1,24} *|.")
 
 
-def draw_boxes(
-    image: Image.Image,
-    truth_boxes: Sequence[Sequence[Box]],
-    predicted_boxes: Sequence[Sequence[Box] | None],
-    texts: Sequence[tuple[str, str]],
-) -> Image.Image:
-    """Draw the boxes of all turns, and a strip of their texts below; a small image is enlarged.
+@dataclass(frozen=True)
+class DrawnTurn:
+    """A question, its answer, and the truth as far as it is known. Boxes: pixels of the image, xyxy.
 
-    truth_boxes, predicted_boxes: per turn its boxes in pixels of `image`, xyxy; None = the answer was unreadable.
-    texts: per turn (prompt, answer). Turns are numbered from 1.
+    answer_boxes: None = unreadable. truth: the true text; None = not known. is_right: None = not scored.
     """
-    assert len(truth_boxes) == len(predicted_boxes) == len(texts), "one entry per turn in each"
+
+    prompt: str
+    answer: str
+    phrase: str = ""
+    answer_boxes: Sequence[Box] | None = ()
+    truth: str | None = None
+    truth_boxes: Sequence[Box] = ()
+    is_right: bool | None = None
+
+
+def draw_boxes(image: Image.Image, turns: Sequence[DrawnTurn]) -> Image.Image:
+    """Draw the boxes of all turns, and a strip of their texts below; a small image is enlarged."""
     scale = max(1.0, LONGER_SIDE_PX / max(image.size))
     canvas = _enlarge(image.convert("RGB"), scale)
-    font, writes_chinese = _load_font()
     pen = ImageDraw.Draw(canvas)
-    true_boxes = [(str(turn), _scaled(box, scale)) for turn, boxes in enumerate(truth_boxes, 1) for box in boxes]
-    answers = [(str(turn), _scaled(box, scale)) for turn, boxes in enumerate(predicted_boxes, 1) for box in boxes or ()]
-    for _, box in true_boxes:
-        pen.rectangle(box, outline=TRUTH_COLOUR, width=LINE_PX)
-    for _, box in answers:
-        _draw_dashed(pen, box)
-    for label, (x0, y0, _, _) in true_boxes:
-        _draw_label(pen, (x0, y0 - LABEL_PX), label, TRUTH_COLOUR, font)
-    for label, (_, _, x1, y1) in answers:
-        _draw_label(pen, (x1 - LABEL_PX, y1), label, ANSWER_COLOUR, font)
-    legend = "green: truth   red: answer" if true_boxes else "red: answer"
-    return _stack(canvas, _draw_strip(legend, texts, canvas.width, font, writes_chinese))
+    for number, turn in enumerate(turns):
+        for box in turn.truth_boxes:
+            _draw_solid(pen, _scaled(box, scale), target_colour(number))
+    for number, turn in enumerate(turns):
+        for box in turn.answer_boxes or ():
+            _draw_dashed(pen, _scaled(box, scale), target_colour(number))
+    labels = [label for number, turn in enumerate(turns) for label in _labels(number, turn, scale)]
+    for place, text, colour in labels[:MAX_LABELS]:
+        _draw_label(pen, place, text, colour)
+    return _stack(canvas, _draw_strip(turns, canvas.width))
 
 
 def _enlarge(image: Image.Image, scale: float) -> Image.Image:
@@ -86,16 +79,38 @@ def _scaled(box: Box, scale: float) -> Box:
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
 
 
-def _draw_dashed(pen: ImageDraw.ImageDraw, box: Box) -> None:
-    """Draw red dashes with white gaps, visible on a green line and on any image."""
+def _labels(number: int, turn: DrawnTurn, scale: float) -> Iterator[tuple[tuple[float, float], str, str]]:
+    """Yield (top left corner, text, colour): the phrase over true boxes, phrase and IoU below answered ones."""
+    colour, phrase = target_colour(number), turn.phrase or str(number + 1)
+    phrase = phrase if len(phrase) <= MAX_LABEL_CHARS else f"{phrase[: MAX_LABEL_CHARS - 1]}…"
+    for box in turn.truth_boxes:
+        x0, y0, _, _ = _scaled(box, scale)
+        yield (x0, y0 - LABEL_PX), phrase, colour
+    answered = list(turn.answer_boxes or ())
+    overlaps = pairwise_iou(answered, turn.truth_boxes) if answered and turn.truth_boxes else None
+    for place, box in enumerate(answered):
+        x0, _, _, y1 = _scaled(box, scale)
+        text = phrase if overlaps is None else f"{phrase} {overlaps[place].max():.2f}"
+        yield (x0, y1 + 1), text, colour
+
+
+def _draw_solid(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
+    """Outline a box between two thin light lines, visible on any image."""
     x0, y0, x1, y1 = box
-    pen.rectangle(box, outline="white", width=LINE_PX)
+    pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=HALO_COLOUR, width=LINE_PX + 2)
+    pen.rectangle(box, outline=colour, width=LINE_PX)
+
+
+def _draw_dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
+    """Draw dashes with white gaps, visible on a line of the same colour and on any image."""
+    x0, y0, x1, y1 = box
+    pen.rectangle(box, outline=HALO_COLOUR, width=LINE_PX)
     for y in (y0, y1 - LINE_PX + 1):
         for x in _dash_starts(x0, x1):
-            pen.rectangle((x, y, max(x, min(x + DASH_PX, x1)), y + LINE_PX - 1), fill=ANSWER_COLOUR)
+            pen.rectangle((x, y, max(x, min(x + DASH_PX, x1)), y + LINE_PX - 1), fill=colour)
     for x in (x0, x1 - LINE_PX + 1):
         for y in _dash_starts(y0, y1):
-            pen.rectangle((x, y, x + LINE_PX - 1, max(y, min(y + DASH_PX, y1))), fill=ANSWER_COLOUR)
+            pen.rectangle((x, y, x + LINE_PX - 1, max(y, min(y + DASH_PX, y1))), fill=colour)
 
 
 def _dash_starts(start: float, end: float) -> list[float]:
@@ -103,44 +118,67 @@ def _dash_starts(start: float, end: float) -> list[float]:
     return [start + index * period for index in range(int((end - start) // period) + 1)]
 
 
-def _draw_label(
-    pen: ImageDraw.ImageDraw, corner: tuple[float, float], label: str, colour: tuple[int, int, int], font: Font
-) -> None:
+def _draw_label(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: str) -> None:
     """Draw a filled tag with its top left at `corner`, moved where it would leave the image."""
+    font = text_font(LABEL_TEXT_PX)
+    width = font.length(text) + 8
     picture_width, picture_height = pen.im.size
-    x = min(max(corner[0], 0), picture_width - LABEL_PX)
-    y = min(max(corner[1], 0), picture_height - LABEL_PX)
-    pen.rectangle((x, y, x + LABEL_PX, y + LABEL_PX), fill=colour)
-    pen.text((x + LABEL_PX / 2, y + LABEL_PX / 2), label, fill="white", font=font, anchor="mm")
+    x = max(min(corner[0], picture_width - width), 0)
+    y = max(min(corner[1], picture_height - LABEL_PX), 0)
+    pen.rectangle((x, y, x + width, y + LABEL_PX - 1), fill=colour)
+    font.write(pen, (x + 4, y + LABEL_PX / 2), text, ink_on(colour))
 
 
-def _draw_strip(
-    legend: str, texts: Sequence[tuple[str, str]], width: int, font: Font, writes_chinese: bool
-) -> Image.Image:
-    """Write the legend, then per turn its number, its question and, in red, its answer."""
-    lines = [(legend, TEXT_COLOUR)]
-    for number, (prompt, answer) in enumerate(texts, 1):
-        lines += [(line, TEXT_COLOUR) for line in _wrap(f"{number}  {prompt}", width, font, writes_chinese)]
-        lines += [(line, ANSWER_COLOUR) for line in _wrap(f"    {answer}", width, font, writes_chinese)]
-    line_height = TEXT_PX + 7
-    strip = Image.new("RGB", (width, len(lines) * line_height + 2 * MARGIN_PX), STRIP_COLOUR)
+def _draw_strip(turns: Sequence[DrawnTurn], width: int) -> Image.Image:
+    """Write the legend, then per turn a check or cross, its number, the question, the answer and the true text."""
+    font = text_font(TEXT_PX)
+    legend = LEGEND if any(turn.truth_boxes for turn in turns) else LEGEND_OF_ANSWERS
+    rows: list[tuple[int | None, str, str]] = [(None, legend, SOFT_COLOUR)]  # (turn that begins, line, colour)
+    for number, turn in enumerate(turns):
+        question = _wrap(turn.prompt, width, font)
+        rows += [(None if place else number, line, TEXT_COLOUR) for place, line in enumerate(question)]
+        unreadable = "  (无法解析 unreadable)" if turn.answer_boxes is None and turn.is_right is False else ""
+        rows += [(None, line, TEXT_COLOUR) for line in _wrap(f"回答 answer: {turn.answer}{unreadable}", width, font)]
+        if turn.truth is not None:
+            rows += [(None, line, SOFT_COLOUR) for line in _wrap(f"标注 truth: {turn.truth}", width, font)]
+    strip = Image.new("RGB", (width, len(rows) * LINE_HEIGHT_PX + 2 * MARGIN_PX), STRIP_COLOUR)
     pen = ImageDraw.Draw(strip)
-    for index, (line, colour) in enumerate(lines):
-        pen.text((MARGIN_PX, MARGIN_PX + index * line_height), line, fill=colour, font=font)
+    for place, (begins, line, colour) in enumerate(rows):
+        y = MARGIN_PX + (place + 0.5) * LINE_HEIGHT_PX
+        font.write(pen, (MARGIN_PX + (INDENT_PX if place else 0), y), line, colour)
+        if begins is not None:
+            _draw_number(pen, (MARGIN_PX + INDENT_PX - 26, y), begins)
+            _draw_mark(pen, (MARGIN_PX + 2, y), turns[begins].is_right)
     return strip
 
 
-def _wrap(text: str, width: int, font: Font, writes_chinese: bool) -> list[str]:
+def _draw_number(pen: ImageDraw.ImageDraw, place: tuple[float, float], number: int) -> None:
+    """Draw the number of a turn in its colour."""
+    colour, font, text = target_colour(number), text_font(LABEL_TEXT_PX), str(number + 1)
+    x, y = place
+    pen.rectangle((x, y - 9, x + 20, y + 9), fill=colour)
+    font.write(pen, (x + 10 - font.length(text) / 2, y), text, ink_on(colour))
+
+
+def _draw_mark(pen: ImageDraw.ImageDraw, place: tuple[float, float], is_right: bool | None) -> None:
+    """Draw a check, a cross, or nothing."""
+    x, y = place
+    if is_right:
+        pen.line([(x, y), (x + 5, y + 5), (x + 14, y - 6)], fill=RIGHT_COLOUR, width=3, joint="curve")
+    elif is_right is False:
+        pen.line([(x + 1, y - 6), (x + 13, y + 6)], fill=WRONG_COLOUR, width=3)
+        pen.line([(x + 1, y + 6), (x + 13, y - 6)], fill=WRONG_COLOUR, width=3)
+
+
+def _wrap(text: str, width: int, font: TextFont) -> list[str]:
     """Wrap to the width of the strip, between words and between Chinese characters."""
-    shown = " ".join(text.splitlines())
-    if not writes_chinese:
-        shown = shown.encode("ascii", "backslashreplace").decode()
-    lines, line = [], ""
-    for piece in _PIECE.findall(shown):
-        if line.strip() and font.getlength(line + piece.rstrip()) > width - 2 * MARGIN_PX:
+    lines, line, length = [], "", 0.0
+    for piece in _PIECE.findall(" ".join(text.splitlines())):
+        if line.strip() and length + font.length(piece.rstrip()) > width - 2 * MARGIN_PX - INDENT_PX:
             lines.append(line)
-            line = "    "
+            line, length = "", 0.0
         line += piece
+        length += font.length(piece)
     return [*lines, line]
 
 
@@ -149,11 +187,3 @@ def _stack(top: Image.Image, bottom: Image.Image) -> Image.Image:
     stacked.paste(top, (0, 0))
     stacked.paste(bottom, (0, top.height))
     return stacked
-
-
-def _load_font() -> tuple[Font, bool]:
-    """Load a font, and tell whether it has Chinese characters; without them, texts are written in escapes."""
-    for path in CHINESE_FONTS:
-        with contextlib.suppress(OSError):  # not installed, damaged, or no memory to map it
-            return ImageFont.truetype(path, TEXT_PX), True
-    return ImageFont.load_default(TEXT_PX), False

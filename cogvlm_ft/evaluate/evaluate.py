@@ -21,14 +21,14 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record, detect_language
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.evaluate.draw import draw_boxes
+from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
 from cogvlm_ft.grounding.breakdown import summarize_predictions
 from cogvlm_ft.grounding.descriptions import text_without_boxes
 from cogvlm_ft.grounding.grammar import BoxGrammar
 from cogvlm_ft.grounding.metrics import score_answer
-from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.prediction import Prediction, is_right
 from cogvlm_ft.grounding.protocols import PROTOCOLS, Protocol
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording
@@ -320,11 +320,20 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
         for prediction in evaluation.predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
     for number, shown in enumerate(evaluation.shown):
-        truth = [prediction.truth_boxes_xyxy or () for prediction in shown.predictions]
-        answered = [prediction.boxes_xyxy for prediction in shown.predictions]
-        texts = [(prediction.prompt, prediction.answer) for prediction in shown.predictions]
-        picture = draw_boxes(shown.image, truth, answered, texts)
+        picture = draw_boxes(shown.image, [_drawn(prediction) for prediction in shown.predictions])
         picture.save(folder / PICTURES_FOLDER / f"{number:02d}-{_as_file_name(shown.key)}.png")
+
+
+def _drawn(prediction: Prediction) -> DrawnTurn:
+    return DrawnTurn(
+        prompt=prediction.prompt,
+        answer=prediction.answer,
+        phrase=prediction.phrase,
+        answer_boxes=prediction.boxes_xyxy,
+        truth=prediction.truth,
+        truth_boxes=prediction.truth_boxes_xyxy or (),
+        is_right=is_right(prediction),
+    )
 
 
 def _as_file_name(key: str) -> str:

@@ -12,8 +12,8 @@ from cogvlm_ft.data.frames import photo_frame
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import ABOUT, CURVES_FILE, METRICS_FILE, PREDICTIONS_FILE
 from cogvlm_ft.grounding.ceiling import best_answer_iou
-from cogvlm_ft.grounding.metrics import ABSENT, HIT, PRESENT, AnswerScore
-from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.metrics import HIT, AnswerScore
+from cogvlm_ft.grounding.prediction import Prediction, score_of
 from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import Row, read_rows
@@ -155,14 +155,6 @@ def _prediction(row: dict[str, Any]) -> Prediction:
         of_score = {each.name for each in fields(AnswerScore)}
         values["score"] = AnswerScore(**{name: value for name, value in values["score"].items() if name in of_score})
     return Prediction(**values)
-
-
-def score_of(prediction: Prediction) -> float | None:
-    """Return the IoU, or 1 or 0 for whether an absent target was reported as not found; None if neither applies."""
-    score = prediction.score
-    if score is None or score.kind not in (PRESENT, ABSENT):
-        return None
-    return score.iou if score.kind == PRESENT else float(score.said_not_found)
 
 
 def ceiling_of(prediction: Prediction, protocol: Protocol = OURS) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogvlm_ft.grounding.metrics import AnswerScore
+from cogvlm_ft.grounding.metrics import ABSENT, HIT, PRESENT, AnswerScore
 from cogvlm_ft.grounding.targets import Box
 
 
@@ -45,3 +45,17 @@ class Prediction:
     style: str = ""
     frame_px: tuple[int, int] = (0, 0)
     phrase: str = ""
+
+
+def score_of(prediction: Prediction) -> float | None:
+    """Return the IoU, or 1 or 0 for whether an absent target was reported as not found; None if neither applies."""
+    score = prediction.score
+    if score is None or score.kind not in (PRESENT, ABSENT):
+        return None
+    return score.iou if score.kind == PRESENT else float(score.said_not_found)
+
+
+def is_right(prediction: Prediction) -> bool | None:
+    """Return whether an answer counts as right: IoU 0.5 or more, or a correct "not found". None: not scored."""
+    score = score_of(prediction)
+    return None if score is None else score >= HIT

@@ -16,7 +16,7 @@ from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.evaluate.draw import draw_boxes
+from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.evaluate import build_grammar
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
@@ -292,9 +292,17 @@ def draw_replies(photo: Image.Image, replies: Sequence[Reply]) -> Image.Image:
     """Draw the boxes of every reply, at most DRAWN_SIDE_PX on the longer side, and the texts below."""
     scale = min(1.0, DRAWN_SIDE_PX / max(photo.size))
     shown = photo if scale == 1 else photo.resize([max(1, round(side * scale)) for side in photo.size])
-    boxes = [[_scaled(box.xyxy, scale) for box in reply.boxes or ()] for reply in replies]
-    texts = [(reply.prompt, reply.text + _confidences(reply)) for reply in replies]
-    return draw_boxes(shown, [()] * len(replies), boxes, texts)
+    return draw_boxes(shown, [_drawn(reply, scale) for reply in replies])
+
+
+def _drawn(reply: Reply, scale: float) -> DrawnTurn:
+    phrases = {box.phrase for box in reply.boxes or ()}
+    return DrawnTurn(
+        prompt=reply.prompt,
+        answer=reply.text + _confidences(reply),
+        phrase=(phrases.pop() or "") if len(phrases) == 1 else "",
+        answer_boxes=[_scaled(box.xyxy, scale) for box in reply.boxes or ()],
+    )
 
 
 def _scaled(box: Box, scale: float) -> Box:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from cogvlm_ft.evaluate.results import Gallery, score_of
+from cogvlm_ft.evaluate.results import Gallery
 from cogvlm_ft.grounding.metrics import ABSENT, HIT
-from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.prediction import Prediction, score_of
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.html_page import both
 from cogvlm_ft.report.labels import GALLERY_GROUPS, Words

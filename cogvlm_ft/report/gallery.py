@@ -176,7 +176,7 @@ def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, li
     """
     if not (folder / GALLERY_FILE).exists():
         drawn = sorted((folder / "pictures").glob("*.png"))
-        return {"same": [Picture(path.stem, path, "green: truth, red: answer") for path in drawn]}
+        return {"same": [Picture(path.stem, path, "solid: truth, dashed: answer") for path in drawn]}
     try:
         content = json.loads((folder / GALLERY_FILE).read_text(encoding="utf-8"))
         groups, photos = dict(content["groups"]), dict(content["photos"])

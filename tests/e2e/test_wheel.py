@@ -21,7 +21,7 @@ from cogvlm_ft.shards.demo_scenes import write_scenes
 pytestmark = pytest.mark.slow
 FOLDERS = ("cogvlm_ft", "launch", "shards", "configs", "slurm")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt")
-DATA_ENDINGS = {".yaml", ".json", ".sbatch", ".sh", ".def", ".html", ".css", ".js", ".typed", ".py"}
+DATA_ENDINGS = {".yaml", ".json", ".sbatch", ".sh", ".def", ".html", ".css", ".js", ".typed", ".py", ".ttf", ".txt"}
 
 
 def run(command: list[object], folder: Path) -> str:

@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # The floors of the house, from the ground up (docs/architecture.md). A room may import every room of the floors below.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"},
+    {"errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"},
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},
     {"build", "planning", "evaluate"},
@@ -31,9 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 } | {
     **{room: {"errors"} for room in FLOORS[0] - {"errors"}},
     "config": {"errors", "settings"},
+    "html_page": {"errors", "colours"},
     "launch": ROOMS | {"shards"},
     "rehearsal": ROOMS - {"launch", "rehearsal"} | {"shards"},
-    "shards": {"errors", "settings", "html_page", "command_line", "grounding", "data"},
+    "shards": {"errors", "colours", "settings", "html_page", "command_line", "grounding", "data"},
 }
 # Packing runs where there is no torch: of data, shards/ takes what needs none.
 DATA_FOR_SHARDS = {
