@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from cogvlm_ft.colours import RIGHT_COLOUR, WRONG_COLOUR, ink_on, rgb, target_colour
+from cogvlm_ft.colours import RIGHT_COLOUR, WRONG_COLOUR, ink_on, target_colour
 from cogvlm_ft.evaluate.fonts import TextFont, text_font
 from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box
