@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from cogvlm_ft import __version__
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+from cogvlm_ft.pinned_memory import allocate_pinned_exactly
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
@@ -38,6 +40,7 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool = False) -> 
 
 def exit_code(work: Callable[[], int | None]) -> int:
     """Run a program's work and return its exit code; print a user's mistake in one line instead of a traceback."""
+    allocate_pinned_exactly(os.environ)  # the work imports torch
     try:
         return work() or 0
     except USER_ERRORS as error:

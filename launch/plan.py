@@ -70,6 +70,7 @@ def plan(args: argparse.Namespace) -> str:
     _check_numbers(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is needed; DeepSpeed warns if it finds none
     config = load_config(args.config, [*_stand_ins(args), *args.settings])
+    from cogvlm_ft.pinned_memory import rounded_up_to
     from cogvlm_ft.planning.activations import MicroBatchShape
     from cogvlm_ft.planning.memory import Cluster
     from cogvlm_ft.planning.preflight import as_json, as_text, count_images, inspect_run
@@ -87,7 +88,13 @@ def plan(args: argparse.Namespace) -> str:
     )
     if args.table:
         return write_tables(config, sequences, speeds, args.gpu_memory_gib)
-    cluster = Cluster(args.nodes, args.gpus_per_node, args.gpu_memory_gib, args.host_memory_gib)
+    cluster = Cluster(
+        args.nodes,
+        args.gpus_per_node,
+        args.gpu_memory_gib,
+        args.host_memory_gib,
+        rounded_up_to=rounded_up_to(os.environ),
+    )
     model_config, source = _model_config(config, args.model_config)
     num_images = args.images or (count_images(config) if config.data.shards != "unset" else None)
     found = inspect_run(config, model_config, cluster, sequences, speeds, num_images)

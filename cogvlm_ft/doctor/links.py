@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, yellow
-from cogvlm_ft.planning.memory import element_bytes
+from cogvlm_ft.planning.zero_settings import element_bytes
 from cogvlm_ft.runtime.bandwidth import Rates, measure_rates
 from cogvlm_ft.runtime.distributed import world_size
 from cogvlm_ft.runtime.engine import deepspeed_settings

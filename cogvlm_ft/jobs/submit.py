@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from yaml import YAMLError
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.config import find_preset
 from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.pinned_memory import rounded_up_to
 from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import judge_start, smallest_pass
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
@@ -66,7 +68,13 @@ def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
 
 def check_plan(config: Config, cluster: SlurmCluster) -> str:
     """Return the estimate of launch/plan.py in a line; ConfigError if the job itself would refuse to start."""
-    machines = Cluster(cluster.nodes, cluster.gpus_per_node, cluster.gpu_memory_gib, cluster.host_memory_gib)
+    machines = Cluster(
+        cluster.nodes,
+        cluster.gpus_per_node,
+        cluster.gpu_memory_gib,
+        cluster.host_memory_gib,
+        rounded_up_to=rounded_up_to(os.environ),
+    )
     planner, estimate, verdict = judge_start(config, machines)
     summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
     time = time_step(planner, estimate, smallest_pass(config), Speeds(tflops=H100_TFLOPS[number_format(config)]))

@@ -7,7 +7,7 @@ Persistent memory (weights, gradients, master weights, Adam) is exact. Transient
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,13 +15,17 @@ import torch
 from torch import nn
 
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
+from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
-from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, module_order, simulate
-from cogvlm_ft.runtime.engine import freeze, parameter_groups, read_deepspeed_json
+from cogvlm_ft.planning.host_memory import PinnedTensors, pinned_tensors
+from cogvlm_ft.planning.zero3_coordinator import Gathered, module_order, simulate
+from cogvlm_ft.planning.zero_settings import element_bytes, read_zero_settings
+from cogvlm_ft.runtime.engine import freeze, parameter_groups
 from cogvlm_ft.runtime.param_gathering import FREE_FRACTION
 from cogvlm_ft.settings import Config
 
 GIB = 2**30
+ROUNDING_WORTH_REPORTING = 0.05  # of the host memory
 PHASES = ("training", "evaluation")
 ADAM_BYTES, MASTER_BYTES = 8, 4  # fp32 moments; fp32 weights
 CUDA_BYTES = int(1.5 * GIB)  # the CUDA context, cuBLAS and NCCL of a process; an estimate
@@ -34,7 +38,8 @@ UNCERTAINTY = 1.15  # factor by which the estimate of transient memory may be of
 class Cluster:
     """Machines of a run. gpu_gib: memory of one GPU; host_gib: memory of one node, not judged if None.
 
-    reserved_bytes: GPU memory of a process besides its tensors.
+    reserved_bytes: GPU memory of a process besides its tensors. rounded_up_to: bytes up to which torch rounds an
+    allocation of pinned host memory, see pinned_memory.rounded_up_to.
     """
 
     num_nodes: int = 1
@@ -43,6 +48,7 @@ class Cluster:
     host_gib: float | None = None
     reserved_bytes: int = CUDA_BYTES
     on_cpu: bool = False
+    rounded_up_to: float = 0.0
 
     @property
     def num_gpus(self) -> int:
@@ -50,50 +56,9 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class ZeroSettings:
-    """Settings of the DeepSpeed JSON that affect memory; sizes in elements."""
-
-    rules: GatherRules
-    reduce_bucket: int
-    sub_group: int
-    overlap_comm: bool
-    offload_optimizer: bool
-    offload_param: bool
-    secondary_ranks: int  # hpZ: the ranks that share a second copy of the weights; 1: none
-    grad_bytes: int
-
-
-def read_zero_settings(config: Config, gpus_per_node: int) -> ZeroSettings:
-    """Read `config.deepspeed`, with DeepSpeed's defaults for missing keys."""
-    settings = read_deepspeed_json(config)
-    zero = settings["zero_optimization"]
-    accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
-    secondary = zero.get("zero_hpz_partition_size", 1)
-    return ZeroSettings(
-        rules=GatherRules(
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
-            max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
-            max_reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
-            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
-            leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())),
-        ),
-        reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
-        sub_group=int(zero.get("sub_group_size", 1e9)),
-        overlap_comm=bool(zero.get("overlap_comm", True)),
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
-        secondary_ranks=gpus_per_node if secondary == "auto" else int(secondary),
-        grad_bytes=4 if accumulation in ("fp32", "float32") else element_bytes(config),
-    )
-
-
-def element_bytes(config: Config) -> int:
-    return 2 if config.train.precision == "bf16" else 4
-
-
-@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes. persistent, transient, evaluation: of one GPU, by kind; host: of one node, by kind; disk: of a checkpoint.
+    rounding: of a node, what the kinds of `host` hold only because torch rounds pinned memory up.
 
     transient: in forward and backward, at the peak, which is at the module `moment`. update: in addition to persistent
     memory during the optimizer step. logits: of the loss alone, in the peak only if that is where it occurs.
@@ -106,6 +71,7 @@ class MemoryEstimate:
     update: int
     evaluation: dict[str, int]
     host: dict[str, int]
+    rounding: int
     disk: int
     num_parameters: int
     gathered: Gathered
@@ -181,6 +147,7 @@ class Planner:
         persistent = self._persistent()
         on_gpu = {kind: size for kind, (size, on_host) in persistent.items() if not on_host}
         on_host = {kind: size for kind, (size, on_host) in persistent.items() if on_host}
+        host, rounding = self._host(sum(on_host.values()), cluster.gpus_per_node)
         return MemoryEstimate(
             persistent=dict.fromkeys(persistent, 0) | on_gpu,
             transient=transient,
@@ -188,7 +155,8 @@ class Planner:
             logits=next(stage.peak for stage in stages if stage.name == "logits"),
             update=0 if zero.offload_optimizer else self._update_bytes(),
             evaluation=self._evaluation(sequences, sum(on_gpu.values())) if evaluation else {},
-            host=self._host(sum(on_host.values()), cluster.gpus_per_node),
+            host=host,
+            rounding=rounding,
             disk=self._slices_bytes(num_ranks=1),
             num_parameters=self.num_parameters,
             gathered=self.gathered,
@@ -256,14 +224,8 @@ class Planner:
 
     def _update_bytes(self) -> int:
         """Return the bytes of a sub-group's gradients in fp32, of its fused update, and those left from the pass."""
-        zero, num_ranks = self.zero, self.cluster.num_gpus
-        largest = 0
-        for group in parameter_groups(self.model, self.config.train.weight_decay):
-            size = 0
-            for parameter in group["params"]:
-                size = 0 if size >= zero.sub_group else size
-                size += -(-parameter.numel() // num_ranks)
-                largest = max(largest, size)
+        zero = self.zero
+        largest = max(max(group) for group in self._sub_groups())
         temporary = 8 if self.cluster.on_cpu else 0  # two more fp32 tensors: torch's AdamW on CPU is not fused
         per_element = 4 + (zero.grad_bytes if zero.grad_bytes != 4 else 0) + temporary
         bucket = min(zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element_bytes(self.config)
@@ -295,15 +257,38 @@ class Planner:
         weights = self._partition_numel(num_ranks, trained_only=False) * MASTER_BYTES
         return weights + self._partition_numel(num_ranks, trained_only=True) * ADAM_BYTES
 
-    def _host(self, offloaded: int, ranks: int) -> dict[str, int]:
-        """Estimate host memory of a node. A checkpoint saved in the background is copied into host memory first."""
+    def _sub_groups(self) -> Iterator[list[int]]:
+        """Yield for each parameter group the elements of a rank in each of its sub-groups, as DeepSpeed forms them."""
+        for group in parameter_groups(self.model, self.config.train.weight_decay):
+            sizes = [0]
+            for parameter in group["params"]:
+                if sizes[-1] >= self.zero.sub_group:
+                    sizes.append(0)
+                sizes[-1] += -(-parameter.numel() // self.cluster.num_gpus)
+            yield sizes
+
+    def _host(self, offloaded: int, ranks: int) -> tuple[dict[str, int], int]:
+        """Estimate host memory of a node: by kind, and how much of it is due to the rounding of pinned memory.
+
+        A checkpoint saved in the background is copied into host memory first.
+        """
+        pinned, limit = self._pinned(), self.cluster.rounded_up_to
+        rounding = {"offloaded": pinned.excess_of_offloaded(limit), "saving": pinned.excess_of_copies(limit)}
         per_rank = {
             "programs": PROCESS_BYTES + self.config.data.num_workers * WORKER_BYTES,
-            "offloaded": offloaded,
+            "offloaded": offloaded + rounding["offloaded"],
             "start": self._partition_numel(self.cluster.num_gpus, trained_only=False) * element_bytes(self.config),
             "saving": self._slices_bytes(self.cluster.num_gpus) if self.config.checkpoint.background else 0,
         }
-        return {kind: size * ranks for kind, size in per_rank.items()}
+        per_rank["saving"] += rounding["saving"]
+        return {kind: size * ranks for kind, size in per_rank.items()}, sum(rounding.values()) * ranks
+
+    def _pinned(self) -> PinnedTensors:
+        if self.cluster.on_cpu:
+            return PinnedTensors([], [], [])
+        parts = [(-(-numel // self.cluster.num_gpus), trained) for numel, trained in self._numels]
+        copies = self.config.checkpoint.background
+        return pinned_tensors(self.zero, element_bytes(self.config), parts, list(self._sub_groups()), copies=copies)
 
 
 def build_on_meta(config: Config, model_config: CogVLMConfig) -> CogVLMForCausalLM:
@@ -343,6 +328,8 @@ def judge(estimate: MemoryEstimate, cluster: Cluster, phases: Sequence[str] = PH
         return Verdict(status, why)
     needed, host = estimate.host_peak, int(cluster.host_gib * GIB)
     why += f". A node needs {needed / GIB:.0f} GiB of host memory; available are {cluster.host_gib:.0f}"
+    if needed > host and estimate.rounding > ROUNDING_WORTH_REPORTING * needed:
+        why += f", and {estimate.rounding / GIB:.0f} are due to torch's rounding of pinned memory. {HOW_NOT_TO_ROUND}"
     if estimate.host["offloaded"] > host:
         status = "too much"
     elif needed > host and status == "fits":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.model import CogVLMConfig, model_config_of
+from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
@@ -160,6 +163,7 @@ def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:
         host_gib=None if on_cpu else host_bytes / GIB,
         reserved_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_BYTES,
         on_cpu=on_cpu,
+        rounded_up_to=rounded_up_to(os.environ),
     )
 
 
@@ -170,7 +174,7 @@ def as_json(preflight: Preflight) -> dict[str, Any]:
         "verdict": asdict(preflight.verdict),
         "changes": preflight.changes,
         "limits": asdict(preflight.limits),
-        "cluster": asdict(preflight.planner.cluster),
+        "cluster": _finite(asdict(preflight.planner.cluster)),
         "pass": asdict(preflight.sequences),
         "gpu_bytes": {
             "persistent": estimate.persistent,
@@ -180,7 +184,7 @@ def as_json(preflight: Preflight) -> dict[str, Any]:
             "evaluation": estimate.evaluation,
             "peaks": estimate.peaks,
         },
-        "host_bytes": {**estimate.host, "peak": estimate.host_peak},
+        "host_bytes": {**estimate.host, "peak": estimate.host_peak, "rounding": estimate.rounding},
         "checkpoint_bytes": estimate.disk,
         "num_parameters": estimate.num_parameters,
         "step": asdict(time),
@@ -188,6 +192,11 @@ def as_json(preflight: Preflight) -> dict[str, Any]:
         "num_images": preflight.num_images,
         "speeds": asdict(preflight.speeds),
     }
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return facts without infinity, for which JSON has no number: None means without limit."""
+    return {key: None if value == math.inf else value for key, value in facts.items()}
 
 
 def as_text(preflight: Preflight) -> str:
@@ -212,6 +221,7 @@ def as_text(preflight: Preflight) -> str:
         "one node, GiB of host memory",
         *_rows({kind: estimate.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
         _row("peak", estimate.host_peak, "start and saving do not coincide"),
+        *_rows({"of it: rounding": estimate.rounding}, f"torch rounds pinned memory up. {HOW_NOT_TO_ROUND}"),
         "",
         *_time_lines(preflight),
         "",

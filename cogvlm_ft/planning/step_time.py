@@ -14,7 +14,8 @@ from torch import nn
 from cogvlm_ft.config import num_accum_steps
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.planning.activations import MicroBatchShape
-from cogvlm_ft.planning.memory import MemoryEstimate, Planner, element_bytes
+from cogvlm_ft.planning.memory import MemoryEstimate, Planner
+from cogvlm_ft.planning.zero_settings import element_bytes
 from cogvlm_ft.settings import Config
 
 GIGA = 1e9

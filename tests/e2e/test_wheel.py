@@ -114,7 +114,7 @@ def test_training_and_building_away_from_the_checkout(installed: Path, start_mod
         "from cogvlm_ft.config import load_config\n"
         "from cogvlm_ft.grounding.wording import load_wording\n"
         "from cogvlm_ft.jobs.submit import script\n"
-        "from cogvlm_ft.planning.memory import read_zero_settings\n"
+        "from cogvlm_ft.planning.zero_settings import read_zero_settings\n"
         "config = load_config('demo', sys.argv[1:])\n"
         "load_wording(config.data.wording), read_zero_settings(config, 1)\n"
         "files = [m.__file__ for n, m in sys.modules.items() if n.partition('.')[0] == 'cogvlm_ft' and m.__file__]\n"

@@ -16,7 +16,10 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # The floors of the house, from the ground up (docs/architecture.md). A room may import every room of the floors below.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"},
+    {
+        *("errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"),
+        "pinned_memory",
+    },
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},
     {"build", "planning", "evaluate"},
@@ -32,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{room: {"errors"} for room in FLOORS[0] - {"errors"}},
     "config": {"errors", "settings"},
     "html_page": {"errors", "colours"},
+    "command_line": {"errors", "pinned_memory"},
     "launch": ROOMS | {"shards"},
     "rehearsal": ROOMS - {"launch", "rehearsal"} | {"shards"},
     "shards": {"errors", "colours", "settings", "html_page", "command_line", "grounding", "data"},

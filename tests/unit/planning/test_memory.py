@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_ft.model.layout import build_layout
 from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, peak_of, probe_stages
-from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge, read_zero_settings
+from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge
 from cogvlm_ft.planning.preflight import check_fits
 from cogvlm_ft.planning.suggestions import find_limits, suggest_changes
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, simulate
+from cogvlm_ft.planning.zero_settings import read_zero_settings
 from cogvlm_ft.settings import Config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -64,6 +67,37 @@ def test_bytes_per_parameter_of_17b(
     assert estimate.persistent_bytes * 8 == bytes_on_gpus * PARAMETERS_17B
     assert estimate.host["offloaded"] == bytes_on_host * PARAMETERS_17B
     assert estimate.disk == 12 * PARAMETERS_17B  # 212 GB
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "exact", "rounded"),
+    [
+        ([], "saving", 211_676_224_512, 291_476_717_568),
+        (["deepspeed=zero3_offload_all"], "offloaded", 423_352_449_024, 661_056_003_072),
+        # of the 20 bytes per parameter, gradients (4) and their fp32 copy (4) are pinned
+        ([OFFLOAD], "offloaded", 352_793_707_520, 426_441_366_528),
+        (["checkpoint.background=false"], "saving", 0, 0),
+    ],
+)
+def test_host_memory_with_and_without_rounding(
+    settings: list[str], kind: str, exact: int, rounded: int, planner_17b: Planner
+) -> None:
+    """Of 17B on 8 GPUs, in fp32. What torch rounds up to powers of two is every tensor that DeepSpeed or we pin."""
+
+    def host(rounded_up_to: float) -> tuple[int, int]:
+        cluster = replace(planner_17b.cluster, rounded_up_to=rounded_up_to)
+        found = planner_17b.changed(config(*settings), cluster).estimate(MicroBatchShape(), evaluation=False)
+        return found.host[kind], found.rounding
+
+    assert host(0.0)[0] == exact and host(math.inf)[0] == rounded
+    assert host(math.inf)[1] >= rounded - exact
+    assert host(2**20)[0] == pytest.approx(exact, rel=1e-3), "small tensors only"
+
+
+def test_the_verdict_names_the_remedy_for_rounding(planner_17b: Planner) -> None:
+    planner = planner_17b.changed(config("deepspeed=zero3_offload_all"), Cluster(1, 8, 79, 500, rounded_up_to=math.inf))
+    verdict = judge(planner.estimate(MicroBatchShape(), evaluation=False), planner.cluster)
+    assert re.search(r"available are 500, and \d+ are due to torch's rounding.* add pinned_max_round", verdict.why)
 
 
 def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:

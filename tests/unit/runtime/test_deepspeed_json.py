@@ -10,7 +10,7 @@ import pytest
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.planning.memory import read_zero_settings
+from cogvlm_ft.planning.zero_settings import read_zero_settings
 from cogvlm_ft.runtime.engine import deepspeed_settings, read_deepspeed_json
 from cogvlm_ft.settings import Config
 
