@@ -26,7 +26,7 @@ from cogvlm_ft.model import (
     model_config_of,
 )
 from cogvlm_ft.model.elementwise import compile_elementwise
-from cogvlm_ft.model.loading import copy_remote_code, load_weights, parameter_shapes
+from cogvlm_ft.model.loading import load_weights, parameter_shapes, read_remote_code
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import from_main, is_main
 from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """The objects of a training run. `dataset` reads training samples, `val_reader` held-out ones."""
+    """The objects of a training run. `dataset` reads training samples, `val_reader` held-out ones.
+
+    remote_code: the *.py files of the model folder, by name.
+    """
 
     config: Config
     engine: Any
@@ -47,17 +50,32 @@ class Run:
     val_reader: ShardReader
     plan: SamplePlan
     folder: RunFolder
+    remote_code: dict[str, bytes]
 
     @property
     def model(self) -> Any:
         """The CogVLMForCausalLM inside the engine."""
         return self.engine.module
 
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        num_steps = self.config.train.epochs * self.plan.steps_per_epoch
-        return min(num_steps, self.config.train.max_steps or num_steps)
+    def last_step(self, state: TrainState) -> int:
+        """Return the step with which the run ends, if it goes on from `state` with this global batch size."""
+        last_step = state.step + self.plan.steps_left(state.samples_consumed, self.config.train.epochs)
+        return min(last_step, self.config.train.max_steps or last_step)
+
+    def is_finished(self, state: TrainState) -> bool:
+        """Return whether the run has reached its last epoch's end, or `train.max_steps`."""
+        return state.step >= self.last_step(state)
+
+    def schedule_position(self, state: TrainState) -> tuple[float, int]:
+        """Return (steps done, steps of the run) for the learning rate, by the samples consumed.
+
+        The numbers are those of a run that always had this global batch size. Where `train.max_steps` ends the run, it
+        is that many steps of any size.
+        """
+        train, max_steps = self.config.train, self.config.train.max_steps
+        if max_steps and state.step + self.plan.steps_left(state.samples_consumed, train.epochs) > max_steps:
+            return state.step, max_steps
+        return self.plan.steps_done(state.samples_consumed), train.epochs * self.plan.steps_per_epoch
 
     def epochs_done(self, state: TrainState) -> float:
         """Return the epochs before a state, with the fraction of the current one."""
@@ -71,12 +89,16 @@ class Run:
         save_config(replace(self.config, data=shown), self.folder.config)
 
     def save_model_files(self, folder: Path) -> None:
-        """Write config.json, tokenizer, and what else an export needs besides the weights."""
+        """Write config.json, tokenizer, and what else an export needs besides the weights.
+
+        Nothing is read from model.path, which may be gone by now.
+        """
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save(folder)
-        copy_remote_code(self.config.model.folder, folder)
+        for name, content in self.remote_code.items():
+            (folder / name).write_bytes(content)
 
 
 def build_run(config: Config) -> Run:
@@ -101,7 +123,8 @@ def build_run(config: Config) -> Run:
     )
     engine, tokenizer = build_model_engine(config)
     dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
-    return Run(config, engine, tokenizer, dataset, val_reader, plan, RunFolder(config.output_path))
+    remote_code = read_remote_code(config.model.folder)
+    return Run(config, engine, tokenizer, dataset, val_reader, plan, RunFolder(config.output_path), remote_code)
 
 
 def _report_shared_shards(train: ShardIndex, val: ShardIndex) -> None:

@@ -7,6 +7,7 @@ https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +25,10 @@ from cogvlm_ft.errors import CheckpointError
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK_BYTES = 2**24
+MAX_READ_BYTES = 2**30  # Linux gives less than 2 GiB at once
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+NOT_SYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What fsync answers for folders on CIFS and some FUSE file systems."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Ten
             _write_all(file, chunk)
             _flush_soon(file)
             hashing.result()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
         return FileRecord(file.tell(), digest.hexdigest())
 
 
@@ -114,7 +117,7 @@ class TensorFile:
             self._start = 8 + size
             self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -123,33 +126,59 @@ class TensorFile:
         if entry["dtype"] != "F32":
             raise CheckpointError(f"{self.path}: {name} is {entry['dtype']}; expected F32")
         at = self._start + entry["data_offsets"][0] + 4 * start
-        values = np.fromfile(self.path, dtype="<f4", count=stop - start, offset=at)
-        if len(values) < stop - start:
-            raise CheckpointError(f"{self.path} ends within {name}")
-        return torch.from_numpy(values)
+        values = torch.empty(stop - start)
+        with self.path.open("rb", buffering=0) as file:  # not numpy.fromfile: it takes a failed read for the end
+            file.seek(at)
+            if not _read_all(file, values.view(torch.uint8).numpy().data):
+                raise CheckpointError(f"{self.path} ends within {name}")
+        return values
+
+
+def _read_all(file: Any, values: memoryview) -> bool:
+    """Fill `values` from a raw file, which may give fewer bytes than it is asked for; False if it ends before."""
+    while values:
+        num_bytes = file.readinto(values[:MAX_READ_BYTES])
+        if not num_bytes:
+            return False
+        values = values[num_bytes:]
+    return True
 
 
 def hash_file(path: Path) -> FileRecord:
     """Return the record of any file, as write_tensors does."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-        return FileRecord(file.tell(), digest.hexdigest())
-
-
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(CHUNK_BYTES):
+    digest, num_bytes = hashlib.sha256(), 0
+    for chunk in read_chunks(path):
         digest.update(chunk)
-    return digest
+        num_bytes += len(chunk)
+    return FileRecord(num_bytes, digest.hexdigest())
 
 
-def sync(path: Path) -> None:
-    """Return when the file, or the names in the folder, are on disk."""
+def read_chunks(path: Path) -> Iterator[memoryview]:
+    """Yield a file in parts, each valid until the next."""
+    buffer = memoryview(bytearray(CHUNK_BYTES if path.stat().st_size > CHUNK_BYTES else 2**16))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(buffer):
+            yield buffer[:num_bytes]
+
+
+def sync(path: Path) -> bool:
+    """Return when the file, or the names in the folder, are on disk; False if the file system cannot do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        return sync_open(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_open(descriptor: int) -> bool:
+    """Sync what is open; return whether the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SYNCABLE:
+            raise
+        return False
+    return True
 
 
 def sync_tree(folder: Path) -> None:

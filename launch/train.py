@@ -66,11 +66,11 @@ def run(config: Config, stop_request: StopRequest) -> int:
     ):
         training = build_run(config)
         state = train(training, stop_request)
-        is_stopped = any_rank(stop_request.seen) and state.step < training.num_steps
+        is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
         output_dir = training.folder.path
-        print(f"\nstopped at step {state.step} of {training.num_steps}; everything is in {output_dir}/")
+        print(f"\nstopped at step {state.step} of {training.last_step(state)}; everything is in {output_dir}/")
         print("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
     shut_down()
     return 0

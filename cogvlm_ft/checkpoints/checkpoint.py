@@ -18,18 +18,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
+from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
-from cogvlm_ft.safetensors_io import sync
+from cogvlm_ft.safetensors_io import sync, sync_open
 from cogvlm_ft.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -82,17 +82,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Read the state of a checkpoint, its evaluation included; CheckpointError if it cannot be read."""
+    """Read the state of a checkpoint, its evaluation included; CheckpointError if it cannot be read.
+
+    Raises OSError if the disk or the server does not answer.
+    """
     path = checkpoint / STATE_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_again(lambda: path.read_text(encoding="utf-8")))
         record = evaluation_record(checkpoint)
         if record.is_file():
             path = record
-            fields |= json.loads(record.read_text(encoding="utf-8"))
+            fields |= json.loads(read_again(lambda: record.read_text(encoding="utf-8")))
         best = fields.pop("best")
         return TrainState(**fields, best=Best(**best) if best else None)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -104,7 +107,7 @@ def record_evaluation(folder: Path, state: TrainState) -> None:
     with partial.open("w", encoding="utf-8") as file:
         json.dump({name: fields[name] for name in ("evaluated_step", "best")}, file)
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
     partial.replace(record)
     sync(folder)
 
@@ -125,7 +128,7 @@ def newest_intact(folder: Path) -> Path | None:
     """Return the newest checkpoint that is as it was written, or None if there is none at all. Collective.
 
     Newer ones that are corrupt are renamed, so that they are neither loaded nor counted. Raises CheckpointError if all
-    are corrupt.
+    are corrupt, and OSError, without renaming anything, if one cannot be read at the moment.
     """
     damaged: dict[Path, list[str]] = {}
     found = sorted(path for path in folder.glob("step-*") if path.is_dir()) if is_main() else None
@@ -146,8 +149,19 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def _misplaced(checkpoint: Path) -> list[str]:
-    """Report a copy under another step's name."""
-    step = read_state(checkpoint).step
+    """Report a copy under another step's name. Collective."""
+    step, unusable, unreadable = -1, "", ""
+    if is_main():
+        try:
+            step = read_state(checkpoint).step
+        except CheckpointError as error:
+            unusable = str(error)
+        except OSError as error:
+            unreadable = str(error)
+    stop_if_unreadable(checkpoint, unreadable)
+    step, unusable = from_main((step, unusable))
+    if unusable:
+        raise CheckpointError(unusable)
     return [] if checkpoint.name == step_name(step) else [f"{STATE_FILE} is that of step {step}"]
 
 

@@ -15,12 +15,14 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.watchdog import progress
-from cogvlm_ft.safetensors_io import FileRecord, hash_file
+from cogvlm_ft.safetensors_io import FileRecord, read_chunks
 
 MANIFEST_FILE = "manifest.json"
+PARTS_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def write_manifest(checkpoint: Path, files: Mapping[str, FileRecord]) -> None:
@@ -31,15 +33,18 @@ def write_manifest(checkpoint: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
-    """Read the manifest; CheckpointError if there is none, or it is not as it was written."""
+    """Read the manifest; CheckpointError if there is none, or it is not as it was written.
+
+    Raises OSError if the disk or the server does not answer.
+    """
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_again(lambda: path.read_text(encoding="utf-8")))
         records, found = manifest["files"], manifest["sha256"]
         files = {name: FileRecord(**record) for name, record in records.items()}
-    except FileNotFoundError:
+    except PARTS_MISSING:
         raise CheckpointError(f"{path} is missing: {checkpoint} is not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}") from error
     if found != _own_hash(records):
         raise CheckpointError(f"{path} was changed: its own hash does not fit it")
@@ -52,13 +57,17 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
 def find_damage(checkpoint: Path) -> list[str]:
     """Return what is wrong with the checkpoint's files, nothing if it is intact. Collective.
 
-    The ranks share the reading.
+    The ranks share the reading. Raises OSError on all of them if one could not read: that says nothing about the files.
     """
+    problems, unreadable = [], ""
     try:
         files = read_manifest(checkpoint)
         problems = _differences(checkpoint, files, sorted(files)[rank() :: world_size()])
     except CheckpointError as error:
         problems = [str(error)]
+    except OSError as error:
+        unreadable = f"rank {rank()}: {error}"
+    stop_if_unreadable(checkpoint, unreadable)
     found = gather_to_main(problems)
     return from_main(sorted({problem for part in found for problem in part}) if found is not None else None)
 
@@ -69,7 +78,6 @@ def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[
     shown = {"desc": f"checking {checkpoint.name}", "unit": "B", "unit_scale": True, "leave": False}
     with tqdm(total=total, disable=None if is_main() else True, **shown) as bar:  # type: ignore[call-overload]
         for name in names:
-            progress()
             problem = _difference(checkpoint / name, files[name])
             problems += [f"{name} {problem}"] if problem else []
             bar.update(files[name].num_bytes)
@@ -78,12 +86,22 @@ def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[
 
 def _difference(path: Path, expected: FileRecord) -> str:
     try:
-        found_bytes = path.stat().st_size
+        found_bytes = read_again(path.stat).st_size
         if found_bytes != expected.num_bytes:
             return f"has {found_bytes} bytes, expected {expected.num_bytes}"
-        return "" if hash_file(path) == expected else "is not what was written: its sha256 differs"
-    except OSError as error:
+        found = read_again(lambda: _sha256(path))
+        return "" if found == expected.sha256 else "is not what was written: its sha256 differs"
+    except PARTS_MISSING as error:
         return f"cannot be read: {error.strerror}"
+
+
+def _sha256(path: Path) -> str:
+    """Hash a file and report progress: a slow disk is not a hang."""
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path):
+        progress()
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _own_hash(records: Mapping[str, object]) -> str:

@@ -13,12 +13,14 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cogvlm_ft.checkpoints.reading import read_again
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.runtime.distributed import world_size
 from cogvlm_ft.runtime.partitions import (
@@ -54,10 +56,10 @@ class Layout:
     def load(cls, checkpoint: Path) -> Layout:
         path = checkpoint / LAYOUT_FILE
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(read_again(lambda: path.read_text(encoding="utf-8")))
             shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
             return cls(shapes=shapes, **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
@@ -121,7 +123,7 @@ class SlicedTensor:
     def read(self, start: int, stop: int) -> Tensor:
         """Return elements start to stop of the flattened tensor, float32[stop - start]."""
         parts = [
-            file.read(self._key, max(start, first) - first, min(stop, last) - first)
+            read_again(partial(file.read, self._key, max(start, first) - first, min(stop, last) - first))
             for first, last, file in self._pieces
             if first < stop and start < last
         ]
@@ -131,7 +133,8 @@ class SlicedTensor:
 def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
     """Return every tensor of a kind by parameter name; moments exist only for parameters that were trained."""
     layout = Layout.load(checkpoint)
-    files = [TensorFile(checkpoint / rank_file(number)) for number in range(layout.world_size)]
+    paths = [checkpoint / rank_file(number) for number in range(layout.world_size)]
+    files = [read_again(partial(TensorFile, path)) for path in paths]
     keys = {name: f"{kind}/{name}" for name in layout.shapes}
     return {
         name: SlicedTensor(key, layout.shapes[name], files)

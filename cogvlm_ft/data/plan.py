@@ -131,6 +131,17 @@ class SamplePlan:
         """Return the samples of the epoch in order, int64[num_samples], read-only."""
         return _epoch_order(self.num_samples, self.seed, epoch, self.sources)[0]
 
+    def steps_done(self, samples_consumed: int) -> float:
+        """Return how many steps of this batch size lead to a position; a fraction after steps of another size."""
+        epoch, offset = self.position(samples_consumed)
+        return epoch * self.steps_per_epoch + offset / self.global_batch_size
+
+    def steps_left(self, samples_consumed: int, epochs: int) -> int:
+        """Return how many steps lead from a position to the end of the last of `epochs` epochs."""
+        epoch, offset = self.position(samples_consumed)
+        left_in_epoch = -(-(self.num_samples - offset) // self.global_batch_size)
+        return (epochs - epoch - 1) * self.steps_per_epoch + left_in_epoch if epoch < epochs else 0
+
     def position(self, samples_consumed: int) -> tuple[int, int]:
         """Return (epoch, offset in the epoch) after `samples_consumed` samples."""
         return divmod(samples_consumed, self.num_samples)

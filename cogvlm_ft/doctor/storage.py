@@ -14,6 +14,7 @@ from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, r
 from cogvlm_ft.planning.memory import GIB
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import is_main
+from cogvlm_ft.safetensors_io import sync, sync_open
 
 PROBE_BYTES = 256 * 2**20
 PROBE_FRACTION = 0.1  # of the free space, at most
@@ -97,12 +98,16 @@ def remove_probes(examination: Examination) -> None:
 
 
 class Disk(NamedTuple):
-    """A measurement: num_bytes took `seconds` to write, with fsync. free: bytes that this user may still write."""
+    """A measurement: num_bytes took `seconds` to write, with fsync. free: bytes that this user may still write.
+
+    is_synced: the file system can sync files and folders.
+    """
 
     num_bytes: int
     seconds: float
     free: int
     problem: str
+    is_synced: bool = True
 
 
 def read_disk(examination: Examination) -> Disk | None:
@@ -114,20 +119,20 @@ def read_disk(examination: Examination) -> Disk | None:
     num_bytes = max(BLOCK_BYTES, int(min(PROBE_BYTES, PROBE_FRACTION * free)) // BLOCK_BYTES * BLOCK_BYTES)
     path = folder / f"{_token(examination).name}-{os.getpid()}"
     block = os.urandom(BLOCK_BYTES)  # file systems may store zeros without writing them
-    start = time.perf_counter()
+    start, is_synced = time.perf_counter(), True
     try:
         with path.open("wb") as file:
             for _ in range(num_bytes // BLOCK_BYTES):
                 file.write(block)
             file.flush()
-            os.fsync(file.fileno())
+            is_synced = sync_open(file.fileno()) and sync(folder)
         problem = ""
     except OSError as error:
         problem = str(error)
     finally:
         seconds = time.perf_counter() - start
         path.unlink(missing_ok=True)
-    return Disk(num_bytes, seconds, free, problem)
+    return Disk(num_bytes, seconds, free, problem, is_synced)
 
 
 def judge_disk(examination: Examination, readings: list[Reading]) -> list[Finding]:
@@ -139,7 +144,12 @@ def judge_disk(examination: Examination, readings: list[Reading]) -> list[Findin
     if not disks:
         return []  # a missing folder is already reported
     speed = sum(part.facts.num_bytes / part.facts.seconds for part in disks)
-    return [_judge_speed(examination, speed), *_judge_room(examination, min(part.facts.free for part in disks))]
+    findings = [_judge_speed(examination, speed), *_judge_room(examination, min(part.facts.free for part in disks))]
+    if not all(part.facts.is_synced for part in disks):
+        found = f"output_dir={examination.config.output_dir}: its file system cannot sync folders (fsync)"
+        to_do = "nothing if power failures are rare: one can cost the newest checkpoint, never an earlier one"
+        findings.append(yellow(found, to_do))
+    return findings
 
 
 def _judge_speed(examination: Examination, speed: float) -> Finding:

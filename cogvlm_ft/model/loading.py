@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -225,10 +224,9 @@ def interpolate_position_embedding(table: Tensor, num_positions: int) -> Tensor:
     return torch.cat([table[:1], grid.flatten(2)[0].T])
 
 
-def copy_remote_code(source: str | Path, folder: str | Path) -> None:
-    """Copy a published folder's own *.py for programs that run them; this package never does."""
-    for path in Path(source).glob("*.py"):
-        shutil.copyfile(path, Path(folder) / path.name)
+def read_remote_code(folder: str | Path) -> dict[str, bytes]:
+    """Read a published folder's own *.py, to be copied for programs that run them; this package never does."""
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.py")}
 
 
 def parameter_shapes(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +42,8 @@ class CogVLMTokenizer:
             raise CheckpointError(
                 f"{self.model_file}: not found. Copy Vicuna's tokenizer.model (lmsys/vicuna-7b-v1.5) into the folder"
             )
-        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.model_file))
+        self._files = _read_files(self.model_file)
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._files[MODEL_FILE])
         self.bos_token_id: int = self._pieces.bos_id()
         self.eos_token_id: int = self._pieces.eos_id()
         self.pad_token_id: int = self._pieces.unk_id()
@@ -87,15 +87,21 @@ class CogVLMTokenizer:
         return {i: int(piece) for i, piece in enumerate(self.piece_bytes) if len(piece) == 1 and piece.isdigit()}
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.model and the files that other programs need to load it as a LlamaTokenizer."""
-        folder = Path(folder)
-        shutil.copyfile(self.model_file, folder / MODEL_FILE)
-        for name in COMPANION_FILES:
-            if (self.model_file.parent / name).is_file():
-                shutil.copyfile(self.model_file.parent / name, folder / name)
-        config = folder / "tokenizer_config.json"
-        if not config.exists():
-            config.write_text(json.dumps(LLAMA_TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
+        """Write tokenizer.model and the files that other programs need to load it as a LlamaTokenizer.
+
+        The files are those that were there when it was loaded, even if they are gone.
+        """
+        config = json.dumps(LLAMA_TOKENIZER_CONFIG, indent=2) + "\n"
+        for name, content in ({"tokenizer_config.json": config.encode()} | self._files).items():
+            (Path(folder) / name).write_bytes(content)
+
+
+def _read_files(model_file: Path) -> dict[str, bytes]:
+    """Read tokenizer.model and its companions, by their names."""
+    companions = [model_file.parent / name for name in COMPANION_FILES]
+    return {MODEL_FILE: model_file.read_bytes()} | {
+        path.name: path.read_bytes() for path in companions if path.is_file()
+    }
 
 
 def _is_special(pieces: sentencepiece.SentencePieceProcessor, token: int) -> bool:

@@ -24,6 +24,7 @@ import psutil
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.distributed import from_main, is_main
+from cogvlm_ft.safetensors_io import sync_open
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def _write_new(path: Path, owner: Owner) -> Path:
     with partial.open("w", encoding="utf-8") as file:
         json.dump(asdict(owner), file)
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
     return partial
 
 

@@ -50,11 +50,11 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     log = StepLog(run, state, tracker)
     saved, steps = state, read_epochs(run, state)
     with tqdm(
-        total=run.num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True
+        total=run.last_step(state), initial=state.step, desc="train", unit="step", disable=None if is_main() else True
     ) as bar:
         while True:
             # ---- Save (collective): the last state always ----
-            finished = state.step >= run.num_steps
+            finished = run.is_finished(state)
             stop, is_writing = any_ranks([stop_request.seen, saver.is_writing])
             if not is_writing:
                 saver.finish()  # publish what all ranks have written
@@ -80,7 +80,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
 
             # ---- Step (collective) ----
             batches, data_wait_s = next_step(steps)
-            lr = lr_at(state.step, run.num_steps, run.config.train)
+            lr = lr_at(*run.schedule_position(state), run.config.train)
             stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
             before, state = state, advance(run, state)
             log.add(before, state, batches, stats, lr=lr, data_wait_s=data_wait_s)

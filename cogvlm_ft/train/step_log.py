@@ -75,7 +75,7 @@ def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
     cut = f"  boxes cut {values['num_cut_boxes']:.0f}" if values["num_cut_boxes"] else ""
     skipped = f"  skipped {values['num_skipped']:.0f}" if values["num_skipped"] else ""
     return (
-        f"step {state.step}/{run.num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+        f"step {state.step}/{run.last_step(state)}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
         f"grad {values['grad_norm']:.3f}  {values['images_per_s']:.1f} images/s  "
         f"{values['tokens_per_s']:.0f} tokens/s  data wait {values['data_wait_fraction']:.0%}  "
         f"{values['memory_gib']:.2f} GiB{bad}{cut}{skipped}"

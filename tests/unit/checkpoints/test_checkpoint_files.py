@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_files import SHAPES, made_tensor, write_checkpoint
 
+from cogvlm_ft.checkpoints import reading
 from cogvlm_ft.checkpoints.checkpoint import (
     STATE_FILE,
     Best,
@@ -26,6 +31,7 @@ from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.run_folder import step_name
+from cogvlm_ft.safetensors_io import sync_tree
 from cogvlm_ft.settings import CheckpointConfig
 
 STATE = TrainState(
@@ -220,3 +226,58 @@ def test_one_step_later() -> None:
 def test_names_sort_as_their_steps_do() -> None:
     steps = [0, 9, 10, 99, 12_345, 99_999_999]
     assert sorted(map(step_name, reversed(steps))) == [step_name(step) for step in steps]
+
+
+# Disks and servers
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_folders_that_cannot_be_synced_are_written_anyway(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CIFS and some FUSE file systems refuse to sync a folder."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = write_checkpoint(tmp_path, STATE.step, STATE)
+    sync_tree(path)
+    record_evaluation(tmp_path, dataclasses.replace(STATE, evaluated_step=STATE.step))
+    assert read_state(path).evaluated_step == STATE.step
+    monkeypatch.setattr(os, "fsync", lambda _: os.strerror(number) and fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_tree(path)
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES])
+@pytest.mark.parametrize("name", [MANIFEST_FILE, STATE_FILE, rank_file(1)])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    number: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read again, and then the start ends: an older checkpoint must not take its place."""
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    failing, num_left, real = tmp_path / step_name(2) / name, [2], io.open
+
+    def open_(file: object, *arguments: object, **named: object) -> object:
+        if str(file) == str(failing) and num_left[0]:
+            num_left[0] -= 1
+            fail(number)
+        return real(file, *arguments, **named)
+
+    monkeypatch.setattr(io, "open", open_)
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+    assert newest_intact(tmp_path) == tmp_path / step_name(2)
+    assert open_slices(tmp_path / step_name(2)) and num_left == [0]
+    num_left[0] = 100
+    with pytest.raises(OSError, match=r"expected a file system that can be read\. Nothing was changed"):
+        newest_intact(tmp_path)
+    assert names(tmp_path) == [step_name(1), step_name(2)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -79,6 +81,38 @@ def test_a_run_resumed_with_another_batch_size_misses_and_repeats_nothing() -> N
     seen, consumed = real_samples(SamplePlan(23, 6, seed=1), 0, 2)
     rest, consumed = real_samples(SamplePlan(23, 4, seed=1), consumed, 3)
     assert consumed == 23 and sorted(seen + rest) == list(range(23))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_sequence_of_batch_sizes_ends_at_exactly_the_last_epoch(seed: int) -> None:
+    """Each attempt has a batch size of its own and is stopped somewhere; the number of ranks is no part of the plan."""
+    chance = random.Random(seed)
+    num_samples, epochs, consumed = chance.randrange(1, 60), chance.randrange(1, 5), 0
+    seen: Counter[int] = Counter()
+    rates: list[float] = []
+    while True:
+        plan = SamplePlan(num_samples, chance.choice([1, 2, 3, 8, 16, 100]), seed=3)
+        num_steps = plan.steps_left(consumed, epochs)
+        for left in range(num_steps, max(0, num_steps - chance.randrange(1, 30)), -1):
+            assert plan.steps_left(consumed, epochs) == left
+            rates.append(plan.steps_done(consumed) / (epochs * plan.steps_per_epoch))
+            found, consumed = real_samples(plan, consumed, 1)
+            seen.update(found)
+        if not plan.steps_left(consumed, epochs):
+            break
+    assert consumed == epochs * num_samples
+    assert plan.steps_done(consumed) == epochs * plan.steps_per_epoch
+    assert seen == Counter({number: epochs for number in range(num_samples)})
+    assert min(rates) >= 0 and max(rates) < 1  # the learning rate: neither past its end nor at its start again
+
+
+def test_positions_of_one_batch_size_are_whole_steps() -> None:
+    plan = SamplePlan(50, 8, seed=0)
+    consumed = 0
+    for step in range(3 * plan.steps_per_epoch):
+        assert plan.steps_done(consumed) == step  # exactly: the learning rate of such runs stays as it was
+        _, consumed = real_samples(plan, consumed, 1)
+    assert plan.steps_left(consumed, epochs=2) == 0  # fewer epochs than are done
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:

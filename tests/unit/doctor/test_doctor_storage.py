@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import stat
 from pathlib import Path
 
+import pytest
 from examining import Examine
 
 from cogvlm_ft.doctor.checks import DISK, FOLDER, LEFTOVERS, SHARING
@@ -42,3 +45,13 @@ def test_what_a_killed_examination_left_is_removed(run_checks: Examine, tmp_path
 def test_no_room_for_the_checkpoints(run_checks: Examine) -> None:
     num_red, said = run_checks([FOLDER, DISK, LEFTOVERS], "checkpoint.keep_last=1000000000")
     assert num_red == 1 and "red     disk: " in said and "1000000002 more checkpoints take" in said
+
+
+def test_a_file_system_that_cannot_sync_folders(run_checks: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    num_red, said = run_checks([FOLDER, DISK, LEFTOVERS])
+    assert num_red == 0 and "its file system cannot sync folders" in said
