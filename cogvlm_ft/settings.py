@@ -280,8 +280,18 @@ class EvaluateConfig:
         unit="images",
         least=1,
     )
-    batch_size: int = setting(8, "Images per rank that generate together.", unit="images", least=1)
-    max_new_tokens: int = setting(128, "Longest answer.", unit="tokens", least=1)
+    batch_size: int = setting(
+        8,
+        "Most images per rank that generate together; fewer, or their turns in chunks, where memory does not suffice.",
+        unit="images",
+        least=1,
+    )
+    max_new_tokens: Optional[int] = setting(
+        None,
+        "Longest answer. null: the longest true answer of the validation data and a quarter more.",
+        unit="tokens",
+        least=1,
+    )
     gather: str = setting(
         "auto",
         "How ZeRO-3 parameters are gathered: `once` for the whole evaluation, `layerwise` at every token, or `auto`: "

@@ -82,7 +82,9 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-pictures", action="store_true", help="for a folder or JSONL: write predictions.jsonl only")
     group.add_argument("--format", choices=TOOLS, help="also write the boxes of --targets for a labelling tool")
     group.add_argument("--order", choices=("given", "doubtful"), default="given", help="doubtful: least certain first")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    group.add_argument(
+        "--max-new-tokens", type=int, help="longest answer (default: room for the most boxes that the wording writes)"
+    )
     group.add_argument(
         "--decoding",
         choices=DECODINGS,

@@ -11,7 +11,8 @@ from cogvlm_ft.config import load_config, save_config
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.evaluate.evaluate import Evaluation, save_evaluation, truth_boxes
+from cogvlm_ft.evaluate.evaluate import Evaluation, save_evaluation
+from cogvlm_ft.evaluate.questions import truth_boxes
 from cogvlm_ft.grounding.boxes import format_boxes
 from cogvlm_ft.grounding.breakdown import summarize_predictions
 from cogvlm_ft.grounding.metrics import score_answer

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cogvlm_ft.data.frames import Frame, move_record, whole_frame
-from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.record import Record, detect_language
+from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.data.transforms import model_input, resize_of
-from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
-from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
+from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, in_pixels, read_questions, truth_boxes
+from cogvlm_ft.evaluate.survey import Survey, choose_limit, survey_questions
+from cogvlm_ft.grounding.boxes import read_boxes
 from cogvlm_ft.grounding.breakdown import summarize_predictions
 from cogvlm_ft.grounding.descriptions import text_without_boxes
 from cogvlm_ft.grounding.grammar import BoxGrammar
@@ -33,10 +32,11 @@ from cogvlm_ft.grounding.protocols import PROTOCOLS, Protocol
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
-from cogvlm_ft.runtime.param_gathering import parameters_gathered
+from cogvlm_ft.runtime.param_gathering import free_bytes, parameters_gathered
 from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.settings import EvaluateConfig
 
@@ -46,18 +46,6 @@ METRICS_FILE, PREDICTIONS_FILE, PICTURES_FOLDER = "metrics.json", "predictions.j
 CURVES_FILE = "curves.json"
 ABOUT = "about"
 """The key of metrics.json whose value is not a number."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One image and all its turns, whose boxes are in pixels of the frame. source: where the image came from."""
-
-    index: int
-    key: str
-    source: str
-    image: Image.Image
-    frame: Frame
-    turns: list[Turn]
 
 
 @dataclass(frozen=True)
@@ -102,20 +90,28 @@ def evaluate(
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
     mine = range(rank(), num_samples, world_size())
-    num_batches = -(-num_samples // (world_size() * settings.batch_size))
     num_bad = 0
     answered: list[tuple[int, list[Prediction]]] = []
-    grammar = build_grammar(tokenizer, wording, settings.decoding, settings.min_boxes, settings.max_new_tokens)
+    grammar = build_grammar(tokenizer, wording, settings.decoding, settings.min_boxes)
+    survey = survey_questions(reader, num_samples, wording, tokenizer, model.config, seed)
+    limit = choose_limit(survey, model.config, settings.max_new_tokens, grammar.least_tokens if grammar else 1)
+    if grammar:
+        grammar.start(limit)  # here, on every rank: perhaps only one rank asks such a question
+    asking = _Asking(wording, PROTOCOLS[settings.protocol], grammar, limit)
     with inference(model), parameters_gathered(model, settings.gather):
+        size = choose_pass(model, survey, limit, settings.batch_size)
+        batches = [mine[start : start + size.num_images] for start in range(0, len(mine), size.num_images)]
+        num_batches = -(-num_samples // (world_size() * size.num_images))
         for batch in tqdm(
             range(num_batches), desc="evaluate", unit="batch", disable=None if is_main() else True, leave=False
         ):
             if stop_request:
                 stop_request.check()
-            indices = mine[batch * settings.batch_size : (batch + 1) * settings.batch_size]
-            questions = list(_read_questions(reader, indices, wording, seed, resize_of(model.config)))
+            indices = batches[batch] if batch < len(batches) else mine[:0]
+            questions = list(read_questions(reader, indices, wording, seed, resize_of(model.config)))
             num_bad += len(indices) - len(questions)
-            answered += _answer(model, tokenizer, questions, wording, settings, grammar)
+            num_passes = survey.num_passes(batch, size, world_size())
+            answered += _answer(model, tokenizer, questions, asking, size.num_turns, num_passes)
     gathered = gather_to_main((answered, num_bad))
     if gathered is None:
         return Evaluation(from_main(None), [], [])
@@ -124,7 +120,8 @@ def evaluate(
     summary = summarize_predictions(predictions, model.config.num_patches, PROTOCOLS[settings.protocol])
     metrics = {**summary.metrics, "num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
     metrics |= _count_left_out(predictions)
-    facts = {**_about(model.config, reader, wording, settings, seed, predictions), **(about or {})}
+    facts = {**_about(model.config, reader, wording, settings, seed, predictions), "max_new_tokens": limit}
+    facts |= about or {}
     shown = [Shown(part[0].key, reader.read(index).image, part) for index, part in by_index[: settings.num_pictures]]
     return Evaluation(from_main(metrics), predictions, shown, summary.curves, facts)
 
@@ -154,7 +151,6 @@ def _about(
         "resize": resize_of(config),
         "decoding": settings.decoding,
         "min_boxes": settings.min_boxes,
-        "max_new_tokens": settings.max_new_tokens,
     }
 
 
@@ -166,37 +162,32 @@ def _count_left_out(predictions: Sequence[Prediction]) -> dict[str, float]:
     }
 
 
-def _read_questions(
-    reader: ShardReader, indices: Iterable[int], wording: Wording, seed: int, resize: str
-) -> Iterator[Question]:
-    """Yield the usable images among `indices`. The wording is that of epoch 0, so every evaluation asks the same."""
-    for index in indices:
-        try:
-            sample = reader.read(index)
-            frame = whole_frame(sample.record, resize)
-            worded = turns_of(move_record(sample.record, frame), wording, seed=seed, epoch=0)
-            turns = [turn for turn in worded if turn.prompt.strip()]
-        except DataError as error:
-            logger.warning("validation image cannot be used: %s", error)  # and counted by the caller
-            continue
-        if turns:
-            yield Question(index, sample.record.key, _source_of(reader, sample.record), sample.image, frame, turns)
-
-
-def _source_of(reader: ShardReader, record: Record) -> str:
-    """Return the shard set, the prefix of its keys, where there are several; else the annotation."""
-    return record.key.partition("/")[0] if len(reader.index.source_sizes) > 1 else record.source
-
-
-def build_grammar(
-    tokenizer: CogVLMTokenizer, wording: Wording, decoding: str, min_boxes: int, max_new_tokens: int
-) -> BoxGrammar | None:
-    """Build the grammar of answers about boxes; None allows anything. ConfigError if no answer fits max_new_tokens."""
+def build_grammar(tokenizer: CogVLMTokenizer, wording: Wording, decoding: str, min_boxes: int) -> BoxGrammar | None:
+    """Build the grammar of answers about boxes; None allows anything."""
     if decoding == "free":
         return None
-    grammar = BoxGrammar(tokenizer.piece_bytes, tokenizer.eos_token_id, wording.not_found_sentences, min_boxes)
-    grammar.start(max_new_tokens)  # here, on every rank: perhaps only one rank asks such a question
-    return grammar
+    return BoxGrammar(tokenizer.piece_bytes, tokenizer.eos_token_id, wording.not_found_sentences, min_boxes)
+
+
+def choose_pass(model: Any, survey: Survey, limit: int, batch_size: int) -> Pass:
+    """Choose how many images and turns are asked together, by the memory that is free now; all ranks the same.
+
+    Collective.
+    """
+    memory = GenerationMemory(model.config, model.lm_head.weight.element_size(), survey.prompt_tokens, limit)
+    free = gather_to_main(free_bytes())
+    num_free: int = from_main(min(free) if free else None)
+    return memory.choose_pass(survey.num_turns, batch_size, num_free, world_size())
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How all questions are asked and their answers are read. limit: of new tokens."""
+
+    wording: Wording
+    protocol: Protocol
+    grammar: BoxGrammar | None
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -213,26 +204,28 @@ def _answer(
     model: Any,
     tokenizer: CogVLMTokenizer,
     questions: Sequence[Question],
-    wording: Wording,
-    settings: EvaluateConfig,
-    grammar: BoxGrammar | None,
+    asking: _Asking,
+    turns_per_pass: int,
+    num_passes: int,
 ) -> list[tuple[int, list[Prediction]]]:
     """Answer and score a batch. Collective: a rank without questions asks about a blank image, so all calls match."""
-    size, protocol = model.config.image_size, PROTOCOLS[settings.protocol]
-    asked = [_ask(question, size, wording, grammar) for question in questions]
+    size, wording = model.config.image_size, asking.wording
+    asked = [_ask(question, size, wording, asking.grammar) for question in questions]
     asked = asked or [_Asked(torch.zeros(3, size, size), ["?"], [()], [None])]
     answers = generate_answers(
         model,
         tokenizer,
         torch.stack([each.pixels for each in asked]).to(device()),
         [each.prompts for each in asked],
-        settings.max_new_tokens,
+        asking.limit,
         [each.histories for each in asked],
         not_found=wording.not_found_sentences,
         grammars=[each.grammars for each in asked],
+        turns_per_pass=turns_per_pass,
+        num_passes=num_passes,
     )
     return [
-        (question.index, [_predict(question, i, answer, wording, protocol) for i, answer in enumerate(row)])
+        (question.index, [_predict(question, i, answer, wording, asking.protocol) for i, answer in enumerate(row)])
         for question, row in zip(questions, answers, strict=False)  # the blank image has answers but no question
     ]
 
@@ -248,19 +241,15 @@ def _ask(question: Question, size: int, wording: Wording, grammar: BoxGrammar | 
     )
 
 
-def asks_for_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[str]) -> bool:
-    """Decide whether a good answer holds boxes or is a not-found sentence."""
-    return turn.scored and truth_boxes(turn, image_size_px, not_found) is not None
-
-
 def _predict(question: Question, number: int, answer: Answer, wording: Wording, protocol: Protocol) -> Prediction:
     """Score an answer in the frame, where a pixel is as large as in the original image."""
     turn, frame, size = question.turns[number], question.frame, question.frame.size_px
     not_found = wording.not_found_sentences
     truth = truth_boxes(turn, size, not_found)
-    read = read_boxes(answer.text, answer.digit_probs)
-    boxes = protocol.read(answer.text.strip(), size)
-    score = score_answer(answer.text, truth, size, not_found, turn.answer, turn.num_cut_boxes, protocol)
+    closed = answer.readable()
+    read = read_boxes(closed.text, closed.digit_probs)
+    boxes = protocol.read(closed.text.strip(), size)
+    score = score_answer(closed.text, truth, size, not_found, turn.answer, turn.num_cut_boxes, protocol)
     return Prediction(
         key=question.key,
         turn=number,
@@ -276,7 +265,7 @@ def _predict(question: Question, number: int, answer: Answer, wording: Wording, 
         confidences=None if read is None else [round(box.confidence, 4) for box in read],
         expected_boxes_xyxy=None
         if read is None
-        else list(frame.invert_boxes(_boxes([box.expected for box in read], size))),
+        else list(frame.invert_boxes(in_pixels([box.expected for box in read], size))),
         not_found_prob=None if answer.not_found_prob is None else round(answer.not_found_prob, 4),
         described=_is_described(turn, truth),
         language=turn.target.language if turn.target else detect_language(turn.prompt + turn.answer),
@@ -284,6 +273,7 @@ def _predict(question: Question, number: int, answer: Answer, wording: Wording, 
         style=turn.style,
         frame_px=size,
         phrase=turn.target.phrase if turn.target else "",
+        truncated=answer.truncated,
     )
 
 
@@ -294,20 +284,6 @@ def _is_described(turn: Turn, truth: Sequence[Box] | None) -> bool:
     if turn.target is None:
         return bool(truth and text_without_boxes(turn.answer))
     return bool(turn.target.description and turn.target.description in turn.answer)
-
-
-def truth_boxes(turn: Turn, image_size_px: tuple[int, int], not_found: Sequence[str]) -> list[Box] | None:
-    """Return the target's boxes in pixels; of a verbatim turn those in its answer, [] for "not found", else None."""
-    if turn.target is not None:
-        return list(turn.target.boxes_xyxy)
-    if turn.answer.strip() in not_found:
-        return []
-    bins = parse_boxes(turn.answer)
-    return None if bins is None else _boxes(bins, image_size_px)
-
-
-def _boxes(bins: Sequence[Box], image_size_px: tuple[int, int]) -> list[Box]:
-    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes_from_bins(bins, image_size_px).tolist()]
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Greedy answers for many turns at once: an image and all its questions in one pass, then all answers token by token.
 
+Where the keys and values of all turns do not fit into memory, the turns are asked in chunks: the first pass over an
+image keeps its prefix, and each further chunk is a pass over its prompts only.
+
 Every rank makes the same calls: one pass over images and prompts, then one for each new token until the last rank is
 done. Under ZeRO-3 each call gathers parameters from all ranks, so a rank that left early would block the others. Where
 the parameters are gathered once (runtime/param_gathering.py) the ranks do not wait for each other.
@@ -8,7 +11,7 @@ the parameters are gathered once (runtime/param_gathering.py) the ranks do not w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,10 +19,11 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.data.encode import encode_prompt
+from cogvlm_ft.grounding.boxes import close_cut_list
 from cogvlm_ft.grounding.grammar import BoxGrammar, GrammarState
 from cogvlm_ft.model.cache import TurnCache
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.model.layout import PAD_BLOCK, build_layout
+from cogvlm_ft.model.layout import PAD_BLOCK, build_layout, turn_mask
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import every_rank
 from cogvlm_ft.runtime.param_gathering import forget_order, needs_all_ranks
@@ -37,6 +41,7 @@ class Answer:
         other tokens). grounding.boxes.read_boxes derives confidences and expected coordinates from them.
     not_found_prob: of the not-found sentence, up to the token where the answer departs from it; the most probable of
         several sentences. None without one.
+    truncated: the token limit came before eos.
     """
 
     text: str
@@ -44,6 +49,15 @@ class Answer:
     token_probs: tuple[float, ...]
     digit_probs: tuple[tuple[float, ...], ...]
     not_found_prob: float | None
+    truncated: bool = False
+
+    def readable(self) -> Answer:
+        """Return the answer as its boxes are read: of a cut list, those that it closed."""
+        if not self.truncated:
+            return self
+        text = close_cut_list(self.text)
+        num_dropped = sum(character in "0123456789" for character in self.text[len(text.removesuffix("]]")) :])
+        return replace(self, text=text, digit_probs=self.digit_probs[: len(self.digit_probs) - num_dropped])
 
 
 @dataclass(frozen=True)
@@ -82,12 +96,17 @@ def generate_answers(
     *,
     not_found: Sequence[str] = (),
     grammars: Sequence[Sequence[BoxGrammar | None]] | None = None,
+    turns_per_pass: int | None = None,
+    num_passes: int = 0,
 ) -> list[list[Answer]]:
     """Answer `prompts[b]` about image b of float[B, 3, S, S]. Collective, unless the parameters are gathered once.
 
     Every image has at least one prompt. Equal, id by id, to asking every question alone. histories: for each prompt
     the (prompt, answer) pairs before it. not_found: sentences whose probability is reported. grammars: for each
     prompt what its answer may be; None allows anything.
+
+    turns_per_pass: of each image that are asked together; None: all. num_passes: at least as many as this rank needs,
+    and the same on all ranks.
     """
     config: CogVLMConfig = model.config
     pasts = histories or [[()] * len(questions) for questions in prompts]
@@ -95,20 +114,30 @@ def generate_answers(
         [encode_prompt(question, tokenizer, config.template_version, past) for question, past in zip(*row, strict=True)]
         for row in zip(prompts, pasts, strict=True)
     ]
-    asked = _lay_out(rows, tokenizer.bos_token_id, config, pixel_values.device)
-    rules = [grammar for row in grammars for grammar in row] if grammars else [None] * sum(map(len, prompts))
+    rules = grammars or [[None] * len(questions) for questions in prompts]
     sentences = [tokenizer.encode(sentence) for sentence in not_found]
-    steps = _decode(model, tokenizer, pixel_values, asked, max_new_tokens, rules, sentences)
-    answers = iter(_read_answers(steps, asked.lengths > 0, tokenizer, sentences))
-    return [[next(answers) for _ in questions] for questions in prompts]
+    size = turns_per_pass or max(map(len, rows))
+    num_chunks = max(num_passes, -(-max(map(len, rows)) // size))
+    chunks = [slice(k * size, (k + 1) * size) for k in range(num_chunks)]
+    laid_out = [_lay_out([row[c] for row in rows], tokenizer.bos_token_id, config, pixel_values.device) for c in chunks]
+    cache = _allocate(laid_out, max_new_tokens, config)
+    found: list[list[Answer]] = [[] for _ in rows]
+    for number, (chunk, asked) in enumerate(zip(chunks, laid_out, strict=True)):
+        allowed = [rule for row in rules for rule in row[chunk]]
+        logits = _prefill(model, asked, cache, max_new_tokens, None if number else pixel_values)
+        steps = _decode(model, tokenizer, logits, cache, asked, max_new_tokens, allowed, sentences)
+        answers = iter(_read_answers(steps, asked.lengths > 0, tokenizer, sentences))
+        for row, questions in zip(found, prompts, strict=True):
+            row += [next(answers) for _ in questions[chunk]]
+    return found
 
 
 def _lay_out(
     rows: Sequence[Sequence[list[int]]], bos_token_id: int, config: CogVLMConfig, device: torch.device
 ) -> _Asked:
-    """Arrange `bos | image | prompt 1 | ... | prompt T`, as in training, right-padded."""
-    start, num_turns = config.num_patches + 3, max(len(row) for row in rows)
-    width = start + max(sum(map(len, row)) for row in rows)
+    """Arrange `bos | image | prompt 1 | ... | prompt T`, as in training, right-padded; at least one turn and token."""
+    start, num_turns = config.num_patches + 3, max(1, *map(len, rows))
+    width = start + max(1, *(sum(map(len, row)) for row in rows))
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
     block_ids = torch.full((len(rows), width), PAD_BLOCK, dtype=torch.int32)
     lengths = torch.zeros(len(rows), num_turns, dtype=torch.long)
@@ -116,55 +145,82 @@ def _lay_out(
         layout = build_layout(config.num_patches, [len(ids) for ids in row])
         length = len(layout.block_ids)
         input_ids[b, 0] = bos_token_id
-        input_ids[b, start:length] = torch.tensor([token for ids in row for token in ids])
+        input_ids[b, start:length] = torch.tensor([token for ids in row for token in ids], dtype=torch.long)
         position_ids[b, :length], block_ids[b, :length] = layout.position_ids, layout.block_ids
-        lengths[b, : len(row)] = torch.tensor([len(ids) for ids in row])
+        lengths[b, : len(row)] = torch.tensor([len(ids) for ids in row], dtype=torch.long)
     last = start + lengths.cumsum(1) - 1
     return _Asked(*(tensor.to(device) for tensor in (input_ids, position_ids, block_ids, last, lengths)))
+
+
+def _allocate(chunks: Sequence[_Asked], max_new_tokens: int, config: CogVLMConfig) -> TurnCache:
+    """Build the cache of the first chunk, with slots for the largest one."""
+    num_slots = [c.block_ids.shape[1] + c.lengths.shape[1] * (max_new_tokens - 1) for c in chunks]
+    first, layers = chunks[0], config.num_hidden_layers
+    return TurnCache(first.block_ids, first.lengths.shape[1], max_new_tokens, layers, max(num_slots))
+
+
+def _prefill(model: Any, asked: _Asked, cache: TurnCache, max_new_tokens: int, pixel_values: Tensor | None) -> Tensor:
+    """Return the logits float[B, T, V] after each prompt. pixel_values: None for a chunk after the first.
+
+    The images are in the cache then, so neither the vision tower nor the vision experts are called.
+    """
+    forget_order(model)
+    if pixel_values is not None:
+        return model(
+            input_ids=asked.input_ids,
+            pixel_values=pixel_values,
+            position_ids=asked.position_ids,
+            block_ids=asked.block_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=asked.last,
+        ).logits
+    prefix = model.config.num_patches + 3
+    cache.restart(asked.block_ids, asked.lengths.shape[1], max_new_tokens, prefix)
+    return model(
+        input_ids=asked.input_ids[:, prefix:],
+        position_ids=asked.position_ids[:, prefix:],
+        attention_mask=turn_mask(asked.block_ids, prefix),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=(asked.last - prefix).clamp(min=0),
+    ).logits
 
 
 def _decode(
     model: Any,
     tokenizer: CogVLMTokenizer,
-    pixel_values: Tensor,
+    logits: Tensor,
+    cache: TurnCache,
     asked: _Asked,
     max_new_tokens: int,
     rules: Sequence[BoxGrammar | None],
     sentences: Sequence[list[int]],
 ) -> list[_Step]:
-    """Generate the tokens of all turns, until every turn has its eos. `rules`: one for every existing turn."""
-    num_turns = asked.lengths.shape[1]
-    cache = TurnCache(asked.block_ids, num_turns, max_new_tokens, model.config.num_hidden_layers)
-    forget_order(model)
-    out = model(
-        input_ids=asked.input_ids,
-        pixel_values=pixel_values,
-        position_ids=asked.position_ids,
-        block_ids=asked.block_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=asked.last,
-    )
+    """Generate the tokens of all turns, until every turn has its eos.
+
+    logits: after the prompts. rules: one for every existing turn.
+    """
     forget_order(model)  # from here on neither the vision tower nor the vision experts are called
-    digits = torch.tensor(list(tokenizer.digits.items()), device=pixel_values.device).T
-    expected = torch.tensor(list(zip_longest(*sentences, fillvalue=0)), device=pixel_values.device, dtype=torch.long)
+    digits = torch.tensor(list(tokenizer.digits.items()), device=logits.device).T
+    expected = torch.tensor(list(zip_longest(*sentences, fillvalue=0)), device=logits.device, dtype=torch.long)
     finished, constraint = asked.lengths == 0, _Constraint(rules, asked.lengths > 0, max_new_tokens)
     position_ids = FIRST_TEXT_POSITION + asked.lengths
     steps: list[_Step] = []
     while True:
         progress()
-        ids = constraint.choose(out.logits, finished)  # of finished turns too, whose tokens are ignored
-        steps.append(_probabilities(out.logits, ids, digits, expected[len(steps) : len(steps) + 1]))
+        ids = constraint.choose(logits, finished)  # of finished turns too, whose tokens are ignored
+        steps.append(_probabilities(logits, ids, digits, expected[len(steps) : len(steps) + 1]))
         finished = finished | (ids == tokenizer.eos_token_id)
         if len(steps) == max_new_tokens or _is_done(model, bool(finished.all())):
             return steps
-        out = model(
+        logits = model(
             input_ids=ids,
             position_ids=position_ids,
             attention_mask=cache.step_mask(),
             past_key_values=cache,
             use_cache=True,
-        )
+        ).logits
         position_ids = position_ids + 1
 
 
@@ -236,6 +292,7 @@ def _read_answers(
                 token_probs=tuple(probs[n][: len(tokens)]),
                 digit_probs=tuple(tuple(digits[n][i]) for i, token in enumerate(tokens) if token in tokenizer.digits),
                 not_found_prob=max(departures, default=None),
+                truncated=tokens[-1] != tokenizer.eos_token_id,
             )
         )
     return answers

@@ -22,6 +22,7 @@ from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.generate import generate_answers
+from cogvlm_ft.evaluate.survey import with_margin
 from cogvlm_ft.grounding.descriptions import corpus_chrf
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.run_folder import RunFolder
@@ -34,6 +35,7 @@ from cogvlm_ft.settings import Config, EvaluateConfig
 logger = logging.getLogger(__name__)
 
 ANSWERS_FILE = "probe.jsonl"
+LEAST_TOKENS = 128  # of an answer, where evaluate.max_new_tokens leaves it open
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def ask_probe(
     stop_request: checked before every batch; raises StopRequested.
     """
     mine = range(rank(), len(questions), world_size())
+    longest = max(len(tokenizer.encode(question.answer or "")) + 1 for question in questions)
+    limit = settings.max_new_tokens or max(LEAST_TOKENS, with_margin(longest))
     answers: list[tuple[int, str]] = []
     with inference(model), parameters_gathered(model, settings.gather):
         for start in range(0, -(-len(questions) // world_size()), settings.batch_size):
@@ -101,9 +105,7 @@ def ask_probe(
             numbers = mine[start : start + settings.batch_size]
             pixels = [_pixels(model, questions[i]) for i in numbers] or [torch.zeros(3, *2 * [model.config.image_size])]
             prompts = [[questions[i].prompt] for i in numbers] or [["?"]]
-            found = generate_answers(
-                model, tokenizer, torch.stack(pixels).to(device()), prompts, settings.max_new_tokens
-            )
+            found = generate_answers(model, tokenizer, torch.stack(pixels).to(device()), prompts, limit)
             answers += [(i, answer.text) for i, [answer] in zip(numbers, found, strict=False)]
     gathered = gather_to_main(answers)
     ordered = sorted(pair for part in gathered for pair in part) if gathered is not None else []

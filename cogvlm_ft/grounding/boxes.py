@@ -61,6 +61,19 @@ def parse_boxes(text: str) -> list[Bins] | None:
     return [_parse_item(item) for item in items]
 
 
+def close_cut_list(text: str) -> str:
+    """Return an answer that was cut at its token limit with its last list of boxes closed.
+
+    A box followed by `;` or `]` stays. The one after it is dropped: its last number may lack digits.
+    """
+    start = text.rfind("[[")
+    listed = text[start + 2 :]
+    if start < 0 or "]]" in listed:
+        return text
+    kept = listed[:-1] if listed.endswith("]") else listed.rpartition(";")[0]
+    return f"{text[:start]}[[{kept}]]" if kept else text[:start]
+
+
 def _parse_item(item: str) -> Bins:
     x0, y0, x1, y1 = (int(number) for number in item.split(","))
     return x0, y0, x1, y1

@@ -88,6 +88,8 @@ def _precision_by_size(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 def _metrics(predictions: Sequence[Prediction], boxes: _Boxes, protocol: Protocol) -> dict[str, float]:
     metrics = summarize([each.score for each in predictions if each.score], protocol)
+    if predictions:
+        metrics["truncated"] = float(np.mean([each.truncated for each in predictions]))
     metrics |= average_precision([boxes.ranked[id(each)] for each in predictions if id(each) in boxes.ranked])
     expected = [boxes.expected_iou[id(each)] for each in predictions if id(each) in boxes.expected_iou]
     if expected:

@@ -70,9 +70,14 @@ class BoxGrammar:
             )
         self._outside: dict[tuple[int, int, int], tuple[bool, tuple[int, ...]]] = {}
 
+    @property
+    def least_tokens(self) -> int:
+        """The tokens that always suffice for the shortest answer with boxes."""
+        return self._needed(GrammarState())
+
     def start(self, max_new_tokens: int) -> GrammarState:
         """Return the state before the first token; raise ConfigError if no answer fits."""
-        needed = self._needed(GrammarState())
+        needed = self.least_tokens
         if max_new_tokens < needed:
             raise ConfigError(
                 f"max_new_tokens={max_new_tokens}: {self._min_boxes} box(es) need up to {needed} tokens. Raise it"

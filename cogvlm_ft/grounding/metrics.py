@@ -23,7 +23,7 @@ from cogvlm_ft.grounding.targets import Box
 
 PRESENT, ABSENT, TEXT = "present", "absent", "text"
 HIT, THRESHOLDS = 0.5, (0.5, 0.75, 0.9)
-LOWER_IS_BETTER = frozenset({"false_not_found", "unreadable", "empty_answers", "num_bad"})
+LOWER_IS_BETTER = frozenset({"false_not_found", "unreadable", "truncated", "empty_answers", "num_bad"})
 """For all other metrics higher is better, or they do not measure quality."""
 
 

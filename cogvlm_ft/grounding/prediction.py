@@ -22,6 +22,7 @@ class Prediction:
     described: the true answer includes a description of the target, so its text is compared too.
     language, source, style: "zh" or "en"; the source of the image; the style of the question, "own" for the user's.
     phrase: of the target that is asked for; "" for turns without a target.
+    truncated: the answer reached the token limit without its end; boxes of a cut list are those that it closed.
     frame_px: (width, height) of the model's input, in pixels of the stored image, padding included.
     """
 
@@ -45,6 +46,7 @@ class Prediction:
     style: str = ""
     frame_px: tuple[int, int] = (0, 0)
     phrase: str = ""
+    truncated: bool = False
 
 
 def score_of(prediction: Prediction) -> float | None:

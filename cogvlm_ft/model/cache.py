@@ -1,6 +1,7 @@
 """Keys and values of a whole generation in preallocated buffers, with one prefix per image for all its questions.
 
 The slots of an image: `bos boi patches eoi | prompt 1 | ... | prompt T | pads | token 1 of turns 1..T | token 2 ...`.
+Where memory does not suffice for all turns, those of a chunk give their slots to the next one; the prefix stays.
 """
 
 from __future__ import annotations
@@ -12,20 +13,32 @@ from torch import Tensor
 class TurnCache:
     """The `past_key_values` of a generation that answers T turns of each of B images together."""
 
-    def __init__(self, block_ids: Tensor, num_turns: int, max_new_tokens: int, num_layers: int) -> None:
+    def __init__(
+        self, block_ids: Tensor, num_turns: int, max_new_tokens: int, num_layers: int, num_slots: int = 0
+    ) -> None:
         """Compute which slots each turn attends to, for all steps.
 
         block_ids: i32[B, L] of prefix and prompts (layout.py). num_turns: T, the same for all images: an image with
-        fewer turns gets unused slots.
+        fewer turns gets unused slots. num_slots: to allocate, if a later chunk needs more than this one.
         """
+        self._lay_out(block_ids, num_turns, max_new_tokens)
+        self._num_slots = max(num_slots, self._visible.shape[-1])
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._filled = [0] * num_layers
+
+    def _lay_out(self, block_ids: Tensor, num_turns: int, max_new_tokens: int) -> None:
         self.num_turns = num_turns
         turns = torch.arange(1, num_turns + 1, device=block_ids.device)
         new = turns.repeat(max_new_tokens - 1).expand(len(block_ids), -1)  # the last token is never read
         owners = torch.cat([block_ids, new], dim=1)[:, None, None]
         self._visible = (owners == 0) | (owners == turns[:, None])  # bool[B, 1, T, slots], of all steps
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._filled = [0] * num_layers
+
+    def restart(self, block_ids: Tensor, num_turns: int, max_new_tokens: int, prefix_length: int) -> None:
+        """Keep the first `prefix_length` slots, and give all others to the turns of another chunk."""
+        self._lay_out(block_ids, num_turns, max_new_tokens)
+        assert self._visible.shape[-1] <= self._num_slots, "num_slots is that of the largest chunk"
+        self._filled = [prefix_length] * len(self._filled)
 
     def get_seq_length(self) -> int:
         """Return the number of slots that are filled in all layers."""
@@ -39,7 +52,7 @@ class TurnCache:
         """Store float[B, heads, L, D] in the next L slots; return views of all filled ones."""
         if layer_idx == len(self._keys):
             batch, heads, _, head_dim = key.shape
-            shape = (batch, heads, self._visible.shape[-1], head_dim)
+            shape = (batch, heads, self._num_slots, head_dim)
             self._keys.append(key.new_empty(shape))
             self._values.append(value.new_empty(shape))
         keys, values = self._keys[layer_idx], self._values[layer_idx]

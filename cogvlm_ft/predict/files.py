@@ -259,7 +259,7 @@ def _failure(question: Question, error: DataError | None) -> dict[str, Any]:
 
 
 def reply_fields(reply: Reply) -> dict[str, Any]:
-    """Return a reply for JSON; boxes are null if the answer holds none that can be read."""
+    """Return a reply for JSON; boxes are null if the answer holds none that can be read. truncated: if it was cut."""
     boxes = [
         {
             "xyxy": [round(value, 2) for value in box.xyxy],
@@ -275,4 +275,5 @@ def reply_fields(reply: Reply) -> dict[str, Any]:
         "boxes": None if reply.boxes is None else boxes,
         "not_found": reply.not_found,
         "not_found_prob": None if reply.not_found_prob is None else round(reply.not_found_prob, 4),
+        **({"truncated": True} if reply.truncated else {}),
     }

@@ -18,6 +18,8 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
     replies = [reply for part in answer_questions(predictor, [photo], [questions])[0] for reply in part]
     for reply in replies:
         print(reply.text if len(replies) == 1 else f"{reply.prompt}\n{reply.text}")
+        if reply.truncated:
+            print("  the answer was cut at --max-new-tokens; a box that it had not closed is not read")
         for box in reply.boxes or ():
             confidence = "" if box.confidence is None else f"  confidence {box.confidence:.2f}"
             notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"

@@ -57,6 +57,11 @@ function show(found) {
       const list = document.createElement("ul");
       list.append(...(answer.boxes || []).map(boxItem));
       article.append(element("h2", answer.prompt), element("p", answer.answer || "…"), list);
+      if (answer.truncated) {
+        const note = element("p", "");
+        note.append(...both("The answer was cut at the token limit.", "回答达到词元上限，被截断。"));
+        article.append(note);
+      }
       return article;
     }),
   );

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
 from cogvlm_ft.data.transforms import model_input, resize_of
@@ -19,16 +20,19 @@ from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.evaluate import build_grammar
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
-from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes, read_boxes
+from cogvlm_ft.evaluate.survey import answer_limit, longest_worded_answer
+from cogvlm_ft.grounding.boxes import boxes_from_bins, close_cut_list, parse_boxes, read_boxes
 from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_model
+from cogvlm_ft.model.generation_memory import GenerationMemory
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.runtime.param_gathering import free_bytes
 from cogvlm_ft.runtime.tf32 import allow_tf32
 
 MAX_TURNS = 16
-"""Questions about one photo that are answered in one pass; more take several."""
+"""Questions about one photo that are answered in one pass; more take several, and so do fewer if memory is short."""
 ZOOM_SHARE = 1 / 4
 """A second look shows the part of the photo of which the target fills this fraction of the width or the height,"""
 ZOOM_MIN_PATCHES = 4
@@ -44,6 +48,7 @@ class Asking:
 
     image_size: px, None: the model's own. resize: one of RESIZES, None: as the model was trained.
     wording: name or file; its not-found sentences, and the questions about targets.
+    max_new_tokens: None: room for as many boxes as the wording allows.
     reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
     """
 
@@ -53,7 +58,7 @@ class Asking:
     wording: str = "box"
     decoding: str = "free"
     min_boxes: int = 0
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     reading: str = "centre"
     zoom_patches: float = 0.0
 
@@ -73,13 +78,17 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class Reply:
-    """boxes: None if the text holds no readable ones. The text is that of the first look."""
+    """boxes: None if the text holds no readable ones. The text is that of the first look.
+
+    truncated: the text was cut at the limit of new tokens; boxes are those that it had closed.
+    """
 
     prompt: str
     text: str
     boxes: tuple[FoundBox, ...] | None
     not_found: bool
     not_found_prob: float | None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,11 @@ class Predictor:
         self.asking = asking
         self.wording = load_wording(asking.wording)
         self._resize = asking.resize or resize_of(model.config)
-        self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes, asking.max_new_tokens)
+        self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes)
+        least = self._grammar.least_tokens if self._grammar else 1
+        self._longest = max(least, longest_worded_answer(self.wording, tokenizer))
+        if self._grammar:
+            self._grammar.start(asking.max_new_tokens or self._longest)
 
     def ask(self, photos: Sequence[Image.Image], prompts: Sequence[Sequence[str]]) -> list[list[Reply]]:
         """Reply to `prompts[i]` about photos[i], each question on its own."""
@@ -149,18 +162,26 @@ class Predictor:
         )
 
     def _answer(self, looks: Sequence[_Look]) -> list[list[Reply]]:
-        """Answer in passes of at most MAX_TURNS questions per photo."""
-        rows: list[list[Reply]] = [[] for _ in looks]
-        for start in range(0, max((len(look.prompts) for look in looks), default=0), MAX_TURNS):
-            some = slice(start, start + MAX_TURNS)
-            asked = [n for n, look in enumerate(looks) if look.prompts[some]]
-            answers = self._generate([looks[n] for n in asked], some)
-            for n, row in zip(asked, answers, strict=True):
-                questions = zip(looks[n].prompts[some], row, strict=True)
-                rows[n] += [self._read(prompt, answer, looks[n].frame) for prompt, answer in questions]
+        """Answer in passes of as many photos and questions as fit into memory, at most MAX_TURNS per photo."""
+        config = self.model.config
+        template = config.template_version
+        prompts = [pair for look in looks for pair in zip(look.prompts, look.histories, strict=True)]
+        lengths = [len(encode_prompt(prompt, self.tokenizer, template, history)) for prompt, history in prompts]
+        longest_prompt = max([1, *lengths])
+        limit = self.asking.max_new_tokens or answer_limit(self._longest, longest_prompt, config)
+        memory = GenerationMemory(config, self.model.dtype.itemsize, longest_prompt, limit)
+        size = memory.choose_pass([len(look.prompts) for look in looks], len(looks), free_bytes())
+        rows: list[list[Reply]] = []
+        for start in range(0, len(looks), size.num_images):
+            some = looks[start : start + size.num_images]
+            answers = self._generate(some, limit, min(size.num_turns, MAX_TURNS))
+            rows += [
+                [self._read(prompt, answer, look.frame) for prompt, answer in zip(look.prompts, row, strict=True)]
+                for look, row in zip(some, answers, strict=True)
+            ]
         return rows
 
-    def _generate(self, looks: Sequence[_Look], some: slice) -> list[list[Answer]]:
+    def _generate(self, looks: Sequence[_Look], limit: int, turns_per_pass: int) -> list[list[Answer]]:
         size = self.model.config.image_size
         pixels = [model_input(look.photo, look.frame, size) for look in looks]
         with torch.no_grad():
@@ -168,18 +189,21 @@ class Predictor:
                 self.model,
                 self.tokenizer,
                 torch.stack(pixels).to(device()),
-                [look.prompts[some] for look in looks],
-                self.asking.max_new_tokens,
-                [look.histories[some] for look in looks],
+                [look.prompts for look in looks],
+                limit,
+                [look.histories for look in looks],
                 not_found=self.wording.not_found_sentences,
-                grammars=[[None if free else self._grammar for free in look.free[some]] for look in looks],
+                grammars=[[None if free else self._grammar for free in look.free] for look in looks],
+                turns_per_pass=turns_per_pass,
             )
 
     def _read(self, prompt: str, answer: Answer, frame: Frame) -> Reply:
         not_found = answer.text.strip() in self.wording.not_found_sentences
-        bins, read = parse_boxes(answer.text), read_boxes(answer.text, answer.digit_probs)
+        closed = answer.readable()
+        bins, read = parse_boxes(closed.text), read_boxes(closed.text, closed.digit_probs)
+        known = not_found, answer.not_found_prob, answer.truncated
         if bins is None:
-            return Reply(prompt, answer.text, () if not_found else None, not_found, answer.not_found_prob)
+            return Reply(prompt, answer.text, () if not_found else None, *known)
         if self.asking.reading == "expected" and read is not None:
             numbers = boxes_from_bins([box.expected for box in read], frame.size_px)
         else:
@@ -190,7 +214,7 @@ class Predictor:
             FoundBox(clip_box(box, frame.photo_px), read[i].confidence if read else None)
             for i, box in enumerate(in_photo)
         )
-        return Reply(prompt, answer.text, boxes, not_found, answer.not_found_prob)
+        return Reply(prompt, answer.text, boxes, *known)
 
     def _zoom(self, looks: Sequence[_Look], rows: list[list[Reply]]) -> list[list[Reply]]:
         """Replace boxes under `zoom_patches` by the answers about the part of the photo around them.
@@ -276,7 +300,8 @@ def _name_boxes(reply: Reply, turn: Turn) -> Reply:
     names: list[str | None] = [turn.target.phrase] * len(reply.boxes)
     if turn.style == "steps":
         phrases = sorted(split_phrases(turn.target.phrase), key=len, reverse=True)
-        lines = [line for line in reply.text.splitlines() for _ in parse_boxes(line) or ()]
+        text = close_cut_list(reply.text) if reply.truncated else reply.text
+        lines = [line for line in text.splitlines() for _ in parse_boxes(line) or ()]
         names = [next((phrase for phrase in phrases if phrase in line), None) for line in lines]
     if len(names) != len(reply.boxes):  # the brackets of one group on two lines
         return reply

@@ -23,8 +23,9 @@ from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.data.transforms import resize_of
-from cogvlm_ft.evaluate.evaluate import _predict, _read_questions
+from cogvlm_ft.evaluate.evaluate import _predict
 from cogvlm_ft.evaluate.generate import Answer
+from cogvlm_ft.evaluate.questions import read_questions
 from cogvlm_ft.grounding.boxes import bins_from_box, boxes_from_bins
 from cogvlm_ft.grounding.metrics import match_iou
 from cogvlm_ft.grounding.protocols import OURS
@@ -197,7 +198,7 @@ def test_evaluation_reports_and_scores_in_pixels_of_the_photo(tmp_path: Path, re
     noise(400, 210, 0).save(image, "PNG")
     write_shard(tmp_path, "val-0.tar", [("k", image.getvalue(), json.dumps(record).encode())])
     reader, wording = ShardReader(load_index(tmp_path, "val")), load_wording("box")
-    [question] = _read_questions(reader, [0], wording, 0, resize)
+    [question] = read_questions(reader, [0], wording, 0, resize)
     assert question.frame.size_px == {"squash": (400, 210), "letterbox": (400, 400)}[resize]
     for number, turn in enumerate(question.turns):
         answer = Answer(turn.answer, (), (), (), None)

@@ -16,8 +16,11 @@ from PIL import Image
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation, truth_boxes
-from cogvlm_ft.evaluate.generate import generate_answers
+from cogvlm_ft.evaluate import evaluate as evaluation
+from cogvlm_ft.evaluate import generate as generation
+from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
+from cogvlm_ft.evaluate.generate import Answer, generate_answers
+from cogvlm_ft.evaluate.questions import truth_boxes
 from cogvlm_ft.grounding.metrics import score_answer
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.grounding.wording import load_wording
@@ -282,6 +285,67 @@ def test_boxes_that_are_cut_are_counted(model: CogVLMForCausalLM, tokenizer: Cog
     found = run(model, tokenizer, write_tar(tmp_path, {"a": {"targets": [many, DOG]}}))
     assert sorted(each.num_cut_boxes for each in found.predictions) == [0, 10]
     assert found.metrics["num_cut_boxes"] == 10
+
+
+def test_turns_in_chunks_and_images_apart_where_memory_is_short(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(model, tokenizer, shards)
+    num_passes: list[int] = []
+    monkeypatch.setattr(evaluation, "free_bytes", lambda: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_decode", lambda *args: num_passes.append(1) or decode(*args))
+        found = run(model, tokenizer, shards)
+    assert found.predictions == expected.predictions and found.metrics == expected.metrics
+    assert len(num_passes) == len(found.predictions), "one turn of one image in each"
+
+
+decode = generation._decode
+CROWD = {"phrase": "dot", "boxes_xyxy": [[i % 30, i // 30 * 9, i % 30 + 9, i // 30 * 9 + 8] for i in range(50)]}
+
+
+def answer_truly(monkeypatch: pytest.MonkeyPatch, tokenizer: CogVLMTokenizer, shards: Path) -> None:
+    """Let the model answer as it was taught, as far as the limit of new tokens lets it."""
+    reader = reader_of(shards)
+    records = [reader.read(i).record for i in range(len(reader))]
+    turns = [turn for record in records for turn in turns_of(record, load_wording("box"), seed=SEED, epoch=0)]
+    truths = {turn.prompt: turn.answer for turn in turns}
+
+    def answer(prompt: str, limit: int) -> Answer:
+        ids = [*tokenizer.encode(truths[prompt]), tokenizer.eos_token_id]
+        kept = tuple(ids[:limit])
+        return Answer(tokenizer.decode(kept), kept, (), (), None, truncated=len(ids) > limit)
+
+    def answers(_model: Any, _tokenizer: Any, _pixels: Any, prompts: Any, limit: int, *_: Any, **__: Any) -> Any:
+        return [[answer(prompt, limit) for prompt in row] for row in prompts]
+
+    monkeypatch.setattr(evaluation, "generate_answers", answers)
+
+
+def test_a_perfect_model_is_perfect_on_crowded_targets(
+    model: CogVLMForCausalLM,
+    tokenizer: CogVLMTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model.config.max_position_embeddings = 2048
+    shards = write_tar(tmp_path, {"a": {"targets": [CROWD]}, "b": {"targets": [DOG]}, "c": {"targets": [BIRD]}})
+    answer_truly(monkeypatch, tokenizer, shards)
+    found = run(model, tokenizer, shards, max_new_tokens=None)
+    assert found.metrics["recall@0.5"] == found.metrics["not_found_acc"] == 1
+    assert found.metrics["truncated"] == found.metrics["unreadable"] == 0
+    longest = max(len(tokenizer.encode(each.truth)) + 1 for each in found.predictions)
+    assert longest > 800 and found.about["max_new_tokens"] == longest + longest // 4
+    assert not caplog.records
+    cut = run(model, tokenizer, shards, max_new_tokens=128)
+    crowd = next(each for each in cut.predictions if each.phrase == "dot")
+    assert crowd.truncated and len(crowd.boxes_xyxy or ()) == (128 - 2) // 16, "the boxes that the answer closed"
+    assert cut.metrics["truncated"] == pytest.approx(1 / 3) and cut.metrics["precision@0.5"] == 1
+    assert "evaluate.max_new_tokens allows 128 new tokens: the true answers about 1 of 3 images have more" in caplog.text
+    model.config.max_position_embeddings = 300
+    assert run(model, tokenizer, shards, max_new_tokens=None).about["max_new_tokens"] < 300
+    assert "max_position_embeddings of the model leaves" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["holiday/beach", "caf\udce9"], ids=["folder", "latin-1 bytes"])

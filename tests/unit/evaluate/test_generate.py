@@ -132,6 +132,26 @@ def test_the_answer_is_the_decoded_text(
     assert texts == [[tokenizer.decode([int(token) for token in answer.split()]) for answer in row] for row in ids]
 
 
+@pytest.mark.parametrize(("turns_per_pass", "num_passes"), [(1, 0), (2, 0), (3, 4)])
+def test_turns_in_chunks_are_answered_as_together_and_share_the_prefix(
+    model: CogVLMForCausalLM, ids_only: IdTokenizer, pixels: Tensor, turns_per_pass: int, num_passes: int
+) -> None:
+    """num_passes: of another rank with more turns; the passes that are not needed here ask nothing."""
+    choose_eos(model, ids_only, pixels)
+    together = generate_answers(model, ids_only, pixels, PROMPTS, NUM_NEW, not_found=["dog"])
+    num_seen: list[int] = []
+    model.model.vision.register_forward_hook(lambda *_: num_seen.append(1))
+    chunks = dict(turns_per_pass=turns_per_pass, num_passes=num_passes)
+    found = generate_answers(model, ids_only, pixels, PROMPTS, NUM_NEW, not_found=["dog"], **chunks)
+    assert len(num_seen) == 1
+    for row, others in zip(found, together, strict=True):
+        for answer, other in zip(row, others, strict=True):
+            assert answer.token_ids == other.token_ids
+            assert answer.token_probs == pytest.approx(other.token_probs, rel=1e-4)
+            assert answer.not_found_prob == pytest.approx(other.not_found_prob, rel=1e-4)
+            assert answer.truncated == (answer.token_ids[-1] != ids_only.eos_token_id)
+
+
 def test_the_order_of_images_and_prompts_does_not_matter(
     model: CogVLMForCausalLM, ids_only: IdTokenizer, pixels: Tensor
 ) -> None:

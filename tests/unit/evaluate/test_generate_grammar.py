@@ -52,14 +52,14 @@ def test_no_answer_is_unreadable(
     model = untrained(tiny_model, seed)
     free = answers_of(model, tokenizer, None, max_new_tokens)
     assert not any(is_readable(answer.text) for answer in free)
-    held = answers_of(model, tokenizer, build_grammar(tokenizer, WORDING, "grammar", 0, max_new_tokens), max_new_tokens)
+    held = answers_of(model, tokenizer, build_grammar(tokenizer, WORDING, "grammar", 0), max_new_tokens)
     assert all(is_readable(answer.text) for answer in held)
     assert all(len(answer.token_ids) == max_new_tokens for answer in held)  # cut off, and yet whole
 
 
 @pytest.mark.parametrize("min_boxes", [1, 3])
 def test_as_many_boxes_as_are_wanted(tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, min_boxes: int) -> None:
-    grammar = build_grammar(tokenizer, WORDING, "grammar", min_boxes, 60)
+    grammar = build_grammar(tokenizer, WORDING, "grammar", min_boxes)
     for answer in answers_of(untrained(tiny_model, 1), tokenizer, grammar, 60):
         boxes = parse_boxes(answer.text) or []
         assert len(boxes) >= min_boxes
@@ -67,7 +67,7 @@ def test_as_many_boxes_as_are_wanted(tiny_model: CogVLMForCausalLM, tokenizer: C
 
 
 def test_a_grammar_holds_its_own_turns_only(tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer) -> None:
-    model, grammar = untrained(tiny_model, 2), build_grammar(tokenizer, WORDING, "grammar", 0, 24)
+    model, grammar = untrained(tiny_model, 2), build_grammar(tokenizer, WORDING, "grammar", 0)
     pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     mixed = [[None, grammar], [grammar, None, None]]
     free = generate_answers(model, tokenizer, pixels, PROMPTS, 24)
@@ -80,7 +80,7 @@ def test_a_grammar_holds_its_own_turns_only(tiny_model: CogVLMForCausalLM, token
 def test_probabilities_are_those_of_the_model_and_not_of_the_grammar(
     tiny_model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer
 ) -> None:
-    model, grammar = untrained(tiny_model, 3), build_grammar(tokenizer, WORDING, "grammar", 0, 19)
+    model, grammar = untrained(tiny_model, 3), build_grammar(tokenizer, WORDING, "grammar", 0)
     for answer in answers_of(model, tokenizer, grammar, 19):  # 19 leaves no choice but a box from the first token on
         assert answer.text.startswith("[[") and len(answer.token_ids) == 19
         assert max(answer.token_probs) < 0.9
@@ -115,5 +115,5 @@ def test_predict(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_an_answer_that_cannot_fit_is_refused_before_anything_is_asked(tokenizer: CogVLMTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"max_new_tokens=34: 2 box\(es\) need up to 35 tokens"):
-        build_grammar(tokenizer, WORDING, "grammar", 2, 34)
-    assert build_grammar(tokenizer, WORDING, "free", 0, 1) is None
+        build_grammar(tokenizer, WORDING, "grammar", 2).start(34)  # type: ignore[union-attr]
+    assert build_grammar(tokenizer, WORDING, "free", 0) is None

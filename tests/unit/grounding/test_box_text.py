@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import boxes_in
 
-from cogvlm_ft.grounding.boxes import Bins, bins_from_box, boxes_from_bins, format_boxes, parse_boxes
+from cogvlm_ft.grounding.boxes import (
+    Bins,
+    bins_from_box,
+    boxes_from_bins,
+    close_cut_list,
+    format_boxes,
+    parse_boxes,
+)
 from cogvlm_ft.grounding.targets import Box
 
 
@@ -115,3 +122,21 @@ def test_an_answer_written_again_is_the_same_text(item: Bins, size: tuple[int, i
     text = format_boxes([tuple(box) for box in boxes_from_bins([item], size).tolist()], size)
     last = [(side - 1) * 1000 // side for side in size * 2]
     assert parse_boxes(text) == [tuple(map(min, zip(item, last, strict=True)))]
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        ("[[001,002,003,004;005,006,007,00", "[[001,002,003,004]]"),
+        ("[[001,002,003,004;005,006,007,008", "[[001,002,003,004]]"),  # perhaps complete, perhaps not
+        ("[[001,002,003,004;", "[[001,002,003,004]]"),
+        ("[[001,002,003,004]", "[[001,002,003,004]]"),
+        ("[[001,002,003,004", ""),
+        ("狗：[[001,002,003,004]]\n猫：[[005,006", "狗：[[001,002,003,004]]\n猫："),
+        ("[[001,002,003,004]] and the oth", "[[001,002,003,004]] and the oth"),
+        ("未找到", "未找到"),
+    ],
+)
+def test_of_a_cut_list_the_closed_boxes_stay(text: str, closed: str) -> None:
+    assert close_cut_list(text) == closed
+    assert close_cut_list(closed) == closed
