@@ -218,11 +218,7 @@ class TrainConfig:
         least=0,
         most=1,
     )
-    weight_decay: float = setting(
-        0.05,
-        "AdamW's weight decay; not applied to norms and biases.",
-        least=0,
-    )
+    weight_decay: float = setting(0.05, "AdamW's weight decay; not applied to norms and biases.", least=0)
     beta1: float = setting(0.9, "AdamW's beta 1.", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's beta 2.", least=0, below=1)
     eps: float = setting(1e-8, "AdamW's epsilon.", above=0)
@@ -280,17 +276,9 @@ class EvaluateConfig:
         unit="images",
         least=1,
     )
-    batch_size: int = setting(
-        8,
-        "Most images per rank that generate together; fewer, or their turns in chunks, where memory does not suffice.",
-        unit="images",
-        least=1,
-    )
+    batch_size: int = setting(8, "Most images per rank that generate together.", unit="images", least=1)
     max_new_tokens: Optional[int] = setting(
-        None,
-        "Longest answer. null: the longest true answer of the validation data and a quarter more.",
-        unit="tokens",
-        least=1,
+        None, "Longest answer. null: the longest true answer and a quarter more.", unit="tokens", least=1
     )
     gather: str = setting(
         "auto",
@@ -371,21 +359,14 @@ class TrackingConfig:
 class Config:
     """A run."""
 
-    output_dir: str = setting(
-        MISSING,
-        "Folder of the run: checkpoints, metrics, evaluations, report.",
-        is_path=True,
-    )
+    output_dir: str = setting(MISSING, "Folder of the run: checkpoints, metrics, evaluations, report.", is_path=True)
     seed: int = setting(
         0,
         "Seed of the data order, wording, augmentation and dropout.",
         least=0,
         most=2**63 - 1,
     )
-    resume: bool = setting(
-        True,
-        "Continue from the newest checkpoint in output_dir, if there is one.",
-    )
+    resume: bool = setting(True, "Continue from the newest checkpoint in output_dir, if there is one.")
     deepspeed: str = setting(
         "zero3",
         "DeepSpeed JSON: the name of a preset in `configs/deepspeed/`, or a path.",

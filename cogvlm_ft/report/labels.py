@@ -17,6 +17,7 @@ METRICS: dict[str, Words] = {
     "not_found_acc": ("absent targets recognised", "目标不存在时回答“未找到”的比例"),
     "false_not_found": ("present targets reported “not found”", "目标存在时误报“未找到”的比例"),
     "unreadable": ("unreadable answers", "无法解析的回答"),
+    "truncated": ("answers cut at the token limit", "达到词元上限而被截断的回答"),
     "chrf": ("chrF of descriptions", "描述的 chrF"),
     "probe_same": ("general questions answered as before", "通用问题的回答与训练前一致的比例"),
     "text_exact": ("free answers that match exactly", "自由回答完全一致"),

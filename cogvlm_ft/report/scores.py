@@ -16,7 +16,7 @@ from cogvlm_ft.report.labels import COLUMNS, GROUPS, Words, metric_title, value_
 
 _TILES = (
     *("mean_iou", "acc@0.5", "f1@0.5", "not_found_acc", "false_not_found"),
-    *("unreadable", "chrf", "text_exact", "probe_same"),
+    *("unreadable", "truncated", "chrf", "text_exact", "probe_same"),
 )
 _SIZES = ("small", "medium", "large", "under_1", "1_to_3", "1_to_4", "3_to_10", "over_4", "over_10", "0", "1", "2+")
 

@@ -342,7 +342,9 @@ def test_a_perfect_model_is_perfect_on_crowded_targets(
     crowd = next(each for each in cut.predictions if each.phrase == "dot")
     assert crowd.truncated and len(crowd.boxes_xyxy or ()) == (128 - 2) // 16, "the boxes that the answer closed"
     assert cut.metrics["truncated"] == pytest.approx(1 / 3) and cut.metrics["precision@0.5"] == 1
-    assert "evaluate.max_new_tokens allows 128 new tokens: the true answers about 1 of 3 images have more" in caplog.text
+    assert (
+        "evaluate.max_new_tokens allows 128 new tokens: the true answers about 1 of 3 images have more" in caplog.text
+    )
     model.config.max_position_embeddings = 300
     assert run(model, tokenizer, shards, max_new_tokens=None).about["max_new_tokens"] < 300
     assert "max_position_embeddings of the model leaves" in caplog.text
