@@ -76,6 +76,7 @@ setup(
             "mypy",
             "pre-commit",
             "wandb-workspaces>=0.4.13",
+            "tensorboard>=2.18",
             "starlette>=0.40",
             "uvicorn>=0.30",
             "pycocotools>=2.0.8",  # reads what predict and evaluate write
@@ -90,6 +91,7 @@ setup(
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # for launch/predict.py --serve
         "s3": ["s3fs>=2024.6"],  # for data.shards=s3://
         "gcs": ["gcsfs>=2024.6"],  # for data.shards=gs://
+        "tensorboard": ["tensorboard>=2.18"],  # for tracking.tensorboard=true
         "workspace": ["wandb-workspaces>=0.4.13"],  # for launch/workspace.py
         "bench": ["accelerate>=1.1"],  # what bench/loading.py compares with
     },

@@ -73,6 +73,11 @@ class RunFolder:
         return self.path / "probe_untouched.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, one per attempt."""
+        return self.path / "tensorboard"
+
+    @property
     def wandb(self) -> Path:
         """The offline and online runs of W&B."""
         return self.path / "wandb"

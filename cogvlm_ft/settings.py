@@ -343,7 +343,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases, beside metrics.jsonl."""
+    """Weights & Biases and TensorBoard, beside metrics.jsonl."""
 
     mode: str = setting(
         "auto",
@@ -353,6 +353,10 @@ class TrackingConfig:
     project: str = setting("cogvlm-grounding", "W&B project.")
     entity: Optional[str] = setting(None, "W&B entity. null: your default.")
     name: Optional[str] = setting(None, "Name of the run. null: W&B chooses one.")
+    tensorboard: bool = setting(
+        False,
+        "Also write TensorBoard files to `output_dir`/tensorboard; needs the extra `tensorboard`.",
+    )
 
 
 @dataclass

@@ -51,7 +51,7 @@ TITLES_ZH = {
     "TrainConfig": "训练 `train`",
     "EvaluateConfig": "评估 `evaluate`",
     "CheckpointConfig": "检查点 `checkpoint`",
-    "TrackingConfig": "W&B `tracking`",
+    "TrackingConfig": "W&B 与 TensorBoard `tracking`",
 }
 
 

@@ -52,11 +52,14 @@ def run(config: Config, stop_request: StopRequest) -> int:
     from cogvlm_ft.runtime.distributed import any_rank, init_distributed, is_main, rank, shut_down
     from cogvlm_ft.runtime.run_lock import owned_run_folder
     from cogvlm_ft.runtime.watchdog import watched
+    from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
     from cogvlm_ft.train.loop import train
 
     init_distributed(config.train.hang_timeout_s)
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if config.tracking.tensorboard:
+        check_tensorboard()
     check_fits(config)
     folder = config.output_path
     with (

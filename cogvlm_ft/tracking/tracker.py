@@ -1,4 +1,4 @@
-"""Record what a run measures: metrics.jsonl always (the truth), and Weights & Biases. Only rank 0 has a tracker."""
+"""Record what a run measures: metrics.jsonl always (the truth), Weights & Biases, TensorBoard. Only rank 0 has a tracker."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import WANDB_MODES
 from cogvlm_ft.tracking.metrics_log import append_row, open_metrics, truncate_after
 from cogvlm_ft.tracking.provenance import without_passwords
+from cogvlm_ft.tracking.tensorboard_log import TensorBoardLog
 from cogvlm_ft.tracking.wandb_run import WandbRun
 
 Values = Mapping[str, Any]
@@ -24,6 +25,7 @@ class Tracker:
     mode: as `WandbRun` describes it. In each, run.json holds what launch/wandb_sync.py needs to send the run later.
     run_id: of the run to continue; None: the one in run.json, else a new one. So an attempt that is killed before its
         first checkpoint continues the same run too.
+    tensorboard: also write TensorBoard files.
     config: shown in W&B as the configuration of the run. lower_is_better: as for `WandbRun`.
     """
 
@@ -36,6 +38,7 @@ class Tracker:
         name: str | None = None,
         mode: str = "auto",
         run_id: str | None = None,
+        tensorboard: bool = False,
         config: Values | None = None,
         lower_is_better: Collection[str] = (),
     ) -> None:
@@ -51,6 +54,7 @@ class Tracker:
         identity: dict[str, Any] = {"run_id": self.run_id, "project": project, "entity": entity, "name": name}
         identity["config"] = without_passwords(dict(config or {}))
         _write_run_file(folder, identity)
+        self._tensorboard = TensorBoardLog(run.tensorboard) if tensorboard else None
         self.wandb = WandbRun(folder, mode=mode, lower_is_better=lower_is_better, **identity)
 
     @property
@@ -62,11 +66,15 @@ class Tracker:
         """Record training values at a step."""
         append_row(self.metrics_path, {"kind": "train", "step": step, **values})
         self.wandb.log_train(step, values)
+        if self._tensorboard:
+            self._tensorboard.log_train(step, values)
 
     def log_val(self, epoch: float, step: int, values: Values) -> None:
         """Record the values of one evaluation."""
         append_row(self.metrics_path, {"kind": "val", "epoch": epoch, "step": step, **values})
         self.wandb.log_val(epoch, step, values)
+        if self._tensorboard:
+            self._tensorboard.log_val(epoch, step, values)
 
     def summary(self, values: Values) -> None:
         """Record the final values of the run."""
@@ -74,12 +82,16 @@ class Tracker:
         self.wandb.summary(values)
 
     def finish(self) -> None:
-        """Close the W&B run; later values go to metrics.jsonl only."""
+        """Close the W&B run and TensorBoard's file; later values go to metrics.jsonl only."""
         self.wandb.finish()
+        if self._tensorboard:
+            self._tensorboard.finish()
 
     def truncate_after(self, step: int, evaluated_step: int | None = None) -> None:
         """Drop what metrics.jsonl holds after these: a run resumed there records it again."""
         truncate_after(self.metrics_path, step, evaluated_step)
+        if self._tensorboard:
+            self._tensorboard.resume_after(step)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def start_tracking(run: Run, state: TrainState) -> Tracker | None:
         entity=tracking.entity,
         name=tracking.name,
         run_id=state.wandb_run_id,
+        tensorboard=tracking.tensorboard,
         config={**dataclasses.asdict(run.config), **facts, **provenance()},
         lower_is_better=LOWER_IS_BETTER,
     )

@@ -16,6 +16,7 @@ from wandb_files import config_of, history_of, read_wandb_records, records_of, s
 
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.tracking.metrics_log import read_rows
+from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
 from cogvlm_ft.tracking.tracker import Tracker, read_run_file
 from cogvlm_ft.tracking.wandb_run import BoxedImage, val_key
 
@@ -351,3 +352,35 @@ def test_training_survives_the_death_of_wandb(tmp_path: Path) -> None:
     started, log = train_shortly(tmp_path, "offline", trouble=KILL_WANDB)
     assert started == "offline\nkilled"
     assert log.count("W&B stopped") == 1
+
+
+# TensorBoard
+
+
+def test_tensorboard_holds_the_same_values_and_hides_what_was_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    for attempt, last in ((0, 3), (1, 4)):  # the first attempt dies after step 3, its checkpoint is of step 2
+        tracker = Tracker(run, mode="disabled", tensorboard=True)
+        tracker.truncate_after(2 * attempt)
+        for step in range(2 * attempt + 1, last + 1):
+            tracker.log_train(step, {"loss": attempt + step / 4, "images_per_s": 8, "lr": None, "note": "warm-up"})
+        tracker.log_val(1.0, last, {"acc@0.5": 0.75, "acc@0.5/size=small": 0.5})
+        tracker.finish()
+    tracker.log_train(9, {"loss": 1.0})  # after the end: metrics.jsonl only
+    found = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    scalars = {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert scalars["train/loss"] == [(1, 0.25), (2, 0.5), (3, 1.75), (4, 2.0)]
+    assert scalars["val/acc_at_0_5"] == [(4, 0.75)] and scalars["val_by_size/acc_at_0_5/small"] == [(4, 0.5)]
+    assert scalars["val/epoch"] == [(4, 1.0)] and "train/lr" not in scalars and "train/note" not in scalars
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tensorboard").write_text("a file in its place")
+    blocked = Tracker(tmp_path / "other", mode="disabled", tensorboard=True)
+    for step in (1, 2):
+        blocked.log_train(step, {"loss": 0.5})
+    assert caplog.text.count("TensorBoard stopped") == 1 and len(read_lines(blocked)) == 2
+    monkeypatch.setattr("cogvlm_ft.tracking.tensorboard_log.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tracking\.tensorboard: found true without the package"):
+        check_tensorboard()
