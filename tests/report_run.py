@@ -108,6 +108,7 @@ def _predict(
         source="scenes",
         style=turn.style,
         frame_px=size,
+        phrase=turn.target.phrase if turn.target else "",
     )
 
 

@@ -182,13 +182,18 @@ def _class_of(value: float, classes: Sequence[tuple[float, str]]) -> str:
     return next(name for bound, name in classes if value < bound)
 
 
+def source_file(source: str) -> str:
+    """Return the annotation file of a source, without the position in it."""
+    return _POSITION.sub("", source)
+
+
 def _source_names(predictions: Sequence[Prediction]) -> dict[str, str]:
     """Return the name of each source in metric names.
 
     That is the annotation file; with more than MAX_SOURCES of them, its folder and suffix; then `others` for small
     ones.
     """
-    names = {source: _POSITION.sub("", source) or "unknown" for source in {each.source for each in predictions}}
+    names = {source: source_file(source) or "unknown" for source in {each.source for each in predictions}}
     if len(set(names.values())) > MAX_SOURCES:
         names = {
             source: str(PurePosixPath(name).with_name(f"*{PurePosixPath(name).suffix}"))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from cogvlm_ft.evaluate.results import Gallery
 from cogvlm_ft.grounding.metrics import ABSENT, HIT
+from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.prediction import Prediction, score_of
-from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.html_page import both
 from cogvlm_ft.report.labels import GALLERY_GROUPS, Words
-from cogvlm_ft.report.thumbnails import Photos, Thumbnails
+from cogvlm_ft.report.thumbnails import DrawnBox, Photos, Thumbnails
 from cogvlm_ft.tracking.sample_losses import HighLoss
 
 _GALLERY_BYTES, _SUSPECTS_BYTES = 2_500_000, 1_000_000
@@ -22,9 +22,10 @@ _GALLERY_BYTES, _SUSPECTS_BYTES = 2_500_000, 1_000_000
 
 @dataclass(frozen=True)
 class AnswerCard:
-    """An answer. verdict: the score in words; remarks: what else is known of the answer."""
+    """An answer. number: of its turn. verdict: the score in words; remarks: what else is known of the answer."""
 
     key: str
+    number: int
     picture: Markup
     question: str
     answer: str
@@ -76,12 +77,12 @@ def suspect_cards(high_losses: Sequence[HighLoss], photos: Photos) -> tuple[list
 
 
 def _answer_card(each: Prediction, photos: Photos, thumbnails: Thumbnails) -> AnswerCard:
-    boxes: dict[str, Sequence[Box]] = {"truth": each.truth_boxes_xyxy or (), "answer": each.boxes_xyxy or ()}
     size = (int(each.image_size_px[0]), int(each.image_size_px[1]))
     score = score_of(each) or 0.0
     return AnswerCard(
         key=each.key,
-        picture=thumbnails.draw(photos.image(each.key), size, boxes, each.prompt),
+        number=each.turn,
+        picture=thumbnails.draw(photos.image(each.key), size, list(_boxes(each)), each.prompt),
         question=each.prompt,
         answer=each.answer,
         truth=each.truth,
@@ -89,6 +90,16 @@ def _answer_card(each: Prediction, photos: Photos, thumbnails: Thumbnails) -> An
         verdict=_verdict(each, score),
         remarks=list(_remarks(each)),
     )
+
+
+def _boxes(each: Prediction) -> Iterator[DrawnBox]:
+    """Yield the true boxes with the phrase, then the answered ones with their IoU, in the colour of the turn."""
+    truth, answered = each.truth_boxes_xyxy or [], each.boxes_xyxy or []
+    for box in truth:
+        yield DrawnBox(box, "truth", each.turn, each.phrase)
+    overlaps = pairwise_iou(answered, truth).max(axis=1) if answered and truth else None
+    for place, box in enumerate(answered):
+        yield DrawnBox(box, "answer", each.turn, each.phrase if overlaps is None else f"IoU {overlaps[place]:.2f}")
 
 
 def _verdict(each: Prediction, score: float) -> Markup:
@@ -115,10 +126,11 @@ def _suspect_card(high: HighLoss, photos: Photos, thumbnails: Thumbnails) -> Sus
     picture: Markup = Markup()
     targets: list[str] = []
     if sample is not None:
-        boxes = [box for target in sample.record.targets for box in target.boxes_xyxy]
+        named = enumerate(sample.record.targets)
+        boxes = [DrawnBox(box, "truth", n, target.phrase) for n, target in named for box in target.boxes_xyxy]
         targets = [f"{target.phrase} ({len(target.boxes_xyxy)})" for target in sample.record.targets]
         targets += [f"{turn.prompt} → {turn.answer}" for turn in sample.record.turns]
         size = sample.record.image_size_px or sample.image.size  # a training image may be decoded smaller
-        picture = thumbnails.draw(sample.image, size, {"truth": boxes}, high.key)
+        picture = thumbnails.draw(sample.image, size, boxes, high.key)
     losses = ", ".join(f"{loss:.2f}" for _, loss in high.per_token)
     return SuspectCard(high.key, picture, "; ".join(targets), high.ratio, losses)

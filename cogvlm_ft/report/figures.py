@@ -17,6 +17,7 @@ from cogvlm_ft.tracking.metrics_log import Row
 
 UNIT = (0.0, 1.0)
 SHARE_VALUES = ("under_1", "1_to_3", "3_to_10", "over_10")
+LOG_CURVES = ("loss", "grad_norm")
 _BINS_PER_DECADE = 5
 _LEAST_THRESHOLD = 1e-4  # of the not-found curve; the axis is logarithmic
 
@@ -67,7 +68,7 @@ def curve_panels(rows: Sequence[Row], ceiling: float | None) -> list[Panel]:
             by_epoch,
         ),
         *(
-            Panel((en, zh), chart([Series("", _points(train, "step", name))], en), by_step)
+            Panel((en, zh), chart([Series("", _points(train, "step", name))], en, y_log=name in LOG_CURVES), by_step)
             for name, en, zh in (
                 ("loss", "Training loss", "训练损失"),
                 ("grad_norm", "Gradient norm", "梯度范数"),

@@ -30,6 +30,7 @@ COLUMNS: dict[str, Words] = {
     "acc@0.75": ("Acc@0.75", "Acc@0.75"),
     "f1@0.5": ("F1@0.5", "F1@0.5"),
     "not_found_acc": ("absent", "不存在"),
+    "false_not_found": ("missed", "误报未找到"),
     "unreadable": ("unreadable", "无法解析"),
 }
 GROUPS: dict[str, Words] = {
@@ -42,10 +43,12 @@ GROUPS: dict[str, Words] = {
     "source": ("By source", "按数据来源"),
 }
 SECTIONS: dict[str, Words] = {
+    "gallery": ("images", "图片"),
+    "phrases": ("phrases", "短语"),
+    "confusions": ("confusions", "混淆"),
     "curves": ("curves", "曲线"),
     "groups": ("tables", "表格"),
     "charts": ("thresholds and sizes", "阈值与尺寸"),
-    "gallery": ("images", "图片"),
     "suspects": ("suspicious training images", "可疑的训练图片"),
     "about": ("settings and hashes", "设置与哈希"),
 }

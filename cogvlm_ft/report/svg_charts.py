@@ -13,6 +13,7 @@ Point = tuple[float, float]
 MAX_LINE_POINTS, MAX_DOTS = 240, 800
 WIDTH, HEIGHT = 360, 220  # as wide as a phone: nothing becomes too small to read
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 22
+Y_LOG_FROM = 5.0
 MAX_SERIES = 6
 """The style has that many colours."""
 
@@ -28,33 +29,44 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """The range that is shown. x_log: x on a logarithmic scale."""
+    """The range that is shown. x_log, y_log: on a logarithmic scale."""
 
     x: Point
     y: Point
     x_log: bool = False
+    y_log: bool = False
 
     def place(self, point: Point) -> Point:
         """Convert a point to units of the drawing."""
         low, value, high = (math.log10(x) if self.x_log else x for x in (self.x[0], point[0], self.x[1]))
         across = (value - low) / (high - low)
-        up = (point[1] - self.y[0]) / (self.y[1] - self.y[0])
+        bottom, height, top = (math.log10(y) if self.y_log else y for y in (self.y[0], point[1], self.y[1]))
+        up = (height - bottom) / (top - bottom)
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
 
-def chart(series: Sequence[Series], title: str, *, y_range: Point | None = None, x_log: bool = False) -> Markup:
+def chart(
+    series: Sequence[Series], title: str, *, y_range: Point | None = None, x_log: bool = False, y_log: bool = False
+) -> Markup:
     """Draw all series over the same axes; empty if none has a point that can be drawn.
 
-    title: plain text, for screen readers. y_range: by default what the series need.
+    title: plain text, for screen readers. y_range: by default what the series need. y_log: only where all values are
+    above 0 and the largest is at least Y_LOG_FROM times the smallest.
     """
     shown = [_drawable(each, x_log) for each in series[:MAX_SERIES]]
     xs, ys = ([point[i] for each in shown for point in each.points] for i in (0, 1))
     if not xs:
         return Markup()
-    axes = Axes(_widened(min(xs), max(xs), x_log), y_range or _rounded(min(ys), max(ys)), x_log)
+    y_log = y_log and min(ys) > 0 and max(ys) >= Y_LOG_FROM * min(ys)
+    y_range = y_range or (_widened(min(ys), max(ys), True) if y_log else _rounded(min(ys), max(ys)))
+    axes = Axes(_widened(min(xs), max(xs), x_log), y_range, x_log, y_log)
     parts = [_x_grid(axes), _y_grid(axes)]
     parts += [_draw(each, number, axes) for number, each in enumerate(shown)]
-    svg = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+    area = f'data-left="{_LEFT}" data-right="{WIDTH - _RIGHT}" data-top="{_TOP}" data-bottom="{HEIGHT - _BOTTOM}"'
+    values = f'data-x="{axes.x[0]:.9g} {axes.x[1]:.9g}" data-y="{axes.y[0]:.9g} {axes.y[1]:.9g}"'
+    logs = f'data-logs="{"x" * axes.x_log}{"y" * axes.y_log}"'
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+    svg = f'<svg class="chart" {box} role="img" aria-label="{escape(title)}" {area} {values} {logs}>'
     return Markup(f"{_legend(shown)}{svg}{''.join(parts)}</svg>")
 
 
@@ -108,7 +120,7 @@ def _x_grid(axes: Axes) -> str:
 
 def _y_grid(axes: Axes) -> str:
     parts = []
-    for tick in _ticks(*axes.y):
+    for tick in _log_ticks(*axes.y) if axes.y_log else _ticks(*axes.y):
         _, y = axes.place((axes.x[0], tick))
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'

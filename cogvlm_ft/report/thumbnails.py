@@ -6,11 +6,13 @@ import base64
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup, escape
 from PIL import Image
 
+from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.data.reader import Sample, ShardReader
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
@@ -20,11 +22,23 @@ logger = logging.getLogger(__name__)
 SIDE_PX, ZOOM_SIDE_PX, JPEG_QUALITY = 480, 240, 72
 SMALL_PX = 40
 """True boxes smaller than this in the thumbnail are also shown enlarged."""
-MAX_BOXES = 100
+MAX_BOXES, MAX_LABELS = 200, 16
+TEXT_SHARE = 0.042
+"""Height of the labels, in sides of the drawing."""
+_MAX_LABEL_CHARS = 22
+_WIDE = "\u1100"  # characters from here on are about as wide as high
 
 Region = tuple[float, float, float, float]
-Boxes = Mapping[str, Sequence[Box]]
-"""By the name of their style: truth, answer."""
+
+
+@dataclass(frozen=True)
+class DrawnBox:
+    """A box to draw. style: truth (solid) or answer (dashed). number: of its target, for its colour."""
+
+    box: Box
+    style: str
+    number: int = 0
+    label: str = ""
 
 
 class Photos:
@@ -82,7 +96,7 @@ class Thumbnails:
         self.num_bytes, self.num_left_out = 0, 0
         self._max_bytes = max_bytes
 
-    def draw(self, image: Image.Image | None, size_px: tuple[int, int], boxes: Boxes, alt: str) -> Markup:
+    def draw(self, image: Image.Image | None, size_px: tuple[int, int], boxes: Sequence[DrawnBox], alt: str) -> Markup:
         """Return the HTML; empty if there is no image or no room for it.
 
         size_px: (width, height) that the boxes belong to; the image may be smaller.
@@ -90,7 +104,7 @@ class Thumbnails:
         if image is None or min(size_px) < 1:
             return Markup()
         shown = [_svg(image, size_px, (0, 0, *size_px), SIDE_PX, boxes, alt)]
-        zoom = zoom_region(boxes.get("truth", ()), size_px)
+        zoom = zoom_region([each.box for each in boxes if each.style == "truth"], size_px)
         if zoom:
             shown.append(_svg(image, size_px, zoom, ZOOM_SIDE_PX, boxes, ""))
         num_bytes = sum(map(len, shown))
@@ -117,7 +131,9 @@ def zoom_region(truth: Sequence[Box], size_px: tuple[int, int]) -> Region | None
     return x - half, y - half, x + half, y + half
 
 
-def _svg(image: Image.Image, size_px: tuple[int, int], region: Region, side_px: int, boxes: Boxes, alt: str) -> str:
+def _svg(
+    image: Image.Image, size_px: tuple[int, int], region: Region, side_px: int, boxes: Sequence[DrawnBox], alt: str
+) -> str:
     """Draw the region, in pixels of `size_px`. Boxes are clipped by the drawing."""
     x0, y0, x1, y1 = region
     part = (max(x0, 0), max(y0, 0), min(x1, size_px[0]), min(y1, size_px[1]))
@@ -128,18 +144,37 @@ def _svg(image: Image.Image, size_px: tuple[int, int], region: Region, side_px: 
     shown_px = [max(1, round(shrink * (source[i + 2] - source[i]))) for i in (0, 1)]
     small = image.resize((shown_px[0], shown_px[1]), Image.Resampling.BICUBIC, source, reducing_gap=2.0)
     place = f'x="{part[0]:.1f}" y="{part[1]:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    outlines = "".join(_rect(box, style) for style, each in boxes.items() for box in each[:MAX_BOXES])
+    outlines = "".join(_rect(each) for each in boxes[:MAX_BOXES])
+    labelled = [each for each in boxes if each.label][:MAX_LABELS]
+    outlines += "".join(_label(each, region) for each in labelled)
     return (
         f'<svg class="photo" viewBox="{x0:.1f} {y0:.1f} {x1 - x0:.1f} {y1 - y0:.1f}" role="img" '
         f'aria-label="{escape(alt)}"><image href="{_uri(small)}" {place} preserveAspectRatio="none"/>{outlines}</svg>'
     )
 
 
-def _rect(box: Box, style: str) -> str:
+def _rect(drawn: DrawnBox) -> str:
     """Draw a box on a dark edge, visible on any image. An inverted box is the rectangle between its corners."""
-    (x0, x1), (y0, y1) = sorted((box[0], box[2])), sorted((box[1], box[3]))
+    (x0, x1), (y0, y1) = sorted((drawn.box[0], drawn.box[2])), sorted((drawn.box[1], drawn.box[3]))
     place = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
-    return f'<rect class="edge of-{style}" {place}/><rect class="{style}" {place}/>'
+    colour = f"t{drawn.number % len(TARGET_COLOURS)}"
+    return f'<rect class="edge of-{drawn.style}" {place}/><rect class="{drawn.style} {colour}" {place}/>'
+
+
+def _label(drawn: DrawnBox, region: Region) -> str:
+    """Write a label: above a true box, below an answered one, moved to where it is within the drawing."""
+    left, top, right, bottom = region
+    size = TEXT_SHARE * max(right - left, bottom - top)
+    text = drawn.label if len(drawn.label) <= _MAX_LABEL_CHARS else f"{drawn.label[: _MAX_LABEL_CHARS - 1]}…"
+    width = size * (0.5 + sum(1.0 if char >= _WIDE else 0.58 for char in text))
+    (x, _), (y0, y1) = sorted((drawn.box[0], drawn.box[2])), sorted((drawn.box[1], drawn.box[3]))
+    y = y0 - 1.3 * size if drawn.style == "truth" else y1
+    x, y = max(left, min(x, right - width)), max(top, min(y, bottom - 1.3 * size))
+    return (
+        f'<g class="label of-{drawn.style} t{drawn.number % len(TARGET_COLOURS)}">'
+        f'<rect class="tag" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{1.3 * size:.1f}"/>'
+        f'<text x="{x + 0.25 * size:.1f}" y="{y + 0.98 * size:.1f}" font-size="{size:.1f}">{escape(text)}</text></g>'
+    )
 
 
 def _uri(image: Image.Image) -> str:

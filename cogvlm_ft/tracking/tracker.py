@@ -1,4 +1,4 @@
-"""Record what a run measures: metrics.jsonl always (the truth), Weights & Biases, TensorBoard. Only rank 0 has a tracker."""
+"""Record what a run measures: metrics.jsonl always, Weights & Biases, TensorBoard. Only rank 0 has a tracker."""
 
 from __future__ import annotations
 

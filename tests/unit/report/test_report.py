@@ -17,19 +17,21 @@ from report_run import HARD, STEPS, write_run
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.evaluate.results import ceiling_of, choose_answers, find_evaluation, load_report, load_results
+from cogvlm_ft.evaluate.results import Results, ceiling_of, choose_answers, find_evaluation, load_report, load_results
 from cogvlm_ft.grounding.metrics import AnswerScore
+from cogvlm_ft.grounding.phrases import NOTHING, find_confusions
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.launch.report import main
 from cogvlm_ft.report.figures import curve_panels
 from cogvlm_ft.report.gallery import choose, read_predictions, save_gallery
 from cogvlm_ft.report.report import REPORT_FILE, try_report, write_report
-from cogvlm_ft.report.scores import ceilings_of
-from cogvlm_ft.report.thumbnails import Photos, Thumbnails, zoom_region
+from cogvlm_ft.report.scores import ceilings_of, phrase_table, tables_of
+from cogvlm_ft.report.thumbnails import MAX_BOXES, DrawnBox, Photos, Thumbnails, zoom_region
 
 LAST = f"evaluations/step-{max(STEPS):08d}"
 BOX: Box = (10.0, 10.0, 30.0, 30.0)
+BOXES = [DrawnBox((900, 700, 920, 710), "truth", 2, "<b>"), *[DrawnBox(BOX, "answer", 2)] * 500]
 
 
 def reader_of(shards: Path, split: str = "val") -> ShardReader:
@@ -92,10 +94,12 @@ def test_every_part_is_there_and_says_what_the_files_say(page: str, finished: Pa
     curves = section(page, "curves")
     assert curves.count('class="chart"') == 7
     assert len(re.findall(r'<polyline points="([^"]*)"', curves)[-1].split()) == max(STEPS)  # photos per second
+    assert 'data-logs="y"' in curves and page.index('id="gallery"') < page.index('id="curves"')
     groups = section(page, "groups")
     for group in ("language=zh", "template=refer", "targets=1"):
         assert f"<td>{results.metrics[f'acc@0.5/{group}']:.3f}</td>" in groups
     assert section(page, "charts").count('class="chart"') == 3
+    assert f"<title>{finished.name} · report</title>" in page
     about = section(page, "about")
     assert str(results.about["data_sha256"]) in about and "c0ffee" in about and "output_dir:" in about
     assert "secret" not in page
@@ -111,7 +115,7 @@ def test_photos_are_shown_with_their_boxes(page: str, finished: Path) -> None:
     assert chosen.newly_right and chosen.best
     first = chosen.best[0]
     (x0, y0, x1, y1) = first.truth_boxes_xyxy[0]
-    rect = f'<rect class="truth" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
+    rect = f'<rect class="truth t{first.turn}" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
     assert rect in gallery and "data:image/jpeg;base64," in gallery
 
 
@@ -122,7 +126,7 @@ def test_a_sample_whose_loss_stays_high_is_shown_first(page: str, shards: Path) 
     first = suspects.partition("</figure>")[0]
     assert "3.00, 3.00, 3.00" in first
     assert all(target.phrase in first for target in reader.read(HARD).record.targets)
-    assert first.count('class="truth"') == sum(len(t.boxes_xyxy) for t in reader.read(HARD).record.targets)
+    assert first.count('class="truth t') == sum(len(t.boxes_xyxy) for t in reader.read(HARD).record.targets)
 
 
 def test_an_evaluation_alone_has_a_page(finished: Path, shards: Path, tmp_path: Path) -> None:
@@ -185,13 +189,13 @@ def test_pictures_stay_within_their_bound() -> None:
     html = []
     for _ in range(6):
         noise = Image.fromarray(random.integers(0, 255, (700, 900, 3), dtype=np.uint8))
-        html.append(thumbnails.draw(noise, (1800, 1400), {"truth": [(900, 700, 920, 710)], "answer": [BOX] * 500}, "x"))
+        html.append(thumbnails.draw(noise, (1800, 1400), BOXES, "x"))
     shown = [each for each in html if each]
     assert 1 <= len(shown) < 6 and thumbnails.num_left_out == 6 - len(shown)
     assert sum(map(len, shown)) <= 300_000 + 100 * len(shown)
-    assert shown[0].count("<svg") == 2 and shown[0].count('class="answer"') == 200
+    assert shown[0].count("<svg") == 2 and shown[0].count('class="answer t2"') == 2 * (MAX_BOXES - 1)
     assert 'viewBox="0.0 0.0 1800.0 1400.0"' in shown[0]
-    assert thumbnails.draw(None, (10, 10), {}, "x") == ""
+    assert thumbnails.draw(None, (10, 10), [], "x") == ""
 
 
 def test_small_boxes_are_enlarged() -> None:
@@ -283,6 +287,33 @@ def test_a_report_of_a_run_that_recorded_little(finished: Path, tmp_path: Path) 
     assert (report.rows, report.high_losses, report.config, report.facts) == ([], None, "", {})
     assert report.former is not None and report.former.folder.name == "step-00000020"
     assert 'id="overview"' in write_report(tmp_path / LAST, None, run_folder=tmp_path).read_text(encoding="utf-8")
+
+
+def test_phrases_and_confusions_of_them() -> None:
+    near, other = (12.0, 10.0, 30.0, 30.0), (50.0, 50.0, 90.0, 90.0)
+    about = {"phrase": "dog", "boxes_xyxy": [near, other, (0.0, 60.0, 9.0, 70.0)], "source": "voc/a.xml:1"}
+    answers = [prediction("a", 0.9, **about), prediction("a", 0.0, turn=1, phrase="cat", truth_boxes_xyxy=[other])]
+    answers += [prediction("b", 0.0, "absent", phrase="dog", boxes_xyxy=[BOX], source="voc/b.xml:1")]
+    answers += [prediction("b", 1.0, turn=1, phrase="puppy"), prediction("c", 1.0, phrase="a dog", source="c.json[3]")]
+    found = [(each.asked, each.given, each.num_boxes, each.num_answered) for each in find_confusions(answers)]
+    assert found == [
+        ("dog", "cat", 1, 4),
+        ("dog", NOTHING, 1, 4),
+        ("cat", "dog", 1, 1),
+        ("dog", "puppy", 1, 4),
+    ]
+    results = Results(Path(), {}, {}, {}, answers)
+    table = phrase_table(results)
+    assert table is not None and [column[0] for column in table.columns][:2] == ["n", "mean IoU"]
+    rows = {str(title): dict(zip([en for en, _ in table.columns], cells, strict=True)) for title, cells in table.rows}
+    assert rows["dog"]["mean IoU"] == "0.900" and rows["dog"]["absent"] == "0.000"
+    assert rows["cat"]["mean IoU"] == "0.000" and rows["cat"]["absent"] == "–"
+    (by_source,) = tables_of(results, {})
+    assert [(str(title), cells[0]) for title, cells in by_source.rows] == [("voc/", "2"), ("c.json", "1")]
+    only_absent = Results(Path(), {}, {}, {}, [prediction("a", 1.0, "absent", phrase="x"), answers[0]])
+    cells = {str(title): cells for title, cells in phrase_table(only_absent).rows}
+    assert cells["x"][1] == "–" and "0.000" not in cells["x"][1:5], "nothing was there to be found"
+    assert phrase_table(Results(Path(), {}, {}, {}, [prediction("a", 1.0)])) is None
 
 
 def test_curves_are_drawn_for_what_was_recorded() -> None:
