@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
+USUAL_TURNS = 4  # per image, where the shards do not say
 NOT_NEEDED = ("model.path", "data.shards", "output_dir")  # required for training, not for an estimate
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         "--gpu-memory-gib", type=float, default=79.0, help="default: 79, what torch sees of an 80 GB GPU"
     )
     parser.add_argument("--host-memory-gib", type=float, help="host memory of a node; not judged by default")
-    parser.add_argument("--turns", type=int, default=4, help="questions per image (default: 4)")
+    parser.add_argument("--turns", type=int, help="questions per image (default: the most in data.shards, or 4)")
     parser.add_argument(
         "--turn-tokens", type=int, default=60, help="tokens of one question with its answer (default: 60)"
     )
@@ -72,13 +73,19 @@ def plan(args: argparse.Namespace) -> str:
     config = load_config(args.config, [*_stand_ins(args), *args.settings])
     from cogvlm_ft.pinned_memory import rounded_up_to
     from cogvlm_ft.planning.activations import MicroBatchShape
+    from cogvlm_ft.planning.data_turns import most_turns_of
     from cogvlm_ft.planning.memory import Cluster
     from cogvlm_ft.planning.preflight import as_json, as_text, count_images, inspect_run
     from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
     from cogvlm_ft.planning.tables import write_tables
 
-    turns = min(args.turns, config.data.max_turns_per_image or args.turns)
-    sequences = MicroBatchShape(config.train.micro_batch_size, turns, args.turn_tokens, args.answer_tokens)
+    known = config.data.shards != "unset"
+    turns = args.turns or (known and most_turns_of(config, config.data.train_split)) or USUAL_TURNS
+    asked = args.turns or (known and most_turns_of(config, config.data.val_split)) or turns
+    turns = min(turns, config.data.max_turns_per_image or turns)
+    sequences = MicroBatchShape(
+        config.train.micro_batch_size, turns, args.turn_tokens, args.answer_tokens, asked_turns=asked
+    )
     speeds = Speeds(
         tflops=args.tflops or H100_TFLOPS[number_format(config)],
         mfu=args.mfu,
@@ -96,7 +103,7 @@ def plan(args: argparse.Namespace) -> str:
         rounded_up_to=rounded_up_to(os.environ),
     )
     model_config, source = _model_config(config, args.model_config)
-    num_images = args.images or (count_images(config) if config.data.shards != "unset" else None)
+    num_images = args.images or (count_images(config) if known else None)
     found = inspect_run(config, model_config, cluster, sequences, speeds, num_images)
     return json.dumps(as_json(found), indent=2) if args.json else f"sizes: {source}\n{as_text(found)}"
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.model import model_config_of
+from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import Cluster, MemoryEstimate, Planner
-from cogvlm_ft.planning.preflight import cluster_of, machine_facts, smallest_pass
+from cogvlm_ft.planning.preflight import cluster_of, machine_facts
 from cogvlm_ft.runtime.bandwidth import SideChannel
 from cogvlm_ft.runtime.distributed import is_main, rank, world_size
 from cogvlm_ft.settings import Config
@@ -71,8 +72,10 @@ class Examination:
 
     @cached_property
     def estimate(self) -> MemoryEstimate | None:
-        """Estimate the smallest pass, as a training run does when it starts."""
-        return self.planner.estimate(smallest_pass(self.config)) if self.planner else None
+        """Estimate the largest pass, as a training run does when it starts."""
+        if self.planner is None:
+            return None
+        return self.planner.estimate(largest_pass(self.config, self.planner.model_config))
 
 
 class Reading(NamedTuple):

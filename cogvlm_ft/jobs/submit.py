@@ -19,8 +19,9 @@ from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.config import find_preset
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.pinned_memory import rounded_up_to
+from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import Cluster
-from cogvlm_ft.planning.preflight import judge_start, smallest_pass
+from cogvlm_ft.planning.preflight import judge_start
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
 from cogvlm_ft.run_folder import RunFolder, step_name
 from cogvlm_ft.settings import Config
@@ -77,7 +78,8 @@ def check_plan(config: Config, cluster: SlurmCluster) -> str:
     )
     planner, estimate, verdict = judge_start(config, machines)
     summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
-    time = time_step(planner, estimate, smallest_pass(config), Speeds(tflops=H100_TFLOPS[number_format(config)]))
+    sequences = largest_pass(config, planner.model_config)
+    time = time_step(planner, estimate, sequences, Speeds(tflops=H100_TFLOPS[number_format(config)]))
     needed_s = time.step_s + 2 * time.checkpoint_s
     if needed_s > cluster.signal_s:
         logger.warning(

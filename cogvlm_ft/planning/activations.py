@@ -30,7 +30,7 @@ class MicroBatchShape:
     """Shape of one pass of one rank. num_images: the micro-batch.
 
     turns: per image. turn_tokens: of one turn, prompt and answer. labelled_tokens: of these, those of the answer.
-    image_size: px; None: the model's own.
+    image_size: px; None: the model's own. asked_turns: of an image in an evaluation; None: as in training.
     """
 
     num_images: int = 1
@@ -38,6 +38,7 @@ class MicroBatchShape:
     turn_tokens: int = 60
     labelled_tokens: int = 30
     image_size: int | None = None
+    asked_turns: int | None = None
 
     def config_of(self, model: CogVLMConfig) -> CogVLMConfig:
         """Return the model's config at this resolution."""

@@ -8,20 +8,22 @@ Persistent memory (weights, gradients, master weights, Adam) is exact. Transient
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
+from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
+from cogvlm_ft.planning.data_turns import longest_answer
+from cogvlm_ft.planning.evaluation_memory import Holding, asked_pass, plan_passes
 from cogvlm_ft.planning.host_memory import PinnedTensors, pinned_tensors
 from cogvlm_ft.planning.zero3_coordinator import Gathered, module_order, simulate
 from cogvlm_ft.planning.zero_settings import element_bytes, read_zero_settings
 from cogvlm_ft.runtime.engine import freeze, parameter_groups
-from cogvlm_ft.runtime.param_gathering import FREE_FRACTION
 from cogvlm_ft.settings import Config
 
 GIB = 2**30
@@ -61,7 +63,8 @@ class MemoryEstimate:
     rounding: of a node, what the kinds of `host` hold only because torch rounds pinned memory up.
 
     transient: in forward and backward, at the peak, which is at the module `moment`. update: in addition to persistent
-    memory during the optimizer step. logits: of the loss alone, in the peak only if that is where it occurs.
+    memory during the optimizer step. asked_together: images and turns in a pass of the evaluation. logits: of the loss
+    alone, in the peak only if that is where it occurs.
     """
 
     persistent: dict[str, int]
@@ -70,6 +73,7 @@ class MemoryEstimate:
     logits: int
     update: int
     evaluation: dict[str, int]
+    asked_together: Pass
     host: dict[str, int]
     rounding: int
     disk: int
@@ -147,6 +151,7 @@ class Planner:
         persistent = self._persistent()
         on_gpu = {kind: size for kind, (size, on_host) in persistent.items() if not on_host}
         on_host = {kind: size for kind, (size, on_host) in persistent.items() if on_host}
+        size, asked = self._evaluation(sequences, sum(on_gpu.values())) if evaluation else (Pass(0, 0), {})
         host, rounding = self._host(sum(on_host.values()), cluster.gpus_per_node)
         return MemoryEstimate(
             persistent=dict.fromkeys(persistent, 0) | on_gpu,
@@ -154,7 +159,8 @@ class Planner:
             moment=moment,
             logits=next(stage.peak for stage in stages if stage.name == "logits"),
             update=0 if zero.offload_optimizer else self._update_bytes(),
-            evaluation=self._evaluation(sequences, sum(on_gpu.values())) if evaluation else {},
+            evaluation=asked,
+            asked_together=size,
             host=host,
             rounding=rounding,
             disk=self._slices_bytes(num_ranks=1),
@@ -231,26 +237,31 @@ class Planner:
         bucket = min(zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element_bytes(self.config)
         return largest * per_element + bucket + self.gathered.persistent * element_bytes(self.config)
 
-    def _evaluation(self, sequences: MicroBatchShape, persistent: int) -> dict[str, int]:
-        """Estimate an evaluation of evaluate.batch_size images at a time."""
-        config, element = self.config, element_bytes(self.config)
+    def _evaluation(self, sequences: MicroBatchShape, persistent: int) -> tuple[Pass, dict[str, int]]:
+        """Estimate an evaluation within a training run: the pass that it chooses, and bytes by kind."""
+        element = element_bytes(self.config)
+        buckets = min(self.zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element
+        size, kinds = self._asked(sequences, persistent + buckets, gathers=self.cluster.num_gpus > 1)
+        return size, kinds | {"buckets": buckets}
+
+    def _asked(self, sequences: MicroBatchShape, held: int, *, gathers: bool) -> tuple[Pass, dict[str, int]]:
+        """Estimate an evaluation by a rank that holds that many bytes. gathers: whether its weights are partitioned."""
+        element, cluster = element_bytes(self.config), self.cluster
         model = sequences.config_of(self.model_config)
         prompt = max(1, sequences.turn_tokens - sequences.labelled_tokens)
-        batch_size = min(config.evaluate.batch_size, config.evaluate.max_samples or config.evaluate.batch_size)
-        asked = replace(sequences, num_images=batch_size, turn_tokens=prompt, labelled_tokens=1)
-        slots = model.num_patches + 3 + asked.text_tokens + asked.turns * (config.evaluate.max_new_tokens - 1)
-        cache = 2 * asked.num_images * slots * model.hidden_size * model.num_hidden_layers * element
-        whole = self.num_parameters * element
-        free = self.cluster.gpu_gib * GIB - self.cluster.reserved_bytes - persistent
-        once = config.evaluate.gather == "once" or (
-            config.evaluate.gather == "auto" and whole <= FREE_FRACTION * free and self.cluster.num_gpus > 1
-        )
-        return {
-            "all weights" if once else "gathered layers": whole if once else self._gathered_bytes(),
-            "buckets": min(self.zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element,
-            "keys and values": cache,
-            "layer at work": forward_peak(self.stages(asked)),
-        }
+        memory = GenerationMemory(model, element, prompt, longest_answer(self.config, model))
+        free = max(0, int(cluster.gpu_gib * GIB) - cluster.reserved_bytes - held)
+        layerwise = self._gathered_bytes() if gathers or self.zero.offload_param else 0
+        holding = Holding(free, self.num_parameters * element, layerwise, gathers)
+        size, kinds = plan_passes(memory, self.config.evaluate, sequences, holding)
+        return size, kinds | {"layer at work": forward_peak(self.stages(asked_pass(sequences, size, prompt)))}
+
+    def scoring(self, sequences: MicroBatchShape) -> dict[str, int]:
+        """Estimate launch/evaluate.py on these GPUs, bytes of each: its part of the weights, and a pass."""
+        num_ranks = self.cluster.num_gpus
+        weights = self._partition_numel(num_ranks, trained_only=False) * element_bytes(self.config)
+        _, kinds = self._asked(sequences, weights, gathers=num_ranks > 1)
+        return {"weights": weights, **kinds}
 
     def _slices_bytes(self, num_ranks: int) -> int:
         """Return the bytes that a rank writes to a checkpoint: fp32 weights, and Adam's moments of trained ones."""

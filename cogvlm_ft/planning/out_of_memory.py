@@ -10,12 +10,10 @@ from dataclasses import replace
 import psutil
 import torch
 
-from cogvlm_ft.data.reader import open_split
-from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.grounding.turns import most_turns
-from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, model_config_of
 from cogvlm_ft.planning.activations import MicroBatchShape
+from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
 from cogvlm_ft.planning.preflight import cgroup_limit, this_cluster
 from cogvlm_ft.planning.suggestions import cheaper_settings, find_limits, suggest_changes
@@ -47,19 +45,20 @@ def memory_errors_explained(config: Config) -> Iterator[None]:
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
         error.__traceback__ = None
         model_config = model_config_of(config)
-        message = explain_out_of_memory(found, config, model_config, cluster, most_turns_of(config))
+        message = explain_out_of_memory(found, config, model_config, cluster, largest_pass(config, model_config))
     else:
         return
     raise ConfigError(message)
 
 
-def explain_out_of_memory(found: str, config: Config, model_config: CogVLMConfig, cluster: Cluster, turns: int) -> str:
+def explain_out_of_memory(
+    found: str, config: Config, model_config: CogVLMConfig, cluster: Cluster, sequences: MicroBatchShape
+) -> str:
     """Return the message. found: text of the error; cluster: with the memory that this rank can really use.
 
-    turns: of the image that has most, since all rows of a pass are padded to the longest.
+    sequences: with the turns of the image that has most, since all rows of a pass are padded to the longest.
     """
     planner = Planner(config, model_config, cluster)
-    sequences = MicroBatchShape(num_images=config.train.micro_batch_size, turns=turns)
     estimate = planner.estimate(sequences)
     verdict = judge(estimate, cluster)
     text = f"rank {rank()} ran out of memory ({found}). Estimate of launch/plan.py: {verdict.why}"
@@ -74,25 +73,13 @@ def explain_out_of_memory(found: str, config: Config, model_config: CogVLMConfig
             return f"{text}. What would fit: {'; or '.join(changes)}"
     else:
         text += (
-            f". So it should fit with {turns} short turns per image: longer ones, other programs or a fragmented "
-            "allocator need the rest"
+            f". So it should fit with {sequences.turns} short turns per image: longer ones, other programs or a "
+            "fragmented allocator need the rest"
         )
     peak = max(estimate.peaks.values())
     cheaper = cheaper_settings(planner, sequences)
     savings = [f"{name} ({peak / GIB:.2f} -> {less / GIB:.2f} GiB)" for name, less in cheaper]
     return f"{text}. Settings that need less: {'; or '.join([*savings, 'more GPUs'])}"
-
-
-def most_turns_of(config: Config) -> int:
-    """Return the most turns in a sequence, by the index of the shards; 1 if it cannot be read."""
-    data = config.data
-    try:
-        index = open_split(config, data.train_split).index
-        worded = most_turns(max(0, int(index.num_targets.max())), load_wording(data.wording))
-    except (ConfigError, DataError, OSError):
-        return 1
-    turns = max(1, worded + max(0, int(index.num_turns.max())))
-    return min(turns, data.max_turns_per_image or turns)
 
 
 def memory_limit() -> int:

@@ -21,9 +21,10 @@ from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.model import CogVLMConfig, model_config_of
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
+from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
-from cogvlm_ft.planning.suggestions import Limits, find_limits, suggest_changes
+from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
 from cogvlm_ft.settings import Config
 
@@ -34,7 +35,10 @@ CPU_PROCESS_BYTES = GIB // 2  # of a rank on CPU, with its libraries
 
 @dataclass(frozen=True)
 class Preflight:
-    """All estimates for a run. num_images: of an epoch, None if not known."""
+    """All estimates for a run. num_images: of an epoch, None if not known.
+
+    scoring: bytes of one GPU in launch/evaluate.py, by kind. fewest_gpus: on which it fits, 0 if it does not.
+    """
 
     planner: Planner
     sequences: MicroBatchShape
@@ -45,6 +49,8 @@ class Preflight:
     time: StepTime
     speeds: Speeds
     num_images: int | None
+    scoring: dict[str, int]
+    fewest_gpus: int
 
 
 def inspect_run(
@@ -69,6 +75,8 @@ def inspect_run(
         time=time_step(planner, estimate, sequences, speeds),
         speeds=speeds,
         num_images=num_images,
+        scoring=planner.scoring(sequences),
+        fewest_gpus=fewest_gpus_to_score(planner, sequences),
     )
 
 
@@ -92,12 +100,13 @@ def check_fits(config: Config) -> None:
 
 
 def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstimate, Verdict]:
-    """Estimate the smallest pass on a cluster; ConfigError if it cannot fit and plan=refuse.
+    """Estimate the largest pass on a cluster; ConfigError if it cannot fit and plan=refuse.
 
-    A run is refused only if it would not fit with 15 % less transient memory and one short turn per image.
+    It is a pass over images with the most turns in the data. A run is refused only if it would not fit with 15 % less
+    transient memory.
     """
     planner = Planner(config, model_config_of(config), cluster)
-    estimate = planner.estimate(smallest_pass(config))
+    estimate = planner.estimate(largest_pass(config, planner.model_config))
     verdict = judge(estimate, cluster)
     if verdict.status == "too much" and config.plan == "refuse":
         raise ConfigError(
@@ -108,14 +117,10 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstima
     return planner, estimate, verdict
 
 
-def smallest_pass(config: Config) -> MicroBatchShape:
-    """Return the shape of a pass with one short turn per image."""
-    return MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
-
-
 def what_would_fit(planner: Planner) -> str:
-    """Return what would make the smallest pass fit, as text."""
-    return "; or ".join(suggest_changes(planner, smallest_pass(planner.config))) or "none of the tested settings"
+    """Return what would make the largest pass fit, as text."""
+    sequences = largest_pass(planner.config, planner.model_config)
+    return "; or ".join(suggest_changes(planner, sequences)) or "none of the tested settings"
 
 
 def this_cluster() -> Cluster:
@@ -176,17 +181,20 @@ def as_json(preflight: Preflight) -> dict[str, Any]:
         "limits": asdict(preflight.limits),
         "cluster": _finite(asdict(preflight.planner.cluster)),
         "pass": asdict(preflight.sequences),
+        "evaluation_pass": asdict(estimate.asked_together),
         "gpu_bytes": {
             "persistent": estimate.persistent,
             "transient": estimate.transient,
             "update": estimate.update,
             "logits": estimate.logits,
             "evaluation": estimate.evaluation,
+            "evaluate_program": preflight.scoring,
             "peaks": estimate.peaks,
         },
         "host_bytes": {**estimate.host, "peak": estimate.host_peak, "rounding": estimate.rounding},
         "checkpoint_bytes": estimate.disk,
         "num_parameters": estimate.num_parameters,
+        "evaluate_program_fewest_gpus": preflight.fewest_gpus,
         "step": asdict(time),
         "epoch_s": time.epoch_s(preflight.num_images) if preflight.num_images else None,
         "num_images": preflight.num_images,
@@ -215,8 +223,16 @@ def as_text(preflight: Preflight) -> str:
         _row("training, peak", estimate.peaks["training"]),
         _row("of it: update", estimate.persistent_bytes + estimate.update, "during the optimizer step"),
         _row("of it: logits", estimate.logits, "the loss alone"),
-        *_rows(estimate.evaluation, f"evaluation, {config.evaluate.batch_size} images at a time"),
+        *_rows(estimate.evaluation, f"evaluation, {_together(estimate, sequences)}"),
         _row("evaluation, peak", estimate.peaks["evaluation"]),
+        "",
+        "one GPU of launch/evaluate.py, GiB",
+        *_rows(preflight.scoring, "no gradients, no optimizer"),
+        _row(
+            "peak",
+            sum(preflight.scoring.values()),
+            f"fewest GPUs that fit: {preflight.fewest_gpus or 'more than these'}",
+        ),
         "",
         "one node, GiB of host memory",
         *_rows({kind: estimate.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
@@ -234,6 +250,11 @@ def as_text(preflight: Preflight) -> str:
         f"model.image_size={limits.image_size}, evaluate.batch_size={limits.evaluate_batch_size}"
     )
     return "\n".join([*lines, *_warnings(preflight)])
+
+
+def _together(estimate: MemoryEstimate, sequences: MicroBatchShape) -> str:
+    size, turns = estimate.asked_together, sequences.asked_turns or sequences.turns
+    return f"{size.num_images} images and {size.num_turns} of {turns} turns at a time"
 
 
 def _row(kind: str, size: int, note: str = "") -> str:

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cogvlm_ft.model.generation_memory import Pass
 from cogvlm_ft.planning.activations import MicroBatchShape
-from cogvlm_ft.planning.memory import Planner, judge
+from cogvlm_ft.planning.memory import FRAGMENTED_FRACTION, GIB, UNCERTAINTY, Planner, judge
 from cogvlm_ft.settings import Config
 
 LARGEST_IMAGE_PX, LARGEST_BATCH, MOST_NODES = 2240, 256, 64
+FEW_TURNS = 4
 OFFLOADS = ("zero3_offload_optimizer", "zero3_offload_all")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest values that fit, each alone; 0: not even the smallest."""
+    """Largest values that fit, each alone; 0: not even the smallest. evaluate_batch_size: without chunks of turns."""
 
     micro_batch_size: int
     image_size: int
@@ -33,7 +35,8 @@ def find_limits(planner: Planner, sequences: MicroBatchShape) -> Limits:
     def evaluates(batch_size: int) -> bool:
         evaluate = replace(planner.config.evaluate, batch_size=batch_size)
         estimate = planner.changed(replace(planner.config, evaluate=evaluate)).estimate(sequences)
-        return judge(estimate, planner.cluster, ("evaluation",)).status == "fits"
+        fits = judge(estimate, planner.cluster, ("evaluation",)).status == "fits"
+        return fits and estimate.asked_together == Pass(batch_size, sequences.asked_turns or sequences.turns)
 
     return Limits(
         micro_batch_size=_largest(lambda n: trains(replace(sequences, num_images=n)), LARGEST_BATCH),
@@ -76,14 +79,36 @@ def cheaper_settings(planner: Planner, sequences: MicroBatchShape) -> list[tuple
     peak = max(planner.estimate(sequences).peaks.values())
     found = []
     for text, change in _savings(planner.config):
-        shown = replace(sequences, num_images=change.train.micro_batch_size)
-        found.append((text, max(planner.changed(change).estimate(shown).peaks.values())))
+        estimate = planner.changed(change).estimate(_shown(change, sequences))
+        found.append((text, max(estimate.peaks.values())))
     return sorted([each for each in found if each[1] < peak], key=lambda each: each[1])
 
 
 def _fits(planner: Planner, sequences: MicroBatchShape) -> bool:
-    shown = replace(sequences, num_images=planner.config.train.micro_batch_size)
-    return judge(planner.estimate(shown), planner.cluster).status == "fits"
+    return judge(planner.estimate(_shown(planner.config, sequences)), planner.cluster).status == "fits"
+
+
+def _shown(config: Config, sequences: MicroBatchShape) -> MicroBatchShape:
+    """Return the passes of a run with this config."""
+    turns = min(sequences.turns, config.data.max_turns_per_image or sequences.turns)
+    return replace(sequences, num_images=config.train.micro_batch_size, turns=turns)
+
+
+def fewest_gpus_to_score(planner: Planner, sequences: MicroBatchShape) -> int:
+    """Return the fewest GPUs, up to those of the cluster, on which launch/evaluate.py fits; 0 if it does on none."""
+    for num_gpus in range(1, planner.cluster.num_gpus + 1):
+        cluster = replace(planner.cluster, num_nodes=1, gpus_per_node=num_gpus)
+        if fits_to_score(planner.changed(cluster=cluster), sequences):
+            return num_gpus
+    return 0
+
+
+def fits_to_score(planner: Planner, sequences: MicroBatchShape) -> bool:
+    """Return whether the weights and 15 % more than the rest of launch/evaluate.py fit on a GPU."""
+    kinds = planner.scoring(sequences)
+    rest = sum(kinds.values()) - kinds["weights"]
+    available = planner.cluster.gpu_gib * GIB * (1 - FRAGMENTED_FRACTION) - planner.cluster.reserved_bytes
+    return kinds["weights"] + UNCERTAINTY * rest <= available
 
 
 def _savings(config: Config) -> list[tuple[str, Config]]:
@@ -96,6 +121,9 @@ def _savings(config: Config) -> list[tuple[str, Config]]:
     if train.micro_batch_size > 1:
         one = replace(train, micro_batch_size=1)
         found.append(("train.micro_batch_size=1", replace(config, train=one)))
+    if (config.data.max_turns_per_image or FEW_TURNS + 1) > FEW_TURNS:
+        few = replace(config.data, max_turns_per_image=FEW_TURNS)
+        found.append((f"data.max_turns_per_image={FEW_TURNS}", replace(config, data=few)))
     if model.gradient_checkpointing not in ("all", "1"):
         everything = replace(model, gradient_checkpointing="all")
         found.append(("model.gradient_checkpointing=all", replace(config, model=everything)))

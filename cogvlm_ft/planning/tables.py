@@ -13,6 +13,7 @@ from cogvlm_ft.settings import Config
 
 IMAGE_SIZES_PX = (490, 756, 980)
 CLUSTERS = ((1, 4), (1, 8), (2, 8), (4, 8))  # nodes, GPUs of each
+NEW_TOKENS = 128  # of an answer, unless evaluate.max_new_tokens is set
 PRESETS = (
     ("fp32", "zero3", "GPU"),
     ("fp32", OFFLOADS[0], "host"),
@@ -29,7 +30,8 @@ def write_tables(config: Config, sequences: MicroBatchShape, speeds: Speeds, gpu
     The batch is one image per GPU and pass, 32 per step, whatever `config` says.
     """
     train = replace(config.train, micro_batch_size=1, global_batch_size=32)
-    config = replace(config, train=train)
+    evaluate = replace(config.evaluate, max_new_tokens=config.evaluate.max_new_tokens or NEW_TOKENS)
+    config = replace(config, train=train, evaluate=evaluate)
     rows: dict[str, list[str]] = {"training": [], "evaluation": [], "step": []}
     first = Planner(config, CogVLMConfig(), Cluster())
     for precision, deepspeed, where in PRESETS:

@@ -14,13 +14,16 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 
 from cogvlm_ft.config import load_config
+from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
 from cogvlm_ft.model.layout import build_layout
 from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, peak_of, probe_stages
+from cogvlm_ft.planning.data_turns import largest_pass, most_turns_of
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge
 from cogvlm_ft.planning.preflight import check_fits
-from cogvlm_ft.planning.suggestions import find_limits, suggest_changes
+from cogvlm_ft.planning.suggestions import fewest_gpus_to_score, find_limits, fits_to_score, suggest_changes
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, simulate
 from cogvlm_ft.planning.zero_settings import read_zero_settings
 from cogvlm_ft.settings import Config
@@ -199,7 +202,7 @@ def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
 
 
 def test_every_suggestion_fits(planner_17b: Planner) -> None:
-    planner = planner_17b.changed(cluster=Cluster(1, 4))
+    planner = planner_17b.changed(cluster=Cluster(1, 4, gpu_gib=65))
     assert judge(planner.estimate(MicroBatchShape()), planner.cluster).status == "too much"
     changes = suggest_changes(planner, MicroBatchShape())
     assert OFFLOAD in changes and changes[-1].startswith("8 GPUs")
@@ -248,3 +251,32 @@ def test_defaults_and_mistakes_in_the_deepspeed_json(tmp_path: Path) -> None:
     for wrong in (path, tmp_path / "absent.json"):
         with pytest.raises(ConfigError, match=str(wrong)):
             read_zero_settings(config(f"deepspeed={wrong}"), 8)
+
+
+def test_an_evaluation_of_many_turns_is_cut_into_chunks_that_fit(planner_17b: Planner) -> None:
+    few, many = (planner_17b.estimate(MicroBatchShape(asked_turns=turns)) for turns in (4, 60))
+    assert few.asked_together.num_turns <= 4 and many.asked_together.num_turns < 60
+    assert judge(many, planner_17b.cluster, ("evaluation",)).status == "fits"
+    assert many.transient == few.transient, "training has its own turns"
+
+
+def test_one_gpu_scores_17b(planner_17b: Planner) -> None:
+    """launch/evaluate.py has weights and a pass, no gradients and no optimizer."""
+    asked = MicroBatchShape(asked_turns=30)
+    coarse = planner_17b.changed(config("train.precision=bf16"), Cluster(1, 1))
+    assert coarse.scoring(asked)["weights"] == 2 * PARAMETERS_17B and fits_to_score(coarse, asked)
+    assert fewest_gpus_to_score(planner_17b, asked) == 1
+    assert not fits_to_score(planner_17b.changed(cluster=Cluster(1, 1, gpu_gib=66)), asked)
+
+
+def test_passes_have_the_turns_of_the_data(shards: Path) -> None:
+    given = config(f"data.shards={shards}", "train.micro_batch_size=2", "data.wording=conversation")
+    found = largest_pass(given, SMALL)
+    targets = ShardReader(load_index(shards, "train")).index.num_targets.max()
+    assert found.num_images == 2 and targets < found.turns == most_turns_of(given, "train")
+    assert found.asked_turns == most_turns_of(given, "val")
+    split = config(f"data.shards={shards}", "data.max_turns_per_image=2")
+    assert largest_pass(split, SMALL).turns == 2 < (largest_pass(split, SMALL).asked_turns or 0)
+    short = config(f"data.shards={shards}", "data.max_sequence_length=145")
+    assert largest_pass(short, SMALL).turns == 2, "a longer sequence is not trained on"
+    assert largest_pass(config(), SMALL).turns == 1 and most_turns_of(config(), "train") is None

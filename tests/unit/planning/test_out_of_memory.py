@@ -25,16 +25,21 @@ def cluster_of(gpu_gib: float) -> Cluster:
     return Cluster(num_nodes=1, gpus_per_node=1, gpu_gib=gpu_gib, reserved_bytes=0, on_cpu=True)
 
 
+def one_turn(config: Config) -> MicroBatchShape:
+    return MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
+
+
 def peak_gib(config: Config, model: CogVLMForCausalLM) -> float:
-    sequences = MicroBatchShape(num_images=config.train.micro_batch_size, turns=1)
-    return max(Planner(config, model.config, cluster_of(1)).estimate(sequences).peaks.values()) / GIB
+    return max(Planner(config, model.config, cluster_of(1)).estimate(one_turn(config)).peaks.values()) / GIB
 
 
 @pytest.mark.slow
 def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
     config = config_of(256)
     small, large = peak_gib(config_of(32), tiny_model), peak_gib(config, tiny_model)
-    text = explain_out_of_memory("OutOfMemoryError: x", config, tiny_model.config, cluster_of((small + large) / 2), 1)
+    text = explain_out_of_memory(
+        "OutOfMemoryError: x", config, tiny_model.config, cluster_of((small + large) / 2), one_turn(config)
+    )
     assert text.startswith("rank 0 ran out of memory (OutOfMemoryError: x). Estimate of launch/plan.py: training")
     assert f"takes {large:.1f} GiB of a rank (" in text
     [largest] = re.findall(r"What would fit: train\.micro_batch_size=(\d+)", text)
@@ -44,14 +49,17 @@ def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: C
 
 def test_what_takes_less_is_named_where_it_should_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
     config = config_of(64)
-    text = explain_out_of_memory("MemoryError: no details", config, tiny_model.config, cluster_of(500), 1)
+    text = explain_out_of_memory(
+        "MemoryError: no details", config, tiny_model.config, cluster_of(500), one_turn(config)
+    )
     assert "So it should fit with 1 short turns per image" in text
     peak, less = re.findall(r"train\.micro_batch_size=1 \((\S+) -> (\S+) GiB\)", text)[0]
     assert float(less) < float(peak)
 
 
 def test_no_setting_that_fits(tiny_model: CogVLMForCausalLM) -> None:
-    text = explain_out_of_memory("x", config_of(1, "bf16"), tiny_model.config, cluster_of(1e-6), 1)
+    config = config_of(1, "bf16")
+    text = explain_out_of_memory("x", config, tiny_model.config, cluster_of(1e-6), one_turn(config))
     assert "What would fit" not in text and text.endswith("more GPUs")
 
 
