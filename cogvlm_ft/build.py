@@ -10,7 +10,7 @@ from typing import Any
 from transformers import initialization
 
 from cogvlm_ft.checkpoints.checkpoint import TrainState
-from cogvlm_ft.config import save_config
+from cogvlm_ft.config import save_settings, written_settings
 from cogvlm_ft.data.augment import draft_side
 from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
@@ -83,10 +83,8 @@ class Run:
 
     def save_settings(self) -> None:
         """Write config.yaml, without passwords: a run's folder is for others to read, too. Rank 0 only."""
-        data = self.config.data
-        shown = replace(data, shards=without_passwords(data.shards), val_shards=without_passwords(data.val_shards))
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        save_config(replace(self.config, data=shown), self.folder.config)
+        save_settings(without_passwords(written_settings(self.config)), self.folder.config)
 
     def save_model_files(self, folder: Path) -> None:
         """Write config.json, tokenizer, and what else an export needs besides the weights.

@@ -12,6 +12,7 @@ from pathlib import Path
 from cogvlm_ft import __version__
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.pinned_memory import allocate_pinned_exactly
+from cogvlm_ft.terminal import prepare_terminal, say
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
@@ -20,6 +21,7 @@ ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
 def build_parser(doc: str | None, *, allow_abbrev: bool = True) -> argparse.ArgumentParser:
     """Build a parser whose --help opens with the program's docstring and ends with its part from "Examples:" on."""
+    prepare_terminal()
     description, _, examples = (doc or "").partition("\nExamples:\n")
     parser = argparse.ArgumentParser(
         description=description.strip(),
@@ -44,11 +46,11 @@ def exit_code(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{type(error).__name__}: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "cogvlm_ft":
             raise
-        print(f"{error}; {ACTIVATE}", file=sys.stderr)
+        say(f"{error}; {ACTIVATE}", file=sys.stderr)
     return USER_ERROR_EXIT_CODE
 
 

@@ -1,24 +1,47 @@
-"""A config from defaults, a YAML file and `key=value` on the command line, checked by the rules of its fields."""
+"""A config from defaults, a YAML file and `key=value` on the command line, checked by the rules of its fields.
+
+`${oc.env:NAME}` and other resolvers are for the user's own YAML and the command line, such as for an address with a
+password. What is written about a run holds the text, not the value, and a run folder's config.yaml may hold none: it
+may come from somebody else and would read the environment of whoever opens it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.plain_files import read_bytes, write_text
+from cogvlm_ft.run_folder import is_in_run_folder
 from cogvlm_ft.settings import CHECKPOINTED_LAYERS, Config, Rules
+from cogvlm_ft.terminal import hide
+from cogvlm_ft.written_values import value_of_argument, values_of_yaml
 
 PACKAGE = Path(__file__).resolve().parent  # holds configs/ and slurm/, in a checkout by links
 RUN_PRESETS, ENGINE_PRESETS = "configs/*.yaml", "configs/deepspeed/*.json"
-RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
+REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w-]*(?:\.[\w-]+|\[[\w-]+\])*\}")  # to another setting
+VARIABLE = re.compile(r"oc\.env:\s*(\w+)")
+MAX_CONFIG_BYTES = 2**18
+MIN_SECRET = 4  # characters: to hide a shorter one would make messages unreadable
+
+
+@dataclass
+class LoadedConfig(Config):
+    """Settings, and what was written for those that a resolver takes part in, by key. The latter is no setting."""
+
+    written: dict[str, Any] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
+    )
 
 
 def find_preset(given: str | Path, presets: str, key: str) -> Path:
@@ -50,71 +73,201 @@ def num_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: i
     return global_batch_size // per_pass
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Merge defaults, YAML (a path or the name of a preset) and overrides.
 
     Raises ConfigError with the source, the key and, for a mistyped one, the nearest.
     """
+    file = None if path is None else find_preset(path, RUN_PRESETS, "--config ")
     merged = OmegaConf.structured(Config)
-    if path is not None:
-        file = find_preset(path, RUN_PRESETS, "--config ")
-        merged = _merge(merged, lambda: OmegaConf.load(file), f"--config {path}")
+    if file is not None:
+        merged = _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), f"--config {path}")
+    merged, typed = _merge_arguments(merged, overrides)
+    if file is not None and is_in_run_folder(file):
+        _refuse_resolvers(merged, typed, file)
+    return _config_of(merged, typed)
+
+
+def load_run_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Load the settings that a run was started with, to show them: resolvers in its config.yaml stay text.
+
+    Raises ConfigError.
+    """
+    merged = OmegaConf.structured(Config)
+    merged = _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), str(file))
+    defaults = OmegaConf.structured(Config)
+    for key, written in _raw_settings(merged):
+        if has_resolver(written):
+            OmegaConf.update(merged, key, _as_text(written), merge=False)
+            if OmegaConf.select(merged, key, throw_on_resolution_failure=False) is None:  # it is to be a number
+                OmegaConf.update(merged, key, OmegaConf.select(defaults, key), merge=False)
+    return _config_of(*_merge_arguments(merged, overrides))
+
+
+def _merge_arguments(merged: Any, overrides: Sequence[str]) -> tuple[Any, Any]:
+    """Merge `key=value` arguments; return the result, and what they alone say as nested dicts."""
+    typed = OmegaConf.create({})
     for override in overrides:
         if "=" not in override:
             raise ConfigError(
                 f"{override!r} on the command line: settings are written key=value, such as train.lr=1e-5"
             )
-        merged = _merge(
-            merged, lambda override=override: OmegaConf.from_dotlist([override]), f"command line {override}"
-        )
+        source = f"command line {override}"
+        argument = _merge(OmegaConf.create({}), lambda override=override: _read_argument(override), source)
+        merged = _merge(merged, lambda argument=argument: argument, source)
+        typed = OmegaConf.merge(typed, argument)
+    return merged, OmegaConf.to_container(typed, resolve=False)
+
+
+def _as_text(written: Any) -> Any:
+    """Escape what would be filled in."""
+    if isinstance(written, dict):
+        return {key: _as_text(part) for key, part in written.items()}
+    if isinstance(written, list):
+        return list(map(_as_text, written))
+    return written.replace("${", "\\${") if isinstance(written, str) else written
+
+
+def _config_of(merged: Any, typed: Any) -> LoadedConfig:
+    """Resolve and check the settings."""
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"no value for {', '.join(missing)}: set it in the YAML file or as {missing[0]}=...")
-        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        written = _written_texts(merged)
+        resolved: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        first_line = str(error).splitlines()[0]
+        for name, value in _variables(OmegaConf.to_yaml(merged)):
+            first_line = first_line.replace(value, f"${{oc.env:{name}}}")
+        raise ConfigError(f"{error.full_key}: {first_line}{_resolver_hint(first_line)}") from None
+    config = LoadedConfig(**vars(resolved), written=written)
+    _hide_secrets(config)
     _check(config)
-    _refuse_commands(config, overrides)
+    _refuse_commands(config, typed)
     return config
+
+
+def _resolver_hint(problem: str) -> str:
+    if "Environment variable" in problem:
+        return ". Set it (export NAME=...) in the shell that starts the program, on every node"
+    return ". Expected oc.env, as ${oc.env:NAME}" if problem.startswith("Unsupported interpolation") else ""
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        return values_of_yaml(read_bytes(file.expanduser(), MAX_CONFIG_BYTES).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        found = f"found text that is not UTF-8, byte {error.start}"
+        raise ConfigError(f"{found}; expected UTF-8. Save the file as UTF-8") from None
+
+
+def _read_argument(override: str) -> Any:
+    """Return one `key=value` as a config."""
+    key, _, text = override.partition("=")
+    if not key.strip():
+        raise ConfigError("found no key; expected key=value, such as train.lr=1e-5")
+    argument = OmegaConf.create({})
+    OmegaConf.update(argument, key, value_of_argument(key, text))
+    return argument
 
 
 def _merge(base: Any, load: Any, source: str) -> Any:
     try:
-        loaded = load()
-        _refuse_resolvers(OmegaConf.to_container(loaded, resolve=False), source)
-        return OmegaConf.merge(base, loaded)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        return OmegaConf.merge(base, load())
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
         first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{first_line}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{source}: not valid YAML: {error}") from error
-        raise
+        advice = ""
+        if "ListConfig" in first_line:
+            first_line, advice = "found one value", "; expected a list, such as [model.vision.*]"
+        raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{first_line}{advice}") from error
 
 
-def _refuse_resolvers(value: Any, source: str) -> None:
-    """Raise ConfigError for `${oc.env:NAME}` and the like: a foreign config could read a key from the environment."""
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        for part in value:
-            _refuse_resolvers(part, source)
-    elif isinstance(value, str) and RESOLVER.search(value):
-        raise ConfigError(
-            f"{source}: {value}: environment variables and other resolvers are not expanded; expected a plain value, "
-            "or another setting such as ${train.lr}"
-        )
+def has_resolver(written: Any) -> bool:
+    """Check for `${oc.env:NAME}` and the like, in a value as it is written; `${train.lr}` is none."""
+    if isinstance(written, dict):
+        return any(map(has_resolver, (*written.keys(), *written.values())))
+    if isinstance(written, list):
+        return any(map(has_resolver, written))
+    return isinstance(written, str) and "${" in REFERENCE.sub("", written)
 
 
-def _refuse_commands(config: Config, overrides: Sequence[str]) -> None:
+def _raw_settings(merged: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value as it is written) of every setting."""
+    raw = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
+    for key, _, _ in settings_of(Config()):
+        yield key, value_at(raw, key)
+
+
+def _written_texts(merged: Any) -> dict[str, Any]:
+    """Return, by key, what is written for the settings that a resolver takes part in. Raises ConfigError."""
+    raw = dict(_raw_settings(merged))
+    if not any(map(has_resolver, raw.values())):
+        return {}
+    for key, value in raw.items():
+        if key.startswith("tracking.") and "${" in str(value):
+            raise ConfigError(
+                f"{key}={value}: found a value to be filled in; expected plain text, as W&B and files show it. Let the "
+                f'shell fill it in: {key}="$NAME"'
+            )
+    return {key: value for key, value in raw.items() if "${" in str(value)}  # a reference may lead to a resolver
+
+
+def _refuse_resolvers(merged: Any, typed: Any, file: Path) -> None:
+    """Raise ConfigError for a resolver in a run folder's config that the command line does not replace."""
+    for key, value in _raw_settings(merged):
+        if has_resolver(value) and value_at(typed, key) != value:
+            raise ConfigError(
+                f"{file}: {key}: {value}: environment variables and other resolvers are not expanded in a run folder, "
+                f"which may be somebody else's; expected a plain value. Type {key}=... after the program's name"
+            )
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """Return the value at a dotted key of nested dicts; None if there is none."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings
+
+
+def _hide_secrets(config: LoadedConfig) -> None:
+    """Keep environment variables that are part of an address of shards out of everything that is printed."""
+    for key in ("data.shards", "data.val_shards"):
+        if key not in config.written or "://" not in str(getattr(config.data, key.partition(".")[2])):
+            continue
+        for name, value in _variables(str(config.written)):
+            hide(value, f"${{oc.env:{name}}}")
+
+
+def _variables(written: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of the environment variables that a text names and that are long enough to be hidden."""
+    for name in VARIABLE.findall(written):
+        value = os.environ.get(name, "")
+        if len(value) >= MIN_SECRET:
+            yield name, value
+
+
+def written_settings(config: Config) -> dict[str, Any]:
+    """Return every setting as it is written, for files and W&B: nothing that a resolver stands for."""
+    container: Any = OmegaConf.to_container(_written(config), resolve=False)
+    return {str(key): value for key, value in container.items()}
+
+
+def _written(config: Config) -> Any:
+    settings = OmegaConf.structured(config)
+    for key, value in getattr(config, "written", {}).items():
+        OmegaConf.update(settings, key, value, merge=False)
+    return settings
+
+
+def _refuse_commands(config: Config, typed: Any) -> None:
     """Raise ConfigError for shards that are a command (`pipe:`) unless they are typed on the command line."""
-    typed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-    data = typed.get("data") if isinstance(typed, dict) else None
     for name in ("shards", "val_shards"):
         value = getattr(config.data, name)
-        if _has_command(value) and not (isinstance(data, dict) and data.get(name) == value):
+        if _has_command(value) and value_at(typed, f"data.{name}") != value:
             raise ConfigError(
                 f"data.{name}: found a command (pipe:) in a config file; expected it on the command line only, because "
                 f"it is run. Type data.{name}=pipe:... after the program's name"
@@ -135,15 +288,15 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule
         value = getattr(section, each.name)
         if is_dataclass(value):
             yield from settings_of(value, f"{prefix}{each.name}.")
-        else:
+        elif "rules" in each.metadata:
             yield f"{prefix}{each.name}", value, each.metadata["rules"]
 
 
-def _check(config: Config) -> None:
+def _check(config: LoadedConfig) -> None:
     for key, value, rules in settings_of(config):
         expected = _expected(value, rules)
         if expected:
-            raise ConfigError(f"{key}={value!r}: expected {expected}")
+            raise ConfigError(f"{key}={config.written.get(key, value)!r}: expected {expected}")
     layers = config.model.gradient_checkpointing
     if layers not in CHECKPOINTED_LAYERS and not (layers.isdecimal() and int(layers) > 0):
         choices = ", ".join(CHECKPOINTED_LAYERS)
@@ -160,8 +313,8 @@ def _expected(value: Any, rules: Rules) -> str:
         return ""
     if rules.choices and value not in rules.choices:
         return f"one of {', '.join(rules.choices)}"
-    if rules.is_path and isinstance(value, str) and value.startswith("$"):
-        return "a path; environment variables are not expanded in it"
+    if rules.is_path and isinstance(value, str) and value.startswith("$") and not has_resolver(value):
+        return "a path; $NAME is not expanded in it. Write ${oc.env:NAME}, or let the shell expand it"
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         return ""
     is_low = (rules.least is not None and value < rules.least) or (rules.above is not None and value <= rules.above)
@@ -195,10 +348,15 @@ def _check_monitor(monitor: Any) -> None:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every setting as YAML; `~` stays as it was given."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write every setting as YAML, as it was written: neither `~` nor a resolver is replaced by what it stands for."""
+    save_settings(written_settings(config), path)
+
+
+def save_settings(settings: dict[str, Any], path: str | Path) -> None:
+    """Write `written_settings` as YAML."""
+    write_text(Path(path), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def config_sha256(config: Config) -> str:
-    """Return a hash of the resolved settings."""
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode()).hexdigest()
+    """Return a hash of the settings as they are written: a hash of a password would help to guess it."""
+    return hashlib.sha256(OmegaConf.to_yaml(_written(config)).encode()).hexdigest()

@@ -11,6 +11,12 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_in_run_folder(file: Path) -> bool:
+    """Check whether a file is in the folder of a run, by way of a link too."""
+    names = ("run.json", "metrics.jsonl", "checkpoints", "evaluations")
+    return any((folder / name).exists() for folder in {file.parent, file.resolve().parent} for name in names)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The output_dir of a run, and the paths in it. Nothing is created, nothing is checked."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.plain_files import open_new
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK_BYTES = 2**24
@@ -55,7 +56,7 @@ class FileRecord:
 def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> FileRecord:
     """Write the file and return when it is on disk. `tensors` come in the order of `specs`, one at a time."""
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+    with open_new(path, buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         for chunk in _chunks(specs, tensors):
             hashing = hasher.submit(digest.update, chunk)  # beside the writing: neither holds the GIL
             _write_all(file, chunk)

@@ -16,6 +16,7 @@ from pathlib import Path
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
     from cogvlm_ft.jobs.sweep import choose_entry
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.run / choose_entry(args.sweep, args.task).name if args.sweep else args.run
     from cogvlm_ft.jobs.submit import best_checkpoint
 
-    print(best_checkpoint(folder))
+    say(best_checkpoint(folder))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste
     from cogvlm_ft.config import load_config
     from cogvlm_ft.settings import Config
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -58,9 +59,9 @@ def make_shards(scenes: Path, num_scenes: int, shards: Path) -> None:
 
     if (shards / "index.json").exists():
         return
-    print(f"1. drawing {num_scenes} images of {IMAGE_SIZE} px in {scenes}", flush=True)
+    say(f"1. drawing {num_scenes} images of {IMAGE_SIZE} px in {scenes}", flush=True)
     annotations = write_scenes(scenes, num_scenes, IMAGE_SIZE, seed=0)
-    print(f"2. building shards in {shards}", flush=True)
+    say(f"2. building shards in {shards}", flush=True)
     arguments = ["--format", "jsonl", "--images", scenes, "--annotations", annotations, "--out", shards]
     if build([*map(str, arguments), "--val-fraction", str(VAL_FRACTION)]):
         raise SystemExit("the shards could not be built")
@@ -80,7 +81,7 @@ def make_start_model(scenes: Path, config: Config) -> None:
     folder = config.model.folder
     if (folder / "model.safetensors").exists():
         return
-    print(f"3. creating a tiny CogVLM in {folder}", flush=True)
+    say(f"3. creating a tiny CogVLM in {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     wording, size = load_wording(config.data.wording), (IMAGE_SIZE, IMAGE_SIZE)
     texts = []
@@ -110,30 +111,30 @@ def train(settings: list[str]) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     program = ["--module", "cogvlm_ft.launch.train", "--config", CONFIG]
     command = [launcher, "--num_accelerators", ranks, *program, *settings]
-    print("4. training:", *command[1:], flush=True)
+    say("4. training:", *command[1:], flush=True)
     subprocess.run([str(part) for part in command], env=environment, check=True)
 
 
 def show(config: Config, seconds: float) -> None:
     """Print the metrics of every epoch, and the paths of the results."""
     run = config.output_path
-    print(f"\ntraining took {seconds / 60:.1f} min\n")
-    print("epoch  mean IoU  acc@0.5  absent targets answered 'not found'  unreadable")
+    say(f"\ntraining took {seconds / 60:.1f} min\n")
+    say("epoch  mean IoU  acc@0.5  absent targets answered 'not found'  unreadable")
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["kind"] == "val":
-            print(
+            say(
                 f"{row['epoch']:5.3g}  {row['mean_iou']:8.3f}  {row['acc@0.5']:7.3f}"
                 f"  {row['not_found_acc']:35.3f}  {row['unreadable']:10.3f}"
             )
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
     evaluation = sorted((run / "evaluations").glob("step-*"))[-1]
     wandb_run = sorted((run / "wandb").glob("*run-*"))[-1:]
-    print(f"\ncheckpoint   {checkpoint}\nmetrics      {run / 'metrics.jsonl'}")
-    print(f"predictions  {evaluation / 'predictions.jsonl'}\nimages       {evaluation / 'pictures'}")
-    print(f"W&B run      {wandb_run[0] if wandb_run else 'none'}")
+    say(f"\ncheckpoint   {checkpoint}\nmetrics      {run / 'metrics.jsonl'}")
+    say(f"predictions  {evaluation / 'predictions.jsonl'}\nimages       {evaluation / 'pictures'}")
+    say(f"W&B run      {wandb_run[0] if wandb_run else 'none'}")
     export = paste("export", "--checkpoint", checkpoint, "--out", run.parent / "exported")
-    print(f"\nTo export the model, run:\n  {export}")
+    say(f"\nTo export the model, run:\n  {export}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import sys
 try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code
     from cogvlm_ft.config import load_config
+    from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import Config
+    from cogvlm_ft.terminal import check_encoding, say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -41,11 +43,16 @@ def examine_settings(args: argparse.Namespace) -> int:
     """Load the settings and run the checks; report as red what fails before the first check."""
     config = load_config(args.config, args.settings)
     try:
+        check_encoding()
+    except ConfigError as error:
+        say(f"red     {error}")
+        return 1
+    try:
         return run(config, all_shards=args.all_shards, fix=args.fix)
     except Exception as error:  # libraries that do not load, ranks that do not connect
-        print(f"red     start: {type(error).__name__}: {error}")
-        print("        expected: torch and DeepSpeed load, every rank has a GPU, and all ranks connect")
-        print("        do: pip install -c constraints.txt -e . , or see docs/troubleshooting.md about starting")
+        say(f"red     start: {type(error).__name__}: {error}")
+        say("        expected: torch and DeepSpeed load, every rank has a GPU, and all ranks connect")
+        say("        do: pip install -c constraints.txt -e . , or see docs/troubleshooting.md about starting")
         return 1
 
 
@@ -54,14 +61,14 @@ def run(config: Config, *, all_shards: bool, fix: bool) -> int:
     num_ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
     if num_ranks != "1" and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        print(f"        waiting for {num_ranks} ranks to connect at {place}", flush=True)
+        say(f"        waiting for {num_ranks} ranks to connect at {place}", flush=True)
     from cogvlm_ft.doctor.checks import CHECKS
     from cogvlm_ft.doctor.examination import begin, examine
     from cogvlm_ft.doctor.storage import remove_probes
     from cogvlm_ft.runtime.bandwidth import SideChannel
     from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
 
-    logging.basicConfig(level=logging.ERROR)
+    start_logging(logging.ERROR)
     init_distributed()
     channel = SideChannel()
     examination = begin(config, channel, all_shards=all_shards, fix=fix)
@@ -71,7 +78,7 @@ def run(config: Config, *, all_shards: bool, fix: bool) -> int:
     finally:
         remove_probes(examination)
     if is_main():
-        print(f"\n{f'{num_red} red' if num_red else 'nothing red: go'}")
+        say(f"\n{f'{num_red} red' if num_red else 'nothing red: go'}")
     shut_down()
     return 1 if num_red else 0
 

@@ -21,6 +21,7 @@ try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code
     from cogvlm_ft.config import load_config
     from cogvlm_ft.settings import PROTOCOLS, Config
+    from cogvlm_ft.terminal import check_encoding, say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, args: argparse.Namespace) -> None:
     """Score the split on all ranks and write the results. Collective."""
+    check_encoding()
     from cogvlm_ft.build import build_model_engine
     from cogvlm_ft.checkpoints.checkpoint import load_checkpoint
     from cogvlm_ft.data.reader import open_split
@@ -68,9 +70,9 @@ def run(config: Config, args: argparse.Namespace) -> None:
         save_evaluation(result, args.out)
         save_coco(result.predictions, args.out)
         try_report(args.out, reader)
-        print(json.dumps({key: value for key, value in result.metrics.items() if "/" not in key}, indent=2))
+        say(json.dumps({key: value for key, value in result.metrics.items() if "/" not in key}, indent=2))
         files = "report.html, metrics.json (by size, language, ... too), curves.json, predictions.jsonl, pictures/"
-        print(f"in {args.out}/: {files}, {TRUTH_FILE}, {RESULTS_FILE}")
+        say(f"in {args.out}/: {files}, {TRUTH_FILE}, {RESULTS_FILE}")
     shut_down()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste
+    from cogvlm_ft.terminal import say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -34,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.prove is not None and args.prove < 0:
         parser.error(f"--prove {args.prove}: expected 0 or more")
     if args.prove:
-        print(f"--prove {args.prove}: answers are no longer compared, weights are; launch/evaluate.py measures answers")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        say(f"--prove {args.prove}: answers are no longer compared, weights are; launch/evaluate.py measures answers")
+    start_logging(logging.WARNING, "%(message)s")
     return exit_code(lambda: run(args))
 
 
@@ -45,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
     from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
-    print(f"comparing {args.checkpoint} with its manifest", flush=True)
+    say(f"comparing {args.checkpoint} with its manifest", flush=True)
     proof = export_checkpoint(args.checkpoint, args.out, getattr(torch, DTYPES[args.dtype]), verify=args.prove != 0)
     if proof:
-        print(proof.summary(), file=sys.stderr if proof.problems else sys.stdout)
+        say(proof.summary(), file=sys.stderr if proof.problems else sys.stdout)
     if proof and proof.problems:
-        print(f"not exported to {args.out}; the rejected model folder is {rejected_path(args.out)}", file=sys.stderr)
+        say(f"not exported to {args.out}; the rejected model folder is {rejected_path(args.out)}", file=sys.stderr)
         return 1
     example = paste("predict", "--model", args.out, "--image", "photo.jpg", "--prompt", "Where is the dog?")
-    print(f"exported to {args.out}; try it with\n  {example}")
+    say(f"exported to {args.out}; try it with\n  {example}")
     return 0
 
 

@@ -25,6 +25,7 @@ try:
     from cogvlm_ft.config import RUN_PRESETS, find_preset, load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import Config
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="the 17B model on 4 to 32 GPUs, as Markdown")
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
-    return exit_code(lambda: print(plan(args)))
+    return exit_code(lambda: say(plan(args)))
 
 
 def plan(args: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ try:
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.grounding.boxes import READINGS
     from cogvlm_ft.settings import DECODINGS, RESIZES
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -141,9 +142,9 @@ def predict(args: argparse.Namespace) -> int:
         return 0
     out, pictures = args.out or Path("answers"), not args.no_pictures
     counts = predict_files(predictor, questions, out, batch_size=args.batch_size, upright=upright, pictures=pictures)
-    print(f"{counts.answered} answered, {counts.failed} failed {counts.reasons or ''}".rstrip() + f"; results in {out}")
+    say(f"{counts.answered} answered, {counts.failed} failed {counts.reasons or ''}".rstrip() + f"; results in {out}")
     if args.format or args.order == "doubtful":
-        print(write_predictions(questions, out, args.format, doubtful_first=args.order == "doubtful"))
+        say(write_predictions(questions, out, args.format, doubtful_first=args.order == "doubtful"))
     return 0 if counts.answered else 2
 
 

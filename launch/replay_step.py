@@ -17,6 +17,7 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.terminal import say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="a model folder or a checkpoint to use instead of the run's")
     parser.add_argument("--out", type=Path, help="folder for the images (default: FILE without .json)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.INFO)
     return exit_code(lambda: run(args))
 
 
@@ -37,19 +38,19 @@ def run(args: argparse.Namespace) -> None:
     from cogvlm_ft.train.replay_step import open_replay
 
     replay = open_replay(args.file, args.model, args.out)
-    print(f"step {replay.step.step} with {replay.weights}")
+    say(f"step {replay.step.step} with {replay.weights}")
     num_broken = 0
     for found in replay.run():
         num_broken += not found.is_finite
         verdict = "finite" if found.is_finite else "NOT FINITE"
-        print(
+        say(
             f"\n{found.key} (rank {found.row.rank}): {verdict}, loss {found.loss:.4g} per token, gradient norm "
             f"{found.grad_norm:.4g}; in training the loss of its {found.row.tokens} tokens was {found.row.loss}"
         )
         for prompt, answer in found.turns:
-            print(f"  {prompt!r} -> {answer!r}")
-        print(f"  {found.picture}")
-    print(f"\n{num_broken} of {len(replay.step.rows)} samples are not finite by themselves")
+            say(f"  {prompt!r} -> {answer!r}")
+        say(f"  {found.picture}")
+    say(f"\n{num_broken} of {len(replay.step.rows)} samples are not finite by themselves")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,15 @@ try:
     from cogvlm_ft.config import find_preset, load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.jobs.sweep import load_entry, read_sweep
+    from cogvlm_ft.terminal import plain_text, say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
+PASSWORD_ADVICE = (
+    "Passwords and queries of addresses are left out above. Keep them out of commands, which others can list: in "
+    "~/.netrc on every node, or in the environment, as 'data.shards=https://${oc.env:LOGIN}@host/shards'"
+)
 SCRIPTS = ("train", "evaluate", "after")
 
 
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--print-script", choices=SCRIPTS, help="print the path of this batch script and exit")
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    start_logging(logging.WARNING, "%(levelname)s: %(message)s")
     return exit_code(lambda: run(args))
 
 
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.print_script:
         from cogvlm_ft.jobs.submit import script
 
-        print(script(args.print_script))
+        say(script(args.print_script))
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a login node has no GPU; DeepSpeed warns if it finds none
     config = load_config(args.config, args.settings)
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     cluster = load_cluster(file, {name: getattr(args, name) for name in names})
     configs = [load_entry(args.config, args.settings, entry) for entry in entries] if entries else [config]
     for summary in dict.fromkeys(check_plan(one, cluster) for one in configs):
-        print(summary)
+        say(summary)
     arguments = ["--config", args.config] if args.config else []
     arguments += ["--sweep", str(args.sweep)] if args.sweep else []
     submission = Submission(
@@ -86,8 +91,11 @@ def run(args: argparse.Namespace) -> None:
         chain=args.chain,
         after=args.after,
     )
-    for command in submit(submission, dry_run=args.dry_run):
-        print(command)
+    commands = submit(submission, dry_run=args.dry_run)
+    for command in commands:
+        say(command)
+    if any(plain_text(command) != command for command in commands):
+        say(PASSWORD_ADVICE)
 
 
 if __name__ == "__main__":

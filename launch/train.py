@@ -22,6 +22,7 @@ try:
     from cogvlm_ft.runtime.outcome import write_outcome
     from cogvlm_ft.runtime.stop_signals import StopRequest
     from cogvlm_ft.settings import Config
+    from cogvlm_ft.terminal import check_encoding, say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, stop_request: StopRequest) -> int:
     """Train until the run is finished or stopped, on all ranks. Collective."""
+    check_encoding()
     # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be reported at once.
     from cogvlm_ft.build import build_run
     from cogvlm_ft.planning.out_of_memory import memory_errors_explained
@@ -57,7 +59,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
 
     init_distributed(config.train.hang_timeout_s)
     level = logging.INFO if is_main() else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(level)
     if config.tracking.tensorboard:
         check_tensorboard()
     check_fits(config)
@@ -73,8 +75,8 @@ def run(config: Config, stop_request: StopRequest) -> int:
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
         output_dir = training.folder.path
-        print(f"\nstopped at step {state.step} of {training.last_step(state)}; everything is in {output_dir}/")
-        print("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
+        say(f"\nstopped at step {state.step} of {training.last_step(state)}; everything is in {output_dir}/")
+        say("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
     shut_down()
     return 0
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.terminal import say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--export", type=Path, help="only record this exported model folder in the run")
     parser.add_argument("--alias", default="exported", help="alias of the exported model in W&B (default: exported)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.INFO)
     return exit_code(lambda: run(args))
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         sent = note_export(args.run, args.export, args.alias, mode=args.mode)
     else:
         sent = replay(args.run, mode=args.mode, project=args.project, entity=args.entity, new_run=args.new_run)
-    print(sent.place)
+    say(sent.place)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 try:
     from cogvlm_ft.command_line import build_parser, exit_code
     from cogvlm_ft.settings import TrackingConfig
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -38,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
     from cogvlm_ft.report.workspace import describe_workspace, save_workspace
 
     if args.print:
-        print(json.dumps(describe_workspace(args.project), indent=2))
+        say(json.dumps(describe_workspace(args.project), indent=2))
     else:
-        print(save_workspace(args.entity, args.project))
+        say(save_workspace(args.entity, args.project))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 try:
     from cogvlm_ft.command_line import build_parser
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -349,7 +350,7 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
     annotations, name = args.annotations, args.format
     if name == "auto":
         name, seen = recognise_format(annotations)
-        print(f"{annotations}: {seen}; reading it as --format {name}", flush=True)
+        say(f"{annotations}: {seen}; reading it as --format {name}", flush=True)
     kinds = dict.fromkeys(args.negative_kinds, 1.0)
     negatives = (
         NegativeSettings(args.negatives, kinds, args.synonyms, args.seed, args.names) if args.negatives else None
@@ -378,9 +379,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 0, 2 for a user's mistake, or 1 for any other error, with one line on stderr."""
     args = _parse_args(argv)
     try:
-        print(build(_settings(args), args.out, num_workers=args.workers, overwrite=args.overwrite))
+        say(build(_settings(args), args.out, num_workers=args.workers, overwrite=args.overwrite))
     except (DataError, OSError) as error:  # OSError: no space, no permission
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1
     return 0
 

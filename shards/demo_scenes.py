@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cogvlm_ft import __version__
+from cogvlm_ft.terminal import say
 
 _EXAMPLES = """examples:
   python shards/demo_scenes.py --out demo/ --num-scenes 500 --seed 0
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" expected at least 1 scene of at least {MIN_IMAGE_SIZE_PX} px"
         )
     annotations = write_scenes(options.out, options.num_scenes, options.image_size, options.seed)
-    print(f"{options.num_scenes} scenes, {options.num_scenes * NUM_TARGETS} targets: {annotations}")
+    say(f"{options.num_scenes} scenes, {options.num_scenes * NUM_TARGETS} targets: {annotations}")
     return 0
 
 

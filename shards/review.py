@@ -17,6 +17,7 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser
+    from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -126,7 +127,7 @@ def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
     name = args.format
     if name == "auto":
         name, seen = recognise_format(args.annotations)
-        print(f"--format {name}: {seen}")
+        say(f"--format {name}: {seen}")
     return annotated_items(name, args.annotations, args.images, args.box_unit), f"{args.annotations} ({name})"
 
 
@@ -138,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         parts, source = _parts(args)
         found = review(parts, source, args.out, settings)
     except (ConfigError, DataError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
-    print(summarize(found, args.out))
+    say(summarize(found, args.out))
     return 0
 
 

@@ -27,6 +27,7 @@ from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.plain_files import read_json, replaced_file
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
 from cogvlm_ft.safetensors_io import sync, sync_open
@@ -88,11 +89,11 @@ def read_state(checkpoint: Path) -> TrainState:
     """
     path = checkpoint / STATE_FILE
     try:
-        fields = json.loads(read_again(lambda: path.read_text(encoding="utf-8")))
+        fields = read_again(lambda: read_json(path))
         record = evaluation_record(checkpoint)
         if record.is_file():
             path = record
-            fields |= json.loads(read_again(lambda: record.read_text(encoding="utf-8")))
+            fields |= read_again(lambda: read_json(record))
         best = fields.pop("best")
         return TrainState(**fields, best=Best(**best) if best else None)
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -103,12 +104,10 @@ def record_evaluation(folder: Path, state: TrainState) -> None:
     """Write what an evaluation added to the state beside the state's checkpoint, at once or not at all. Rank 0 only."""
     record = evaluation_record(folder / step_name(state.step))
     fields = dataclasses.asdict(state)
-    partial = record.with_name(f".tmp-{record.name}")
-    with partial.open("w", encoding="utf-8") as file:
+    with replaced_file(record, "w") as file:
         json.dump({name: fields[name] for name in ("evaluated_step", "best")}, file)
         file.flush()
         sync_open(file.fileno())
-    partial.replace(record)
     sync(folder)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.safetensors_io import FileRecord, read_chunks
@@ -39,7 +40,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = json.loads(read_again(lambda: path.read_text(encoding="utf-8")))
+        manifest = read_again(lambda: read_json(path))
         records, found = manifest["files"], manifest["sha256"]
         files = {name: FileRecord(**record) for name, record in records.items()}
     except PARTS_MISSING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from transformers import initialization
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
 from cogvlm_ft.checkpoints.consolidate import open_weights
+from cogvlm_ft.checkpoints.manifest import read_manifest
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, load_config
 from cogvlm_ft.model.decoder import inverse_frequencies
 from cogvlm_ft.model.loading import Weight, check_keys, parameter_shapes, save_weights
+from cogvlm_ft.plain_files import copy_regular
 
 
 def build_meta_model(config: CogVLMConfig) -> CogVLMForCausalLM:
@@ -37,8 +38,9 @@ def open_contents(checkpoint: Path) -> dict[str, Weight]:
 def write_model_folder(checkpoint: Path, contents: Mapping[str, Weight], folder: Path, dtype: torch.dtype) -> None:
     """Write config.json, tokenizer and the other model files of the checkpoint, then the weights in `dtype`."""
     folder.mkdir()
-    for path in (checkpoint / MODEL_FOLDER).iterdir():
-        shutil.copyfile(path, folder / path.name)
+    for name in sorted(read_manifest(checkpoint)):
+        if Path(name).parent == Path(MODEL_FOLDER):
+            copy_regular(checkpoint / name, folder / Path(name).name, follow=False)
     config = load_config(folder)
     config.dtype = dtype
     config.save_pretrained(folder)

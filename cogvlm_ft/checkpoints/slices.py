@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cogvlm_ft.checkpoints.reading import read_again
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import world_size
 from cogvlm_ft.runtime.partitions import (
     MOMENTS,
@@ -56,7 +57,7 @@ class Layout:
     def load(cls, checkpoint: Path) -> Layout:
         path = checkpoint / LAYOUT_FILE
         try:
-            fields = json.loads(read_again(lambda: path.read_text(encoding="utf-8")))
+            fields = read_again(lambda: read_json(path))
             shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
             return cls(shapes=shapes, **fields)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -28,6 +28,7 @@ from cogvlm_ft.data.addresses import is_command, is_url, name_of, scheme_of, sho
 from cogvlm_ft.data.object_store import STORES
 from cogvlm_ft.data.opener import NO_OPENER, NO_PROGRAM
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.plain_files import open_new
 
 _RETRY_DELAYS_S = (0.5, 2.0, 8.0)
 _SILENCE_S = 60  # without receiving a byte
@@ -207,7 +208,7 @@ def _save(chunks: Iterator[bytes], path: Path, num_bytes: int) -> str:
     """Write a file of `num_bytes` bytes and return its sha256."""
     sha256 = hashlib.sha256()
     written = 0
-    with path.open("wb") as file:
+    with open_new(path) as file:
         for chunk in chunks:
             file.write(chunk)
             sha256.update(chunk)
@@ -223,7 +224,7 @@ def _unpack(location: str, path: Path, cache: Cache) -> None:
     written = 0
     chunks = stream(location, room)
     try:
-        with path.open("wb") as file:
+        with open_new(path) as file:
             plain = _decompressed(io.BufferedReader(_Chunks(chunks), _CHUNK), location)
             while data := plain.read(_CHUNK):
                 written += len(data)

@@ -18,6 +18,7 @@ from cogvlm_ft.planning.preflight import cluster_of, machine_facts
 from cogvlm_ft.runtime.bandwidth import SideChannel
 from cogvlm_ft.runtime.distributed import is_main, rank, world_size
 from cogvlm_ft.settings import Config
+from cogvlm_ft.terminal import plain_text
 
 COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
 PLAIN = "\033[0m"
@@ -162,7 +163,7 @@ def as_text(title: str, finding: Finding, coloured: bool = False) -> str:
     """Format `red     shards: ...`, and below it what was expected and what to do."""
     level = f"{finding.level:<{len(INDENT)}}"
     first = f"{COLOURS[finding.level]}{level}{PLAIN}" if coloured else level
-    lines = [f"{first}{title}: {finding.found}"]
+    lines = [f"{title}: {finding.found}"]
     lines += [f"{INDENT}expected: {finding.expected}"] if finding.expected else []
     lines += [f"{INDENT}do: {finding.to_do}"] if finding.to_do else []
-    return "\n".join(lines)
+    return first + plain_text("\n".join(lines))

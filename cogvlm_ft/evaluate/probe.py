@@ -25,6 +25,7 @@ from cogvlm_ft.evaluate.generate import generate_answers
 from cogvlm_ft.evaluate.survey import with_margin
 from cogvlm_ft.grounding.descriptions import corpus_chrf
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.plain_files import parse_json, read_bytes
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
@@ -62,7 +63,7 @@ def load_probe(path: Path) -> list[ProbeQuestion]:
 
 def _question(line: str, path: Path, place: str) -> ProbeQuestion:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError as error:
         raise DataError(f"{place}: not valid JSON ({error})") from None
     answer = fields.get("answer") if isinstance(fields, dict) else None
@@ -190,7 +191,7 @@ def _read(path: Path, questions: Sequence[ProbeQuestion]) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [parse_json(line) for line in read_bytes(path).decode("utf-8").splitlines()]
         same = [(row["image"], row["prompt"]) for row in rows] == [(each.image.name, each.prompt) for each in questions]
         return [str(row["answer"]) for row in rows] if same else None
     except (ValueError, KeyError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from cogvlm_ft.grounding.ceiling import best_answer_iou
 from cogvlm_ft.grounding.metrics import HIT, AnswerScore
 from cogvlm_ft.grounding.prediction import Prediction, score_of
 from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
+from cogvlm_ft.plain_files import json_lines, read_json
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import Row, read_rows
 from cogvlm_ft.tracking.provenance import without_passwords
@@ -134,7 +134,7 @@ def _read_json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error!r}); expected the JSON that an evaluation writes") from None
 
@@ -142,8 +142,7 @@ def _read_json(path: Path, default: Any) -> Any:
 def read_predictions(path: Path) -> list[Prediction]:
     """Read predictions, also of older evaluations, which lack some fields. Raises DataError."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [_prediction(json.loads(line)) for line in lines]
+        return [_prediction(row) for row in json_lines(path)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error!r}); expected the predictions.jsonl of an evaluation") from None
 

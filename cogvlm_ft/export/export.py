@@ -13,7 +13,7 @@ import torch
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints
 from cogvlm_ft.checkpoints.model_folder import open_contents, write_model_folder
-from cogvlm_ft.config import load_config
+from cogvlm_ft.config import load_run_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.model_card import write_model_card
 from cogvlm_ft.export.verification import Verification, verify_export
@@ -64,7 +64,7 @@ def rejected_path(out: Path) -> Path:
 def _run_config(checkpoint: Path) -> Config | None:
     """Return the settings of the checkpoint's run; None if they cannot be read."""
     try:
-        return load_config(RunFolder.containing(checkpoint).config)
+        return load_run_config(RunFolder.containing(checkpoint).config)
     except (ConfigError, OSError, IndexError):
         return None
 

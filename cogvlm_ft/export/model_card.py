@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -22,8 +23,10 @@ from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.export.verification import Verification
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.prompt import render_prompt
+from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import Config
+from cogvlm_ft.terminal import plain_line, plain_text
 from cogvlm_ft.tracking.provenance import git_state
 from cogvlm_ft.tracking.tracker import read_run_file
 
@@ -33,7 +36,9 @@ SHOWN_METRICS = (
     *("num_present", "num_absent", "num_images"),
 )
 UNKNOWN = "not known"
+MAX_VALUE = 200  # characters of a value
 _HUB_CACHE = re.compile(r"^models--([\w.-]+)--([\w.-]+)$")  # where huggingface_hub keeps what it downloads
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_OWNERS = {"THUDM", "zai-org"}
 
 _CARD = Template(
@@ -72,7 +77,7 @@ $verification
 With the program that trained the model:
 
 ```
-python launch/predict.py --model $name --image photo.jpg --prompt "$question"
+python launch/predict.py --model $shell_name --image photo.jpg --prompt "$question"
 ```
 
 With transformers; cogvlm_ft defines the architecture, no code of this folder is run:
@@ -83,7 +88,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 from cogvlm_ft.model import CogVLMTokenizer
 
-folder = "$name"
+folder = $python_name
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.$dtype).eval()
 tokenizer = CogVLMTokenizer.from_folder(folder)
 photo = Image.open("photo.jpg").convert("RGB")
@@ -127,7 +132,9 @@ def write_model_card(folder: Path, checkpoint: Path, config: Config | None, *, n
     question = "Where is the red car?"
     facts = {
         "name": name,
-        "base": f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else path.name or UNKNOWN,
+        "shell_name": shlex.quote(plain_line(name)),
+        "python_name": json.dumps(plain_line(name), ensure_ascii=False),
+        "base": f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else plain_value(path.name or UNKNOWN),
         "step": state.step,
         "epoch": state.epoch,
         "samples_consumed": state.samples_consumed,
@@ -147,12 +154,19 @@ def write_model_card(folder: Path, checkpoint: Path, config: Config | None, *, n
         "code": _code_version(vars(git_state()) if git_state() else None),
         "fingerprint": fingerprint(folder),
         "evaluation": _evaluation(checkpoint, state),
-        "verification": verification.summary() if verification else "They were not compared.",
+        "verification": _verification_text(verification),
         "question": question,
         "letterbox": _LETTERBOX if resize_of(model) == "letterbox" else "",
     }
-    text = _front_matter(hub_name) + _CARD.substitute(facts)
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    raw = ("shell_name", "python_name", "base", "evaluation", "verification", "letterbox", "prompt")  # plain already
+    shown = {name: value if name in raw else plain_value(value) for name, value in facts.items()}
+    write_text(folder / CARD_FILE, _front_matter(hub_name) + _CARD.substitute(shown))
+
+
+def plain_value(value: object) -> str:
+    """Return a value as one line that is neither Markdown nor HTML, in a table or between backticks too."""
+    text = re.sub(r"[^\S ]|[\u2028\u2029]", " ", plain_text(value))[:MAX_VALUE]
+    return re.sub(r"[&<>|`\[\]*~\\]", lambda found: f"&#{ord(found[0])};", text)
 
 
 def find_hub_name(path: PurePosixPath) -> str | None:
@@ -161,7 +175,8 @@ def find_hub_name(path: PurePosixPath) -> str | None:
         cached = _HUB_CACHE.match(part)
         if cached:
             return f"{cached[1]}/{cached[2]}"
-    return "/".join(path.parts[-2:]) if len(path.parts) > 1 and path.parts[-2] in _HUB_OWNERS else None
+    name = "/".join(path.parts[-2:])
+    return name if path.parts[-2:-1] and path.parts[-2] in _HUB_OWNERS and _HUB_NAME.fullmatch(name) else None
 
 
 def _front_matter(hub_name: str | None) -> str:
@@ -186,6 +201,12 @@ def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
         return {}
 
 
+def _verification_text(verification: Verification | None) -> str:
+    if verification is None:
+        return "They were not compared."
+    return "\n".join(map(plain_value, verification.summary().split("\n")))
+
+
 def _code_version(state: Mapping[str, Any] | None) -> str:
     """Format a provenance.GitState."""
     return f"commit {state['commit']}{', changed since' if state['dirty'] else ''}" if state else UNKNOWN
@@ -195,7 +216,7 @@ def _evaluation(checkpoint: Path, state: TrainState) -> str:
     """Return a short table of the metrics at this step."""
     path = RunFolder.containing(checkpoint).evaluation(state.step) / METRICS_FILE
     try:
-        metrics: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        metrics: Mapping[str, Any] = read_json(path)
         rows = [(name, metrics[name]) for name in SHOWN_METRICS if isinstance(metrics.get(name), (int, float))]
         split = metrics.get("about", {}).get("split", UNKNOWN)
     except (OSError, ValueError, AttributeError):
@@ -203,5 +224,5 @@ def _evaluation(checkpoint: Path, state: TrainState) -> str:
     if not rows:
         return "None at this step."
     table = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in rows)
-    title = f"On held-out photos (split {split}), with the prompts of training and greedy decoding:"
+    title = f"On held-out photos (split {plain_value(split)}), with the prompts of training and greedy decoding:"
     return f"{title}\n\n| | |\n|---|---|\n{table}"

@@ -20,6 +20,7 @@ from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import READ_ELEMENTS, FileTensor, Weight, open_tensors, weight_files
 from cogvlm_ft.model.tokenizer import MODEL_FILE
+from cogvlm_ft.plain_files import read_json
 
 PROOF_FILE = "proof.json"
 MAX_LISTED = 20
@@ -52,7 +53,7 @@ class Verification:
     def load(cls, folder: Path) -> Verification | None:
         """Read proof.json, also one with the comparison of answers that former versions made; None without one."""
         try:
-            found = json.loads((folder / PROOF_FILE).read_text(encoding="utf-8"))
+            found = read_json(folder / PROOF_FILE)
             return cls(str(found["dtype"]), int(found["num_tensors"]), list(found["problems"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.templates import SAMPLE_BOXES, Slot, fill, read_sentence, read_templates
+from cogvlm_ft.plain_files import read_bytes
+from cogvlm_ft.yaml_text import MAX_BYTES, decode_yaml, parse_yaml
 
 LANGUAGES = ("zh", "en")
 BOX_ORDERS = ("file", "left_to_right", "large_first")
@@ -107,15 +107,15 @@ def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
     if name_or_path in built_in:
         raw = built_in[str(name_or_path)].read_bytes()
     elif path.is_file():
-        raw = path.read_bytes()
+        raw = read_bytes(path, MAX_BYTES)
     elif (packaged := resources.files("cogvlm_ft") / str(name_or_path)).is_file():  # configs/demo_wording.yaml
         raw = packaged.read_bytes()
     else:
         names = ", ".join(sorted(built_in))
         raise ConfigError(f"wording {name_or_path}: neither built in ({names}) nor an existing YAML file")
     try:
-        return yaml.safe_load(raw), path.parent
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return parse_yaml(decode_yaml(raw)), path.parent
+    except ValueError as error:
         raise ConfigError(f"wording {name_or_path}: not readable as YAML: {error}") from error
 
 

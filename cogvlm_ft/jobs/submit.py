@@ -152,7 +152,7 @@ def run_sbatch(command: Sequence[str]) -> str:
             "there is no sbatch here: submit on a node with Slurm, or print the commands with --dry-run"
         ) from error
     if done.returncode:
-        raise ConfigError(f"sbatch refused: {done.stderr.strip()}\n  {shlex.join(command)}")
+        raise ConfigError(f"sbatch refused: {done.stderr.strip()}; the command: {shlex.join(command)}")
     return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow the number
 
 

@@ -20,6 +20,7 @@ from transformers import initialization
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.plain_files import read_bytes, read_json
 from cogvlm_ft.safetensors_io import TensorSpec, sync, write_tensors
 from cogvlm_ft.settings import Config
 
@@ -192,8 +193,8 @@ def read_whole(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def _indexed_files(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return sorted(set(read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: no readable weight_map ({error!r}). Download it again") from error
 
 
@@ -226,7 +227,7 @@ def interpolate_position_embedding(table: Tensor, num_positions: int) -> Tensor:
 
 def read_remote_code(folder: str | Path) -> dict[str, bytes]:
     """Read a published folder's own *.py, to be copied for programs that run them; this package never does."""
-    return {path.name: path.read_bytes() for path in Path(folder).glob("*.py")}
+    return {path.name: read_bytes(path) for path in Path(folder).glob("*.py") if path.is_file()}
 
 
 def parameter_shapes(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:

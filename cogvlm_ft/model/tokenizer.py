@@ -15,6 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.plain_files import read_bytes
 
 MODEL_FILE = "tokenizer.model"
 # Files of a `transformers` tokenizer, copied with tokenizer.model for other programs.
@@ -99,9 +100,7 @@ class CogVLMTokenizer:
 def _read_files(model_file: Path) -> dict[str, bytes]:
     """Read tokenizer.model and its companions, by their names."""
     companions = [model_file.parent / name for name in COMPANION_FILES]
-    return {MODEL_FILE: model_file.read_bytes()} | {
-        path.name: path.read_bytes() for path in companions if path.is_file()
-    }
+    return {MODEL_FILE: read_bytes(model_file)} | {path.name: read_bytes(path) for path in companions if path.is_file()}
 
 
 def _is_special(pieces: sentencepiece.SentencePieceProcessor, token: int) -> bool:

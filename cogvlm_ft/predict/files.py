@@ -17,6 +17,7 @@ from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.targets import Turn
+from cogvlm_ft.plain_files import parse_json
 from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies
 from cogvlm_ft.predict.steps import MAX_PHRASES, conversation_turns, target_turns
 
@@ -91,7 +92,7 @@ def _read_line(source: Path, line: bytes, number: int, in_steps: bool) -> Questi
     """Read {"image", "prompt"} or {"image", "targets"}; the image is relative to the file."""
     where = f"line {number}"
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except (ValueError, RecursionError) as error:
         return Question(source, where, problem=f"{where}: not valid JSON ({error})")
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str) or not fields["image"].strip("\0 "):

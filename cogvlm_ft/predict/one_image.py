@@ -7,6 +7,7 @@ from pathlib import Path
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.predict.files import Question, answer_questions, load_photo
 from cogvlm_ft.predict.predictor import Predictor, draw_replies
+from cogvlm_ft.terminal import plain_line, say
 
 
 def answer_image(predictor: Predictor, questions: list[Question], out: Path, upright: bool) -> None:
@@ -17,14 +18,16 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
     photo = load_photo(questions[0].path, upright=upright)
     replies = [reply for part in answer_questions(predictor, [photo], [questions])[0] for reply in part]
     for reply in replies:
-        print(reply.text if len(replies) == 1 else f"{reply.prompt}\n{reply.text}")
+        if len(replies) > 1:
+            say(plain_line(reply.prompt))
+        say(plain_line(reply.text))
         if reply.truncated:
-            print("  the answer was cut at --max-new-tokens; a box that it had not closed is not read")
+            say("  the answer was cut at --max-new-tokens; a box that it had not closed is not read")
         for box in reply.boxes or ():
             confidence = "" if box.confidence is None else f"  confidence {box.confidence:.2f}"
             notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"
-            print("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
+            say("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
         if reply.not_found_prob is not None:
-            print(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
+            say(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
     draw_replies(photo, replies).save(out)
-    print(f"drawn: {out}")
+    say(f"drawn: {out}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import ipaddress
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,14 @@ from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.html_page import SERVED_POLICY, HtmlPage
 from cogvlm_ft.predict.files import answer_questions, question_of, reply_fields
 from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies, split_phrases
+from cogvlm_ft.terminal import say
 
 MAX_UPLOAD_BYTES = 50_000_000
 MAX_WAITING = 16
-"""Requests at a time, answered one after another; more are refused."""
+"""Questions at a time, answered one after another; more are refused. Connections without a question do not count."""
+MAX_CONNECTIONS = 200
+HEAD_TIMEOUT_S, CHUNK_TIMEOUT_S, BODY_TIMEOUT_S = 10.0, 10.0, 120.0
+"""To send the head of a request, the next part of a photo, and a whole photo; then the connection is closed."""
 MODES = ("prompt", "targets")
 
 _HEADERS = {
@@ -46,18 +51,64 @@ def serve(predictor: Predictor, *, host: str = "127.0.0.1", port: int = 8000, up
 
     app = build_app(predictor, host, upright=upright)
     config = uvicorn.Config(
-        app, host=host, port=port, limit_concurrency=MAX_WAITING, access_log=False, log_level="warning", lifespan="off"
+        app,
+        host=host,
+        port=port,
+        http=_protocol_with_timeout(),
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
     )
     try:
         socket = config.bind_socket()
     except SystemExit:  # uvicorn has reported why
         raise ConfigError(f"--port {port}: cannot listen on {host}; the port may be in use. Choose another") from None
     shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{socket.getsockname()[1]}/  (press Ctrl-C to stop)", flush=True)
+    say(f"http://{shown}:{socket.getsockname()[1]}/  (press Ctrl-C to stop)", flush=True)
     if not _is_own_machine(host):
-        print("Everyone who can reach this machine can use it: there is no password and no encryption.", flush=True)
+        say("Everyone who can reach this machine can use it: there is no password and no encryption.", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn has ended, and raises it again
         uvicorn.Server(config).run(sockets=[socket])
+
+
+def _protocol_with_timeout() -> Any:
+    """Return uvicorn's protocol with an end to connections that send no request: they would keep others out."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class TimedProtocol(H11Protocol):
+        _end: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_watching()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """Start the clock unless it runs or a request is being answered."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_watching()
+            elif self._end is None:
+                self._end = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+        def _stop_watching(self) -> None:
+            if self._end is not None:
+                self._end.cancel()
+                self._end = None
+
+    return TimedProtocol
 
 
 def _is_own_machine(host: str) -> bool:
@@ -109,7 +160,7 @@ def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
-    one_at_a_time = threading.Lock()
+    one_at_a_time, places = threading.Lock(), threading.Semaphore(MAX_WAITING)
 
     def answer(photo_bytes: bytes, asked: str, mode: str) -> dict[str, Any]:
         with one_at_a_time:
@@ -118,22 +169,44 @@ def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
     async def endpoint(request: Request) -> JSONResponse:
         if request.headers.get("content-type") != "application/octet-stream":
             return _refusal(415, "content-type: expected the photo as application/octet-stream")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_UPLOAD_BYTES:
-                return _refusal(413, f"the photo has more than {MAX_UPLOAD_BYTES // 1_000_000} MB. Send a smaller one")
-        query = request.query_params
+        if not places.acquire(blocking=False):
+            return _refusal(503, f"{MAX_WAITING} questions are waiting already. Ask again in a minute")
         try:
-            found = await run_in_threadpool(answer, bytes(body), query.get("asked", ""), query.get("mode", MODES[0]))
+            photo = await asyncio.wait_for(_read_body(request), BODY_TIMEOUT_S)
+            query = request.query_params
+            found = await run_in_threadpool(answer, photo, query.get("asked", ""), query.get("mode", MODES[0]))
+        except (TimeoutError, asyncio.TimeoutError):
+            return _refusal(408, "the photo did not arrive in time. Send it again", {"Connection": "close"})
+        except _TooLargeError:
+            return _refusal(413, f"the photo has more than {MAX_UPLOAD_BYTES // 1_000_000} MB. Send a smaller one")
         except (DataError, ConfigError) as error:
             return _refusal(400, str(error))
+        finally:
+            places.release()
         return JSONResponse(found, headers=_HEADERS)
 
-    def _refusal(status: int, why: str) -> JSONResponse:
-        return JSONResponse({"error": why}, status_code=status, headers=_HEADERS)
+    def _refusal(status: int, why: str, more: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse({"error": why}, status_code=status, headers={**_HEADERS, **(more or {})})
 
     return endpoint
+
+
+class _TooLargeError(Exception):
+    """More bytes than a photo may have."""
+
+
+async def _read_body(request: Any) -> bytes:
+    body = bytearray()
+    chunks = request.stream().__aiter__()
+    while True:
+        try:
+            body += await asyncio.wait_for(chunks.__anext__(), CHUNK_TIMEOUT_S)
+        except StopAsyncIteration:
+            return bytes(body)
+        except asyncio.TimeoutError:  # another class before Python 3.11
+            raise TimeoutError from None
+        if len(body) > MAX_UPLOAD_BYTES:
+            raise _TooLargeError
 
 
 def answer_upload(

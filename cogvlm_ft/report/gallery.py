@@ -21,6 +21,7 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.metrics import ABSENT, PRESENT, pairwise_iou
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.plain_files import json_lines, read_json, replaced_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,7 @@ class Gallery:
 def read_predictions(path: Path) -> list[Answered]:
     """Read the predictions of an evaluation. Raises DataError."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [_answered(json.loads(line)) for line in lines]
+        return [_answered(row) for row in json_lines(path)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error!r}); expected the predictions.jsonl of an evaluation") from None
 
@@ -140,7 +140,7 @@ def save_gallery(gallery: Gallery, folder: Path, reader: ShardReader) -> None:
     groups = {"same": gallery.same, "worst": gallery.worst, "newly_lost": gallery.newly_lost}
     photos = _save_photos({key for keys in groups.values() for key in keys}, folder.parent, reader)
     content = {"groups": groups, "photos": photos}
-    (folder / GALLERY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / GALLERY_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _save_photos(keys: Iterable[str], evaluations: Path, reader: ShardReader) -> dict[str, str]:
@@ -164,9 +164,8 @@ def _save_photos(keys: Iterable[str], evaluations: Path, reader: ShardReader) ->
 def _save_photo(image: Image.Image, path: Path) -> None:
     shown = image.convert("RGB")
     shown.thumbnail((LONGER_SIDE_PX, LONGER_SIDE_PX))
-    partial = path.with_name(f".tmp-{path.name}")
-    shown.save(partial, "JPEG", quality=JPEG_QUALITY)
-    partial.replace(path)
+    with replaced_file(path) as file:
+        shown.save(file, "JPEG", quality=JPEG_QUALITY)
 
 
 def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, list[Picture]]:
@@ -178,7 +177,7 @@ def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, li
         drawn = sorted((folder / "pictures").glob("*.png"))
         return {"same": [Picture(path.stem, path, "solid: truth, dashed: answer") for path in drawn]}
     try:
-        content = json.loads((folder / GALLERY_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / GALLERY_FILE)
         groups, photos = dict(content["groups"]), dict(content["photos"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -187,8 +186,19 @@ def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, li
     answers: dict[str, list[Answered]] = {}
     for each in predictions:
         answers.setdefault(each.key, []).append(each)
-    shown = {key: _picture(key, folder.parent / file, answers[key]) for key, file in photos.items() if key in answers}
+    kept = {key: photo_inside(folder.parent, file) for key, file in photos.items() if key in answers}
+    shown = {key: _picture(key, photo, answers[key]) for key, photo in kept.items() if photo}
     return {group: [picture for key in keys if (picture := shown.get(key))] for group, keys in groups.items()}
+
+
+def photo_inside(evaluations: Path, file: object) -> Path | None:
+    """Return the file of an image that a gallery names; None, with a warning, for one outside of the run's folder."""
+    folder = evaluations.resolve()
+    path = (folder / str(file)).resolve()
+    if folder not in path.parents:
+        logger.warning("an image of the gallery cannot be shown: %s is outside of %s", file, evaluations)
+        return None
+    return path if path.is_file() else None
 
 
 def _picture(key: str, photo: Path, answers: Sequence[Answered]) -> Picture | None:

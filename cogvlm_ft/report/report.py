@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.results import load_report
-from cogvlm_ft.report.gallery import GALLERY_FILE
+from cogvlm_ft.plain_files import read_json, replaced_file
+from cogvlm_ft.report.gallery import GALLERY_FILE, photo_inside
 from cogvlm_ft.report.page import render_page
 from cogvlm_ft.report.thumbnails import Photos
 from cogvlm_ft.run_folder import RunFolder
@@ -57,9 +57,8 @@ def try_report(folder: Path, reader: ShardReader | None, **options: Any) -> Path
 
 def _write(path: Path, content: bytes) -> None:
     """Write to a temporary file and rename it: the page may be open."""
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with replaced_file(path) as file:
+        file.write(content)
 
 
 def _kept_photos(folder: Path) -> dict[str, Path]:
@@ -67,8 +66,8 @@ def _kept_photos(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.parent.glob(f"step-*/{GALLERY_FILE}")):
         try:
-            photos = dict(json.loads(path.read_text(encoding="utf-8"))["photos"])
+            photos = dict(read_json(path)["photos"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error!r}); expected the gallery.json of an evaluation") from None
-        found |= {key: folder.parent / file for key, file in photos.items()}
-    return {key: path for key, path in found.items() if path.is_file()}
+        found |= {key: kept for key, file in photos.items() if (kept := photo_inside(folder.parent, file))}
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.param_gathering import attach_offload
 from cogvlm_ft.runtime.partitions import local_range
@@ -35,7 +35,7 @@ def read_deepspeed_json(config: Config) -> dict[str, Any]:
     """Return the settings in that file, without "auto". Raises ConfigError if they are unreadable or not for ZeRO-3."""
     path = deepspeed_file(config)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed={path}: {error}; expected a DeepSpeed JSON") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):

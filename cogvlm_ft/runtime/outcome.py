@@ -17,6 +17,8 @@ import socket
 from pathlib import Path
 from typing import Literal
 
+from cogvlm_ft.plain_files import open_new
+
 OUTCOME_VARIABLE = "COGVLM_OUTCOME_FILE"
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ def write_outcome(outcome: Literal["progress", "stopped", "finished", "refused"]
     path = Path(named)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")  # every rank may refuse at once
     try:
-        partial.write_text(f"{outcome}\n", encoding="utf-8")
+        with open_new(partial, "w") as file:
+            file.write(f"{outcome}\n")
         partial.replace(path)
     except OSError as error:  # the attempt then counts as one that died, and is repeated
         logger.warning("%s=%s: cannot be written: %s", OUTCOME_VARIABLE, path, error)

@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.plain_files import open_new, read_json
 from cogvlm_ft.runtime.distributed import from_main, is_main
 from cogvlm_ft.safetensors_io import sync_open
 
@@ -186,14 +187,14 @@ def _mtime(path: Path) -> int | None:
 def _read(path: Path) -> Owner | None:
     """Return the owner, None if the file is not ours or just vanished."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return Owner(**read_json(path))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _write_new(path: Path, owner: Owner) -> Path:
     partial = path.with_name(f".tmp{path.name}-{owner.host}-{owner.pid}")
-    with partial.open("w", encoding="utf-8") as file:
+    with open_new(partial, "w") as file:
         json.dump(asdict(owner), file)
         file.flush()
         sync_open(file.fileno())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.plain_files import parse_json, read_bytes, replaced_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,8 @@ def truncate_after(path: Path, step: int, evaluated_step: int | None = None) -> 
     evaluated_step: the last one that need not be evaluated again, where that is not `step`.
     """
     limits = {"val": step if evaluated_step is None else evaluated_step}
-    with path.open(encoding="utf-8") as lines:
-        kept = [line for line, row in ((line, json.loads(line)) for line in lines) if _is_done(row, step, limits)]
-    rewritten = path.with_suffix(".jsonl.tmp")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    rewritten.replace(path)
+    with path.open(encoding="utf-8") as lines, replaced_file(path, "w") as rewritten:
+        rewritten.writelines(line for line in lines if _is_done(parse_json(line), step, limits))
 
 
 def _is_done(row: Row, step: int, limits: Mapping[str, int]) -> bool:
@@ -78,13 +76,13 @@ def read_rows(path: Path) -> list[Row]:
     Raises DataError.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
+        lines = read_bytes(path).decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; expected the metrics.jsonl of a run") from None
     rows: dict[tuple[float, str], Row] = {}
     for number, line in enumerate(lines[:-1], 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows[(row.get("step", math.inf), row["kind"])] = row
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{path}, line {number}: found {line[:80]!r}; expected a JSON object with a kind") from None

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.plain_files import parse_json
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import append_text, json_value, open_metrics, truncate_after
 
@@ -80,7 +81,7 @@ def _rows(run_folder: Path) -> Iterator[dict[str, Any]]:
         try:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:
-                    row = json.loads(line) if line.endswith("\n") else {"loss": None}
+                    row = parse_json(line) if line.endswith("\n") else {"loss": None}
                     if row["loss"] is not None:
                         yield row
         except (OSError, ValueError, KeyError, TypeError) as error:

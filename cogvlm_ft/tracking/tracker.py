@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import WANDB_MODES
 from cogvlm_ft.tracking.metrics_log import append_row, open_metrics, truncate_after
@@ -98,7 +99,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """Read run_id, project, entity, name and config of run.json. Raises DataError."""
     path = RunFolder(folder).run_file
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return {key: content[key] for key in ("run_id", "project", "entity", "name", "config")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -110,6 +111,4 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 def _write_run_file(folder: Path, content: Values) -> None:
     """Write to a temporary file and rename it: a killed run must not lose its id."""
     path = RunFolder(folder).run_file
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -19,7 +19,7 @@ from cogvlm_ft.checkpoints.checkpoint import (
     remove_leftovers,
 )
 from cogvlm_ft.checkpoints.saver import CheckpointSaver
-from cogvlm_ft.config import config_sha256
+from cogvlm_ft.config import config_sha256, written_settings
 from cogvlm_ft.data.collate import Batch
 from cogvlm_ft.data.loader import read_steps
 from cogvlm_ft.errors import CheckpointError, ConfigError
@@ -119,7 +119,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
         discard_later_evaluations(folder, state.step)
     if state.data_sha256 != fresh.data_sha256:
         raise CheckpointError(
-            f"{newest} was trained on other shards than data.shards={run.config.data.shards} holds now, or "
+            f"{newest} was trained on other shards than data.shards holds now, or "
             "with another data.max_turns_per_image or wording for it; its position in them means nothing here. "
             "Take another output_dir"
         )
@@ -148,7 +148,7 @@ def start_tracking(run: Run, state: TrainState) -> Tracker | None:
         name=tracking.name,
         run_id=state.wandb_run_id,
         tensorboard=tracking.tensorboard,
-        config={**dataclasses.asdict(run.config), **facts, **provenance()},
+        config={**written_settings(run.config), **facts, **provenance()},
         lower_is_better=LOWER_IS_BETTER,
     )
     tracker.truncate_after(state.step, state.evaluated_step)
@@ -219,7 +219,7 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
 def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:
     """Describe which weights were evaluated."""
     return {
-        "model": run.config.model.path,
+        "model": written_settings(run.config)["model"]["path"],
         "step": state.step,
         "config_sha256": state.config_sha256,
         "train_data_sha256": state.data_sha256,

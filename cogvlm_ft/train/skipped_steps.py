@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.errors import CheckpointError, DataError
+from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import gather_to_main, world_size
 from cogvlm_ft.train.step import RowLoss
@@ -66,7 +67,7 @@ class SkippedStep:
     def load(cls, path: Path) -> SkippedStep:
         """Read a saved step; DataError if it cannot be read."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path)
             return cls(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(

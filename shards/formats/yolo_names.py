@@ -17,6 +17,7 @@ from cogvlm_ft.shards.formats.encodings import Decoded, decode_text
 from cogvlm_ft.shards.formats.yolo_lines import is_label_file
 from cogvlm_ft.shards.packing.candidates import Problem, Rejected
 from cogvlm_ft.shards.packing.files import read_inside
+from cogvlm_ft.yaml_text import YamlError, compose_yaml
 
 Names = dict[int, str]
 
@@ -140,11 +141,11 @@ def _of_yaml(path: Path, data: bytes) -> LabelSettings:
     """
     try:
         decoded = decode_text(data)
-        root = yaml.compose(decoded.text, yaml.BaseLoader)
+        root = compose_yaml(decoded.text, yaml.BaseLoader)
     except Rejected as rejected:
         raise DataError(f"{path}: {rejected.detail}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_reason(error)}; expected YAML with class names. Correct the file.") from None
+    except YamlError as error:
+        raise DataError(f"{path}: {error}; expected YAML with class names. Correct the file.") from None
     fields: dict[str, yaml.Node] = {}
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         if key.value == "names" and "names" in fields:
@@ -154,14 +155,6 @@ def _of_yaml(path: Path, data: bytes) -> LabelSettings:
     notes = decoded.notes(path.name) if names else ()
     outlines = _scalar(fields.get("task")) in _OUTLINE_TASKS
     return LabelSettings(path, names, _keypoint_columns(fields.get("kpt_shape"), path), outlines, notes)
-
-
-def _reason(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return str(error).split("\n")[0][:200]
-    advice = " (indent with spaces, not tabs)" if "'\\t'" in str(error) else ""
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}{advice}"
 
 
 def _names_of(node: yaml.Node | None, path: Path) -> Names:

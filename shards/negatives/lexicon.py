@@ -16,6 +16,7 @@ import yaml
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.packing.label_names import load_names
+from cogvlm_ft.yaml_text import read_yaml
 
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[a-z]+|[0-9]+|[{_CJK}]+|[^\W\d_a-z{_CJK}]+")
@@ -195,11 +196,11 @@ def load_lexicon(path: Path | None, names: Path | None = None) -> Lexicon:
 
 def _load_table(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = read_yaml(path)
     except OSError as error:
         raise DataError(f"--synonyms {path}: {error.strerror}; expected a YAML file: {_FORM}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"--synonyms {path}: not valid YAML: {error}") from None
+    except ValueError as error:
+        raise DataError(f"--synonyms {path}: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"--synonyms {path}: {content!r:.80}; expected {_FORM}")
     for key, value in content.items():

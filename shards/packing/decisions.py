@@ -20,9 +20,13 @@ from typing import Any, NamedTuple
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target, Turn
+from cogvlm_ft.plain_files import read_bytes
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, check_text, four_numbers, make_target
 from cogvlm_ft.shards.packing.splits import key_of
 
+_ORIGIN = (
+    "Expected the decisions of a review: shards/review.py writes review.html, whose button saves review_decisions.json"
+)
 MAX_FILE_BYTES = 64 * 2**20
 DECISIONS = ("accept", "drop", "edit")
 EDITABLE = {
@@ -186,11 +190,12 @@ class Decisions:
 def load_decisions(path: Path) -> Decisions:
     """Load a file of decisions, JSON or (by its name) CSV. Raises DataError that names the row."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} has more than {MAX_FILE_BYTES} bytes; expected the decisions of a review")
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; expected the decisions of a review") from None
+        text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig")
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DataError(f"{path}: {found}. {_ORIGIN}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}). {_ORIGIN}") from None
     rows = _csv_rows(text, path) if path.suffix.lower() == ".csv" else _json_rows(text, path)
     return Decisions([_decision(row, place) for place, row in rows])
 
@@ -200,10 +205,10 @@ def _json_rows(text: str, path: Path) -> list[tuple[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}; {expected} (CSV files end in .csv)") from None
+        raise DataError(f"{path} is not valid JSON: {error}; {expected} (CSV files end in .csv). {_ORIGIN}") from None
     rows = content.get("decisions") if isinstance(content, dict) else content
     if not isinstance(rows, list):
-        raise DataError(f'{path}: "decisions" is {rows!r:.80}, {expected}')
+        raise DataError(f'{path}: "decisions" is {rows!r:.80}, {expected}. {_ORIGIN}')
     return [(f"{path.name} decisions[{i}]", row) for i, row in enumerate(rows)]
 
 

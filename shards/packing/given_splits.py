@@ -15,6 +15,7 @@ import yaml
 
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.splits import SPLITS
+from cogvlm_ft.yaml_text import read_yaml
 
 SPLIT_CHOICES = ("auto", "folders", "random", "train", "val", "test")
 """The values of --split. auto: as folders, if there are any and no --val-fraction is given, else random."""
@@ -124,8 +125,8 @@ def _yaml_files(annotations: Path) -> list[Path]:
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_bytes(), yaml.BaseLoader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        content = read_yaml(path, yaml.BaseLoader)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) and "names" in content else {}
 

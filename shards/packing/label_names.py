@@ -21,8 +21,10 @@ import yaml
 from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
+from cogvlm_ft.plain_files import read_bytes
 from cogvlm_ft.shards.formats.encodings import decode_text
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
+from cogvlm_ft.yaml_text import MAX_BYTES, compose_yaml
 
 _EXPECTED = "expected label: [words], such as RBC: [red blood cell, 红细胞]"
 _MAX_SEEN = 1000
@@ -88,10 +90,10 @@ class LabelNames:
 def load_names(path: Path) -> LabelNames:
     """Load the file. Raises DataError that names the label."""
     try:
-        node = yaml.compose(decode_text(path.read_bytes()).text, yaml.SafeLoader)
+        node = compose_yaml(decode_text(read_bytes(path, MAX_BYTES)).text)
     except OSError as error:
         raise DataError(f"--names {path}: {error.strerror}; expected a YAML file") from None
-    except (Rejected, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (Rejected, ValueError) as error:
         raise DataError(f"--names {path}: not valid YAML: {error}; {_EXPECTED}") from None
     if not isinstance(node, yaml.MappingNode):
         raise DataError(f"--names {path}: no labels; {_EXPECTED}")

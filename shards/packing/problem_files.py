@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from cogvlm_ft.plain_files import open_new
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, unfinished_path
 
 PROBLEM_FILES = ("rejected.jsonl", "notes.jsonl")
@@ -40,7 +41,7 @@ class ProblemFiles:
         self._open = ExitStack()
 
     def __enter__(self) -> ProblemFiles:
-        files = [self._open.enter_context(unfinished_path(path).open("wb")) for path in self._paths]
+        files = [self._open.enter_context(open_new(unfinished_path(path))) for path in self._paths]
         self.rejected, self.notes = map(_Rows, files)
         return self
 

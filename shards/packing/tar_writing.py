@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
+from cogvlm_ft.plain_files import open_new
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, add_absent_targets
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate, nothing_annotated
@@ -48,7 +49,7 @@ def write_shard(plan: ShardPlan, settings: WriteSettings) -> int:
     records: list[Record] = []
     rows: list[dict[str, Any]] = []
     num_added: Counter[str] = Counter()
-    with unfinished.open("wb", buffering=_WRITE_BUFFER) as file, _Tar(file) as tar:
+    with open_new(unfinished, buffering=_WRITE_BUFFER) as file, _Tar(file) as tar:
         staged_samples = read_staged_samples(settings.staging, plan, with_others=settings.negatives is not None)
         for staged in _prefetched(staged_samples, settings.images):
             sample, problems = prepare_sample(staged, settings, num_added)
@@ -162,7 +163,8 @@ def unfinished_path(path: Path) -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write the complete file or leave the old one."""
     unfinished = unfinished_path(path)
-    unfinished.write_bytes(data)
+    with open_new(unfinished) as file:
+        file.write(data)
     unfinished.replace(path)
 
 

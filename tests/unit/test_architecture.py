@@ -18,7 +18,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 FLOORS: tuple[set[str], ...] = (
     {
         *("errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"),
-        "pinned_memory",
+        *("pinned_memory", "terminal", "plain_files", "yaml_text", "written_values"),
     },
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},
@@ -33,12 +33,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     room: set().union(*FLOORS[:number]) for number, floor in enumerate(FLOORS) for room in floor
 } | {
     **{room: {"errors"} for room in FLOORS[0] - {"errors"}},
-    "config": {"errors", "settings"},
+    "config": {"errors", "settings", "run_folder", "terminal", "plain_files", "written_values"},
+    "written_values": {"errors", "settings", "yaml_text"},
+    "yaml_text": {"errors", "plain_files"},
+    "safetensors_io": {"errors", "plain_files"},
     "html_page": {"errors", "colours"},
-    "command_line": {"errors", "pinned_memory"},
+    "command_line": {"errors", "pinned_memory", "terminal"},
     "launch": ROOMS | {"shards"},
     "rehearsal": ROOMS - {"launch", "rehearsal"} | {"shards"},
-    "shards": {"errors", "colours", "settings", "html_page", "command_line", "grounding", "data"},
+    "shards": {
+        *("errors", "colours", "settings", "html_page", "command_line", "terminal", "plain_files", "yaml_text"),
+        *("grounding", "data"),
+    },
 }
 # Packing runs where there is no torch: of data, shards/ takes what needs none.
 DATA_FOR_SHARDS = {

@@ -1,0 +1,102 @@
+"""Files from others are read with bounds, and files of ours are written where no link leads elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+MAX_JSON_BYTES = 2**30
+
+
+def open_regular(path: str | Path, *, follow: bool = True) -> int:
+    """Open a regular file for reading and return its descriptor. Raises OSError, also for a FIFO, which would block.
+
+    follow: also where the path is a link; else that is an error.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(kind):
+            if stat.S_ISDIR(kind):
+                raise IsADirectoryError(errno.EISDIR, "found a folder; expected a file", str(path))
+            found = "named pipe" if stat.S_ISFIFO(kind) else "device or socket"
+            raise OSError(errno.EINVAL, f"found a {found}; expected a regular file", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a regular file of at most `max_bytes`. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"found {num_bytes} bytes; expected at most {max_bytes}", str(path))
+        return file.read(max_bytes + 1)
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Return the content of a JSON file. Raises OSError or ValueError."""
+    return parse_json(read_bytes(path, max_bytes))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value that JSON describes. Raises ValueError, also for one that is nested too deeply."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("found JSON that is nested too deeply; expected a few levels") from None
+
+
+def json_lines(path: str | Path) -> Iterator[Any]:
+    """Yield the values of a file with one JSON value per line. Raises OSError or ValueError."""
+    with open(open_regular(path), encoding="utf-8") as lines:
+        for line in lines:
+            yield parse_json(line)
+
+
+@contextmanager
+def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a new file that takes the place of `path` when the block ends without an error.
+
+    Its name is `.tmp-NAME`. One that a killed process left is removed first. A link of that name is never followed.
+    """
+    partial = path.with_name(f".tmp-{path.name}")
+    with open_new(partial, mode) as file:
+        try:
+            yield file
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    partial.replace(path)
+
+
+def open_new(path: Path, mode: str = "wb", buffering: int = -1) -> IO[Any]:
+    """Open a file that did not exist before, in place of one or of a link that did."""
+    path.unlink(missing_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    return open(path, mode, buffering=buffering, encoding=encoding, opener=_create)
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def copy_regular(source: Path, target: Path, *, follow: bool = True) -> None:
+    """Copy the content of a regular file, as `open_regular` opens it. Raises OSError."""
+    with open(open_regular(source, follow=follow), "rb") as file, open_new(target) as copy:
+        shutil.copyfileobj(file, copy, 2**20)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text to a temporary file and rename it: readers see the former content or the new."""
+    with replaced_file(path, "w") as file:
+        file.write(text)

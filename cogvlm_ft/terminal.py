@@ -1,0 +1,92 @@
+"""Text for terminals and logs: control characters are visible, secrets are left out, and every encoding will do."""
+
+from __future__ import annotations
+
+import codecs
+import locale
+import logging
+import re
+import sys
+import traceback
+from types import TracebackType
+from typing import TextIO
+
+from cogvlm_ft.errors import ConfigError
+
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
+# All but tab and newline, and the signs that change the direction of what follows: either could show another text.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_PASSWORD = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@")  # scheme://user:password@host
+_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]+")  # scheme://host/path?token=...
+_hidden: dict[str, str] = {}
+
+
+def hide(secret: str, shown_as: str) -> None:
+    """Show another text in place of this one from now on, in everything that is printed or logged."""
+    _hidden[secret] = shown_as
+
+
+def plain_text(text: object) -> str:
+    """Return a text for people: without hidden values, passwords and queries of addresses; newlines stay.
+
+    Control characters become escapes.
+    """
+    plain = str(text)
+    for secret in sorted(_hidden, key=len, reverse=True):
+        plain = plain.replace(secret, _hidden[secret])
+    plain = _QUERY.sub(r"\1?...", _PASSWORD.sub("***@", plain))
+    return _CONTROLS.sub(_escaped, plain)
+
+
+def plain_line(text: object) -> str:
+    """Return a text as one line."""
+    return plain_text(text).replace("\n", "\\n")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
+
+
+def say(*parts: object, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print parts, separated by blanks, as `plain_text`. Parts from files of others belong into `plain_line` first."""
+    print(plain_text(" ".join(map(str, parts))), file=file, flush=flush)
+
+
+def prepare_terminal() -> None:
+    """Let no character end the program: where the terminal cannot show one, its escape is printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _report
+
+
+def check_encoding() -> None:
+    """Raise ConfigError where torch fails, since it reads its own UTF-8 files in the encoding of the locale."""
+    encoding = locale.getpreferredencoding(False)
+    try:
+        bytes(range(256)).decode(encoding)  # one byte per character: wrong letters in comments harm nobody
+    except UnicodeDecodeError:
+        if codecs.lookup(encoding).name != "utf-8":
+            raise ConfigError(
+                f"locale: found the encoding {encoding}, in which torch cannot read its own files; expected UTF-8. Set "
+                "PYTHONUTF8=1 where the program is started: export PYTHONUTF8=1"
+            ) from None
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(plain_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def start_logging(level: int, form: str = LOG_FORMAT) -> None:
+    """Send log lines to stderr as `LogLines`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLines(form))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class LogLines(logging.Formatter):
+    """Formats records as plain text; further lines of one are indented, so that none looks like another record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_text(super().format(record)).replace("\n", "\n  ")
