@@ -37,7 +37,7 @@ MIN_SECRET = 4  # characters: to hide a shorter one would make messages unreadab
 
 @dataclass
 class LoadedConfig(Config):
-    """Settings, and what was written for those that a resolver takes part in, by key. The latter is no setting."""
+    """Settings, and what was written for those that a resolver takes part in, by key. The latter is not a setting."""
 
     written: dict[str, Any] = field(
         default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
@@ -210,8 +210,8 @@ def _written_texts(merged: Any) -> dict[str, Any]:
     for key, value in raw.items():
         if key.startswith("tracking.") and "${" in str(value):
             raise ConfigError(
-                f"{key}={value}: found a value to be filled in; expected plain text, as W&B and files show it. Let the "
-                f'shell fill it in: {key}="$NAME"'
+                f"{key}={value}: environment variables are not expanded in what W&B shows; expected plain text. "
+                f'Let the shell expand it: {key}="$NAME"'
             )
     return {key: value for key, value in raw.items() if "${" in str(value)}  # a reference may lead to a resolver
 
@@ -314,7 +314,7 @@ def _expected(value: Any, rules: Rules) -> str:
     if rules.choices and value not in rules.choices:
         return f"one of {', '.join(rules.choices)}"
     if rules.is_path and isinstance(value, str) and value.startswith("$") and not has_resolver(value):
-        return "a path; $NAME is not expanded in it. Write ${oc.env:NAME}, or let the shell expand it"
+        return "a path; environment variables are not expanded in it, except as ${oc.env:NAME}"
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         return ""
     is_low = (rules.least is not None and value < rules.least) or (rules.above is not None and value <= rules.above)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -10,33 +11,41 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 MAX_JSON_BYTES = 2**30
 
 
-def open_regular(path: str | Path, *, follow: bool = True) -> int:
-    """Open a regular file for reading and return its descriptor. Raises OSError, also for a FIFO, which would block.
+def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError, also for a named pipe, which would block.
 
     follow: also where the path is a link; else that is an error.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
-    try:
-        kind = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(kind):
-            if stat.S_ISDIR(kind):
-                raise IsADirectoryError(errno.EISDIR, "found a folder; expected a file", str(path))
-            found = "named pipe" if stat.S_ISFIFO(kind) else "device or socket"
-            raise OSError(errno.EINVAL, f"found a {found}; expected a regular file", str(path))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+        try:
+            _check_regular(descriptor, name)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return io.open(path, "rb", opener=opener)  # noqa: UP020  as pathlib opens files
+
+
+def _check_regular(descriptor: int, name: str) -> None:
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, "found a folder; expected a file", name)
+    if not stat.S_ISREG(kind):
+        found = "named pipe" if stat.S_ISFIFO(kind) else "device or socket"
+        raise OSError(errno.EINVAL, f"found a {found}; expected a regular file", name)
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a regular file of at most `max_bytes`. Raises OSError."""
-    with open(open_regular(path), "rb") as file:
+    with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
             raise OSError(errno.EFBIG, f"found {num_bytes} bytes; expected at most {max_bytes}", str(path))
@@ -58,7 +67,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def json_lines(path: str | Path) -> Iterator[Any]:
     """Yield the values of a file with one JSON value per line. Raises OSError or ValueError."""
-    with open(open_regular(path), encoding="utf-8") as lines:
+    with open_regular(path) as lines:
         for line in lines:
             yield parse_json(line)
 
@@ -92,7 +101,7 @@ def _create(path: str, flags: int) -> int:
 
 def copy_regular(source: Path, target: Path, *, follow: bool = True) -> None:
     """Copy the content of a regular file, as `open_regular` opens it. Raises OSError."""
-    with open(open_regular(source, follow=follow), "rb") as file, open_new(target) as copy:
+    with open_regular(source, follow=follow) as file, open_new(target) as copy:
         shutil.copyfileobj(file, copy, 2**20)
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cogvlm_ft.config import ENGINE_PRESETS, config_sha256, find_preset, load_config, save_config
+from cogvlm_ft.config import (
+    ENGINE_PRESETS,
+    config_sha256,
+    find_preset,
+    load_config,
+    load_run_config,
+    save_config,
+    written_settings,
+)
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.settings import Config
+from cogvlm_ft.terminal import plain_text
 
 MANDATORY = ["output_dir=runs/x", "model.path=models/tiny", "data.shards=shards_out"]
 
@@ -299,17 +309,98 @@ def test_a_date_is_a_seed() -> None:
     assert load_config(None, [*MANDATORY, "seed=20251128"]).seed == 20251128
 
 
-def test_the_environment_is_not_read(write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder from somebody else could otherwise put a key into names and logs."""
+def test_the_environment_is_read_for_the_user_s_own_settings_and_is_written_nowhere(
+    write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET", "s3cret")
-    for text in ("${oc.env:SECRET}", "runs/${oc.env:SECRET,x}", "${oc.decode:${oc.env:SECRET}}"):
-        with pytest.raises(ConfigError, match="not expanded") as raised:
-            load_config(write_yaml(f"tracking: {{name: '{text}'}}"), MANDATORY)
+    monkeypatch.setenv("WORKERS", "3")
+    address = "https://me:${oc.env:SECRET}@host/shards"
+    own = write_yaml(f"data: {{shards: '{address}', val_shards: '${{data.shards}}'}}")
+    config = load_config(own, ["output_dir=o", "model.path=m", "data.num_workers=${oc.env:WORKERS}"])
+    assert config.data.shards == config.data.val_shards == "https://me:s3cret@host/shards"
+    assert config.data.num_workers == 3
+    assert written_settings(config)["data"]["shards"] == address
+
+    run = tmp_path / "run"
+    run.mkdir()
+    save_config(config, run / "config.yaml")
+    (run / "run.json").touch()
+    text = (run / "config.yaml").read_text()
+    assert address in text and "num_workers: ${oc.env:WORKERS}" in text and "s3cret" not in text
+    monkeypatch.setenv("SECRET", "another")
+    assert config_sha256(load_config(own, ["output_dir=o", "model.path=m", "data.num_workers=${oc.env:WORKERS}"])) == (
+        config_sha256(config)
+    )
+
+    # In a run folder, which may be somebody else's, nothing is expanded; what the command line says replaces it.
+    with pytest.raises(
+        ConfigError, match=r"data\.shards: .*not expanded in a run folder.*Type data\.shards="
+    ) as raised:
+        load_config(run / "config.yaml")
+    assert "another" not in str(raised.value)
+    typed = [f"data.shards={address}", "data.val_shards=null", "data.num_workers=0"]
+    assert load_config(run / "config.yaml", typed).data.shards == "https://me:another@host/shards"
+    shown = load_run_config(run / "config.yaml")
+    assert (shown.data.shards, shown.data.num_workers) == (address, Config().data.num_workers)
+    (tmp_path / "link.yaml").symlink_to(run / "config.yaml")
+    with pytest.raises(ConfigError, match="not expanded in a run folder"):
+        load_config(tmp_path / "link.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.env:SECRET}", "x/${ oc.env:SECRET,x}", "${oc.${train.precision}:SECRET}", "${now:}"]
+)
+def test_no_resolver_gets_out_of_a_run_folder(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "s3cret")
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text(f"data: {{wording: '{text}', shards: [{{path: '{text}'}}]}}")
+    with pytest.raises(ConfigError, match="not expanded in a run folder"):
+        load_config(tmp_path / "config.yaml", ["output_dir=o", "model.path=m"])
+
+
+def test_the_environment_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "s3cret")
+    for setting in ("tracking.name=${oc.env:SECRET}", "train.lr=${oc.env:SECRET}", "data.resize=${oc.env:SECRET}"):
+        with pytest.raises(ConfigError, match=r"\$\{oc\.env:SECRET\}") as raised:
+            load_config(None, [*MANDATORY, setting])
         assert "s3cret" not in str(raised.value)
-        with pytest.raises(ConfigError, match="not expanded"):
-            load_config(None, [*MANDATORY, f"tracking.name={text}"])
-    with pytest.raises(ConfigError, match="not expanded"):
-        load_config(write_yaml("data: {shards: [{path: '${oc.env:SECRET}'}]}"), MANDATORY)
+    with pytest.raises(ConfigError, match=r"output_dir: .*'NOT_SET' not found.* Set it"):
+        load_config(None, [*MANDATORY, "output_dir=${oc.env:NOT_SET}"])
+    load_config(None, [*MANDATORY, "data.shards=https://host/${oc.env:SECRET}/x"])
+    assert plain_text("GET https://host/s3cret/x") == "GET https://host/${oc.env:SECRET}/x"  # logs and errors, too
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["20241128_120000", "0123", "1e5", "5e10234", "12:30:00", "yes", "2024-11-28", "a: b", "{a}", "[a]", "@x"],
+)
+def test_text_is_taken_as_it_is_written(written: str, write_yaml: WriteYaml, tmp_path: Path) -> None:
+    keys = ("output_dir", "tracking.name", "data.shards", "model.path")
+    config = load_config(None, [f"{key}={written}" for key in keys])
+    found = (config.output_dir, config.tracking.name, config.data.shards, config.model.path)
+    if written[0] not in "[{":
+        assert found == (written,) * 4
+    assert found[:2] == (written, written)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    if re.fullmatch(r"[\w:-]+", written):
+        own = write_yaml(
+            f"output_dir: {written}\ndata: {{shards: [{{path: {written}, weight: 5e-1}}]}}\nmodel: {{path: x}}"
+        )
+        assert load_config(own).output_dir == written
+        assert load_config(own).data.shards == [{"path": written, "weight": 0.5}]
+
+
+def test_what_a_comment_a_quote_and_none_mean(write_yaml: WriteYaml) -> None:
+    assert load_config(None, [*MANDATORY, "output_dir=runs/a #2"]).output_dir == "runs/a #2"
+    assert load_config(None, [*MANDATORY, "output_dir='0123'"]).output_dir == "0123"
+    unset = ["tracking.name=None", "data.cache_dir=None", "data.resize=None", "train.patience=None"]
+    config = load_config(write_yaml("evaluate: {probe: None, max_samples: none}"), [*MANDATORY, *unset])
+    assert (config.tracking.name, config.data.cache_dir, config.data.resize, config.train.patience) == (None,) * 4
+    assert (config.evaluate.probe, config.evaluate.max_samples) == (None, None)
+    for single in ("model.freeze=model.vision.*", "model.freeze=*vision*"):
+        with pytest.raises(ConfigError, match=r"model\.freeze.*(expected a list, such as|in quotes|not valid YAML)"):
+            load_config(None, [*MANDATORY, single])
 
 
 def test_the_home_folder_is_expanded_where_a_path_is_used_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
