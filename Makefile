@@ -19,7 +19,7 @@ setup: $(STAMP) ## create .venv with the tested versions; update it when setup.p
 $(STAMP): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "python: found none with venv; expected Python 3.10 to 3.13. Run: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup ## train a tiny CogVLM on a generated grounding set (CPU, minutes)

@@ -8,8 +8,8 @@
 
 Programs are forked from one server per test session, rank_server.py, which has imported torch, DeepSpeed and
 transformers; this saves 5 s of CPU time per process. A forked process has its own session, environment, log and exit
-code, gets signals and ends as any Python process does. Settings that libraries read while they are imported, memory
-limits and measurements of memory need `fresh=True`: a new interpreter.
+code, gets signals and ends as any Python process does. Settings that libraries read while they are imported and
+measurements of memory need `fresh=True`: a new interpreter.
 
 Ports come from a counter that all test processes of this machine share, so that no two jobs get the same one.
 """
@@ -38,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 START_TIMEOUT_S = 240  # of the server: its imports, on a busy machine
 SERVER = Path(__file__).with_name("rank_server.py")
+OWN_NAMESPACE = Path(__file__).with_name("own_namespace.py")  # a program that runs another one
 PORTS = range(20000, 32000)  # below those that the kernel gives to outgoing connections
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

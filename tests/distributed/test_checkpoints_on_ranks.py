@@ -6,12 +6,11 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, read_metrics, run, started, wait_for_step
+from ranks import OWN_NAMESPACE, read_metrics, run, run_program, started, wait_for_step
 from reference import NUM_SAMPLES, NUM_STEPS, reference_settings
 from run_states import assert_same_end
 
@@ -20,6 +19,7 @@ from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.slices import rank_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
+LIMITED = Path(__file__).with_name("limited.py")
 
 
 def settings(shards: Path, start_model: Path, output_dir: Path, *changes: str) -> list[str]:
@@ -98,13 +98,11 @@ def test_a_full_disk_leaves_what_was_saved(
     disk = tmp_path / "disk"
     disk.mkdir()
     more = ["checkpoint.every_steps=2", "checkpoint.keep_last=9", f"checkpoint.on_error={on_error}"]
-    command = [sys.executable, "launch/train.py", *settings(shards, start_model, disk / "run"), *more]
-    mount = f'mount -t tmpfs -o size={int(size * 3.5)} tmpfs "{disk}"'
-    script = f'{mount} && "$@"; code=$?; cp -r "{disk}/run" "{tmp_path}"; exit $code'
-    outside = ["unshare", "--map-root-user", "--mount", "bash", "-c", script, "-"]
-    if subprocess.run([*outside[:3], "true"], capture_output=True).returncode:
+    if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("mount namespaces are not allowed here")
-    done = subprocess.run([*outside, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    mount = f'mount -t tmpfs -o size={int(size * 3.5)} tmpfs "{disk}"'
+    program = ["launch/train.py", *settings(shards, start_model, disk / "run"), *more]
+    done = run_program([OWN_NAMESPACE, mount, f'cp -r "{disk}/run" "{tmp_path}"', *program])
     # The last state cannot be saved either, so both end with an error; one of them after all its steps.
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be saved in" in done.stderr
@@ -122,9 +120,7 @@ def test_a_write_that_fails_half_way_leaves_nothing_and_the_run_continues(
 ) -> None:
     """Fail as a quota does, which the free space does not show: here by a limit on the size of a file."""
     more = ["checkpoint.every_steps=4", "checkpoint.on_error=continue"]
-    command = [sys.executable, "launch/train.py", *settings(shards, start_model, tmp_path / "run"), *more]
-    limited = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", *command]
-    done = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    done = run_program([LIMITED, "FSIZE", 1000 << 10, *settings(shards, start_model, tmp_path / "run"), *more])
     assert done.returncode == 2, done.stdout + done.stderr
     assert "rank 0: [Errno 27] File too large" in done.stderr
     assert "training continues, as checkpoint.on_error=continue" in done.stderr

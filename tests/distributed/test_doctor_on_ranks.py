@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, free_port, started
+from ranks import OWN_NAMESPACE, REPOSITORY, fork_server, free_port, started
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 200
@@ -63,21 +62,14 @@ def test_two_nodes_that_share_neither_output_dir_nor_shards(start_model: Path, s
     processes = []
     for rank in range(2):
         own_disks = f"mount -t tmpfs none {output_dir} && mount -t tmpfs none {shards} && " if rank else ""
-        script = f'{own_disks}hostname node{rank} && exec {sys.executable} "$@"'
+        before = f"{own_disks}hostname node{rank}"
         environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        command = ["unshare", "--map-root-user", "--mount", "--uts", "sh", "-c", script, "sh"]
         outputs.append(tmp_path / f"rank-{rank}.log")
-        with outputs[-1].open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [*command, *arguments(start_model, shards, output_dir)],
-                    cwd=REPOSITORY,
-                    env={**os.environ, **environment},
-                    stdout=log,
-                    stderr=log,
-                )
-            )
+        program = [OWN_NAMESPACE, before, "true", *arguments(start_model, shards, output_dir)]
+        processes.append(
+            fork_server().start(program, {**os.environ, **environment}, REPOSITORY, outputs[-1], outputs[-1])
+        )
     try:
         codes = [process.wait(TIMEOUT_S) for process in processes]
     finally:

@@ -27,15 +27,16 @@ SECRETS = {
     "HTTPS_PROXY": "http://proxyuser:pa55-of-the-proxy@127.0.0.1:9",
     "HTTP_PROXY": "http://proxyuser:pa55-of-the-proxy@127.0.0.1:9",
 }
-# One interpreter for the programs after the training run: each start costs more than what they do here.
+# One interpreter per rank for all its programs: each start costs more than what they do here.
 ONE_BY_ONE = """
-import json, runpy, sys
+import json, os, runpy, sys
 for sys.argv in json.loads(sys.argv[1]):
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # only the first program has other ranks
 """
 PLANTED = [
     *(SECRETS[name] for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")),
@@ -77,25 +78,25 @@ def address(shards: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def start(arguments: list[object], folder: Path, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen:
-    """Start a program with a home of its own, where everything it could write outside of its run is found."""
+def start(programs: list[list[str]], folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen:
+    """Start programs with a home of their own, where everything they could write outside of the run is found."""
     home = folder / "home"
     (home / "tmp").mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= SECRETS | {"NO_PROXY": "127.0.0.1,localhost", "HOME": str(home), "TMPDIR": str(home / "tmp")}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # no server listens there: the run is recorded offline
-    log = folder / "logs" / f"{Path(str(arguments[0])).stem}-{rank}.log"
+    log = folder / "logs" / f"{rank}.log"
     log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, *map(str, arguments)]
+    command = [sys.executable, "-c", ONE_BY_ONE, json.dumps(programs)]
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file, umask=0o027)
 
 
-def run(arguments: list[object], folder: Path, world_size: int = 1) -> None:
-    port = free_port()
-    processes = [start(arguments, folder, rank, world_size, port) for rank in range(world_size)]
+def run(programs_of_ranks: list[list[list[str]]], folder: Path) -> None:
+    port, world_size = free_port(), len(programs_of_ranks)
+    processes = [start(programs, folder, rank, world_size, port) for rank, programs in enumerate(programs_of_ranks)]
     try:
         codes = [process.wait(240) for process in processes]
     finally:
@@ -132,14 +133,14 @@ def test_a_whole_run_keeps_every_secret_and_the_user_s_umask(address: str, start
     settings += ["data.num_workers=0", "train.max_steps=2", "train.epochs=1", "train.global_batch_size=4"]
     settings += ["train.micro_batch_size=2", "evaluate.max_new_tokens=4", "evaluate.max_samples=4"]
     settings += ["deepspeed=configs/deepspeed/zero3_tiny.json", "tracking.mode=auto"]
-    run(["launch/train.py", *settings], tmp_path, world_size=2)
-    (checkpoint,) = sorted((output_dir / "checkpoints").glob("step-*"))
-    programs = [
+    train = ["launch/train.py", *settings]
+    checkpoint = output_dir / "checkpoints" / "step-00000002"
+    afterwards = [
         ["launch/report.py", str(output_dir), f"data.shards={address}"],  # config.yaml has no password
         ["launch/export.py", "--checkpoint", str(checkpoint), "--out", str(output_dir / "exported"), "--prove", "0"],
         ["launch/wandb_sync.py", str(output_dir), "--mode", "offline"],
     ]
-    run(["-c", ONE_BY_ONE, json.dumps(programs)], tmp_path)
+    run([[train, *afterwards], [train]], tmp_path)
 
     assert f"shards: {address.replace(f'{LOGIN}:{PASSWORD}@', '')}\n" in (output_dir / "config.yaml").read_text()
     written = {path.name for path in output_dir.rglob("*")}

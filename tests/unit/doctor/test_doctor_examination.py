@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from examining import Examine
-from ranks import REPOSITORY, fork_server
+from ranks import OWN_NAMESPACE, REPOSITORY, fork_server, run_program
 
 from cogvlm_ft.doctor.checks import CHECKS, CLOCKS, DISK, FOLDER, LEFTOVERS, RANKS, SHARING
 from cogvlm_ft.doctor.examination import (
@@ -82,17 +81,9 @@ def test_the_program_on_a_disk_that_is_really_full(start_model: Path, shards: Pa
     (tmp_path / "full").mkdir()
     settings = [f"model.path={start_model}", f"data.shards={shards}", f"output_dir={tmp_path}/full/run"]
     settings += ["deepspeed=configs/deepspeed/zero3_tiny.json", "tracking.mode=offline"]
-    script = f"mount -t tmpfs -o size=9m none {tmp_path}/full && head -c 6M /dev/zero > {tmp_path}/full/photos; "
-    script += f'exec {sys.executable} launch/doctor.py "$@"'
-    done = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *settings],
-        cwd=REPOSITORY,
-        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    fill = f"mount -t tmpfs -o size=9m none {tmp_path}/full; head -c 6M /dev/zero > {tmp_path}/full/photos"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = run_program([OWN_NAMESPACE, fill, "true", "launch/doctor.py", *settings], environment=environment)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "red     disk: writing 8 MiB on " in done.stdout and "No space left on device" in done.stdout
     assert done.stdout.endswith("1 red\n") and "\033" not in done.stdout and "Traceback" not in done.stderr
