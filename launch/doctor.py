@@ -17,7 +17,7 @@ import signal
 import sys
 
 try:
-    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import Config
@@ -62,11 +62,12 @@ def run(config: Config, *, all_shards: bool, fix: bool) -> int:
     if num_ranks != "1" and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         say(f"        waiting for {num_ranks} ranks to connect at {place}", flush=True)
-    from cogvlm_ft.doctor.checks import CHECKS
-    from cogvlm_ft.doctor.examination import begin, examine
-    from cogvlm_ft.doctor.storage import remove_probes
-    from cogvlm_ft.runtime.bandwidth import SideChannel
-    from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
+    with fast_imports():
+        from cogvlm_ft.doctor.checks import CHECKS
+        from cogvlm_ft.doctor.examination import begin, examine
+        from cogvlm_ft.doctor.storage import remove_probes
+        from cogvlm_ft.runtime.bandwidth import SideChannel
+        from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
 
     start_logging(logging.ERROR)
     init_distributed()

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code, paste
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste
     from cogvlm_ft.terminal import say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -42,9 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Export, compare and report; return the exit code."""
-    import torch
+    with fast_imports():
+        import torch
 
-    from cogvlm_ft.export.export import export_checkpoint, rejected_path
+        from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
     say(f"comparing {args.checkpoint} with its manifest", flush=True)
     proof = export_checkpoint(args.checkpoint, args.out, getattr(torch, DTYPES[args.dtype]), verify=args.prove != 0)

@@ -21,7 +21,7 @@ from typing import Any
 try:
     from omegaconf import OmegaConf
 
-    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import RUN_PRESETS, find_preset, load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import Config
@@ -72,13 +72,14 @@ def plan(args: argparse.Namespace) -> str:
     _check_numbers(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is needed; DeepSpeed warns if it finds none
     config = load_config(args.config, [*_stand_ins(args), *args.settings])
-    from cogvlm_ft.pinned_memory import rounded_up_to
-    from cogvlm_ft.planning.activations import MicroBatchShape
-    from cogvlm_ft.planning.data_turns import most_turns_of
-    from cogvlm_ft.planning.memory import Cluster
-    from cogvlm_ft.planning.preflight import as_json, as_text, count_images, inspect_run
-    from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
-    from cogvlm_ft.planning.tables import write_tables
+    with fast_imports():
+        from cogvlm_ft.pinned_memory import rounded_up_to
+        from cogvlm_ft.planning.activations import MicroBatchShape
+        from cogvlm_ft.planning.data_turns import most_turns_of
+        from cogvlm_ft.planning.memory import Cluster
+        from cogvlm_ft.planning.preflight import as_json, as_text, count_images, inspect_run
+        from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
+        from cogvlm_ft.planning.tables import write_tables
 
     known = config.data.shards != "unset"
     turns = args.turns or (known and most_turns_of(config, config.data.train_split)) or USUAL_TURNS

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports
     from cogvlm_ft.terminal import say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Print one paragraph per sample, then how many are not finite."""
-    from cogvlm_ft.train.replay_step import open_replay
+    with fast_imports():
+        from cogvlm_ft.train.replay_step import open_replay
 
     replay = open_replay(args.file, args.model, args.out)
     say(f"step {replay.step.step} with {replay.weights}")

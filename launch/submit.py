@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import find_preset, load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.jobs.sweep import load_entry, read_sweep
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--chain {args.chain}: expected 1 or more, and 1 for a sweep, whose jobs resume by themselves"
         )
-    from cogvlm_ft.jobs.submit import Submission, check_plan, load_cluster, submit
+    with fast_imports():
+        from cogvlm_ft.jobs.submit import Submission, check_plan, load_cluster, submit
 
     names = ("partition", "account", "qos", "nodes", "gpus_per_node", "time")
     file = find_preset(args.cluster, "slurm/*.yaml", "--cluster ")

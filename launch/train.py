@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import USER_ERROR_EXIT_CODE, add_settings, build_parser, exit_code
+    from cogvlm_ft.command_line import USER_ERROR_EXIT_CODE, add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.jobs.sweep import load_task
     from cogvlm_ft.runtime.outcome import write_outcome
     from cogvlm_ft.runtime.stop_signals import StopRequest
@@ -48,14 +48,15 @@ def run(config: Config, stop_request: StopRequest) -> int:
     """Train until the run is finished or stopped, on all ranks. Collective."""
     check_encoding()
     # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be reported at once.
-    from cogvlm_ft.build import build_run
-    from cogvlm_ft.planning.out_of_memory import memory_errors_explained
-    from cogvlm_ft.planning.preflight import check_fits
-    from cogvlm_ft.runtime.distributed import any_rank, init_distributed, is_main, rank, shut_down
-    from cogvlm_ft.runtime.run_lock import owned_run_folder
-    from cogvlm_ft.runtime.watchdog import watched
-    from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
-    from cogvlm_ft.train.loop import train
+    with fast_imports():
+        from cogvlm_ft.build import build_run
+        from cogvlm_ft.planning.out_of_memory import memory_errors_explained
+        from cogvlm_ft.planning.preflight import check_fits
+        from cogvlm_ft.runtime.distributed import any_rank, init_distributed, is_main, rank, shut_down
+        from cogvlm_ft.runtime.run_lock import owned_run_folder
+        from cogvlm_ft.runtime.watchdog import watched
+        from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
+        from cogvlm_ft.train.loop import train
 
     init_distributed(config.train.hang_timeout_s)
     level = logging.INFO if is_main() else logging.WARNING

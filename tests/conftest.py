@@ -9,14 +9,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from tiny import odd_config, tiny_config
 
-from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
-from cogvlm_ft.model.tokenizer import train_tokenizer
-from cogvlm_ft.shards.build import main as build
-from cogvlm_ft.shards.demo_scenes import write_scenes
+from cogvlm_ft.command_line import fast_imports
+
+with fast_imports():
+    import torch
+    from tiny import odd_config, tiny_config
+
+    from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
+    from cogvlm_ft.model.tokenizer import train_tokenizer
+    from cogvlm_ft.shards.build import main as build
+    from cogvlm_ft.shards.demo_scenes import write_scenes
 
 # The same examples every time and no deadline, so that a property fails only because the code has changed.
 settings.register_profile(

@@ -46,8 +46,10 @@ PR_SET_PDEATHSIG = 1
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     before = set(os.environ)
+    gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.enable()
     set_by_imports = {key: value for key, value in os.environ.items() if key not in before}
     num_threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     assert num_threads == 1, f"{num_threads} threads; expected 1, since forked processes keep only one"
