@@ -58,7 +58,7 @@ class Run:
         return self.engine.module
 
     def last_step(self, state: TrainState) -> int:
-        """Return the step with which the run ends, if it goes on from `state` with this global batch size."""
+        """Return the step with which the run ends, if it continues from `state` with this global batch size."""
         last_step = state.step + self.plan.steps_left(state.samples_consumed, self.config.train.epochs)
         return min(last_step, self.config.train.max_steps or last_step)
 
