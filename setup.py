@@ -40,6 +40,7 @@ setup(
         "cogvlm_ft.grounding": ["wordings/*.yaml"],
         "cogvlm_ft.predict": ["page.*"],
         "cogvlm_ft.report": ["page.*"],
+        "cogvlm_ft.report.preview": ["page.*"],
         "cogvlm_ft.shards.negatives": ["*.yaml"],
         "cogvlm_ft.shards.reviewing": ["page.*"],
     },

@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def preview(self) -> Path:
+        """The page about the first inputs of the model."""
+        return self.path / "preview.html"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint, named by `step_name`."""
         return self.path / "checkpoints"

@@ -50,3 +50,19 @@ def turns_of(record: Record, wording: Wording, *, seed: int, epoch: int) -> list
     assert record.image_size_px is not None
     worded = build_turns(record.targets, record.image_size_px, wording, seed=seed, epoch=epoch, key=record.key)
     return [*record.turns, *worded]
+
+
+def describe_changes(look: Look) -> list[str]:
+    """Name what was done to the image, in words of the settings; [] if nothing was."""
+    frame, (width, height) = look.frame, look.frame.photo_px
+    x0, y0, x1, y1 = frame.window_px
+    found = []
+    if x1 - x0 < width or y1 - y0 < height:
+        found.append(f"crop\u00a0{min(1, (x1 - x0) / width):.0%}\u00a0×\u00a0{min(1, (y1 - y0) / height):.0%}")
+    if frame.mirrored:
+        found.append("flip")
+    factors = {name: value for name, value in vars(look.colours).items() if name != "hue" and value != 1}
+    found += [f"{name}\u00a0×\u00a0{value:.2f}" for name, value in factors.items()]
+    if look.colours.hue:
+        found.append(f"hue {look.colours.hue:+.2f}")
+    return found

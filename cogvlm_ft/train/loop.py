@@ -26,6 +26,7 @@ from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
 from cogvlm_ft.evaluate.probe import run_probe
 from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
+from cogvlm_ft.report.preview.inputs import try_preview
 from cogvlm_ft.report.report import try_report
 from cogvlm_ft.report.wandb_media import save_pictures, show_evaluation
 from cogvlm_ft.runtime.distributed import any_ranks, barrier, from_main, is_main, rank, world_size
@@ -45,6 +46,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     state, saver = start_or_resume(run)
     if is_main():
         run.save_settings()
+        try_preview(run, state.samples_consumed)
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     log = StepLog(run, state, tracker)

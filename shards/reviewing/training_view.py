@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from cogvlm_ft.data.frames import Frame
-from cogvlm_ft.data.look import Look, build_look
+from cogvlm_ft.data.look import build_look, describe_changes
 from cogvlm_ft.data.record import Record, box_defect, clip_box
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
@@ -123,24 +122,7 @@ def _see(
         exchanges.append(Exchange(_cut(turn.prompt), _cut(turn.answer), number % NUM_COLOURS if boxes else None))
     seen = look.draw(image, side)
     layer = draw_layer(seen, (0.0, 0.0, float(side), float(side)), named, side, _SCREEN_PX)
-    return Seen(layer, exchanges, max(0, len(look.turns) - _MAX_TURNS), _changes(look, record))
-
-
-def _changes(look: Look, record: Record) -> list[str]:
-    """Name what was done to the image, in words of the settings."""
-    frame: Frame = look.frame
-    width, height = record.image_size_px or (1, 1)
-    x0, y0, x1, y1 = frame.window_px
-    found = []
-    if x1 - x0 < width or y1 - y0 < height:
-        found.append(f"crop\u00a0{min(1, (x1 - x0) / width):.0%}\u00a0×\u00a0{min(1, (y1 - y0) / height):.0%}")
-    if frame.mirrored:
-        found.append("flip")
-    factors = {name: value for name, value in vars(look.colours).items() if name != "hue" and value != 1}
-    found += [f"{name}\u00a0×\u00a0{value:.2f}" for name, value in factors.items()]
-    if look.colours.hue:
-        found.append(f"hue {look.colours.hue:+.2f}")
-    return found
+    return Seen(layer, exchanges, max(0, len(look.turns) - _MAX_TURNS), describe_changes(look))
 
 
 def _cut(text: str) -> str:

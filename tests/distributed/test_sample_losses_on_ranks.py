@@ -33,6 +33,7 @@ def test_losses_of_single_samples(reference_run: Path, shards: Path) -> None:
     epochs = [len(of_epoch) for of_epoch in read_sample_losses(reference_run).values()]
     assert epochs == [NUM_SAMPLES, NUM_SAMPLES, NUM_SAMPLES, 12]
 
+    assert (reference_run / "preview.html").read_text(encoding="utf-8").count("<figure") == 16
     page = (reference_run / "report.html").read_text(encoding="utf-8")
     assert 'id="curves"' in page and 'id="suspects"' in page and "data:image/jpeg;base64," in page
     last = reference_run / "evaluations" / f"step-{NUM_STEPS:08d}"
