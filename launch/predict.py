@@ -135,7 +135,7 @@ def predict(args: argparse.Namespace) -> int:
     asking = Asking(wording=wording, zoom_patches=args.zoom, **{name: getattr(args, name) for name in names})
     predictor = load_predictor(args.model, asking)
     if args.serve:
-        serve(predictor, host=args.host, port=args.port, upright=upright)
+        serve(predictor, args.model, host=args.host, port=args.port, upright=upright)
         return 0
     if args.image.is_file() and args.image.suffix.lower() != ".jsonl" and not args.format:
         answer_image(predictor, questions, args.out or Path(f"{args.image.stem}-answer.png"), upright)

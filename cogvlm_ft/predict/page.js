@@ -1,4 +1,8 @@
 const at = page.byId;
+const MAX_KEPT = 30;
+const NUM_COLOURS = 7;
+const asked = []; // the newest first
+const files = []; // addresses of the files that can be saved
 let photo = null;
 let busy = false;
 
@@ -49,29 +53,80 @@ function boxItem(box) {
   return item;
 }
 
-function show(found) {
+// What an answer without boxes means, and that it ends too early.
+function notices(answer) {
+  const found = [];
+  if (answer.not_found) {
+    found.push(["soft", "Not found: the model reports that the target is absent.", "未找到：模型认为目标不存在。"]);
+  } else if (!answer.boxes) {
+    found.push(["bad", "No box could be read from this answer.", "无法从该回答中读出框。"]);
+  }
+  if (answer.truncated) {
+    found.push(["bad", "The answer was cut at the token limit.", "回答达到词元上限，被截断。"]);
+  }
+  return found.map(([kind, en, zh]) => {
+    const notice = document.createElement("p");
+    notice.className = `notice ${kind}`;
+    notice.append(...both(en, zh));
+    return notice;
+  });
+}
+
+function articleOf(answer, number) {
+  const article = document.createElement("article");
+  const question = element("h2", answer.prompt);
+  const chip = document.createElement("i");
+  chip.className = `chip t${number % NUM_COLOURS}`;
+  question.prepend(chip);
+  const list = document.createElement("ul");
+  list.append(...(answer.boxes || []).map(boxItem));
+  article.append(question, element("p", answer.answer || "…"), ...notices(answer), list);
+  return article;
+}
+
+function offer(link, name, content, type) {
+  link.href = URL.createObjectURL(new Blob([content], { type }));
+  link.download = name;
+  files.push(link.href);
+}
+
+function show(entry) {
+  const { name, found } = entry;
   at("picture").src = found.picture;
-  at("answers").replaceChildren(
-    ...found.answers.map((answer) => {
-      const article = document.createElement("article");
-      const list = document.createElement("ul");
-      list.append(...(answer.boxes || []).map(boxItem));
-      article.append(element("h2", answer.prompt), element("p", answer.answer || "…"), list);
-      if (answer.truncated) {
-        const note = element("p", "");
-        note.append(...both("The answer was cut at the token limit.", "回答达到词元上限，被截断。"));
-        article.append(note);
-      }
-      return article;
-    }),
-  );
+  at("answers").replaceChildren(...found.answers.map(articleOf));
+  files.splice(0).forEach((address) => URL.revokeObjectURL(address));
+  const bytes = Uint8Array.from(atob(found.picture.split(",")[1]), (char) => char.charCodeAt(0));
+  const stem = name.replace(/\.[^.]*$/, "") || "photo";
+  offer(at("save-picture"), `${stem}-answer.jpg`, bytes, "image/jpeg");
+  const { picture, ...fields } = found;
+  const text = JSON.stringify({ image: name, ...fields }, null, 2) + "\n";
+  offer(at("save-json"), `${stem}-answer.json`, text, "application/json");
   at("result").hidden = false;
+  for (const other of asked) other.button.setAttribute("aria-pressed", other === entry);
+}
+
+function keep(name, found) {
+  const entry = { name, found, button: document.createElement("button") };
+  const image = document.createElement("img");
+  image.src = found.picture;
+  image.alt = "";
+  const text = element("span", found.answers.map((answer) => answer.prompt).join(" · "));
+  text.append(element("small", name));
+  entry.button.type = "button";
+  entry.button.append(image, text);
+  entry.button.addEventListener("click", () => show(entry));
+  asked.unshift(entry);
+  asked.splice(MAX_KEPT);
+  at("asked-before").replaceChildren(...asked.map((each) => each.button));
+  at("history").hidden = asked.length < 2;
+  return entry;
 }
 
 async function ask() {
   busy = true;
   refresh();
   report(both("The model is answering …", "模型正在回答……"));
+  const name = photo.name || "photo";
   const mode = document.querySelector("[name=mode]:checked").value;
   const query = new URLSearchParams({ asked: at("asked").value, mode });
   try {
@@ -82,7 +137,7 @@ async function ask() {
     });
     const found = await response.json().catch(() => ({ error: "HTTP " + response.status }));
     if (response.ok) {
-      show(found);
+      show(keep(name, found));
       report([]);
     } else {
       report([found.error], true);
@@ -94,6 +149,7 @@ async function ask() {
   refresh();
 }
 
+page.enlarge("#picture");
 at("preview").addEventListener("error", () => { at("preview").hidden = true; });
 at("photo").addEventListener("change", () => take(at("photo").files[0]));
 at("asked").addEventListener("input", refresh);

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import ipaddress
+import re
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,6 +31,8 @@ HEAD_TIMEOUT_S, CHUNK_TIMEOUT_S, BODY_TIMEOUT_S = 10.0, 10.0, 120.0
 """To send the head of a request, the next part of a photo, and a whole photo; then the connection is closed."""
 MODES = ("prompt", "targets")
 
+_STEP_OF_CARD = re.compile(r"^\| step, epoch \| (\d+),", re.MULTILINE)
+_STEP_OF_FOLDER = re.compile(r"^step-(\d+)$")
 _HEADERS = {
     "Content-Security-Policy": SERVED_POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -45,11 +48,16 @@ def check_installed() -> None:
         raise ConfigError(f'--serve needs {", ".join(missing)}: pip install -e ".[serve]"')
 
 
-def serve(predictor: Predictor, *, host: str = "127.0.0.1", port: int = 8000, upright: bool = True) -> None:
-    """Serve the page until Ctrl-C. Nothing is stored or sent elsewhere. Raises ConfigError if the port is in use."""
+def serve(
+    predictor: Predictor, model: Path, *, host: str = "127.0.0.1", port: int = 8000, upright: bool = True
+) -> None:
+    """Serve the page until Ctrl-C. Nothing is stored or sent elsewhere. Raises ConfigError if the port is in use.
+
+    model: the folder of the model, whose name and step are shown.
+    """
     import uvicorn
 
-    app = build_app(predictor, host, upright=upright)
+    app = build_app(predictor, model, host, upright=upright)
     config = uvicorn.Config(
         app,
         host=host,
@@ -118,7 +126,7 @@ def _is_own_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def build_app(predictor: Predictor, host: str, *, upright: bool) -> Any:
+def build_app(predictor: Predictor, model: Path, host: str, *, upright: bool) -> Any:
     """Build the ASGI application. On a loopback address it answers only to that machine's names.
 
     This refuses pages from elsewhere whose name is made to resolve to this address.
@@ -130,14 +138,28 @@ def build_app(predictor: Predictor, host: str, *, upright: bool) -> Any:
 
     allowed = ["127.0.0.1", "localhost", "[::1]", host] if _is_own_machine(host) else ["*"]
     page = HtmlPage(Path(__file__).parent)
+    shown = page.render_served(
+        model_name=model.resolve().name,
+        step=trained_step(model),
+        image_size=predictor.model.config.image_size,
+        wording=predictor.wording.name,
+    )
     files = {
-        "/": (page.render_served(), "text/html"),
+        "/": (shown, "text/html"),
         "/page.css": (page.style, "text/css"),
         "/page.js": (page.script, "text/javascript"),
     }
     routes = [Route(path, _file_endpoint(*file)) for path, file in files.items()]
     routes.append(Route("/ask", _ask_endpoint(predictor, upright), methods=["POST"]))
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)])
+
+
+def trained_step(model: Path) -> int | None:
+    """Return the step of an exported model, from its model card, or of a checkpoint; None if neither is known."""
+    card = model / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = _STEP_OF_CARD.search(text) or _STEP_OF_FOLDER.search(model.resolve().name)
+    return int(found[1]) if found else None
 
 
 def _file_endpoint(content: str, media_type: str) -> Callable[..., Any]:

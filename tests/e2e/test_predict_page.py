@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import io
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import pytest
+from browser import PHONE, WIDE, browser, check_buttons, is_too_wide, needs_browser, opened
 from PIL import Image
 from ranks import REPOSITORY
 from taught_model import DOG, DOG_BOX, FOUND, NOT_FOUND, SMALL_BOX, WHERE_SMALL, teach
@@ -21,25 +24,19 @@ from taught_model import DOG, DOG_BOX, FOUND, NOT_FOUND, SMALL_BOX, WHERE_SMALL,
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.predict.serve import MAX_UPLOAD_BYTES
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STARTED = re.compile(r"(http://127\.0\.0\.1:\d+/)")
 ASKED_WITHIN_MS = 60_000
 
-pytestmark = pytest.mark.slow
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+__all__ = ["browser"]
 
-# Everything that the page may not do shows up here.
-WATCH = """
-window.mistakes = [];
-addEventListener("error", (event) => mistakes.push(String(event.message)));
-addEventListener("securitypolicyviolation", (event) => mistakes.push(event.violatedDirective));
-"""
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages")]
 
 
 @pytest.fixture(scope="module")
 def address(tokenizer: CogVLMTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of the program, on a port that it found free; ended with Ctrl-C, which is no failure."""
-    folder = teach(tokenizer, tmp_path_factory.mktemp("taught"))
+    folder = teach(tokenizer, tmp_path_factory.mktemp("page") / "taught")
+    (folder / "README.md").write_text("# taught\n\n| | |\n|---|---|\n| step, epoch | 12, 3 |\n", encoding="utf-8")
     command = ["launch/predict.py", "--model", folder, "--serve", "--port", 0, "--steps", "--max-new-tokens", 64]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     program = subprocess.Popen(
@@ -80,16 +77,12 @@ def post(
 
 
 @needs_browser
-def test_a_person_asks(address: str, photo: Path, tmp_path: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    expect = sync_api.expect
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1000, "height": 1500})
-        requests: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.add_init_script(WATCH)
-        page.goto(address)
+def test_a_person_asks(address: str, photo: Path, tmp_path: Path, browser: Any) -> None:
+    from playwright.sync_api import expect
+
+    with opened(browser, address, WIDE, "light", "en-US") as page:
+        check_buttons(page, "en-US", "light")
+        expect(page.locator("header .source")).to_contain_text("taught · step 12 · 112 px", use_inner_text=True)
         expect(page.locator("#send")).to_be_disabled()
         page.set_input_files("#photo", photo)
         page.fill("#asked", WHERE_SMALL)
@@ -98,27 +91,60 @@ def test_a_person_asks(address: str, photo: Path, tmp_path: Path) -> None:
         expect(page.locator("#answers li")).to_contain_text("150.2, 300.3, 162.2, 324.3 px · confidence")
         natural = page.locator("#picture").evaluate("image => [image.naturalWidth, image.naturalHeight]")
         assert natural[0] == 300 and natural[1] > 600, "upright, with its texts below"
+        picture, answers = (page.locator(part).bounding_box() for part in ("#picture", "#answers"))
+        assert answers["x"] >= picture["x"] + picture["width"], "beside each other"
+        first = save_files(page)
 
         page.check("[value=targets]")
         page.fill("#asked", "狗，猫")
         page.click("#send")
         expect(page.locator("#answers article")).to_have_count(3, timeout=ASKED_WITHIN_MS)
-        texts = page.locator("#answers article p").all_inner_texts()
+        texts = page.locator("#answers article p:not(.notice)").all_inner_texts()
         assert texts[0] == FOUND and sorted(texts[1:]) == sorted([DOG_BOX, NOT_FOUND])
         expect(page.locator("#answers li")).to_contain_text(f"{DOG} · 30.1")
+        notices = page.locator("#answers .notice:visible").all_inner_texts()
+        assert any("No box could be read" in text for text in notices) and any("Not found:" in text for text in notices)
         page.screenshot(path=os.environ.get("PREDICT_SCREENSHOT", str(tmp_path / "page.png")), full_page=True)
+        page.locator("#asked-before button").nth(1).click()
+        expect(page.locator("#answers article p")).to_have_text(SMALL_BOX)
+        assert save_files(page) == first, "an earlier question is shown again"
 
         page.set_viewport_size({"width": 360, "height": 700})
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than a phone"
+        assert not is_too_wide(page)
         (tmp_path / "broken.jpg").write_bytes(b"<script>no photo</script>")
         page.set_input_files("#photo", tmp_path / "broken.jpg")
         expect(page.locator("#result")).to_be_hidden()
         page.click("#send")
         expect(page.locator("#state.bad")).to_contain_text("broken_image", timeout=ASKED_WITHIN_MS)
-        assert page.evaluate("mistakes") == []
-        outside = [url for url in requests if not url.startswith((address, "blob:", "data:"))]
-        assert not outside, "the page needs nothing from elsewhere"
-        browser.close()
+
+
+@needs_browser
+def test_it_fits_on_a_phone(address: str, photo: Path, browser: Any) -> None:
+    from playwright.sync_api import expect
+
+    with opened(browser, address, PHONE, "dark", "zh-CN") as page:
+        check_buttons(page, "zh-CN", "dark")
+        page.set_input_files("#photo", photo)
+        page.fill("#asked", WHERE_SMALL)
+        page.click("#send")
+        expect(page.locator("#answers li")).to_contain_text("置信度", timeout=ASKED_WITHIN_MS)
+        picture, answers = (page.locator(part).bounding_box() for part in ("#picture", "#answers"))
+        assert answers["y"] >= picture["y"] + picture["height"] and not is_too_wide(page)
+
+
+def save_files(page: Any) -> dict[str, Any]:
+    """Save the picture and the JSON; return the JSON."""
+    saved = []
+    for button in ("#save-picture", "#save-json"):
+        with page.expect_download() as download:
+            page.click(button)
+        saved.append((download.value.suggested_filename, Path(download.value.path()).read_bytes()))
+    (picture_name, picture), (json_name, text) = saved
+    assert (picture_name, json_name) == ("一张照片-answer.jpg", "一张照片-answer.json")
+    assert Image.open(io.BytesIO(picture)).size[0] == 300
+    found: dict[str, Any] = json.loads(text)
+    assert found["image"] == "一张照片.jpg" and found["image_size_px"] == [300, 600] and "picture" not in found
+    return found
 
 
 def test_what_is_refused(address: str, photo: Path) -> None:
