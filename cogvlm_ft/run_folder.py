@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "stacks"
 
     @property
+    def progress(self) -> Path:
+        """An empty file; its time says when a rank of the running job last made progress."""
+        return self.path / ".progress"
+
+    @property
     def skipped_steps(self) -> Path:
         """One file per step that was skipped, as its loss or gradient was not finite."""
         return self.path / "nonfinite"

@@ -52,13 +52,20 @@ def run(config: Config, stop_request: StopRequest) -> int:
         from cogvlm_ft.build import build_run
         from cogvlm_ft.planning.out_of_memory import memory_errors_explained
         from cogvlm_ft.planning.preflight import check_fits
-        from cogvlm_ft.runtime.distributed import any_rank, init_distributed, is_main, rank, shut_down
+        from cogvlm_ft.runtime.distributed import (
+            any_rank,
+            init_distributed,
+            is_main,
+            leave_hangs_to_watchdog,
+            rank,
+            shut_down,
+        )
         from cogvlm_ft.runtime.run_lock import owned_run_folder
         from cogvlm_ft.runtime.watchdog import watched
         from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
         from cogvlm_ft.train.loop import train
 
-    init_distributed(config.train.hang_timeout_s)
+    init_distributed()
     level = logging.INFO if is_main() else logging.WARNING
     start_logging(level)
     if config.tracking.tensorboard:
@@ -70,6 +77,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
         watched(folder, rank(), config.train.hang_timeout_s),
         memory_errors_explained(config),
     ):
+        leave_hangs_to_watchdog()
         training = build_run(config)
         state = train(training, stop_request)
         is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)

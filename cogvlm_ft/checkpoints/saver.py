@@ -28,7 +28,15 @@ from cogvlm_ft.checkpoints.manifest import write_manifest
 from cogvlm_ft.checkpoints.slices import LAYOUT_FILE, Layout, layout_of, local_slices, local_specs, rank_file
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.run_folder import step_name
-from cogvlm_ft.runtime.distributed import all_reduce_sum, from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.distributed import (
+    all_reduce_sum,
+    from_main,
+    gather_to_main,
+    is_main,
+    rank,
+    use_device,
+    world_size,
+)
 from cogvlm_ft.runtime.outcome import write_outcome
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.safetensors_io import FileRecord, TensorSpec, hash_file, sync, sync_tree, write_tensors
@@ -58,7 +66,7 @@ class CheckpointSaver:
         self._folder = folder
         self._save_model_files = save_model_files
         self._settings = settings
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=use_device)
         self._written: Future[dict[str, FileRecord]] | None = None
         self._state = TrainState()
         self._copies: dict[TensorSpec, Tensor] = {}

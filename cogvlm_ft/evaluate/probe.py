@@ -32,6 +32,7 @@ from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
 from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.settings import Config, EvaluateConfig
+from cogvlm_ft.tracking.auxiliary import failures_as_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +162,10 @@ def run_probe(
     answers = ask_probe(model, tokenizer, questions, config.evaluate, stop_request)
     untouched_file = RunFolder(config.output_path).untouched_probe
     if is_main():
-        _write(folder / ANSWERS_FILE, questions, answers)
-        if is_untouched:
-            _write(untouched_file, questions, answers)
+        with failures_as_warnings("answers of evaluate.probe"):
+            _write(folder / ANSWERS_FILE, questions, answers)
+            if is_untouched:
+                _write(untouched_file, questions, answers)
     untouched = from_main(_read(untouched_file, questions) if is_main() else None)
     num_open = sum(question.answer is None for question in questions)
     if is_main() and untouched is None and num_open:

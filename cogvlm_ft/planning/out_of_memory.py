@@ -20,12 +20,17 @@ from cogvlm_ft.planning.suggestions import cheaper_settings, find_limits, sugges
 from cogvlm_ft.runtime.distributed import device, rank
 from cogvlm_ft.settings import Config
 
-# Messages of torch's allocators on CPU; a failed mmap or pin is a RuntimeError too.
-ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
+# Messages of torch's allocators on CPU, of CUDA's calls (pinned memory: "CUDA error: out of memory"), cuBLAS, cuDNN and
+# NCCL ("Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes"), all of them a RuntimeError.
+ALLOCATOR_WORDS = (
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc"),
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("Failed to CUDA calloc", "Failed to CUDA host alloc", "Failed to CUDA malloc"),
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Recognise the errors of Python, CUDA and torch's CPU allocators."""
+    """Recognise the errors of Python, CUDA, NCCL, and torch's allocators of the host, pinned memory included."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR_WORDS)

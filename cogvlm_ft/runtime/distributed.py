@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import, and warns without it
@@ -31,7 +32,9 @@ LAUNCHERS = {
     "Intel MPI, MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 DEFAULT_TIMEOUT_S = 1800
-AFTER_WATCHDOG_S = 300  # how much longer than the watchdog a collective waits: the watchdog's stacks tell more
+WATCHED_TIMEOUT_S = 7 * 86400  # of collectives under the watchdog, which knows whether the others make progress
+
+_timeout_s = DEFAULT_TIMEOUT_S
 
 
 def _free_port() -> int:
@@ -96,23 +99,43 @@ def device_index(local_rank: int, num_devices: int) -> int:
     return local_rank
 
 
-def init_distributed(hang_timeout_s: float | None = None) -> None:
-    """Join the process group and set this rank's device. Collective.
-
-    hang_timeout_s: that of the watchdog, None without a watchdog.
-    """
+def init_distributed() -> None:
+    """Join the process group and set this rank's device. Collective."""
     _fill_environment()
-    if device().type == "cuda":
-        torch.cuda.set_device(device())
-    else:
+    use_device()
+    if device().type != "cuda":
         _share_cores()
         # Only inference uses this shared-memory op; compiling it takes 50 s and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls functions that torch has renamed: a warning in every backward pass.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\.")
-    timeout_s = max(DEFAULT_TIMEOUT_S, (hang_timeout_s or 0) + AFTER_WATCHDOG_S)
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    deepspeed.init_distributed(timeout=timedelta(seconds=DEFAULT_TIMEOUT_S), verbose=False)
     atexit.register(wait_until_at_rest)
+
+
+def leave_hangs_to_watchdog() -> None:
+    """Let collectives wait as long as they must: the watchdog decides from now on what is a hang."""
+    global _timeout_s
+    _timeout_s = WATCHED_TIMEOUT_S
+    apply_timeout()
+
+
+def apply_timeout() -> None:
+    """Give all process groups one timeout; DeepSpeed creates some, as for hpZ, with NCCL's default of 10 minutes."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=_timeout_s), group)
+
+
+def use_device() -> None:
+    """Set the device of this thread: in CUDA every new thread begins with GPU 0."""
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+
+
+def release_unused_memory() -> None:
+    """Return what the GPU's allocator holds and does not use: other shapes follow."""
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def shut_down() -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
 from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import read_json
-from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, world_size
+from cogvlm_ft.runtime.distributed import apply_timeout, device, from_main, gather_to_main, world_size
 from cogvlm_ft.runtime.param_gathering import attach_offload
 from cogvlm_ft.runtime.partitions import local_range
 from cogvlm_ft.runtime.tf32 import allow_tf32
@@ -209,7 +210,17 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     if offload == "none":
         share_fp32_weights(engine.optimizer)
     attach_offload(model, engine)
+    apply_timeout()
     return engine
+
+
+def forget_left_modules(engine: Any) -> None:
+    """Empty DeepSpeed's stack of the modules in their forward pass, between steps.
+
+    Gradient checkpointing leaves recomputed modules before their end, which DeepSpeed does not notice: the stack would
+    grow by all of them at every micro-batch.
+    """
+    parameter_offload.FWD_MODULE_STACK[:] = [engine.module]
 
 
 def share_fp32_weights(optimizer: Any) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.plain_files import parse_json, read_bytes, replaced_file
+from cogvlm_ft.tracking.auxiliary import report_failure
 
 logger = logging.getLogger(__name__)
 
 FULL_DISK_PATIENCE_S = 60
+MAX_WAITING = 10_000  # rows that could not be written yet
 
 Row = dict[str, Any]
 
@@ -33,24 +36,49 @@ def open_metrics(path: Path) -> None:
         os.truncate(path, num_whole)
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    line = json.dumps({key: json_value(value) for key, value in row.items()}, allow_nan=False)
-    append_text(path, line + "\n")
+class RowsFile:
+    """Appends rows to a file. Rows that cannot be written now are kept and written with a later one.
+
+    kind: of the rows, in the warning.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        self._kind = kind
+        self._waiting: list[str] = []
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, at once if possible. Never raises OSError."""
+        patience_s = 0 if self._waiting else FULL_DISK_PATIENCE_S  # waits once, not at every step
+        self._waiting += [_line(row) for row in rows]
+        try:
+            append_text(self.path, "".join(self._waiting), patience_s)
+        except OSError as error:
+            report_failure(self._kind, error)
+            del self._waiting[:-MAX_WAITING]
+        else:
+            self._waiting = []
 
 
-def append_text(path: Path, text: str) -> None:
+def _line(row: Mapping[str, Any]) -> str:
+    values = {key: json_value(value) for key, value in row.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def append_text(path: Path, text: str, patience_s: int = FULL_DISK_PATIENCE_S) -> None:
     """Append all of it or nothing. Waits while the disk is full: a checkpoint that did not fit is soon deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size if path.exists() else 0
-    for seconds_left in reversed(range(FULL_DISK_PATIENCE_S + 1)):
+    for seconds_left in reversed(range(patience_s + 1)):
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
             return
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not seconds_left:
                 raise
-            if path.exists():
-                os.truncate(path, size)
             time.sleep(1)
 
 
@@ -60,8 +88,20 @@ def truncate_after(path: Path, step: int, evaluated_step: int | None = None) -> 
     evaluated_step: the last one that need not be evaluated again, where that is not `step`.
     """
     limits = {"val": step if evaluated_step is None else evaluated_step}
-    with path.open(encoding="utf-8") as lines, replaced_file(path, "w") as rewritten:
-        rewritten.writelines(line for line in lines if _is_done(parse_json(line), step, limits))
+    with path.open(encoding="utf-8", errors="replace") as lines, replaced_file(path, "w") as rewritten:
+        rewritten.writelines(line for line in lines if _is_done(_row_of(line, path), step, limits))
+
+
+def _row_of(line: str, path: Path) -> Row:
+    """Return the row; an empty one, which is dropped, for what a power failure or a full disk left of it."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        logger.warning("%s: dropping an unreadable line: %.80r", path, line)
+        return {}
+    return row
 
 
 def _is_done(row: Row, step: int, limits: Mapping[str, int]) -> bool:

@@ -15,8 +15,10 @@ from typing import Any
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.plain_files import parse_json
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.tracking.metrics_log import append_text, json_value, open_metrics, truncate_after
+from cogvlm_ft.tracking.auxiliary import failures_as_warnings
+from cogvlm_ft.tracking.metrics_log import RowsFile, open_metrics, truncate_after
 
+KIND = "sample losses"
 NUM_EPOCHS = 3
 """A loss is high if it was high in that many epochs, up to the last one."""
 
@@ -43,20 +45,21 @@ class SampleLosses:
         That attempt may have had more ranks: each rank cleans every world_size-th file.
         """
         self.path = RunFolder(run_folder).sample_losses / f"rank-{rank:05d}.jsonl"
-        open_metrics(self.path)
-        for path in sorted(self.path.parent.glob("rank-*.jsonl")):
-            if int(path.stem.removeprefix("rank-")) % world_size == rank:
-                open_metrics(path)
-                truncate_after(path, step)
+        self._file = RowsFile(self.path, KIND)
+        with failures_as_warnings(KIND):
+            open_metrics(self.path)
+            for path in sorted(self.path.parent.glob("rank-*.jsonl")):
+                if int(path.stem.removeprefix("rank-")) % world_size == rank:
+                    open_metrics(path)
+                    truncate_after(path, step)
 
     def add(self, step: int, epoch: int, keys: Sequence[str], losses: Sequence[float], tokens: Sequence[int]) -> None:
         """Append the sums over the answers' tokens in one step. Samples without tokens (padding) are left out."""
-        rows = [
-            json.dumps({"step": step, "epoch": epoch, "key": key, "loss": json_value(loss), "tokens": num}) + "\n"
+        self._file.append(
+            {"step": step, "epoch": epoch, "key": key, "loss": loss, "tokens": num}
             for key, loss, num in zip(keys, losses, tokens, strict=True)
             if num
-        ]
-        append_text(self.path, "".join(rows))
+        )
 
 
 def read_sample_losses(run_folder: Path) -> dict[int, dict[str, float]]:

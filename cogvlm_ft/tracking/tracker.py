@@ -12,12 +12,14 @@ from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import WANDB_MODES
-from cogvlm_ft.tracking.metrics_log import append_row, open_metrics, truncate_after
+from cogvlm_ft.tracking.auxiliary import failures_as_warnings
+from cogvlm_ft.tracking.metrics_log import RowsFile, open_metrics, truncate_after
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.tensorboard_log import TensorBoardLog
 from cogvlm_ft.tracking.wandb_run import WandbRun
 
 Values = Mapping[str, Any]
+METRICS = "metrics"
 
 
 class Tracker:
@@ -48,13 +50,16 @@ class Tracker:
         folder = Path(output_dir)
         run = RunFolder(folder)
         self.metrics_path = run.metrics_log
-        open_metrics(self.metrics_path)
+        self._rows = RowsFile(self.metrics_path, METRICS)
+        with failures_as_warnings(METRICS):
+            open_metrics(self.metrics_path)
         if run_id is None and run.run_file.exists():
             run_id = read_run_file(folder)["run_id"]
         self.run_id = run_id or secrets.token_hex(4)
         identity: dict[str, Any] = {"run_id": self.run_id, "project": project, "entity": entity, "name": name}
         identity["config"] = without_passwords(dict(config or {}))
-        _write_run_file(folder, identity)
+        with failures_as_warnings("facts of the run (run.json)"):
+            _write_run_file(folder, identity)
         self._tensorboard = TensorBoardLog(run.tensorboard) if tensorboard else None
         self.wandb = WandbRun(folder, mode=mode, lower_is_better=lower_is_better, **identity)
 
@@ -65,21 +70,21 @@ class Tracker:
 
     def log_train(self, step: int, values: Values) -> None:
         """Record training values at a step."""
-        append_row(self.metrics_path, {"kind": "train", "step": step, **values})
+        self._rows.append([{"kind": "train", "step": step, **values}])
         self.wandb.log_train(step, values)
         if self._tensorboard:
             self._tensorboard.log_train(step, values)
 
     def log_val(self, epoch: float, step: int, values: Values) -> None:
         """Record the values of one evaluation."""
-        append_row(self.metrics_path, {"kind": "val", "epoch": epoch, "step": step, **values})
+        self._rows.append([{"kind": "val", "epoch": epoch, "step": step, **values}])
         self.wandb.log_val(epoch, step, values)
         if self._tensorboard:
             self._tensorboard.log_val(epoch, step, values)
 
     def summary(self, values: Values) -> None:
         """Record the final values of the run."""
-        append_row(self.metrics_path, {"kind": "summary", **values})
+        self._rows.append([{"kind": "summary", **values}])
         self.wandb.summary(values)
 
     def finish(self) -> None:
@@ -90,7 +95,8 @@ class Tracker:
 
     def truncate_after(self, step: int, evaluated_step: int | None = None) -> None:
         """Drop what metrics.jsonl holds after these: a run resumed there records it again."""
-        truncate_after(self.metrics_path, step, evaluated_step)
+        with failures_as_warnings(METRICS):
+            truncate_after(self.metrics_path, step, evaluated_step)
         if self._tensorboard:
             self._tensorboard.resume_after(step)
 

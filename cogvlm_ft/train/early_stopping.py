@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from cogvlm_ft.checkpoints.checkpoint import Best
-from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.metrics import is_lower_better
 from cogvlm_ft.settings import TrainConfig
 
@@ -20,29 +20,27 @@ def monitor_name(monitor: Any) -> str:
     return monitor if isinstance(monitor, str) else COMPOSITE
 
 
-def monitor_value(metrics: Mapping[str, float], monitor: Any) -> float:
+def monitor_value(metrics: Mapping[str, float], monitor: Any) -> float | None:
     """Return the metric, or the sum of weight x metric with a minus where lower is better.
 
-    Raises ConfigError for a metric that the evaluation does not have.
+    None if these answers have no value for it, as precision without a single box. What can never have one is refused
+    before training: `evaluate.measurable`.
     """
     weights: Mapping[str, float] = {monitor: 1.0} if isinstance(monitor, str) else monitor
-    for name in weights:
-        if name not in metrics:
-            known = ", ".join(sorted(key for key in metrics if "/" not in key))
-            raise ConfigError(
-                f"train.monitor={monitor!r}: {name!r} is no validation metric; there are {known}, and these of each"
-                " group, such as acc@0.5/size=small (metrics.json of an evaluation has them all)"
-            )
+    if not all(math.isfinite(metrics.get(name, math.nan)) for name in weights):
+        return None
     if isinstance(monitor, str):
         return metrics[monitor]
     return sum(weight * metrics[name] * (-1 if is_lower_better(name) else 1) for name, weight in weights.items())
 
 
-def updated_best(best: Best | None, value: float, step: int, train: TrainConfig) -> Best:
-    """Return the best value so far, after an evaluation at `step`.
+def updated_best(best: Best | None, value: float | None, step: int, train: TrainConfig) -> Best | None:
+    """Return the best value so far, after an evaluation at `step`; one without a value brings no gain.
 
     A gain of up to `train.min_gain` does not count. With another `train.monitor` than before, comparison starts over.
     """
+    if value is None:
+        return replace(best, num_since=best.num_since + 1) if best else None
     new = Best(value, step, monitor=str(train.monitor))
     if best is None or best.monitor != new.monitor:
         return new

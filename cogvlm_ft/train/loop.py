@@ -29,8 +29,17 @@ from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
 from cogvlm_ft.report.preview.inputs import try_preview
 from cogvlm_ft.report.report import try_report
 from cogvlm_ft.report.wandb_media import save_pictures, show_evaluation
-from cogvlm_ft.runtime.distributed import any_ranks, barrier, from_main, is_main, rank, world_size
+from cogvlm_ft.runtime.distributed import (
+    any_ranks,
+    barrier,
+    from_main,
+    is_main,
+    rank,
+    release_unused_memory,
+    world_size,
+)
 from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
+from cogvlm_ft.tracking.auxiliary import failures_as_warnings, say
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_best
@@ -45,7 +54,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     """Train to the end, an early stop or a stop request; return the last state, which is saved. Collective."""
     state, saver = start_or_resume(run)
     if is_main():
-        run.save_settings()
+        with failures_as_warnings("settings (config.yaml)"):
+            run.save_settings()
         try_preview(run, state.samples_consumed)
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
@@ -210,9 +220,12 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
         about=about_weights(run, state),
         stop_request=stop_request,
     )
+    release_unused_memory()  # generation's, whose shapes are others than those of training
     result = dataclasses.replace(result, metrics=result.metrics | probed)
-    train = run.config.train
-    best = updated_best(state.best, monitor_value(result.metrics, train.monitor), state.step, train)
+    train, value = run.config.train, monitor_value(result.metrics, run.config.train.monitor)
+    best = updated_best(state.best, value, state.step, train)
+    if value is None and is_main():
+        logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
     if tracker:
         report_evaluation(run, state, result, best, tracker)
     return dataclasses.replace(state, evaluated_step=state.step, best=best)
@@ -228,19 +241,23 @@ def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:
     }
 
 
-def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Best, tracker: Tracker) -> None:
-    """Write files and pages, log to W&B, and print one line. Rank 0 only."""
+def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Best | None, tracker: Tracker) -> None:
+    """Write files and pages, log to W&B, and print one line. Rank 0 only. No failure ends the run."""
     epoch = run.epochs_done(state)
     folder = run.folder.evaluation(state.step)
-    save_evaluation(result, folder)
     monitor = run.config.train.monitor
     name, value = monitor_name(monitor), monitor_value(result.metrics, monitor)
-    tracker.log_val(epoch, state.step, {**result.metrics, name: value, f"best_{name}": best.value})
-    save_pictures(folder, run.val_reader, run.config.evaluate.num_pictures)
-    show_evaluation(tracker.wandb, folder, epoch)
+    monitored = {} if value is None else {name: value}
+    tracker.log_val(
+        epoch, state.step, {**result.metrics, **monitored, **({f"best_{name}": best.value} if best else {})}
+    )
+    with failures_as_warnings("results of evaluations", Exception):
+        save_evaluation(result, folder)
+        save_pictures(folder, run.val_reader, run.config.evaluate.num_pictures)
+        show_evaluation(tracker.wandb, folder, epoch)
     try_report(folder, run.val_reader, run_folder=run.folder.path, train_reader=run.dataset.reader)
     shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items() if "/" not in key)
-    tqdm.write(f"epoch {epoch:.3g} (step {state.step})  {shown}")
+    say(f"epoch {epoch:.3g} (step {state.step})  {shown}")
 
 
 def read_epochs(run: Run, state: TrainState) -> Iterator[list[Batch]]:

@@ -127,7 +127,9 @@ def _slowest(times: Sequence[_RankTime], num_steps: int) -> dict[str, float]:
 
 
 def peak_memory_gib() -> float:
-    """Return this rank's peak memory: of the GPU's allocator, or of the process on CPU."""
+    """Return this rank's peak memory: of the GPU's allocator since the last call, or of the process on CPU."""
     if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

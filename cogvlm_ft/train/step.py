@@ -13,6 +13,7 @@ from torch import Tensor
 from cogvlm_ft.data.collate import Batch
 from cogvlm_ft.data.plan import Item
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
+from cogvlm_ft.runtime.engine import forget_left_modules
 from cogvlm_ft.runtime.watchdog import progress
 
 MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
@@ -94,6 +95,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
         progress()
         loss_sum += loss / scale
         losses.append(out.row_losses)
+    forget_left_modules(engine)
     return StepStats(
         loss_sum=loss_sum,
         row_losses=torch.cat(losses),

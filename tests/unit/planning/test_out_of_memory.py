@@ -76,5 +76,20 @@ def test_real_errors_are_known() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later", 2), True),
+        (torch.distributed.DistBackendError("NCCL error ...\nCuda failure 2 'out of memory'"), True),
+        (torch.distributed.DistBackendError("Last error:\nFailed to CUDA calloc async 608 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700), False),
+        (torch.distributed.DistBackendError("NCCL error: unhandled system error"), False),
+    ],
+)
+def test_errors_of_pinned_memory_and_nccl(error: RuntimeError, is_memory: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
+
+
 def test_there_is_a_limit_here() -> None:
     assert 2**28 < memory_limit() < 2**50

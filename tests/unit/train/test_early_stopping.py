@@ -64,10 +64,14 @@ def test_value(monitor: Any, name: str, value: float) -> None:
     assert monitor_value(METRICS, monitor) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("monitor", ["iou", {"mean_iou": 1.0, "iou": 1.0}])
-def test_an_unknown_metric_is_named_with_those_there_are(monitor: Any) -> None:
-    with pytest.raises(ConfigError, match=r"train\.monitor=.*'iou' is no validation metric; there are chrf, mean_iou"):
-        monitor_value(METRICS, monitor)
+@pytest.mark.parametrize("monitor", ["precision@0.5", {"mean_iou": 1.0, "precision@0.5": 1.0}, "loss"])
+def test_an_evaluation_without_a_value_brings_no_gain(monitor: Any) -> None:
+    """Precision has none without a single box; a NaN would never be exceeded."""
+    assert monitor_value({**METRICS, "loss": float("nan")}, monitor) is None
+    train = TrainConfig(monitor=monitor)
+    assert updated_best(None, None, 0, train) is None
+    best = updated_best(None, 0.5, 1, train)
+    assert updated_best(best, None, 2, train) == Best(0.5, 1, 1, monitor=str(monitor))
 
 
 def load(*settings: str) -> TrainConfig:
