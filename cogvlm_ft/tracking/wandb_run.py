@@ -12,6 +12,7 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any, Literal
 
+from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import json_value
 from cogvlm_ft.tracking.provenance import git_state, has_password, without_passwords
 
@@ -26,6 +27,8 @@ SLOWEST = ("slowest_rank", "slowest_rank_ratio", "slowest_rank_data_wait_s")
 RATES = ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fraction", "tflops", "mfu")
 SPEED = frozenset((*RATES, *SLOWEST, "memory_gib"))
 WORDS = {"@": "_at_", "<": "lt_", ">": "gt_", "+": "_plus", "%": "pct"}  # distinct: <1% and >1% are two metrics
+
+_set_here: set[str] = set()
 
 Box = tuple[float, float, float, float]
 Values = Mapping[str, Any]
@@ -221,6 +224,7 @@ def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
     mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
     if mode == "disabled":
         return None
+    _keep_files_in(Path(arguments["dir"]))
     import wandb  # slow to import
 
     if mode in ("auto", "online"):
@@ -236,6 +240,17 @@ def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
             reason = f"{type(error).__name__}: {error}"
         logger.warning("W&B: recording offline (%s); send the run later with launch/wandb_sync.py", reason)
     return _init_run("offline", **arguments)
+
+
+def _keep_files_in(folder: Path) -> None:
+    """Let wandb stage and cache files in output_dir, unless the environment names places: a home folder may be full.
+
+    Its settings and keys are still those of the home folder.
+    """
+    for variable, name in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
+        if variable not in os.environ or variable in _set_here:
+            _set_here.add(variable)
+            os.environ[variable] = str((RunFolder(folder).wandb / name).absolute())
 
 
 def _init_run(mode: Literal["online", "offline"], **arguments: Any) -> Any:

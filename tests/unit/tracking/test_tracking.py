@@ -256,6 +256,7 @@ def test_predictions_are_a_table(offline_run: tuple[Path, list[Any]]) -> None:
     path = history_of(records)[303]["predictions/table/path"]
     table = json.loads((run_dir / "files" / path).read_text("utf-8"))
     assert table == {"columns": ["question", "iou"], "data": [["红色的圆?", 0.5], ["?", None]]}
+    assert (run_dir.parent / "data" / "artifacts" / "staging").is_dir()  # not in the home folder
 
 
 def test_a_resumed_run_keeps_its_id(offline_run: tuple[Path, list[Any]], tmp_path: Path) -> None:
@@ -309,7 +310,9 @@ def train_shortly(folder: Path, mode: str, trouble: str = "", argument: str = ""
 
 @pytest.mark.parametrize("mode", ["online", "auto"])
 def test_without_a_key_the_run_is_recorded_offline(tmp_path: Path, mode: str) -> None:
-    started, log = train_shortly(tmp_path, mode, WANDB_BASE_URL="http://127.0.0.1:9")
+    """The home folder cannot be written, as with an arbitrary user in a container, or when its quota is used up."""
+    table, home = 'tracker.wandb.log_table(1, ["a"], [["b"]])', {"HOME": "/proc/none", "XDG_DATA_HOME": ""}
+    started, log = train_shortly(tmp_path, mode, table, WANDB_BASE_URL="http://127.0.0.1:9", **home)
     assert started == "offline"
     assert log.count("WARNING:cogvlm_ft") == 1
     assert "no API key found" in log
