@@ -99,14 +99,14 @@ class Run:
             (folder / name).write_bytes(content)
 
 
-def build_run(config: Config) -> Run:
+def build_run(config: Config, val_reader: ShardReader | None = None) -> Run:
     """Build everything; data and wording first, so that mistakes in them are reported before weights are loaded.
 
-    Collective.
+    val_reader: of data.val_split, if it is open already. Collective.
     """
     data = config.data
     train_index = open_split(config, data.train_split).index
-    val_reader = open_split(config, data.val_split)
+    val_reader = open_split(config, data.val_split) if val_reader is None else val_reader
     if data.val_shards is not None:
         _report_shared_shards(train_index, val_reader.index)
     wording = load_wording(config.data.wording)

@@ -49,7 +49,6 @@ def run(config: Config, stop_request: StopRequest) -> int:
     check_encoding()
     # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be reported at once.
     with fast_imports():
-        from cogvlm_ft.build import build_run
         from cogvlm_ft.planning.out_of_memory import memory_errors_explained
         from cogvlm_ft.planning.preflight import check_fits
         from cogvlm_ft.runtime.distributed import (
@@ -64,6 +63,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
         from cogvlm_ft.runtime.watchdog import watched
         from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
         from cogvlm_ft.train.loop import train
+        from cogvlm_ft.train.start import build_checked_run
 
     init_distributed()
     level = logging.INFO if is_main() else logging.WARNING
@@ -78,7 +78,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
         memory_errors_explained(config),
     ):
         leave_hangs_to_watchdog()
-        training = build_run(config)
+        training = build_checked_run(config)
         state = train(training, stop_request)
         is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
     if is_main():

@@ -225,7 +225,7 @@ def _answer(
         num_passes=num_passes,
     )
     return [
-        (question.index, [_predict(question, i, answer, wording, asking.protocol) for i, answer in enumerate(row)])
+        (question.index, [score_turn(question, i, answer, wording, asking.protocol) for i, answer in enumerate(row)])
         for question, row in zip(questions, answers, strict=False)  # the blank image has answers but no question
     ]
 
@@ -241,7 +241,7 @@ def _ask(question: Question, size: int, wording: Wording, grammar: BoxGrammar | 
     )
 
 
-def _predict(question: Question, number: int, answer: Answer, wording: Wording, protocol: Protocol) -> Prediction:
+def score_turn(question: Question, number: int, answer: Answer, wording: Wording, protocol: Protocol) -> Prediction:
     """Score an answer in the frame, where a pixel is as large as in the original image."""
     turn, frame, size = question.turns[number], question.frame, question.frame.size_px
     not_found = wording.not_found_sentences

@@ -46,10 +46,10 @@ def read_questions(
             logger.warning("validation image cannot be used: %s", error)  # and counted by the caller
             continue
         if turns:
-            yield Question(index, sample.record.key, _source_of(reader, sample.record), sample.image, frame, turns)
+            yield Question(index, sample.record.key, source_of(reader, sample.record), sample.image, frame, turns)
 
 
-def _source_of(reader: ShardReader, record: Record) -> str:
+def source_of(reader: ShardReader, record: Record) -> str:
     """Return the shard set, the prefix of its keys, where there are several; else the annotation."""
     return record.key.partition("/")[0] if len(reader.index.source_sizes) > 1 else record.source
 
