@@ -1,0 +1,80 @@
+"""Train in three attempts with other batch sizes; in the last, the model folder vanishes and files cannot be written.
+
+Usage: saving_rules.py MODEL SHARDS OUT      prints a JSON line per attempt
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.zero import parameter_offload
+from tiny import run_settings
+from torch.distributed import distributed_c10d
+
+from cogvlm_ft.config import load_config
+from cogvlm_ft.runtime.distributed import barrier, init_distributed, is_main, leave_hangs_to_watchdog, shut_down
+from cogvlm_ft.runtime.stop_signals import StopRequest
+from cogvlm_ft.tracking import metrics_log
+from cogvlm_ft.train import loop
+from cogvlm_ft.train.start import build_checked_run
+
+ATTEMPTS = ((8, 2), (4, 6), (12, None))
+"""(global batch size, train.max_steps)"""
+
+
+def fill_disk() -> None:
+    """Let the first rows meet a full disk, and evaluations' results always."""
+    real, num_left = metrics_log.append_text, [3]
+
+    def append_text(path: Path, text: str, patience_s: int) -> None:
+        if num_left[0]:
+            num_left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, text, patience_s)
+
+    def save_evaluation(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics_log.append_text = append_text
+    loop.save_evaluation = save_evaluation
+
+
+def main() -> None:
+    model, shards, out = map(Path, sys.argv[1:])
+    init_distributed()
+    logging.basicConfig(level=logging.WARNING)
+    leave_hangs_to_watchdog()
+    changes = ["train.epochs=2", "train.log_every=1", "evaluate.before_training=false", "evaluate.max_samples=2"]
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    if is_main():
+        shutil.copytree(model, out / "model")
+        (out / "hpz.json").write_text(json.dumps(hpz))
+    barrier()
+    for batch_size, max_steps in ATTEMPTS:
+        own = [f"train.global_batch_size={batch_size}", f"train.max_steps={'null' if max_steps is None else max_steps}"]
+        own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]
+        run = build_checked_run(load_config(None, run_settings(shards, out / "model", out / "run", *changes, *own)))
+        barrier()
+        if not max_steps:
+            fill_disk()
+            if is_main():
+                (out / "model").rename(out / "gone")
+        state = loop.train(run, StopRequest())
+        groups = list(distributed_c10d._world.pg_map)
+        timeouts = {group._get_backend(run.engine.device).options._timeout.total_seconds() for group in groups}
+        found = {"step": state.step, "samples": state.samples_consumed, "num_groups": len(groups)}
+        found |= {"timeouts": sorted(timeouts), "stack": len(parameter_offload.FWD_MODULE_STACK)}
+        if is_main():
+            print(json.dumps(found), flush=True)
+        run.engine.destroy()
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()

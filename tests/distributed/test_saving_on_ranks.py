@@ -1,0 +1,56 @@
+"""What a run keeps on two ranks: its last epoch with any batch size, and its state whatever else cannot be written."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from ranks import read_metrics, run
+from reference import NUM_SAMPLES
+
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
+from cogvlm_ft.runtime.distributed import WATCHED_TIMEOUT_S
+
+pytestmark = pytest.mark.slow
+PROGRAM = Path(__file__).with_name("saving_rules.py")
+
+
+@pytest.fixture(scope="module")
+def attempts(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the run folder and the output of the first rank."""
+    out = tmp_path_factory.mktemp("attempts")
+    return out / "run", run([PROGRAM, start_model, shards, out], 2, out / "logs").split("--- rank 1")[0]
+
+
+def test_other_batch_sizes_end_at_exactly_the_last_epoch(attempts: tuple[Path, str]) -> None:
+    folder, output = attempts
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"step"')]
+    assert [(each["step"], each["samples"]) for each in found] == [(2, 16), (6, 32), (10, 2 * NUM_SAMPLES)]
+    assert [row["step"] for row in read_metrics(folder, "val")] == [2, 6, 7, 10]  # 7: the end of the first epoch
+    seen: dict[int, Counter[str]] = {0: Counter(), 1: Counter()}
+    for path in (folder / "sample_losses").glob("*.jsonl"):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            seen[row["epoch"]][row["key"]] += 1
+    assert [set(of_epoch.values()) for of_epoch in seen.values()] == [{1}, {1}]
+    assert len(seen[0]) == len(seen[1]) == NUM_SAMPLES
+
+
+def test_files_that_cannot_be_written_and_a_vanished_model_folder_cost_no_state(attempts: tuple[Path, str]) -> None:
+    """Rows that met a full disk were written later; each kind was reported once."""
+    folder, output = attempts
+    checkpoint = list_checkpoints(folder / "checkpoints")[-1]
+    assert (read_state(checkpoint).step, read_state(checkpoint).evaluated_step) == (10, 10)
+    assert (checkpoint / MODEL_FOLDER / "tokenizer.model").is_file()
+    assert [row["step"] for row in read_metrics(folder, "train")] == list(range(1, 11))
+    assert not (folder / "evaluations" / "step-00000010").exists()
+    for kind in ("metrics", "sample losses", "results of evaluations"):
+        assert output.count(f"{kind} cannot be written: OSError: [Errno 28] No space left on device") == 1, output
+
+
+def test_deepspeed_keeps_nothing_between_steps_and_has_one_timeout(attempts: tuple[Path, str]) -> None:
+    found = [json.loads(line) for line in attempts[1].splitlines() if line.startswith('{"step"')]
+    assert [each["stack"] for each in found] == [1, 1, 1]
+    assert found[-1]["num_groups"] > found[0]["num_groups"]  # those of hpZ
+    assert all(each["timeouts"] == [WATCHED_TIMEOUT_S] for each in found)
