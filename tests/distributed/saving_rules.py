@@ -1,6 +1,6 @@
 """Train in three attempts with other batch sizes; in the last, the model folder vanishes and files cannot be written.
 
-Usage: saving_rules.py MODEL SHARDS OUT      prints a JSON line per attempt
+Usage: saving_rules.py MODEL OUT SETTING...      model.path is OUT/model; prints a JSON line per attempt
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.zero import parameter_offload
-from tiny import run_settings
 from torch.distributed import distributed_c10d
 
 from cogvlm_ft.config import load_config
@@ -46,11 +45,10 @@ def fill_disk() -> None:
 
 
 def main() -> None:
-    model, shards, out = map(Path, sys.argv[1:])
+    model, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     init_distributed()
     logging.basicConfig(level=logging.WARNING)
     leave_hangs_to_watchdog()
-    changes = ["train.epochs=2", "train.log_every=1", "evaluate.before_training=false", "evaluate.max_samples=2"]
     hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
     if is_main():
         shutil.copytree(model, out / "model")
@@ -59,7 +57,7 @@ def main() -> None:
     for batch_size, max_steps in ATTEMPTS:
         own = [f"train.global_batch_size={batch_size}", f"train.max_steps={'null' if max_steps is None else max_steps}"]
         own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]
-        run = build_checked_run(load_config(None, run_settings(shards, out / "model", out / "run", *changes, *own)))
+        run = build_checked_run(load_config(None, [*settings, *own]))
         barrier()
         if not max_steps:
             fill_disk()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import read_metrics, run
 from reference import NUM_SAMPLES
+from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
 from cogvlm_ft.runtime.distributed import WATCHED_TIMEOUT_S
@@ -21,7 +22,10 @@ PROGRAM = Path(__file__).with_name("saving_rules.py")
 def attempts(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the run folder and the output of the first rank."""
     out = tmp_path_factory.mktemp("attempts")
-    return out / "run", run([PROGRAM, start_model, shards, out], 2, out / "logs").split("--- rank 1")[0]
+    changes = ["train.epochs=2", "train.log_every=1", "evaluate.before_training=false", "evaluate.max_samples=2"]
+    settings = run_settings(shards, out / "model", out / "run", *changes)
+    output = run([PROGRAM, start_model, out, *settings], 2, out / "logs")
+    return out / "run", output.split("--- rank 1")[0]
 
 
 def test_other_batch_sizes_end_at_exactly_the_last_epoch(attempts: tuple[Path, str]) -> None:
