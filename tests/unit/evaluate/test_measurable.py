@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_config
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
@@ -16,8 +17,6 @@ from cogvlm_ft.data.record import Record
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.evaluate.measurable import check_monitor
 from cogvlm_ft.grounding.targets import Turn
-
-from tiny import tiny_config  # isort: skip
 
 Check = Callable[..., None]
 
