@@ -5,7 +5,6 @@ sample_losses/rank-00000.jsonl      {"step": 7, "epoch": 0, "key": "photo-12", "
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
