@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
+from cogvlm_ft.checkpoints.reading import is_wrong_part, read_again, stop_if_unreadable
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
@@ -23,7 +23,6 @@ from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.safetensors_io import FileRecord, read_chunks
 
 MANIFEST_FILE = "manifest.json"
-PARTS_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def write_manifest(checkpoint: Path, files: Mapping[str, FileRecord]) -> None:
@@ -43,7 +42,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
         manifest = read_again(lambda: read_json(path))
         records, found = manifest["files"], manifest["sha256"]
         files = {name: FileRecord(**record) for name, record in records.items()}
-    except PARTS_MISSING:
+    except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {checkpoint} is not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}") from error
@@ -67,7 +66,10 @@ def find_damage(checkpoint: Path) -> list[str]:
     except CheckpointError as error:
         problems = [str(error)]
     except OSError as error:
-        unreadable = f"rank {rank()}: {error}"
+        if is_wrong_part(error):
+            problems = [str(error)]
+        else:
+            unreadable = f"rank {rank()}: {error}"
     stop_if_unreadable(checkpoint, unreadable)
     found = gather_to_main(problems)
     return from_main(sorted({problem for part in found for problem in part}) if found is not None else None)
@@ -92,7 +94,9 @@ def _difference(path: Path, expected: FileRecord) -> str:
             return f"has {found_bytes} bytes, expected {expected.num_bytes}"
         found = read_again(lambda: _sha256(path))
         return "" if found == expected.sha256 else "is not what was written: its sha256 differs"
-    except PARTS_MISSING as error:
+    except OSError as error:
+        if not is_wrong_part(error):
+            raise
         return f"cannot be read: {error.strerror}"
 
 

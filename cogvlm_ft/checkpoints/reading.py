@@ -6,6 +6,7 @@ never makes a checkpoint count as corrupt.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -26,19 +27,25 @@ T = TypeVar("T")
 def read_again(read: Callable[[], T]) -> T:
     """Return what `read` returns; repeat it after errors of the file system. Raises the last OSError.
 
-    A missing part is not such an error, and raised at once.
+    A part that is missing or no file is not such an error, and raised at once.
     """
     for pause_s in PAUSES_S:
         try:
             return read()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise
         except OSError as error:
+            if is_wrong_part(error):
+                raise
             logger.warning("%s; reading it again in %g s", error, pause_s)
         progress()
         time.sleep(pause_s)
         progress()
     return read()
+
+
+def is_wrong_part(error: OSError) -> bool:
+    """Return whether the error is about what is there, not about reading it: nothing, a folder, a pipe, a huge file."""
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    return missing or error.errno in (errno.EINVAL, errno.EFBIG, errno.ELOOP)
 
 
 def stop_if_unreadable(checkpoint: Path, problem: str) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from cogvlm_ft.terminal import plain_text
+
 logger = logging.getLogger(__name__)
 
 _reported: set[str] = set()
@@ -36,7 +38,7 @@ def report_failure(kind: str, error: Exception) -> None:
         )
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line beside the progress bar; a full disk under the log does not end the run."""
     with failures_as_warnings("printed lines"):
-        tqdm.write(line)
+        tqdm.write(plain_text(line))

@@ -39,7 +39,7 @@ from cogvlm_ft.runtime.distributed import (
     world_size,
 )
 from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
-from cogvlm_ft.tracking.auxiliary import failures_as_warnings, say
+from cogvlm_ft.tracking.auxiliary import failures_as_warnings, print_line
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_best
@@ -257,7 +257,7 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Bes
         show_evaluation(tracker.wandb, folder, epoch)
     try_report(folder, run.val_reader, run_folder=run.folder.path, train_reader=run.dataset.reader)
     shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items() if "/" not in key)
-    say(f"epoch {epoch:.3g} (step {state.step})  {shown}")
+    print_line(f"epoch {epoch:.3g} (step {state.step})  {shown}")
 
 
 def read_epochs(run: Run, state: TrainState) -> Iterator[list[Batch]]:

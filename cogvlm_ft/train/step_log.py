@@ -12,7 +12,7 @@ from cogvlm_ft.data.collate import BadSample, Batch
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.planning.flops import step_flops
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, rank, world_size
-from cogvlm_ft.tracking.auxiliary import say
+from cogvlm_ft.tracking.auxiliary import print_line
 from cogvlm_ft.tracking.sample_losses import SampleLosses
 from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.health import Health
@@ -66,7 +66,7 @@ class StepLog:
         values = {"lr": lr, **report.values, **self._health.report(report, state.step)}
         if self._tracker:
             self._tracker.log_train(state.step, {**values, "epoch": self._run.epochs_done(state)})
-            say(log_line(self._run, state, values))
+            print_line(log_line(self._run, state, values))
 
 
 def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
