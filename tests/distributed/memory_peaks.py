@@ -30,12 +30,14 @@ from cogvlm_ft.settings import Config
 SIZES = {
     "tiny": odd_config(vocab_size=401, num_hidden_layers=3, max_position_embeddings=2048),
     "middle": CogVLMConfig(
-        vocab_size=32000,
+        vocab_size=8000,
         hidden_size=512,
         intermediate_size=1376,
         num_hidden_layers=3,
         num_attention_heads=8,
-        vision_config={"hidden_size": 448, "intermediate_size": 3840, "num_hidden_layers": 3, "num_heads": 7},
+        vision_config=dict(
+            hidden_size=448, intermediate_size=3840, num_hidden_layers=3, num_heads=7, image_size=336, num_positions=577
+        ),
     ),
 }
 NUM_WARM_STEPS = 3  # optimizer states are made in the first; from the third on DeepSpeed fetches ahead
