@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import os
 import shlex
@@ -18,6 +19,7 @@ from cogvlm_ft.terminal import prepare_terminal, say
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
 
@@ -42,13 +44,21 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool = False) -> 
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
 
 
-def exit_code(work: Callable[[], int | None]) -> int:
-    """Run a program's work and return its exit code; print a user's mistake in one line instead of a traceback."""
+def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> int:
+    """Run a program's work and return its exit code; print a user's mistake in one line instead of a traceback.
+
+    explain_paths: files that are missing or not permitted are such a mistake, whatever opened them.
+    """
     allocate_pinned_exactly(os.environ)  # the work imports torch
     try:
         return work() or 0
     except USER_ERRORS as error:
         say(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except OSError as error:
+        if not (explain_paths and error.filename and error.errno in PATH_ERRORS):
+            raise
+        advice = "Check the path and its permissions"
+        say(f"{type(error).__name__}: {error.filename}: {error.strerror}. {advice}", file=sys.stderr)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "cogvlm_ft":
             raise

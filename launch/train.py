@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
     with StopRequest() as stop_request:  # at once: loading the model takes minutes
-        code = exit_code(lambda: run(load_task(args.config, args.settings, args.sweep, args.task), stop_request))
+        code = exit_code(
+            lambda: run(load_task(args.config, args.settings, args.sweep, args.task), stop_request), explain_paths=False
+        )
     if code == USER_ERROR_EXIT_CODE:
         write_outcome("refused")
     return code

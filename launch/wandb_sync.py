@@ -1,8 +1,8 @@
 """Send a finished run to Weights & Biases, from machines that had no network during training.
 
 Sends metrics.jsonl and the evaluations' images and predictions as one run, whatever number of attempts the training
-took. With --export it only records an exported model in that run: its path, without uploading it. Without a W&B key
-(`wandb login`, or WANDB_API_KEY) either is recorded offline in RUN/wandb.
+took. With --export it only records an exported model in that run: its path, without uploading it. It needs a W&B key:
+`wandb login`, or WANDB_API_KEY. With --mode offline the run is recorded in RUN/wandb instead, for `wandb sync`.
 
 Examples:
   python launch/wandb_sync.py runs/grounding --project cogvlm-grounding
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a training run")
-    parser.add_argument("--mode", default="auto", help="auto (online with a key, else offline), online or offline")
+    parser.add_argument("--mode", default="auto", help="auto (online, or as WANDB_MODE says), online or offline")
     parser.add_argument("--project", help="default: that of the training run")
     parser.add_argument("--entity", help="default: that of the training run")
     parser.add_argument("--new-run", action="store_true", help="use a new id, if W&B already has the run")

@@ -27,7 +27,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import WANDB_MODES
 from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import read_run_file
-from cogvlm_ft.tracking.wandb_run import BoxedImage, WandbRun
+from cogvlm_ft.tracking.wandb_run import BoxedImage, WandbRun, check_key
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ def replay(
     identity |= {key: value for key, value in (("project", project), ("entity", entity)) if value is not None}
     if new_run:
         identity["run_id"] = secrets.token_hex(4)
+    check_key(mode)
     wandb_run = WandbRun(run_folder, mode=mode, is_new=True, lower_is_better=LOWER_IS_BETTER, **identity)
     advice = "If it already has this run, give --new-run; without a network, --mode offline"
     _check(wandb_run, advice)
@@ -127,7 +128,9 @@ def note_export(run_folder: Path, export: Path, alias: str, *, mode: str = "auto
     weights = sorted(export.glob("*.safetensors"))
     if not weights or not (export / "config.json").exists():
         raise DataError(f"{export}: expected a model folder with config.json and *.safetensors")
-    wandb_run = WandbRun(run_folder, mode=mode, **read_run_file(run_folder))
+    identity = read_run_file(run_folder)
+    check_key(mode)
+    wandb_run = WandbRun(run_folder, mode=mode, **identity)
     _check(wandb_run, "Without a network, give --mode offline")
     num_bytes = sum(path.stat().st_size for path in export.iterdir() if path.is_file())
     wandb_run.log_export(export, alias, {"num_bytes": num_bytes, "num_weight_files": len(weights)})

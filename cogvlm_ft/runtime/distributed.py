@@ -11,6 +11,7 @@ import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,7 @@ def device_index(local_rank: int, num_devices: int) -> int:
 def init_distributed() -> None:
     """Join the process group and set this rank's device. Collective."""
     _fill_environment()
+    check_gpus()
     use_device()
     if device().type != "cuda":
         _share_cores()
@@ -136,6 +138,23 @@ def release_unused_memory() -> None:
     """Return what the GPU's allocator holds and does not use: other shapes follow."""
     if device().type == "cuda":
         torch.cuda.empty_cache()
+
+
+def check_gpus(devices: Path = Path("/dev")) -> None:
+    """Raise ConfigError if the machine has NVIDIA GPUs and torch sees none: training on the CPU is not what is meant.
+
+    An empty CUDA_VISIBLE_DEVICES says that it is.
+    """
+    found = sorted(devices.glob("nvidia[0-9]*"))
+    if not found or torch.cuda.is_available():
+        return
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles"):
+        return
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
+    raise ConfigError(
+        f"CUDA: found {found[0]}, but torch {torch.__version__} ({build}) sees no GPU; expected one. Try "
+        "nvidia-smi, and install the torch of its CUDA version; CUDA_VISIBLE_DEVICES= trains on the CPU"
+    )
 
 
 def shut_down() -> None:

@@ -10,6 +10,7 @@ never used twice: of any number of processes that find the owner gone, one becom
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -100,8 +101,21 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 def _acquire(folder: Path) -> Path:
     """Return the lock file that makes this process the owner."""
-    folder.mkdir(parents=True, exist_ok=True)
-    me = this_process()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _become_owner(folder, this_process())
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"output_dir={folder}: {error.strerror} ({error.filename}); expected a folder that this account may write. "
+            "Choose another or change its permissions"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise ConfigError(f"output_dir={folder}: read-only here; expected a folder on a writable disk") from None
+
+
+def _become_owner(folder: Path, me: Owner) -> Path:
     while True:
         newest = _newest(folder)
         if newest is not None:

@@ -12,6 +12,9 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any, Literal
 
+from PIL import Image
+
+from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import json_value
 from cogvlm_ft.tracking.provenance import git_state, has_password, without_passwords
@@ -120,7 +123,7 @@ class WandbRun:
         """Log images whose boxes can be toggled by class, as `pictures/<group>`; empty groups are left out."""
 
         def log(run: Any) -> None:
-            shown = {f"{PICTURES}/{group}": [_image(image) for image in of] for group, of in images.items() if of}
+            shown = {f"{PICTURES}/{group}": _images(of) for group, of in images.items() if of}
             if shown:
                 run.log({EPOCH: epoch, **shown})
 
@@ -219,6 +222,19 @@ def _plain(name: str) -> str:
     return re.sub(r"\W", "_", spelled)
 
 
+def check_key(mode: str) -> None:
+    """Raise ConfigError if a run is to be sent and there is no key to send it with."""
+    mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    if mode not in ("auto", "online"):
+        return
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "nothing sent: run wandb login, or set WANDB_API_KEY. --mode offline records the run in its folder instead"
+        )
+
+
 def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
     """Start a W&B run as `WandbRun` describes its mode; None if it is disabled. Raises whatever wandb raises."""
     mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
@@ -277,11 +293,27 @@ def _init_run(mode: Literal["online", "offline"], **arguments: Any) -> Any:
     return run
 
 
-def _image(image: BoxedImage) -> Any:
+def _images(group: Sequence[BoxedImage]) -> list[Any]:
+    """Return the images of a group at one size, which W&B takes from the first: smaller ones are padded with grey."""
+    sizes = []
+    for each in group:
+        with Image.open(each.path) as image:
+            sizes.append(image.size)
+    canvas = (max(width for width, _ in sizes), max(height for _, height in sizes))
+    return [_image(each, None if size == canvas else canvas) for each, size in zip(group, sizes, strict=True)]
+
+
+def _image(image: BoxedImage, canvas: tuple[int, int] | None) -> Any:
+    """Convert an image; canvas: the size to pad it to, right and below, where its boxes stay what they are."""
     import wandb
 
     boxes = {group: _boxes(labelled, image.classes) for group, labelled in image.boxes.items()}
-    return wandb.Image(str(image.path), caption=image.caption, boxes=boxes)
+    if canvas is None:
+        return wandb.Image(str(image.path), caption=image.caption, boxes=boxes)
+    with Image.open(image.path) as photo:
+        padded = Image.new("RGB", canvas, (128, 128, 128))
+        padded.paste(photo.convert("RGB"))
+    return wandb.Image(padded, caption=image.caption, boxes=boxes, file_type="jpg")
 
 
 def _boxes(labelled: Sequence[tuple[Box, str, int]], classes: Mapping[int, str]) -> dict[str, Any]:

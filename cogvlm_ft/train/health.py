@@ -61,11 +61,13 @@ class LossSpikes:
 class CreepingMemory:
     """Detects memory that grows step by step.
 
-    It grows if the minimum over BLOCK steps rises RISES times in a row, by at least LEAST_BYTES each time. The minimum,
-    since single steps may need more; several rises, since a buffer that is allocated once is not a leak.
+    It grows if the minimum over BLOCK steps rises RISES times in a row, each time by at least LEAST_BYTES and
+    LEAST_FRACTION of it, and the last rise is at least half of the first. The minimum, since single steps may need
+    more; several rises, since a buffer that is allocated once is not a leak; not ever smaller ones, since an allocator
+    reaches its level that way.
     """
 
-    BLOCK, RISES, LEAST_BYTES = 50, 3, 8 * MIB
+    BLOCK, RISES, LEAST_BYTES, LEAST_FRACTION = 50, 3, 16 * MIB, 0.02
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -78,10 +80,13 @@ class CreepingMemory:
         if len(self._block) < self.BLOCK:
             return None
         level, self._block = min(self._block), []
-        if self._levels and level - self._levels[-1] < self.LEAST_BYTES:
+        if self._levels and level - self._levels[-1] < max(self.LEAST_BYTES, self.LEAST_FRACTION * self._levels[-1]):
             self._levels = []
         self._levels.append(level)
         if len(self._levels) <= self.RISES:
+            return None
+        if 2 * (level - self._levels[-2]) < self._levels[1] - self._levels[0]:
+            self._levels.pop(0)
             return None
         first, self._levels = self._levels[0], [level]
         per_100_steps = (level - first) / (self.RISES * self.BLOCK) * 100

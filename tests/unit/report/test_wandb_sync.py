@@ -108,6 +108,17 @@ def test_the_program_says_what_is_wrong(
     assert "W&B is switched off" in capsys.readouterr().err
 
 
+def test_without_a_key_nothing_is_sent_nor_recorded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.login", lambda **_: False)
+    assert main([str(folder)]) == 2
+    assert "nothing sent: run wandb login" in capsys.readouterr().err
+    assert not (folder / "wandb").exists()
+
+
 SEND = """
 import pathlib, sys
 from cogvlm_ft.tracking import wandb_run
