@@ -41,6 +41,7 @@ from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
 from cogvlm_ft.shards.packing.given_splits import SPLIT_CHOICES, with_splits
 from cogvlm_ft.shards.packing.label_names import load_names
+from cogvlm_ft.shards.packing.photo_headers import PhotoHeaders
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 from cogvlm_ft.shards.packing.source_photos import GroupBy
@@ -96,10 +97,11 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
     warm_up(num_workers)
     staging = StagingDatabase(out / _STAGING, settings.seed)
     try:
-        box_units = _stage(settings, staging)
+        headers = PhotoHeaders(settings.images)
+        box_units = _stage(settings, staging, headers)
         signature["annotations_sha256"] = staging.sha256
         signature["box_units"] = sorted([*group, units] for group, units in box_units.units_of.items())
-        exif = decide_exif(staging.candidates(), settings.images, settings.exif)
+        exif = decide_exif(staging.candidates(), headers, settings.exif)
         signature["exif"] = {"mode": settings.exif, "applied": exif.apply}
         rules = SplitRules(settings.val_fraction, settings.split, settings.group_by, settings.images)
         plans, splitting = staging.plan_shards(rules, samples_per_shard=settings.samples_per_shard)
@@ -127,10 +129,10 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
     return f"{decided}\n\n{summarize(index, files, out)}"
 
 
-def _stage(settings: BuildSettings, staging: StagingDatabase) -> BoxUnits:
+def _stage(settings: BuildSettings, staging: StagingDatabase, headers: PhotoHeaders) -> BoxUnits:
     """Stage everything that the annotations contain; return the decided units. Raises DataError if they are unclear."""
-    survey = UnitSurvey(settings.images)
-    for part in tqdm(_parts(settings, staging), unit="", desc="annotations"):
+    survey = UnitSurvey(headers)
+    for part in tqdm(headers.ahead(_parts(settings, staging)), unit="", desc="annotations"):
         staging.add(part)
         survey.add(part)
     box_units = survey.decide(settings.box_unit, settings.annotations)

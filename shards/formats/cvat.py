@@ -6,7 +6,8 @@
 
 The label is the phrase. Shapes with an area become the box around them; polygons and masks of one label and group_id
 are parts of one object ("joined_part"). Tracks are read frame by frame, from photos called frame_000000.png; where
-the object is outside, nothing is lost and a note is written. Points, lines, skeletons and tags have no box.
+the object is outside, nothing is lost and a note is written. Points, lines, skeletons and tags have no box. A subset
+called Train, Validation or Test is the split of its photos.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cogvlm_ft.shards.packing.candidates import (
     require,
     shown,
 )
+from cogvlm_ft.shards.packing.given_splits import split_of_folder
 
 _ENDING = ".xml"
 _CHUNK_BYTES = 2**20
@@ -229,6 +231,7 @@ def _candidate(entry: _Entry, photos: ListedPhotos) -> Candidate:
         targets=make_targets(boxes_of, entry.source, problems),
         stated_size_px=stated_size(entry.fields),
         problems=tuple(problems),
+        split=split_of_folder(entry.fields.get("subset", "")),
     )
 
 

@@ -4,7 +4,8 @@ Also gRefCOCO's grefs(unc).json, where "ann_id" is a list of several boxes, or [
 
 refs: [{"ref_id": 0, "ann_id": 7, "image_id": 5, "file_name": "COCO_train2014_000000000005_0.jpg",
         "sentences": [{"sent": "the red car", ...}, ...], "split": "train", ...}, ...]
-Their split is not used: the builder splits by image.
+Their split is kept; testA and testB are test. Where the refs of one photo state several, as those of refs(google).p
+may, it is in test or else in val, so that no photo is in two splits.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from cogvlm_ft.shards.packing.candidates import (
     make_target,
     shown,
 )
+from cogvlm_ft.shards.packing.splits import SPLITS
 
 _REFS_NAME = re.compile(r"refs\(\w+\)\.p|grefs\(\w+\)\.json")
 _NO_TARGET = -1
+_SPLITS = {"train": "train", "val": "val", "test": "test", "testA": "test", "testB": "test", "testC": "test"}
 
 
 class _Instances:
@@ -107,6 +110,7 @@ def _image(number: int, refs: list[tuple[str, dict[str, Any]]], instances: _Inst
         for source, ref in refs:
             yield from _lost(ref, rejected, source)
         return
+    split = _split(refs, problems)
     for source, ref in refs:
         try:
             _check_same_image(ref, image)
@@ -122,7 +126,21 @@ def _image(number: int, refs: list[tuple[str, dict[str, Any]]], instances: _Inst
         targets=tuple(_without_contradictions(targets, refs[0][0], problems)),
         stated_size_px=size,
         problems=tuple(problems),
+        split=split,
     )
+
+
+def _split(refs: list[tuple[str, dict[str, Any]]], problems: list[Problem]) -> str | None:
+    """Return the split that the refs of a photo state; adds a note if they state several."""
+    stated = (ref.get("split") for _, ref in refs)
+    found = {_SPLITS[split] for split in stated if isinstance(split, str) and split in _SPLITS}
+    if not found:
+        return None
+    split = max(found, key=SPLITS.index)
+    if len(found) > 1:
+        names = " and ".join(sorted(found, key=SPLITS.index))
+        problems.append(Problem("note", f"moved_to_{split}", f"its refs are in {names}: all are {split}", refs[0][0]))
+    return split
 
 
 def _check_same_image(ref: dict[str, Any], file_name: str) -> None:

@@ -6,27 +6,21 @@ all of them: a source comes from one tool. Where two units fit, the source is re
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image
-
-from cogvlm_ft.data.reader import read_orientation
 from cogvlm_ft.data.record import BOX_TOLERANCE_PX
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.box_text import is_unpadded_box, num_padded_boxes
-from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, UnitBasis, Units, box_in_pixels
-from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, UnitBasis, Units, box_in_pixels
+from cogvlm_ft.shards.packing.photo_headers import MAX_PHOTOS, PhotoHeaders
 
 BOX_UNITS: dict[str, Units] = {"pixel": "pixels", "thousandth": "thousandths", "unit": "unit"}
 """Values of --box-unit, besides "auto"."""
-MAX_PHOTOS = 1000
-"""How many images are opened for their size, if the annotations do not state it."""
 
 _OPTIONS = {units: f"--box-unit {option}" for option, units in BOX_UNITS.items()}
 _WORDS = {"pixels": "pixels", "thousandths": "thousandths", "unit": "fractions 0..1"}
@@ -182,10 +176,10 @@ class BoxUnits:
 
 
 class UnitSurvey:
-    """The evidence of a source, gathered while it is read. images: folder of the photos."""
+    """The evidence of a source, gathered while it is read. headers: of its photos, for sizes that are not stated."""
 
-    def __init__(self, images: Path) -> None:
-        self._images = images
+    def __init__(self, headers: PhotoHeaders) -> None:
+        self._headers = headers
         self._num_opened = 0
         self._stated: set[Units] = set()
         self._groups: dict[Group, Evidence] = {}
@@ -238,19 +232,18 @@ class UnitSurvey:
         if self._num_opened >= MAX_PHOTOS:
             return []
         self._num_opened += 1
-        try:
-            _, data = read_image(candidate, self._images)
-            with Image.open(io.BytesIO(data)) as image:
-                size = image.size
-        except (Rejected, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return []  # reported when the sample is made
-        return [size, size[::-1]] if read_orientation(data) >= 5 else [size]
+        header = self._headers.read(candidate)
+        if header is None or header.size_px is None:
+            return []
+        turned = header.size_px[::-1]
+        return [header.size_px, turned] if header.orientation >= 5 else [header.size_px]
 
 
 def survey_units(parts: Iterable[Candidate | Problem], images: Path) -> UnitSurvey:
     """Return the evidence of all parts of a source."""
-    survey = UnitSurvey(images)
-    for part in parts:
+    headers = PhotoHeaders(images)
+    survey = UnitSurvey(headers)
+    for part in headers.ahead(parts):
         survey.add(part)
     return survey
 

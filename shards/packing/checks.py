@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from cogvlm_ft.data.reader import upright_size
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box
@@ -62,10 +63,14 @@ def check_candidate(
     return CheckedSample(record, ext, data), problems
 
 
-def read_image(candidate: Candidate, images: Path) -> tuple[str, bytes]:
-    """Return (extension, bytes) of the image file, or of the image inside the annotation. Raises Rejected."""
+def read_image(candidate: Candidate, images: Path, *, num_first: int | None = None) -> tuple[str, bytes]:
+    """Return (extension, bytes) of the image file, or of the image inside the annotation. Raises Rejected.
+
+    num_first: of a file, its first bytes only.
+    """
     try:
-        return _extension(candidate.image), read_inside(images, candidate.image, "image", MAX_MEMBER_BYTES)
+        ext = _extension(candidate.image)
+        return ext, read_inside(images, candidate.image, "image", MAX_MEMBER_BYTES, num_first=num_first)
     except Rejected as rejected:
         if candidate.embedded_in is None or rejected.reason not in ("missing_image", "unsupported_extension"):
             raise with_hint(rejected, candidate) from None
@@ -89,7 +94,7 @@ def nothing_annotated(candidate: Candidate) -> Rejected:
 
 
 def _extension(image: str) -> str:
-    ext = PurePosixPath(image).suffix[1:].lower()
+    ext = posixpath.splitext(image)[1][1:].lower()
     if ext not in IMAGE_EXTENSIONS:
         expected = ", ".join(IMAGE_EXTENSIONS)
         raise Rejected("sample", "unsupported_extension", f"{image!r:.200} is not supported; expected {expected}")

@@ -8,18 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
-from cogvlm_ft.data.pixels import open_image
-from cogvlm_ft.data.reader import read_orientation, upright_size
+from cogvlm_ft.data.reader import upright_size
 from cogvlm_ft.data.record import box_defect
-from cogvlm_ft.shards.packing.candidates import Candidate, Rejected
-from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.photo_headers import MAX_PHOTOS, PhotoHeader, PhotoHeaders
 
 EXIF_MODES = ("auto", "apply", "ignore")
-MAX_PHOTOS = 1000
-"""How many images are inspected."""
-
 UPRIGHT, STORED = "upright", "as stored"
 
 
@@ -44,15 +39,13 @@ class Evidence:
     boxes: dict[str, int] = field(default_factory=lambda: {UPRIGHT: 0, STORED: 0})
     sizes: dict[str, int] = field(default_factory=lambda: {UPRIGHT: 0, STORED: 0})
 
-    def add(self, candidate: Candidate, data: bytes) -> None:
+    def add(self, candidate: Candidate, header: PhotoHeader) -> None:
         """Add one image."""
         self.num_photos += 1
-        orientation = read_orientation(data)
-        if orientation == 1:
+        if header.size_px is None or header.orientation == 1:
             return
         self.num_turned += 1
-        with open_image(data) as image:
-            sizes = {UPRIGHT: upright_size(image.size, orientation), STORED: image.size}
+        sizes = {UPRIGHT: upright_size(header.size_px, header.orientation), STORED: header.size_px}
         if sizes[UPRIGHT] == sizes[STORED]:  # upside down or square
             return
         _count(self.sizes, {way for way, size in sizes.items() if candidate.stated_size_px == size})
@@ -60,7 +53,7 @@ class Evidence:
             _count(self.boxes, {way for way, size in sizes.items() if _is_inside(candidate, size)})
 
 
-def decide_exif(candidates: Iterable[Candidate], images: Path, mode: str) -> ExifDecision:
+def decide_exif(candidates: Iterable[Candidate], headers: PhotoHeaders, mode: str) -> ExifDecision:
     """Decide by the first MAX_PHOTOS candidates if the mode is "auto"; unreadable images are skipped.
 
     mode: one of EXIF_MODES.
@@ -70,11 +63,9 @@ def decide_exif(candidates: Iterable[Candidate], images: Path, mode: str) -> Exi
         return ExifDecision(mode == "apply", f"EXIF: photos are {done} (--exif {mode})")
     evidence = Evidence()
     for candidate in islice(candidates, MAX_PHOTOS):
-        try:
-            _, data = read_image(candidate, images)
-        except Rejected:  # reported when the sample is made
-            continue
-        evidence.add(candidate, data)
+        header = headers.read(candidate)
+        if header:
+            evidence.add(candidate, header)
     return judge(evidence)
 
 

@@ -25,11 +25,13 @@ _KINDS = (
 )
 
 
-def read_inside(folder: Path, name: str, what: str, max_bytes: int, *, num_last: int | None = None) -> bytes:
+def read_inside(
+    folder: Path, name: str, what: str, max_bytes: int, *, num_first: int | None = None, num_last: int | None = None
+) -> bytes:
     """Read a file; raises Rejected if it is missing, too large, not a regular file, or outside the folder.
 
     what: "image" or "annotation", for the reasons: missing_image, unreadable_image, path_outside_images.
-    num_last: read the last bytes only.
+    num_first, num_last: read the first or the last bytes only.
     """
     try:
         with open(_path_inside(folder, name), "rb", buffering=0, opener=_open_at_once) as file:
@@ -44,17 +46,20 @@ def read_inside(folder: Path, name: str, what: str, max_bytes: int, *, num_last:
                 raise Rejected("sample", "too_large", detail)
             if num_last is not None:
                 file.seek(max(status.st_size - num_last, 0))
-            return file.read(status.st_size)
+            return file.read(status.st_size if num_first is None else num_first)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise _unreadable(folder, name, what, error) from None
 
 
-def prefetch(folder: Path, name: str) -> None:
-    """Ask the disk to read a file ahead of `read_inside`. Errors are ignored; `read_inside` reports them."""
+def prefetch(folder: Path, name: str, *, num_first: int = 0) -> None:
+    """Ask the disk to read a file ahead of `read_inside`. Errors are ignored; `read_inside` reports them.
+
+    num_first: the first bytes only; 0: all.
+    """
     with suppress(OSError, ValueError):
         file = _open_at_once(_path_inside(folder, name), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file, 0, num_first, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(file)
 

@@ -1,4 +1,8 @@
-"""The split that a user's files state: folders train/ valid/ test/, names of COCO files, the keys of data.yaml."""
+"""The split that a user's files state.
+
+By folders train/ valid/ test/, names of COCO files, the keys of data.yaml, lists of Pascal VOC
+(ImageSets/Main/val.txt), or by the annotations themselves (the split of a ref of RefCOCO, a subset of CVAT).
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,10 @@ _IMAGES = "images|imgs|labels|annotations|set|data"
 _FOLDER = re.compile(rf"(?:(?:{_IMAGES})[-_])?{_WORD}(?:[-_]?(?:{_IMAGES}))?", re.IGNORECASE)
 _FILE = re.compile(rf"(?:^|[-_. /]){_WORD}(?=[-_. ])", re.IGNORECASE)
 _MAX_LIST_BYTES = 64 * 2**20
+_MAX_VOC_DEPTH = 4
+"""Folders from an annotation file up in which the lists are searched for."""
+_VOC_LISTS = posixpath.join("ImageSets", "Main")
+_VOC_FLAG = re.compile(r"\s+(?:-1|0|1)$")
 
 
 @lru_cache(maxsize=1024)
@@ -35,6 +43,7 @@ def split_of_folder(name: str) -> str | None:
     return _NAMES[found["split"].lower()] if found else None
 
 
+@lru_cache(maxsize=4096)
 def split_of_path(folder: str) -> str | None:
     """Return the split of the innermost folder that names one."""
     found = (split_of_folder(part) for part in reversed(folder.split("/")))
@@ -47,11 +56,14 @@ class GivenSplits:
     def __init__(self, annotations: Path, images: Path) -> None:
         self._images = images
         self._by_folder, self._by_image = _splits_of_yaml(annotations, images)
+        self._voc = VocLists(annotations)
 
     def of(self, candidate: Candidate) -> str | None:
         """Return the split of a candidate, or None if nothing states one."""
         return (
-            self._by_image.get(candidate.image)
+            candidate.split
+            or self._by_image.get(candidate.image)
+            or (self._voc.split_of(candidate.source) if candidate.source.endswith(".xml") else None)
             or self._of_folder(posixpath.dirname(candidate.image))
             or _of_source(candidate.source)
         )
@@ -67,6 +79,42 @@ class GivenSplits:
         return split_of_path(folder)
 
 
+class VocLists:
+    """The lists ImageSets/Main/train.txt, val.txt and test.txt beside folders of Pascal VOC annotations.
+
+    A name in two of them has no split; trainval.txt and the lists of one class (dog_train.txt) state none.
+    """
+
+    def __init__(self, annotations: Path) -> None:
+        self._folder = annotations if annotations.is_dir() else annotations.parent
+        self._split_in = lru_cache(maxsize=64)(_voc_splits)
+
+    def split_of(self, source: str) -> str | None:
+        """Return the split of an annotation file, by its path below the annotations."""
+        path = self._folder / source
+        for folder in path.parents[:_MAX_VOC_DEPTH]:
+            splits = self._split_in(folder)
+            if splits:
+                below = path.relative_to(folder).with_suffix("").as_posix()
+                return splits.get(below.partition("/")[2]) or splits.get(posixpath.basename(below))
+        return None
+
+
+def _voc_splits(folder: Path) -> dict[str, str]:
+    """Return the splits by name that the lists below a folder state."""
+    splits: dict[str, str | None] = {}
+    for stem, split in _NAMES.items():
+        path = folder / _VOC_LISTS / f"{stem}.txt"
+        try:
+            lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines() if _is_list(path) else []
+        except OSError:
+            continue
+        for line in lines:
+            name = _VOC_FLAG.sub("", line.strip()).strip('"')
+            _state(splits, name or None, split)
+    return {name: split for name, split in splits.items() if split}
+
+
 def with_splits(
     parts: Iterable[Candidate | Problem], choice: str, annotations: Path, images: Path
 ) -> Iterator[Candidate | Problem]:
@@ -76,13 +124,19 @@ def with_splits(
         if isinstance(part, Problem):
             yield part
         else:
-            yield replace(part, split=choice if choice in SPLITS else given.of(part))
+            split = choice if choice in SPLITS else given.of(part)
+            yield part if part.split == split else replace(part, split=split)
 
 
 def _of_source(source: str) -> str | None:
     """Return the split in the path of an annotation file in a folder, as in "instances_val2017.json: image id 3"."""
     path = source.partition(": ")[0]
-    found = list(_FILE.finditer(posixpath.basename(path))) if path.endswith(".json") else []
+    return _split_of_json(path) if path.endswith(".json") else split_of_path(posixpath.dirname(path))
+
+
+@lru_cache(maxsize=4096)
+def _split_of_json(path: str) -> str | None:
+    found = list(_FILE.finditer(posixpath.basename(path)))
     return _NAMES[found[-1]["split"].lower()] if found else split_of_path(posixpath.dirname(path))
 
 
@@ -143,11 +197,15 @@ def _locate(entry: str, root: Any, folder: Path) -> Path | None:
 
 def _listed(path: Path) -> Iterator[Path]:
     """Yield the images of a list file, which are relative to it if they begin with ./"""
-    if path.suffix != ".txt" or not path.is_file() or path.stat().st_size > _MAX_LIST_BYTES:
+    if not _is_list(path):
         return
     for line in path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines():
         if line.strip():
             yield path.parent / line.strip()
+
+
+def _is_list(path: Path) -> bool:
+    return path.suffix == ".txt" and path.is_file() and path.stat().st_size <= _MAX_LIST_BYTES
 
 
 def _below(path: Path, images: Path) -> str | None:

@@ -154,9 +154,12 @@ def _with_choice(candidate: Candidate, choices: dict[str, _Choice]) -> Candidate
 def _is_there(images: Path, name: str) -> bool:
     """Return whether anything is at this path. What it is, and whether it may be read, is checked when it is read."""
     try:
-        return os.path.lexists(images / name)
+        os.lstat(os.path.join(images, name))  # noqa: PTH118
+    except OSError:
+        return False
     except ValueError:  # a NUL
         return True
+    return True
 
 
 def _keys(path: str) -> tuple[str, str, str]:

@@ -25,7 +25,7 @@ from cogvlm_ft.shards.packing.staging import StagedSample, read_staged_samples
 from cogvlm_ft.shards.packing.verify import VERIFY
 
 _NUM_AHEAD = 64
-_WRITE_BUFFER = 1 << 20  # bytes; tarfile writes a record of 10 KiB at a time
+_WRITE_BUFFER = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,8 @@ class _Tar:
         self._file = _Hashed(file)
         # Photos and records are bytes already, and nothing in a header may depend on the time or the machine.
         self._writer = TarWriter(self._file, encoder=False, mtime=0, user="shards", group="shards", mode=0o444)
+        stream = self._writer.tarstream
+        stream.fileobj, stream.copybufsize = self._file, _WRITE_BUFFER  # its own buffer copies all data several times
         self.samples: list[dict[str, Any]] = []
 
     def add_sample(self, sample: CheckedSample) -> None:
@@ -192,8 +194,11 @@ class _Tar:
 
     def _add_member(self, key: str, ext: str, data: bytes) -> list[int]:
         """Write one member; return the offset and the number of its data bytes."""
-        self._writer.write({"__key__": key, ext: data})
         stream = self._writer.tarstream
+        # A short name of ASCII has the same header in both formats, and a cheaper one in the older.
+        is_plain = key.isascii() and len(key) + 1 + len(ext) <= tarfile.LENGTH_NAME
+        stream.format = tarfile.USTAR_FORMAT if is_plain else tarfile.PAX_FORMAT
+        self._writer.write({"__key__": key, ext: data})
         stream.members.clear()  # they would only be needed to list the tar
         return [stream.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data)]
 
@@ -221,6 +226,9 @@ class _Hashed:
         self.sha256.update(data)
         self.num_bytes += len(data)
         return self._file.write(data)
+
+    def close(self) -> None:
+        """Leave the file open: it belongs to the caller."""
 
 
 def _counts(records: list[Record]) -> dict[str, int]:

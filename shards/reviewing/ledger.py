@@ -26,7 +26,7 @@ PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE photos (
     number INTEGER PRIMARY KEY, sha256 BLOB NOT NULL, split TEXT NOT NULL, image BLOB NOT NULL, content TEXT NOT NULL,
-    look TEXT
+    look TEXT, look_split TEXT NOT NULL
 );
 CREATE TABLE phrases (phrase TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -56,6 +56,7 @@ class PhotoRow(NamedTuple):
     upright: bool
     targets: tuple[tuple[str, tuple[Box, ...]], ...]
     look: int | None = None
+    stated_split: str | None = None
 
     def view(self) -> View:
         boxes = tuple(box for _, boxes in self.targets for box in boxes)
@@ -79,13 +80,14 @@ class Ledger:
                 photo.sha256,
                 photo.split or "",
                 photo.image.encode("utf-8", "surrogatepass"),
-                json.dumps([*photo[1:5], *photo.place.row(), photo.upright, photo.targets]),
+                json.dumps([*photo[1:5], *photo.place.row(), photo.upright, photo.targets, photo.stated_split]),
                 None if photo.look is None else str(photo.look),
+                photo.split or photo.stated_split or "",
             )
             for photo in photos
         ]
         self._database.executemany(
-            "INSERT INTO photos (sha256, split, image, content, look) VALUES (?, ?, ?, ?, ?)", rows
+            "INSERT INTO photos (sha256, split, image, content, look, look_split) VALUES (?, ?, ?, ?, ?, ?)", rows
         )
         add = "INSERT INTO phrases VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
         safe = [(phrase.encode("utf-8", "backslashreplace").decode(), count) for phrase, count in phrases.items()]
@@ -124,12 +126,14 @@ class Ledger:
         return dict(rows) if len(rows) <= MAX_LABELS else {}
 
     def _near_duplicates(self) -> Iterator[Suspect]:
-        rows = self._database.execute("SELECT number, split, look FROM photos WHERE look IS NOT NULL ORDER BY number")
+        rows = self._database.execute(
+            "SELECT number, look_split, look FROM photos WHERE look IS NOT NULL ORDER BY number"
+        )
         photos = (HashedPhoto(number, split, int(look)) for number, split, look in rows)
         for pair in near_duplicates(photos):
             found = [self._photo(photo.number) for photo in (pair.first, pair.second)]
             if found[0].sha256 != found[1].sha256:  # identical ones are reported already
-                names = " and ".join(f"{row.image} ({row.split})" for row in found)
+                names = " and ".join(f"{row.image} ({row.split or row.stated_split})" for row in found)
                 yield _suspect("near_duplicate", found, {"names": names, "bits": pair.num_bits})
 
     def _photo(self, number: int) -> PhotoRow:
@@ -143,9 +147,9 @@ class Ledger:
 
 
 def _photo_row(digest: bytes, content: str) -> PhotoRow:
-    image, source, split, part, *place, upright, targets = json.loads(content)
+    image, source, split, part, *place, upright, targets, stated_split = json.loads(content)
     boxes = tuple((phrase, tuple(map(tuple, found))) for phrase, found in targets)
-    return PhotoRow(digest, image, source, split, part, Place(*place), upright, boxes)
+    return PhotoRow(digest, image, source, split, part, Place(*place), upright, boxes, stated_split=stated_split)
 
 
 def _suspect_of_copies(kind: str, rows: list[PhotoRow]) -> Suspect:

@@ -75,6 +75,8 @@ def near_duplicates(photos: Iterable[HashedPhoto], max_bits: int = _MAX_BITS) ->
 
 def _num_ones(values: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Count the bits that are set; NumPy 1 has no function for it."""
+    if hasattr(np, "bitwise_count"):
+        return np.bitwise_count(values).astype(np.int64)
     octets = values.view(np.uint8).reshape(-1, 8)
     return _ONES[octets].sum(axis=1)
 

@@ -21,7 +21,7 @@ class Photo:
     """stored_px: (width, height) of the file. orientation: by EXIF, 1 to 8.
 
     upright: its boxes were drawn on the rotated image. evidence: the reason, if it was not stated.
-    look: `photo_hash`, of photos whose split is known.
+    look: `photo_hash`, of photos whose split is known or stated.
     """
 
     stored_px: tuple[int, int]
@@ -52,7 +52,7 @@ def open_photo(item: Item) -> Photo | Problem:
         return with_hint(rejected, item.candidate).problem(source)
     except BadSampleError as error:
         return Problem("sample", error.reason, error.detail, source)
-    look = photo_hash(data) if item.split else None
+    look = photo_hash(data) if item.split or item.stated_split else None
     photo = Photo(stored.size_px, sha256(data).digest(), stored.orientation, bool(item.upright), look=look)
     evidence = None if photo.upright else _boxes_for_upright(item.candidate, photo)
     return replace(photo, upright=True, evidence=evidence) if evidence else photo

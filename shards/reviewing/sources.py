@@ -16,6 +16,7 @@ from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.box_units import BoxUnits, UnclearUnitError, survey_units
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.given_splits import GivenSplits
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.splits import SPLITS
 
@@ -40,12 +41,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Item:
-    """A candidate and the location of its image; in shards also its split, and whether its boxes are upright."""
+    """A candidate and the location of its image; in shards also its split, and whether its boxes are upright.
+
+    stated_split: in annotations, the split that the user's files state, which a build keeps.
+    """
 
     candidate: Candidate
     place: Place
     split: str | None = None
     upright: bool | None = None
+    stated_split: str | None = None
 
 
 def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = "auto") -> Iterator[Item | Problem]:
@@ -63,13 +68,15 @@ def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = 
         box_units = BoxUnits({})
         yield Problem("box", "box_unit_unclear", str(error), annotations.name)
     yield from box_units.notes
+    given = GivenSplits(annotations, images)
     for found in with_photos(annotated.read(annotations, images), images):
         part = found if isinstance(found, Problem) else box_units.settle(found)
         if isinstance(part, Problem):
             yield part
         else:
             embedded_in = str(part.embedded_in) if part.embedded_in else None
-            yield Item(part, Place(str(images), part.image, embedded_in=embedded_in))
+            place = Place(str(images), part.image, embedded_in=embedded_in)
+            yield Item(part, place, stated_split=given.of(part))
 
 
 def shard_items(folder: Path) -> Iterator[Item | Problem]:

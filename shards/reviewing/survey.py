@@ -224,6 +224,7 @@ def _photo_row(item: Item, photo: Photo) -> PhotoRow:
         image=candidate.image,
         source=candidate.source,
         split=item.split,
+        stated_split=item.stated_split,
         part=part_ids(candidate).sample,
         place=item.place,
         upright=photo.upright,

@@ -15,8 +15,9 @@ from photo_builds import Build, image_bytes
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target
 from cogvlm_ft.shards.build import BuildSettings, build
-from cogvlm_ft.shards.packing.box_units import BOX_UNITS, MAX_PHOTOS, UnitSurvey, survey_units
+from cogvlm_ft.shards.packing.box_units import BOX_UNITS, UnitSurvey, survey_units
 from cogvlm_ft.shards.packing.candidates import Candidate, UnitBasis, Units, box_in_pixels
+from cogvlm_ft.shards.packing.photo_headers import MAX_PHOTOS, PhotoHeaders
 from cogvlm_ft.shards.review import annotated_items
 
 SOURCE = Path("lines.jsonl")
@@ -193,7 +194,7 @@ def test_whole_numbers_0_and_1_are_asked_for() -> None:
 
 
 def test_a_stated_unit_is_never_questioned() -> None:
-    survey = UnitSurvey(Path())
+    survey = UnitSurvey(PhotoHeaders(Path()))
     survey.add(candidate((0.1, 0.2, 0.3, 0.4), basis="stated"))
     assert survey.decide("auto", SOURCE).explanation == "" and survey.decide("auto", SOURCE).is_as_read
     assert survey.decide("pixel", SOURCE).is_as_read

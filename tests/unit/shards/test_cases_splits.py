@@ -117,6 +117,63 @@ def test_coco_files_state_a_split(source: str, expected: str | None, tmp_path: P
     assert GivenSplits(tmp_path, tmp_path).of(Candidate("a.jpg", None, source)) == expected
 
 
+def voc(folder: Path, **lists: str) -> Path:
+    """Photos a to d with one box each, and ImageSets/Main/NAME.txt."""
+    for i, stem in enumerate("abcd"):
+        write_photo(folder / "JPEGImages" / f"{stem}.png", (60, 40), i)
+        corners = "".join(f"<{name}>{value}</{name}>" for name, value in zip(VOC_BOX, (1, 2, 30, 20), strict=True))
+        content = f"<annotation><object><name>dog</name><bndbox>{corners}</bndbox></object></annotation>"
+        (folder / "Annotations").mkdir(parents=True, exist_ok=True)
+        (folder / "Annotations" / f"{stem}.xml").write_text(content)
+    for name, text in lists.items():
+        path = folder / "ImageSets" / "Main" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+VOC_BOX = ("xmin", "ymin", "xmax", "ymax")
+
+
+def test_the_lists_of_voc_state_splits(tmp_path: Path, capsys: Any) -> None:
+    folder = voc(tmp_path / "VOC2012", train="a\nb\n", val="c  1\r\n", test='"d"', dog_val="a -1\n", trainval="a\nc\n")
+    for i, source in enumerate((folder, tmp_path / "VOC2012" / "Annotations")):
+        images = ["--images", str(folder / "JPEGImages")] if i else []
+        found = built(tmp_path / str(i), source, *images)
+        assert [len(found[split]) for split in ("train", "val", "test")] == [2, 1, 1]
+        assert "splits: as in the files (2 train, 1 val, 1 test)" in capsys.readouterr().out
+        assert found["val"][0][-1] == "c" or "c-" in found["val"][0]
+    found = built(tmp_path / "random", folder, "--val-fraction", "0")
+    assert len(found["train"]) == 4 and "those in the files" in capsys.readouterr().out
+
+
+def test_a_photo_in_two_lists_of_voc_has_no_split(tmp_path: Path) -> None:
+    folder = voc(tmp_path / "in" / "VOC2007", train="a\nb", val="b\nsub/c")
+    given = GivenSplits(tmp_path / "in", tmp_path / "in")
+    stated = {
+        name: given.of(Candidate("x.jpg", None, f"VOC2007/Annotations/{name}.xml"))
+        for name in ("a", "b", "c", "d", "sub/c")
+    }
+    assert stated == {"a": "train", "b": None, "c": None, "d": None, "sub/c": "val"}
+    assert GivenSplits(folder / "Annotations" / "a.xml", folder).of(Candidate("x.jpg", None, "a.xml")) == "train"
+
+
+def test_subsets_of_cvat_are_splits(tmp_path: Path, capsys: Any) -> None:
+    box = '<box label="dog" xtl="1" ytl="2" xbr="21" ybr="12"/>'
+    subsets = {"a": "Train", "b": "Train", "c": "Validation", "d": "Test", "e": "default"}
+    for i, stem in enumerate(subsets):
+        write_photo(tmp_path / "in" / f"{stem}.png", (60, 40), i)
+    photos = "".join(
+        f'<image id="{i}" name="{stem}.png" subset="{subset}" width="60" height="40">{box}</image>'
+        for i, (stem, subset) in enumerate(subsets.items())
+    )
+    (tmp_path / "in" / "x.xml").write_text(f"<annotations>{photos}</annotations>")
+    found = built(tmp_path / "out", tmp_path / "in")
+    assert {split: found[split] for split in ("val", "test")} == {"val": ["c"], "test": ["d"]}
+    assert "the 1 others are train" in capsys.readouterr().out
+    assert len(built(tmp_path / "val", tmp_path / "in", "--split", "val")["val"]) == 5
+
+
 def test_folders_of_other_names_are_no_splits() -> None:
     names = ("trains", "contest", "value", "testimony", "devices", "training_room")
     assert [name for name in names if split_of_folder(name)] == []

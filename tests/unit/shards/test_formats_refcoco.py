@@ -56,7 +56,7 @@ REFS: list[dict[str, Any]] = [
         "ann_id": 12,
         "ref_id": 2,
         "image_id": 581857,
-        "split": "val",
+        "split": "train",
         "sentences": [{"tokens": ["man"], "raw": "man", "sent_id": 3, "sent": "man"}],
         "category_id": 1,
     },
@@ -94,6 +94,7 @@ def test_every_sentence_becomes_a_target(tmp_path: Path, protocol: int, name: st
     for path in (folder, folder / name):
         found = read_all(read_refcoco, path)
         assert not found.problems
+        assert [candidate.split for candidate in found.candidates] == ["train", "test"]
         assert found.boxes == {
             "COCO_train2014_000000581857.jpg": {
                 "navy blue shirt": ((103.93, 299.99, 103.93 + 134.22, 299.99 + 177.42),),
@@ -105,6 +106,12 @@ def test_every_sentence_becomes_a_target(tmp_path: Path, protocol: int, name: st
         assert [candidate.stated_size_px for candidate in found.candidates] == [(640, 427), (640, 480)]
         assert found.candidates[0].source == f"{name}[0]"
         assert recognise_refcoco(path) == f"RefCOCO's {name}"
+
+
+def test_a_photo_whose_refs_are_in_two_splits_is_in_one(tmp_path: Path) -> None:
+    found = read(tmp_path, [REFS[0], {**REFS[1], "split": "unused"}, {**REFS[2], "split": "val"}])
+    assert [candidate.split for candidate in found.candidates] == ["val", None]
+    assert [problem.reason for problem in found.problems] == ["moved_to_val"]
 
 
 def test_strings_and_numbers_of_python_2(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_few_bits_make_a_duplicate(hashes: list[int], flipped: list[int], seed: 
     assert list(near_duplicates(photos[:-1])) == []
 
 
-def test_a_review_of_shards_lists_near_duplicates(tmp_path: Path, capsys: Any) -> None:
+def test_a_review_of_shards_and_of_their_source_lists_near_duplicates(tmp_path: Path, capsys: Any) -> None:
     for split, seed, quality in (("train", 1, 90), ("train", 2, 90), ("valid", 1, 60), ("valid", 5, 90)):
         folder = tmp_path / "in" / split
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +82,9 @@ def test_a_review_of_shards_lists_near_duplicates(tmp_path: Path, capsys: Any) -
         (folder / f"{seed}{split}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
     (tmp_path / "in" / "classes.txt").write_text("dog\n")
     annotations = ["--annotations", str(tmp_path / "in"), "--workers", "1"]
+    assert review([*annotations, "--out", str(tmp_path / "before")]) == 0
+    assert "1 Photos in two splits look alike" in capsys.readouterr().out
+    assert "1valid.jpg (val)" in (tmp_path / "before" / "suspects.jsonl").read_text()
     assert build([*annotations, "--out", str(tmp_path / "out")]) == 0
     assert review(["--shards", str(tmp_path / "out"), "--out", str(tmp_path / "review"), "--workers", "1"]) == 0
     assert "1 Photos in two splits look alike" in capsys.readouterr().out
