@@ -92,7 +92,7 @@ def test_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["{}", "3", "[mean_iou]", "{mean_iou: best}", "{mean_iou: 0}", "{mean_iou: -1}", "null"]
+    "value", ["{}", "[mean_iou]", "{mean_iou: best}", "{mean_iou: 0}", "{mean_iou: -1}", "null"]
 )
 def test_what_is_no_monitor(value: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.monitor=.*names with weights above 0"):
