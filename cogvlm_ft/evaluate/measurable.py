@@ -34,19 +34,20 @@ MOST_USEFUL = ("mean_iou", "acc@0.5", "not_found_acc", "text_exact", "chrf")
 
 def check_monitor(config: Config, reader: ShardReader, model_config: CogVLMConfig) -> None:
     """Raise ConfigError if the validation images cannot produce `train.monitor`. Collective: rank 0 reads records."""
-    problem = from_main(_find_problem(config, reader, model_config) if is_main() else None)
+    wording = load_wording(config.data.wording)
+    problem = from_main(_find_problem(config, reader, wording, model_config) if is_main() else None)
     if problem:
         raise ConfigError(problem)
 
 
-def _find_problem(config: Config, reader: ShardReader, model_config: CogVLMConfig) -> str:
+def _find_problem(config: Config, reader: ShardReader, wording: Wording, model_config: CogVLMConfig) -> str:
     monitor = config.train.monitor
     needed = {monitor} if isinstance(monitor, str) else set(monitor)
     always = COUNTS | (PROBE if config.evaluate.probe is not None else frozenset())
     total = min(len(reader), config.evaluate.max_samples or len(reader))
     # The names of sources depend on how many there are, so all are needed for them.
     sizes = [total] if any("/source=" in name for name in needed) else sorted({min(FIRST_RECORDS, total), total})
-    wording, predictions, known = load_wording(config.data.wording), list[Prediction](), 0
+    predictions, known = list[Prediction](), 0
     for size in sizes:
         predictions += _answered(range(known, size), config, reader, wording, model_config)
         known = size

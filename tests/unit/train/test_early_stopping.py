@@ -91,9 +91,7 @@ def test_settings() -> None:
     assert (several.monitor, several.min_gain) == ({"mean_iou": 1.0, "acc@0.5/size=small": 2}, 0.01)
 
 
-@pytest.mark.parametrize(
-    "value", ["{}", "[mean_iou]", "{mean_iou: best}", "{mean_iou: 0}", "{mean_iou: -1}", "null"]
-)
+@pytest.mark.parametrize("value", ["{}", "[mean_iou]", "{mean_iou: best}", "{mean_iou: 0}", "{mean_iou: -1}", "null"])
 def test_what_is_no_monitor(value: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.monitor=.*names with weights above 0"):
         load(f"train.monitor={value}")
