@@ -12,10 +12,12 @@ from cogvlm_ft.doctor.build_locks import judge_locks, read_locks
 from cogvlm_ft.doctor.examination import Check, Examination
 from cogvlm_ft.doctor.inputs import (
     judge_model,
+    judge_monitor,
     judge_plan,
     judge_shards,
     judge_wording,
     read_model,
+    read_monitor,
     read_shards,
     read_wording,
 )
@@ -57,6 +59,7 @@ LOCKS = Check("build locks", read_locks, judge_locks, who="node")
 MODEL = Check("model", read_model, judge_model, who="node")
 WORDING = Check("wording", read_wording, judge_wording, who="node")
 SHARDS = Check("shards", read_shards, judge_shards, who="all")
+MONITOR = Check("monitor", read_monitor, judge_monitor)
 PLAN = Check("plan", read_nothing, judge_plan)
 FOLDER = Check("output folder", read_folder, judge_folder)
 SHARING = Check("output folder", read_token, judge_sharing, who="node")
@@ -69,7 +72,7 @@ ENGINE = Check("engine", read_engine, judge_engine, who="all")
 # The links last: a message that never arrives may end the process.
 CHECKS: tuple[Check, ...] = (
     *(VERSIONS, RANKS, GPUS, HOST, CLOCKS, LOCKS),
-    *(MODEL, WORDING, SHARDS, PLAN),
+    *(MODEL, WORDING, SHARDS, MONITOR, PLAN),
     *(FOLDER, SHARING, DISK, LEFTOVERS, WANDB),
     *(LINKS, ENGINE),
 )

@@ -17,7 +17,8 @@ from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard_sets import read_json_file
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
-from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+from cogvlm_ft.evaluate.measurable import monitor_problem
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, model_config_of
 from cogvlm_ft.model.loading import load_weights, parameter_shapes
@@ -194,6 +195,26 @@ def read_wording(examination: Examination) -> str:
 
 def judge_wording(_: Examination, readings: list[Reading]) -> list[Finding]:
     return [green(readings[0].facts)]
+
+
+def read_monitor(examination: Examination) -> str:
+    """Return the metric that chooses the best checkpoint; "" if model or shards, reported already, cannot be read.
+
+    Raises ConfigError if the validation images cannot produce it.
+    """
+    config = examination.config
+    try:
+        reader, model_config = open_split(config, config.data.val_split), model_config_of(config)
+    except (DataError, CheckpointError):
+        return ""
+    problem = monitor_problem(config, reader, load_wording(config.data.wording), model_config)
+    if problem:
+        raise ConfigError(problem)
+    return f"train.monitor={config.train.monitor}"
+
+
+def judge_monitor(_: Examination, readings: list[Reading]) -> list[Finding]:
+    return [green(part.facts) for part in readings if part.facts]
 
 
 def judge_plan(examination: Examination, readings: list[Reading]) -> list[Finding]:

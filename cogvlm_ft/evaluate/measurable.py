@@ -27,7 +27,7 @@ from cogvlm_ft.settings import Config
 
 FIRST_RECORDS = 16
 """Records read at first; the others only if these do not suffice."""
-COUNTS = frozenset({"num_images", "num_bad", "num_unscored", "num_cut_boxes", "num_truncated"})
+COUNTS = frozenset({"num_images", "num_bad", "num_unscored", "num_cut_boxes"})
 PROBE = frozenset({"probe_chrf", "probe_same", "num_probe"})
 MOST_USEFUL = ("mean_iou", "acc@0.5", "not_found_acc", "text_exact", "chrf")
 
@@ -35,12 +35,13 @@ MOST_USEFUL = ("mean_iou", "acc@0.5", "not_found_acc", "text_exact", "chrf")
 def check_monitor(config: Config, reader: ShardReader, model_config: CogVLMConfig) -> None:
     """Raise ConfigError if the validation images cannot produce `train.monitor`. Collective: rank 0 reads records."""
     wording = load_wording(config.data.wording)
-    problem = from_main(_find_problem(config, reader, wording, model_config) if is_main() else None)
+    problem = from_main(monitor_problem(config, reader, wording, model_config) if is_main() else None)
     if problem:
         raise ConfigError(problem)
 
 
-def _find_problem(config: Config, reader: ShardReader, wording: Wording, model_config: CogVLMConfig) -> str:
+def monitor_problem(config: Config, reader: ShardReader, wording: Wording, model_config: CogVLMConfig) -> str:
+    """Return why the validation images cannot produce `train.monitor`, "" if they can. Reads records."""
     monitor = config.train.monitor
     needed = {monitor} if isinstance(monitor, str) else set(monitor)
     always = COUNTS | (PROBE if config.evaluate.probe is not None else frozenset())

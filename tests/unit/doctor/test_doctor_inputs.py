@@ -10,7 +10,7 @@ import pytest
 from examining import Examine
 from safetensors.torch import load_file, save_file
 
-from cogvlm_ft.doctor.checks import CHECKS, ENGINE, LINKS, MODEL, PLAN, SHARDS, WORDING
+from cogvlm_ft.doctor.checks import CHECKS, ENGINE, LINKS, MODEL, MONITOR, PLAN, SHARDS, WORDING
 from cogvlm_ft.model.tokenizer import train_tokenizer
 
 
@@ -46,6 +46,13 @@ def test_an_engine_preset_that_is_not_there(run_checks: Examine) -> None:
     num_red, said = run_checks([MODEL, PLAN, ENGINE], "deepspeed=nosuch.json")
     assert num_red == 1 and "red     engine: deepspeed=nosuch.json: no such file or preset" in said
     assert "green   model: " in said and "yellow  plan: cannot be estimated" in said
+
+
+def test_a_monitor_that_cannot_be_measured(run_checks: Examine) -> None:
+    num_red, said = run_checks([MONITOR], "train.monitor=acc@0.6")
+    assert num_red == 1 and "found acc@0.6, but 9 validation images" in said
+    num_red, said = run_checks([MONITOR])
+    assert num_red == 0 and "green   monitor: train.monitor=mean_iou" in said
 
 
 def test_a_broken_tokenizer(run_checks: Examine, model: Path) -> None:
