@@ -257,7 +257,8 @@ class TrainConfig:
     )
     hang_timeout_s: Optional[float] = setting(
         1800.0,
-        "A rank without progress for this long writes its stacks to `output_dir/stacks` and ends the job. "
+        "After this long without progress on any rank, ranks write their stacks to `output_dir/stacks` and end the "
+        "job. "
         "null: wait indefinitely.",
         unit="s",
         least=1,
