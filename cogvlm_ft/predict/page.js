@@ -54,11 +54,13 @@ function boxItem(box) {
 }
 
 // What an answer without boxes means, and that it ends too early.
-function notices(answer) {
+// The first answer of a conversation names what is present, without boxes.
+function notices(answer, isAlone) {
   const found = [];
+  const isFirst = document.body.dataset.style === "conversation" && !isAlone && !answer.answer.includes("[");
   if (answer.not_found) {
     found.push(["soft", "Not found: the model reports that the target is absent.", "未找到：模型认为目标不存在。"]);
-  } else if (!answer.boxes) {
+  } else if (!answer.boxes && !isFirst) {
     found.push(["bad", "No box could be read from this answer.", "无法从该回答中读出框。"]);
   }
   if (answer.truncated) {
@@ -72,7 +74,7 @@ function notices(answer) {
   });
 }
 
-function articleOf(answer, number) {
+function articleOf(answer, number, all) {
   const article = document.createElement("article");
   const question = element("h2", answer.prompt);
   const chip = document.createElement("i");
@@ -80,7 +82,7 @@ function articleOf(answer, number) {
   question.prepend(chip);
   const list = document.createElement("ul");
   list.append(...(answer.boxes || []).map(boxItem));
-  article.append(question, element("p", answer.answer || "…"), ...notices(answer), list);
+  article.append(question, element("p", answer.answer || "…"), ...notices(answer, all.length === 1), list);
   return article;
 }
 

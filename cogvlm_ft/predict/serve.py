@@ -143,6 +143,7 @@ def build_app(predictor: Predictor, model: Path, host: str, *, upright: bool) ->
         step=trained_step(model),
         image_size=predictor.model.config.image_size,
         wording=predictor.wording.name,
+        style=predictor.wording.style or "",
     )
     files = {
         "/": (shown, "text/html"),

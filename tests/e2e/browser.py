@@ -1,4 +1,4 @@
-"""One browser for the tests of all pages: Chromium, driven by playwright."""
+"""How tests open a page in Chromium: as readers with a window, a colour scheme and a language."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ window.mistakes = [];
 addEventListener("error", (event) => mistakes.push(String(event.message)));
 addEventListener("securitypolicyviolation", (event) => mistakes.push("policy: " + event.violatedDirective));
 """
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Start Chromium once for all pages; the files that use it are in one group of pytest-xdist."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 @contextmanager

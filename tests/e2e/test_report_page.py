@@ -1,4 +1,4 @@
-"""The page of a run in a real browser: it can be read and used in both languages, on a phone and on a desk."""
+"""The pages of a run in a real browser: they can be read and used in both languages, on a phone and on a desk."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import LOOKS, PHONE, browser, check_buttons, is_too_wide, needs_browser, opened
+from browser import LOOKS, PHONE, check_buttons, is_too_wide, needs_browser, opened
 from report_run import STEPS, write_run
 
 from cogvlm_ft.colours import TARGET_COLOURS, rgb
 from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.loader import GroundingDataset
+from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import CogVLMConfig, CogVLMTokenizer
+from cogvlm_ft.report.preview.inputs import NUM_SHOWN, render_preview
 from cogvlm_ft.report.report import write_report
-
-__all__ = ["browser"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages"), needs_browser]
 
@@ -104,3 +107,26 @@ def check_large(page: Any) -> None:
     shown = [float(text.split()[-1]) for text in page.locator(".tip p").all_inner_texts()]
     assert len(shown) >= 4 and all(0 <= value <= 4 for value in shown)
     assert shown[0] in (0, 2, 4), "the nearest evaluation"
+
+
+@pytest.fixture(scope="module")
+def preview(shards: Path, tokenizer: CogVLMTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = CogVLMConfig(vocab_size=len(tokenizer), vision_config={"image_size": 224, "num_positions": 257})
+    reader = ShardReader(load_index(shards, "train"))
+    dataset = GroundingDataset(reader, load_wording("box"), tokenizer, config, 0, 4096)
+    path = tmp_path_factory.mktemp("preview") / "preview.html"
+    path.write_text(render_preview(dataset, SamplePlan(33, 6, 0), 0, "a run"), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("size", "scheme", "language"), LOOKS)
+def test_the_first_inputs_can_be_seen(
+    size: tuple[int, int], scheme: str, language: str, browser: Any, preview: Path
+) -> None:
+    with opened(browser, preview.as_uri(), size, scheme, language) as page:
+        check_buttons(page, language, scheme)
+        seen = page.evaluate(LOOK)
+        assert len(seen["photos"]) >= NUM_SHOWN and min(seen["photos"]) > 0 and seen["boxes"][0] >= NUM_SHOWN
+        assert page.locator("dt:visible").count() > NUM_SHOWN and seen["height"] < 10_000 and not is_too_wide(page)
+        page.locator(".photo").first.click()
+        assert page.locator("dialog.zoomed figcaption dt").first.is_visible()
