@@ -1,4 +1,4 @@
-"""The colours of targets in drawn images, pages and W&B: Okabe and Ito's, told apart with any colour vision."""
+"""The colours of targets in drawn images and pages: Okabe and Ito's, told apart with any colour vision."""
 
 from __future__ import annotations
 
