@@ -27,7 +27,14 @@ INTRODUCTION = {
 
 Give settings as `key=value` on the command line, or in a YAML file that `--config` names; the
 command line wins. A mistyped key or a value out of bounds is an error before anything is loaded.
-`~` means your home folder. Environment variables are not expanded.
+`~` means your home folder. Text is taken as it is written: `0123` and `12:30:00` are names, not
+numbers. `null` (or `None`, where null is allowed) means no value.
+
+`${oc.env:NAME}` stands for an environment variable, for example in an address with a password:
+`'data.shards=https://${oc.env:LOGIN}@host/shards'`, in quotes. It works in your own YAML and on the
+command line. What is written about a run keeps the text, never the value. In the `config.yaml` of a
+run folder, which may be somebody else's, it is an error: type that setting again. `~/.netrc` keeps
+passwords of `https://` addresses too, and needs no setting.
 
 This page is generated: `python docs/config_pages.py`.
 """,
@@ -36,7 +43,13 @@ This page is generated: `python docs/config_pages.py`.
 [English](config.md)
 
 设置可以在命令行用 `key=value` 给出，也可以写在 `--config` 指定的 YAML 文件里；命令行优先。
-键写错或取值超出范围，都会在加载之前报错。`~` 表示你的主目录。不展开环境变量。
+键写错或取值超出范围，都会在加载之前报错。`~` 表示你的主目录。文本按原样读取：`0123`、`12:30:00` 是名字，不是数字。
+`null`（允许为空时也可写 `None`）表示没有值。
+
+`${oc.env:NAME}` 代表环境变量，例如用于带密码的地址：`'data.shards=https://${oc.env:LOGIN}@host/shards'`（加引号）。
+它可以写在你自己的 YAML 和命令行里；训练写出的文件只保留原文，不含变量的值。
+在训练目录的 `config.yaml`（可能来自他人）里它会报错：请在命令行里重新给出该设置。
+`https://` 地址的密码也可以放在 `~/.netrc` 里，无需任何设置。
 
 本页自动生成：`python docs/config_pages.py`。
 """,

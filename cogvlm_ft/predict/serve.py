@@ -58,17 +58,7 @@ def serve(
     import uvicorn
 
     app = build_app(predictor, model, host, upright=upright)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=_protocol_with_timeout(),
-        ws="none",
-        limit_concurrency=MAX_CONNECTIONS,
-        access_log=False,
-        log_level="warning",
-        lifespan="off",
-    )
+    config = server_config(app, host, port)
     try:
         socket = config.bind_socket()
     except SystemExit:  # uvicorn has reported why
@@ -79,6 +69,23 @@ def serve(
         say("Everyone who can reach this machine can use it: there is no password and no encryption.", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn has ended, and raises it again
         uvicorn.Server(config).run(sockets=[socket])
+
+
+def server_config(app: Any, host: str, port: int) -> Any:
+    """Return uvicorn's settings: bounded, and without a log of who asks what."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=_protocol_with_timeout(),
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+    )
 
 
 def _protocol_with_timeout() -> Any:

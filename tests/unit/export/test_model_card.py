@@ -93,6 +93,22 @@ def test_nothing_of_this_machine_or_its_user(checkpoint: Path, tmp_path: Path, m
             assert private.encode() not in content, f"{private} in {path.name}"
 
 
+def test_a_hostile_value_is_text_in_the_card_and_a_link_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
+    config = checkpoint.parents[1] / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings["model"]["path"] = "models/THUDM/x](http://evil) <script>\n---\nlicense: mit"
+    settings["data"]["train_split"] = "a | b\x1b[2J `<img src=x>`"
+    settings["data"]["wording"] = "${oc.env:HOME}/w.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (checkpoint / "model" / "planted.json").symlink_to(config)
+    front, text = card(checkpoint, tmp_path / "exported", "--prove", 0)
+    assert "base_model" not in front and front["license"] == "other"
+    assert "<script>" not in text and "<img" not in text and "\x1b" not in text and "](http://evil" not in text
+    assert row(text, "samples in an epoch").count("|") == 0
+    assert row(text, "wording of questions and answers") == "w.yaml"
+    assert not (tmp_path / "exported" / "planted.json").exists()
+
+
 def test_what_is_not_known_is_said_so(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint.parents[1] / "config.yaml").unlink()
     front, text = card(checkpoint, tmp_path / "exported", "--prove", 0)

@@ -1,0 +1,50 @@
+"""Connections to the page that send nothing, or a photo that never ends: others are answered meanwhile."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from cogvlm_ft.predict import serve
+
+uvicorn = pytest.importorskip("uvicorn")
+TIMEOUT_S = 0.3
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    for name in ("HEAD_TIMEOUT_S", "CHUNK_TIMEOUT_S"):
+        monkeypatch.setattr(serve, name, TIMEOUT_S)
+    app = serve.build_app(None, "127.0.0.1", upright=True)  # type: ignore[arg-type]  # no question reaches a model here
+    server = uvicorn.Server(serve.server_config(app, "127.0.0.1", 0))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_connections_that_send_nothing_are_ended_and_keep_nobody_out(port: int) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(30)]
+        idle[0].sendall(b"GET / HTT")
+        page = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        page.request("GET", "/")
+        assert page.getresponse().read() and page.sock is not None
+        slow = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+        head = "POST /ask?asked=x HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+        slow.sendall(f"{head}Content-Length: 100\r\n\r\nabc".encode())
+        assert b" 408 " in slow.recv(100)
+        for each in idle:
+            with suppress(ConnectionResetError):
+                assert each.recv(1) == b""
