@@ -19,6 +19,7 @@ from ranks import REPOSITORY, free_port
 
 pytestmark = pytest.mark.slow
 
+SHARDS = "data.shards=${oc.env:SHARDS_ADDRESS}"
 LOGIN, PASSWORD = "tester", "pa55-of-the-shard-server"
 SECRETS = {
     "WANDB_API_KEY": "c0ffee0123456789abcdef0123456789abcdef42",
@@ -127,22 +128,25 @@ def modes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_whole_run_keeps_every_secret_and_the_user_s_umask(address: str, start_model: Path, tmp_path: Path) -> None:
+def test_a_whole_run_keeps_every_secret_and_the_user_s_umask(
+    address: str, start_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output_dir = tmp_path / "run"
-    settings = [f"output_dir={output_dir}", f"model.path={start_model}", f"data.shards={address}"]
+    monkeypatch.setenv("SHARDS_ADDRESS", address)
+    settings = [f"output_dir={output_dir}", f"model.path={start_model}", SHARDS]
     settings += ["data.num_workers=0", "train.max_steps=2", "train.epochs=1", "train.global_batch_size=4"]
     settings += ["train.micro_batch_size=2", "evaluate.max_new_tokens=4", "evaluate.max_samples=4"]
     settings += ["deepspeed=configs/deepspeed/zero3_tiny.json", "tracking.mode=auto"]
     train = ["launch/train.py", *settings]
     checkpoint = output_dir / "checkpoints" / "step-00000002"
     afterwards = [
-        ["launch/report.py", str(output_dir), f"data.shards={address}"],  # config.yaml has no password
+        ["launch/report.py", str(output_dir), SHARDS],  # config.yaml is not expanded
         ["launch/export.py", "--checkpoint", str(checkpoint), "--out", str(output_dir / "exported"), "--prove", "0"],
         ["launch/wandb_sync.py", str(output_dir), "--mode", "offline"],
     ]
     run([[train, *afterwards], [train]], tmp_path)
 
-    assert f"shards: {address.replace(f'{LOGIN}:{PASSWORD}@', '')}\n" in (output_dir / "config.yaml").read_text()
+    assert "shards: ${oc.env:SHARDS_ADDRESS}\n" in (output_dir / "config.yaml").read_text()
     written = {path.name for path in output_dir.rglob("*")}
     assert {"metrics.jsonl", "run.json", "report.html", "predictions.jsonl", "model.safetensors"} <= written
     assert any(path.stat().st_size for path in output_dir.glob("wandb/offline-run-*/*.wandb"))

@@ -8,20 +8,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
 from cogvlm_ft.predict import serve
+from cogvlm_ft.predict.predictor import Asking, load_predictor
 
 uvicorn = pytest.importorskip("uvicorn")
 TIMEOUT_S = 0.3
 
 
 @pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def port(start_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     for name in ("HEAD_TIMEOUT_S", "CHUNK_TIMEOUT_S"):
         monkeypatch.setattr(serve, name, TIMEOUT_S)
-    app = serve.build_app(None, "127.0.0.1", upright=True)  # type: ignore[arg-type]  # no question reaches a model here
+    predictor = load_predictor(start_model, Asking())
+    app = serve.build_app(predictor, start_model, "127.0.0.1", upright=True)
     server = uvicorn.Server(serve.server_config(app, "127.0.0.1", 0))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
