@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import initialization
 
 from cogvlm_ft.checkpoints.checkpoint import TrainState
+from cogvlm_ft.checkpoints.choice import is_checkpoint, model_files
+from cogvlm_ft.checkpoints.consolidate import assign_weights
 from cogvlm_ft.config import save_settings, written_settings
 from cogvlm_ft.data.augment import draft_side
 from cogvlm_ft.data.index import ShardIndex
@@ -17,19 +20,35 @@ from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
 from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_photos
 from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.grounding.wording import Wording, load_wording
+from cogvlm_ft.grounding.wording import WORDING_FILE, Wording, load_wording, save_wording
 from cogvlm_ft.model import (
     CogVLMConfig,
     CogVLMForCausalLM,
     CogVLMTokenizer,
     enable_gradient_checkpointing,
+    load_config,
     model_config_of,
 )
 from cogvlm_ft.model.elementwise import compile_elementwise
-from cogvlm_ft.model.loading import load_weights, parameter_shapes, read_remote_code
+from cogvlm_ft.model.loading import (
+    Assign,
+    allocate_model,
+    load_weights,
+    parameter_shapes,
+    read_remote_code,
+    whole_assign,
+)
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import from_main, is_main
-from cogvlm_ft.runtime.engine import build_engine, deepspeed_settings, partition_assign, partitioned
+from cogvlm_ft.runtime.distributed import device, from_main, is_main, world_size
+from cogvlm_ft.runtime.engine import (
+    build_engine,
+    build_inference_engine,
+    deepspeed_settings,
+    inference_settings,
+    partition_assign,
+    partitioned,
+)
+from cogvlm_ft.runtime.tf32 import allow_tf32
 from cogvlm_ft.settings import Config
 from cogvlm_ft.tracking.provenance import without_passwords
 
@@ -95,6 +114,7 @@ class Run:
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save(folder)
+        save_wording(self.dataset.wording, folder / WORDING_FILE)
         for name, content in self.remote_code.items():
             (folder / name).write_bytes(content)
 
@@ -170,13 +190,8 @@ def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> P
 def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     """Load the model folder into a ZeRO-3 engine; each rank reads only the slices it owns. Collective."""
     settings = deepspeed_settings(config)
-    tokenizer = CogVLMTokenizer.from_folder(config.model.folder)
     model_config = model_config_of(config)
-    if len(tokenizer) != model_config.vocab_size:
-        raise CheckpointError(
-            f"{config.model.path}: tokenizer.model has {len(tokenizer)} pieces, config.json says vocab_size="
-            f"{model_config.vocab_size}; take both from the same model"
-        )
+    tokenizer = load_tokenizer(config.model.folder, model_config)
     with initialization.no_init_weights(), partitioned(settings):
         model = CogVLMForCausalLM(model_config)
     parameters = list(model.named_parameters())
@@ -185,3 +200,49 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     if config.model.compile:
         compile_elementwise()
     return build_engine(model, config, settings), tokenizer
+
+
+def load_tokenizer(folder: Path, model_config: CogVLMConfig) -> CogVLMTokenizer:
+    """Load the tokenizer of a model folder; CheckpointError if it has not as many pieces as the model has words."""
+    tokenizer = CogVLMTokenizer.from_folder(folder)
+    if len(tokenizer) != model_config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.model has {len(tokenizer)} pieces, config.json says vocab_size="
+            f"{model_config.vocab_size}; take both from the same model"
+        )
+    return tokenizer
+
+
+def load_whole_model(
+    weights: Path, dtype: torch.dtype, image_size: int | None = None, resize: str | None = None
+) -> CogVLMForCausalLM:
+    """Load a model folder, or the weights of a checkpoint, onto this rank's device for passes without gradients."""
+    model = allocate_model(load_config(model_files(weights), image_size, resize), dtype, device())
+    parameters = list(model.named_parameters())
+    _read_weights(weights, parameter_shapes(parameters), whole_assign(parameters))
+    return model
+
+
+def build_scored_model(config: Config, weights: Path) -> tuple[Any, CogVLMTokenizer]:
+    """Load a model folder or the weights of a checkpoint for passes without gradients. Collective.
+
+    2 or 4 bytes per parameter: on a single rank a plain module; on several, or with offloaded parameters, an engine
+    that partitions them. A checkpoint has its own config.json and tokenizer, so that model.path may be gone.
+    """
+    files, image_size, resize = model_files(weights), config.model.image_size, config.data.resize
+    model_config = load_config(files, image_size, resize)
+    tokenizer = load_tokenizer(files, model_config)
+    allow_tf32(config.train.tf32)
+    settings = inference_settings(config)
+    if world_size() == 1 and settings["zero_optimization"].get("offload_param", {}).get("device", "none") == "none":
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        return load_whole_model(weights, dtype, image_size, resize), tokenizer
+    with initialization.no_init_weights(), partitioned(settings):
+        model = CogVLMForCausalLM(model_config)
+    parameters = list(model.named_parameters())
+    _read_weights(weights, parameter_shapes(parameters), partition_assign(parameters))
+    return build_inference_engine(model, settings).module, tokenizer
+
+
+def _read_weights(weights: Path, shapes: dict[str, tuple[int, ...]], assign: Assign) -> None:
+    (assign_weights if is_checkpoint(weights) else load_weights)(weights, shapes, assign)

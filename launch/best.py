@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Print the path."""
     folder = args.run / choose_entry(args.sweep, args.task).name if args.sweep else args.run
-    from cogvlm_ft.jobs.submit import best_checkpoint
+    from cogvlm_ft.checkpoints.choice import best_checkpoint
 
     say(best_checkpoint(folder))
 

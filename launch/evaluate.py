@@ -1,13 +1,14 @@
 """Score a model folder or a training checkpoint on a split: metrics.json, predictions.jsonl, drawn images, a report.
 
-Without --checkpoint it scores the model folder model.path. Any number of ranks can score a checkpoint, whatever number
-wrote it. evaluate.max_samples=null scores the whole split. To measure what an export in bf16 changes, score the
-exported folder (model.path=exported train.precision=bf16) and compare with the scores of its checkpoint.
+With the settings of a run it scores the run's best checkpoint, unless --checkpoint names another one, or model.path is
+given on the command line: then it scores that model folder. --untouched scores the model before training. Any number of
+ranks can score a checkpoint, whatever number wrote it; it needs 2 (bf16) or 4 bytes per parameter, no optimizer.
+evaluate.max_samples=null scores the whole split. To measure what an export in bf16 changes, score the exported folder
+(model.path=exported train.precision=bf16) and compare with the scores of its checkpoint.
 
 Examples:
-  deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores \\
-      --checkpoint runs/grounding/checkpoints/step-00000100 evaluate.max_samples=null
-  python launch/evaluate.py --config runs/grounding/config.yaml --out scores_start --split val
+  deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores evaluate.max_samples=null
+  python launch/evaluate.py --config runs/grounding/config.yaml --out scores_start --untouched --split val
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code
     from cogvlm_ft.config import load_config
+    from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import PROTOCOLS, Config
     from cogvlm_ft.terminal import check_encoding, say
 except ModuleNotFoundError as error:
@@ -29,7 +31,8 @@ except ModuleNotFoundError as error:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="a step-* folder of a run")
+    parser.add_argument("--checkpoint", type=Path, help="a step-* folder of a run, or a run (default: the best one)")
+    parser.add_argument("--untouched", action="store_true", help="score model.path, also with the settings of a run")
     parser.add_argument("--split", help="default: data.val_split")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="how to read and score (default: evaluate.protocol)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -43,29 +46,35 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: Config, args: argparse.Namespace) -> None:
     """Score the split on all ranks and write the results. Collective."""
     check_encoding()
-    from cogvlm_ft.build import build_model_engine
-    from cogvlm_ft.checkpoints.checkpoint import load_checkpoint
+    from cogvlm_ft.build import build_scored_model
+    from cogvlm_ft.checkpoints.choice import trained_wording
     from cogvlm_ft.data.reader import open_split
     from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
     from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
     from cogvlm_ft.evaluate.fingerprint import fingerprint
+    from cogvlm_ft.evaluate.output import prepare_output
     from cogvlm_ft.evaluate.probe import run_probe
     from cogvlm_ft.grounding.wording import load_wording
+    from cogvlm_ft.planning.preflight import check_scoring
     from cogvlm_ft.report.report import try_report
     from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
+    from cogvlm_ft.tracking.provenance import without_passwords
 
     init_distributed()
-    data = config.data
+    prepare_output(args.out)
+    weights, data = choose_weights(config, args), config.data
     split = args.split or data.val_split
     reader = open_split(config, split)
-    wording = load_wording(config.data.wording)
-    engine, tokenizer = build_model_engine(config)
-    if args.checkpoint is not None:
-        load_checkpoint(engine, args.checkpoint, with_optimizer=False)
-    weights = args.checkpoint or config.model.folder
+    trained = None if "data.wording" in typed_keys(args) else trained_wording(weights)
+    wording = trained or load_wording(data.wording)
+    check_scoring(config, weights)
+    if is_main():
+        shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
+        print(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
+    model, tokenizer = build_scored_model(config, weights)
     about = {"checkpoint": str(weights), "checkpoint_sha256": fingerprint(weights)} if is_main() else None
-    result = evaluate(engine.module, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)
-    result.metrics.update(run_probe(config, engine.module, tokenizer, args.out))
+    result = evaluate(model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)
+    result.metrics.update(run_probe(config, model, tokenizer, args.out))
     if is_main():
         save_evaluation(result, args.out)
         save_coco(result.predictions, args.out)
@@ -74,6 +83,29 @@ def run(config: Config, args: argparse.Namespace) -> None:
         files = "report.html, metrics.json (by size, language, ... too), curves.json, predictions.jsonl, pictures/"
         say(f"in {args.out}/: {files}, {TRUTH_FILE}, {RESULTS_FILE}")
     shut_down()
+
+
+def choose_weights(config: Config, args: argparse.Namespace) -> Path:
+    """Return the checkpoint or the model folder to score."""
+    from cogvlm_ft.checkpoints.choice import best_checkpoint, find_weights, is_run
+    from cogvlm_ft.run_folder import RunFolder
+
+    if args.checkpoint is not None:
+        if args.untouched:
+            raise ConfigError("--checkpoint, --untouched: found both; expected one of them. Leave one out")
+        return find_weights(args.checkpoint, "--checkpoint")
+    if not args.untouched and "model.path" not in typed_keys(args):
+        own = Path(args.config).expanduser()  # of a run that was moved, or seen from another folder
+        folders = [own.parent] if own.is_file() and own == RunFolder(own.parent).config else []
+        for folder in (*folders, config.output_path):
+            if is_run(folder):
+                return best_checkpoint(folder)
+    return config.model.folder
+
+
+def typed_keys(args: argparse.Namespace) -> set[str]:
+    """Return the settings that were given on the command line."""
+    return {setting.partition("=")[0] for setting in args.settings}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a step-* folder of a run")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a step-* folder, or a run: its best one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--prove", type=int, metavar="N", help="0 skips the comparison of the weights")
@@ -45,10 +45,12 @@ def run(args: argparse.Namespace) -> int:
     with fast_imports():
         import torch
 
+        from cogvlm_ft.checkpoints.choice import best_checkpoint, is_run
         from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
-    say(f"comparing {args.checkpoint} with its manifest", flush=True)
-    proof = export_checkpoint(args.checkpoint, args.out, getattr(torch, DTYPES[args.dtype]), verify=args.prove != 0)
+    checkpoint = best_checkpoint(args.checkpoint) if is_run(args.checkpoint) else args.checkpoint
+    say(f"comparing {checkpoint} with its manifest", flush=True)
+    proof = export_checkpoint(checkpoint, args.out, getattr(torch, DTYPES[args.dtype]), verify=args.prove != 0)
     if proof:
         say(proof.summary(), file=sys.stderr if proof.problems else sys.stdout)
     if proof and proof.problems:

@@ -31,7 +31,12 @@ TOOLS = ("coco", "labelme", "voc", "yolo", "cvat", "label-studio")
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="model folder, as written by launch/export.py")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="model folder of launch/export.py, a checkpoint, or a run (its best checkpoint)",
+    )
     add_questions(parser)
     add_answers(parser)
     page = parser.add_argument_group("web page")
@@ -57,9 +62,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ask which objects are present, then for each of --targets, or for each that the answer to --prompt names",
     )
-    group.add_argument(
-        "--wording", help="wording of the questions, as in training (default: box; with --steps conversation)"
-    )
+    group.add_argument("--wording", help="wording of the questions (default: that of the training; if not known, box)")
     group.add_argument("--image-size", type=int, help="input resolution in px (default: the model's own)")
     group.add_argument("--resize", choices=RESIZES, help="as in training (default: that of the model folder)")
     group.add_argument(
@@ -131,9 +134,10 @@ def predict(args: argparse.Namespace) -> int:
     if args.format:
         check_questions(questions, args.format)
     names = ("image_size", "resize", "dtype", "decoding", "min_boxes", "max_new_tokens", "reading")
-    wording = args.wording or ("conversation" if args.steps else "box")
-    asking = Asking(wording=wording, zoom_patches=args.zoom, **{name: getattr(args, name) for name in names})
+    settings = {name: getattr(args, name) for name in names}
+    asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, **settings)
     predictor = load_predictor(args.model, asking)
+    print(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if args.serve:
         serve(predictor, args.model, host=args.host, port=args.port, upright=upright)
         return 0

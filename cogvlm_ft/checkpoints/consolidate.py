@@ -1,12 +1,18 @@
-"""Reads whole tensors from a training checkpoint, one at a time, without a GPU or a process group."""
+"""Read the weights of a training checkpoint, one tensor at a time, without its optimizer states."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from cogvlm_ft.checkpoints.manifest import find_damage
 from cogvlm_ft.checkpoints.slices import SlicedTensor, open_slices
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.model.loading import POSITION_TABLE, Assign, check_keys, interpolate_position_embedding
+from cogvlm_ft.runtime.watchdog import progress
 
 
 def open_weights(checkpoint: Path) -> dict[str, SlicedTensor]:
@@ -18,3 +24,32 @@ def open_weights(checkpoint: Path) -> dict[str, SlicedTensor]:
             + "\n  ".join(damage)
         )
     return open_slices(checkpoint)
+
+
+def assign_weights(checkpoint: Path, expected: dict[str, tuple[int, ...]], assign: Assign) -> None:
+    """Call `assign` for every parameter, as `load_weights` does for a model folder. Collective.
+
+    Raises CheckpointError if the checkpoint is not intact, or is that of another model.
+    """
+    weights = open_weights(checkpoint)
+    check_keys(checkpoint, expected, {name: tuple(stored.shape) for name, stored in weights.items()})
+    for name, shape in expected.items():
+        progress()
+        rows = _Rows(weights[name])
+        if name == POSITION_TABLE and weights[name].shape[0] != shape[0]:
+            table = interpolate_position_embedding(rows.read(0, weights[name].shape[0]), shape[0])
+            assign(name, lambda start, stop, table=table: table[start:stop], shape[0])  # type: ignore[misc]
+        else:
+            assign(name, rows.read, shape[0])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A stored tensor, read by the rows of its first dimension."""
+
+    stored: SlicedTensor
+
+    def read(self, start: int, stop: int) -> Tensor:
+        shape = self.stored.shape
+        width = math.prod(shape[1:])
+        return self.stored.read(start * width, stop * width).reshape(stop - start, *shape[1:])

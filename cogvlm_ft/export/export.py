@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints
+from cogvlm_ft.checkpoints.choice import trained_wording
 from cogvlm_ft.checkpoints.model_folder import open_contents, write_model_folder
 from cogvlm_ft.config import load_run_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.model_card import write_model_card
 from cogvlm_ft.export.verification import Verification, verify_export
+from cogvlm_ft.grounding.wording import WORDING_FILE, save_wording
 from cogvlm_ft.model.loading import Weight
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.safetensors_io import sync, sync_tree
@@ -42,6 +44,9 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, *, verify
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         check_free_space(out, contents, dtype)
         write_model_folder(checkpoint, contents, partial, dtype)
+        wording = trained_wording(checkpoint)
+        if wording and not (partial / WORDING_FILE).exists():  # of an earlier version
+            save_wording(wording, partial / WORDING_FILE)
         result = verify_export(partial, checkpoint / MODEL_FOLDER, contents, dtype) if verify else None
         if result:
             result.save(partial)

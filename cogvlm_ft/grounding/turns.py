@@ -16,18 +16,25 @@ _AND = {"zh": "、", "en": ", "}  # between the phrases of several targets
 
 
 def build_turns(
-    targets: Sequence[Target], image_size_px: tuple[int, int], wording: Wording, *, seed: int, epoch: int, key: str
+    targets: Sequence[Target],
+    image_size_px: tuple[int, int],
+    wording: Wording,
+    *,
+    seed: int,
+    epoch: int,
+    key: str,
+    in_order: bool = False,
 ) -> list[Turn]:
     """Build the turns about one image, in an order and a wording that depend on (seed, epoch, key) only.
 
-    key: the name of the sample. A wording that describes boxes leaves absent targets out, so there may be no turns.
-    Raises ConfigError when the wording lacks a target's language, DataError when a phrase or description breaks
-    the box text.
+    key: the name of the sample. in_order: keep the order of the targets. A wording that describes boxes leaves absent
+    targets out, so there may be no turns. Raises ConfigError when the wording lacks a target's language, DataError when
+    a phrase or description breaks the box text.
     """
     rng = random.Random(f"{seed}:{epoch}:{key}")
     part = _choose_part(wording, targets, rng)
     targets = _with_names(targets, part, rng)
-    return [replace(turn, style=part.style) for turn in _Image(key, image_size_px, part, rng).turns(targets)]
+    return [replace(turn, style=part.style) for turn in _Image(key, image_size_px, part, rng, in_order).turns(targets)]
 
 
 def most_turns(num_targets: int, wording: Wording) -> int:
@@ -92,6 +99,7 @@ class _Image:
     size_px: tuple[int, int]
     wording: Wording
     rng: random.Random
+    in_order: bool = False
 
     def turns(self, targets: Sequence[Target]) -> list[Turn]:
         style = self.wording.style
@@ -201,7 +209,8 @@ class _Image:
 
     def _shuffled(self, targets: Sequence[Target]) -> list[Target]:
         shuffled = list(targets)
-        self.rng.shuffle(shuffled)
+        if not self.in_order:
+            self.rng.shuffle(shuffled)
         return shuffled
 
     def _groups(self, targets: Sequence[Target]) -> list[Sequence[Target]]:

@@ -15,9 +15,12 @@ from cogvlm_ft.plain_files import read_bytes
 from cogvlm_ft.yaml_text import MAX_BYTES, decode_yaml, parse_yaml
 
 LANGUAGES = ("zh", "en")
+WORDING_FILE = "wording.yaml"
+"""Of a checkpoint or an exported model: the words it was trained with."""
 BOX_ORDERS = ("file", "left_to_right", "large_first")
 MAX_BOXES, MAX_TARGETS = 50, 5
 
+_LIMITS = ("max_boxes", "max_targets", "box_order")
 _NOT_FOUND = {"zh": "未找到指定目标", "en": "The specified target was not found."}
 _MORE = {"zh": "（共{count}处，只列出{shown}处）", "en": " ({count} in all, {shown} of them listed)"}
 
@@ -99,6 +102,29 @@ def load_wording(name_or_path: str | Path) -> Wording:
     return _build_wording(content, str(name_or_path), folder)
 
 
+def save_wording(wording: Wording, path: Path) -> None:
+    """Write a wording as one file, from which load_wording builds the same; a mix with all its parts."""
+    content = {"name": Path(wording.name).name} | _content_of(wording)  # not its folder, which is of this machine
+    text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=1000)
+    path.write_text(text, encoding="utf-8")
+
+
+def _content_of(wording: Wording) -> dict[str, Any]:
+    default = Wording("", {})
+    limits = {key: getattr(wording, key) for key in _LIMITS if getattr(wording, key) != getattr(default, key)}
+    if wording.mix:
+        parts = [{"wording": _content_of(part), "weight": part.weight} for part in wording.mix]
+        return {**limits, "mix": parts}
+    texts = {language: _language_content(wording, language) for language in wording.languages}
+    return {"style": wording.style, **limits, **texts}
+
+
+def _language_content(wording: Wording, language: str) -> dict[str, Any]:
+    sentences = wording.languages[language]
+    slots = {key: list(getattr(sentences, key)) for key in _STYLES[wording.style]}
+    return {**slots, "not_found": sentences.not_found, "more": sentences.more}
+
+
 def _load_yaml(name_or_path: str | Path, folder: Path) -> tuple[Any, Path]:
     """Load a built-in wording, or a file relative to `folder`; return its content and folder."""
     built_in_folder = resources.files("cogvlm_ft.grounding") / "wordings"
@@ -133,20 +159,20 @@ def _build_wording(content: Any, name: str, folder: Path | None) -> Wording:
                 f"{place}: this is a mix itself; expected a single wording. List its parts in the outer mix"
             )
         return _build_mix(content, name, folder)
-    _check_keys(content, allowed=(*LANGUAGES, "style", "max_boxes", "max_targets", "box_order"), place=place)
+    _check_keys(content, allowed=(*LANGUAGES, "style", *_LIMITS, "name"), place=place)
     style = content.get("style", "refer")
     _require(isinstance(style, str) and style in _STYLES, f"{place}.style", style, f"one of {', '.join(_STYLES)}")
     found = [language for language in content if language in LANGUAGES]
     if not found:
         raise ConfigError(f"{place}: found {', '.join(content)}; expected also {' and/or '.join(LANGUAGES)}")
     languages = {language: _build_language(content[language], place, language, style) for language in found}
-    return replace(Wording(name, languages, style), **_read_limits(content, place))
+    return replace(Wording(_read_name(content, name, place), languages, style), **_read_limits(content, place))
 
 
 def _build_mix(content: dict[Any, Any], name: str, folder: Path) -> Wording:
     """Build a mix; the limits next to it apply to all its parts."""
     place = f"wording {name}"
-    _check_keys(content, allowed=("mix", "max_boxes", "max_targets", "box_order"), place=place)
+    _check_keys(content, allowed=("mix", *_LIMITS, "name"), place=place)
     limits = _read_limits(content, place)
     entries = content["mix"]
     _require(isinstance(entries, list) and bool(entries), f"{place}.mix", entries, "a list of wordings")
@@ -160,7 +186,14 @@ def _build_mix(content: dict[Any, Any], name: str, folder: Path) -> Wording:
                 f"{place}: {parts[0].name} has {', '.join(parts[0].languages)}, {part.name} has"
                 f" {', '.join(part.languages)}; expected the same languages in all parts of a mix"
             )
-    return Wording(name, {}, mix=tuple(parts), **limits)
+    return Wording(_read_name(content, name, place), {}, mix=tuple(parts), **limits)
+
+
+def _read_name(content: dict[Any, Any], name: str, place: str) -> str:
+    """Return the name in the content, which a saved wording has; else that of the file."""
+    found = content.get("name", name)
+    _require(isinstance(found, str) and bool(found.strip()), f"{place}.name", found, "a text")
+    return found
 
 
 def _build_part(entry: Any, name: str, folder: Path) -> Wording:
@@ -179,7 +212,7 @@ def _build_part(entry: Any, name: str, folder: Path) -> Wording:
 
 def _read_limits(content: dict[Any, Any], place: str) -> dict[str, Any]:
     """Return max_boxes, max_targets and box_order as far as they are given."""
-    limits = {key: content[key] for key in ("max_boxes", "max_targets", "box_order") if key in content}
+    limits = {key: content[key] for key in _LIMITS if key in content}
     for key, value in limits.items():
         if key == "box_order":
             _require(value in BOX_ORDERS, f"{place}.{key}", value, f"one of {', '.join(BOX_ORDERS)}")

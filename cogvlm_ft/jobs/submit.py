@@ -15,15 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.config import find_preset
-from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.pinned_memory import rounded_up_to
 from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import judge_start
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
-from cogvlm_ft.run_folder import RunFolder, step_name
 from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
@@ -154,17 +152,3 @@ def run_sbatch(command: Sequence[str]) -> str:
     if done.returncode:
         raise ConfigError(f"sbatch refused: {done.stderr.strip()}; the command: {shlex.join(command)}")
     return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow the number
-
-
-def best_checkpoint(run: Path) -> Path:
-    """Return the best checkpoint of a run; the newest one if the model was best before training."""
-    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
-    if not checkpoints:
-        raise CheckpointError(
-            f"{RunFolder(run).checkpoints} holds no checkpoint. Give the output_dir of a training run; found {run}"
-        )
-    best = read_state(checkpoints[-1]).best
-    found = [path for path in checkpoints if best is not None and path.name == step_name(best.step)]
-    if not found:
-        logger.warning("%s: no checkpoint was better than the model before training; this is the last checkpoint", run)
-    return found[0] if found else checkpoints[-1]

@@ -20,6 +20,7 @@ from transformers import initialization
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.decoder import inverse_frequencies
 from cogvlm_ft.plain_files import read_bytes, read_json
 from cogvlm_ft.safetensors_io import TensorSpec, sync, write_tensors
 from cogvlm_ft.settings import Config
@@ -32,6 +33,8 @@ READ_ELEMENTS = 2**22  # at a time: 16 MiB of fp32
 
 # Read slices of the first dimension: fetch(start, stop) -> float[stop - start, ...]
 Fetch = Callable[[int, int], Tensor]
+# Store a parameter by its name: assign(name, fetch, number of rows)
+Assign = Callable[[str, Fetch, int], None]
 
 
 class StoredTensor(Protocol):
@@ -73,24 +76,39 @@ def load_model(
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     resize: str | None = None,
+    device: torch.device | None = None,
 ) -> CogVLMForCausalLM:
-    """Load a whole model into this process, tensor by tensor; raise CheckpointError naming all keys that do not fit."""
-    config = load_config(folder, image_size, resize)
-    with initialization.no_init_weights():
+    """Load a whole model into this process, tensor by tensor; raise CheckpointError naming all keys that do not fit.
+
+    device: where its memory is; None: the host's.
+    """
+    model = allocate_model(load_config(folder, image_size, resize), dtype, device)
+    parameters = list(model.named_parameters())
+    load_weights(folder, parameter_shapes(parameters), whole_assign(parameters))
+    return model
+
+
+def allocate_model(config: CogVLMConfig, dtype: torch.dtype, device: torch.device | None = None) -> CogVLMForCausalLM:
+    """Allocate a model for evaluation whose weights are read later, at once on its device and in its dtype."""
+    with initialization.no_init_weights(), torch.device("meta"):
         model = CogVLMForCausalLM(config)
-    nn.Module.to(model, dtype)
-    parameters = dict(model.named_parameters())
-
-    def assign(name: str, fetch: Fetch, num_rows: int) -> None:
-        parameters[name].data.copy_(fetch(0, num_rows))
-
-    load_weights(folder, {name: tuple(p.shape) for name, p in parameters.items()}, assign)
+    nn.Module.to(model, dtype).to_empty(device=device or torch.device("cpu"))
+    for buffer in model.buffers():
+        buffer.copy_(inverse_frequencies(2 * len(buffer)))
     return model.eval()
 
 
-def load_weights(
-    folder: str | Path, expected: dict[str, tuple[int, ...]], assign: Callable[[str, Fetch, int], None]
-) -> None:
+def whole_assign(parameters: Iterable[tuple[str, nn.Parameter]]) -> Assign:
+    """Return a function that reads whole tensors into parameters that are not partitioned."""
+    by_name = dict(parameters)
+
+    def assign(name: str, fetch: Fetch, num_rows: int) -> None:
+        by_name[name].data.copy_(fetch(0, num_rows))
+
+    return assign
+
+
+def load_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], assign: Assign) -> None:
     """Call `assign(name, fetch, num_rows)` for every expected parameter, each read lazily from its mapped file.
 
     A position table of another resolution is interpolated. inv_freq buffers in the files are ignored: they

@@ -15,14 +15,15 @@ from typing import Any
 import psutil
 import torch
 
+from cogvlm_ft.checkpoints.choice import model_files
 from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.model import CogVLMConfig, model_config_of
+from cogvlm_ft.model import CogVLMConfig, load_config, model_config_of
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.data_turns import largest_pass
-from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, Cluster, MemoryEstimate, Planner, Verdict, judge
+from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, UNCERTAINTY, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
@@ -115,6 +116,26 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstima
             "figures; plan=warn starts it anyway"
         )
     return planner, estimate, verdict
+
+
+def check_scoring(config: Config, weights: Path) -> None:
+    """Refuse an evaluation that cannot fit, before anything is loaded, unless `plan` says otherwise. Collective.
+
+    weights: a model folder or a checkpoint.
+    """
+    cluster = this_cluster()
+    if config.plan != "refuse":
+        return
+    model_config = load_config(model_files(weights), config.model.image_size, config.data.resize)
+    planner = Planner(config, model_config, cluster)
+    sequences = largest_pass(config, model_config)
+    needed = sum(planner.scoring(sequences).values())
+    if needed / UNCERTAINTY + cluster.reserved_bytes > cluster.gpu_gib * GIB:
+        raise ConfigError(
+            f"this evaluation cannot fit on {cluster.num_gpus} {'ranks' if cluster.on_cpu else 'GPUs'}: each needs "
+            f"{needed / GIB:.1f} GiB; available are {cluster.gpu_gib:.1f}. Use more of them, train.precision=bf16, or "
+            "deepspeed=zero3_offload_all; plan=warn starts it anyway"
+        )
 
 
 def what_would_fit(planner: Planner) -> str:

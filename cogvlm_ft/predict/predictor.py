@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cogvlm_ft.build import load_whole_model
+from cogvlm_ft.checkpoints.choice import find_weights, model_files, trained_wording
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
@@ -24,8 +26,8 @@ from cogvlm_ft.evaluate.survey import answer_limit, longest_worded_answer
 from cogvlm_ft.grounding.boxes import boxes_from_bins, close_cut_list, parse_boxes, read_boxes
 from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box, Turn
-from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import CogVLMTokenizer, load_model
+from cogvlm_ft.grounding.wording import Wording, load_wording
+from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.generation_memory import GenerationMemory
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.param_gathering import free_bytes
@@ -40,6 +42,7 @@ ZOOM_MIN_PATCHES = 4
 ZOOM_MAX_SHARE = 1 / 2
 """No second look if it would show more than this fraction of width and height: little would be gained."""
 DRAWN_SIDE_PX = 1600
+IN_STEPS = ("conversation", "steps")  # styles of wordings
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Asking:
     """How questions are put and answers are read.
 
     image_size: px, None: the model's own. resize: one of RESIZES, None: as the model was trained.
-    wording: name or file; its not-found sentences, and the questions about targets.
+    wording: name or file; its not-found sentences, and the questions about targets. None: as the model was trained.
+    in_steps: questions in several steps, which need a wording that has them.
     max_new_tokens: None: room for as many boxes as the wording allows.
     reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
     """
@@ -55,7 +59,8 @@ class Asking:
     image_size: int | None = None
     resize: str | None = None
     dtype: str = "fp32"
-    wording: str = "box"
+    wording: str | None = None
+    in_steps: bool = False
     decoding: str = "free"
     min_boxes: int = 0
     max_new_tokens: int | None = None
@@ -102,25 +107,41 @@ class _Look:
     free: Sequence[bool]
 
 
-def load_predictor(folder: Path, asking: Asking) -> Predictor:
-    """Load a model folder. Raises CheckpointError, ConfigError."""
+def load_predictor(path: Path, asking: Asking) -> Predictor:
+    """Load a model folder, a checkpoint, or the best checkpoint of a run. Raises CheckpointError, ConfigError."""
     if asking.min_boxes and asking.decoding == "free":
         raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
-    tokenizer = CogVLMTokenizer.from_folder(folder)
+    weights = find_weights(path, "--model")
+    wording = choose_wording(asking, trained_wording(weights))
+    tokenizer = CogVLMTokenizer.from_folder(model_files(weights))
     allow_tf32(False)
-    model = load_model(folder, asking.image_size, torch.bfloat16 if asking.dtype == "bf16" else torch.float32)
-    torch.nn.Module.to(model, device())
-    return Predictor(model, tokenizer, asking)
+    dtype = torch.bfloat16 if asking.dtype == "bf16" else torch.float32
+    return Predictor(load_whole_model(weights, dtype, asking.image_size), tokenizer, asking, wording, weights)
+
+
+def choose_wording(asking: Asking, trained: Wording | None) -> Wording:
+    """Return the wording that was asked for, else the one of the training, else a built-in one.
+
+    In steps, it is the trained one, or a part of it, if it has steps.
+    """
+    if asking.wording is not None:
+        return load_wording(asking.wording)
+    if not asking.in_steps:
+        return trained or load_wording("box")
+    parts = (trained.mix or (trained,)) if trained else ()
+    return next((part for part in parts if part.style in IN_STEPS), None) or load_wording("conversation")
 
 
 class Predictor:
     """A model with everything that its answers need. Not for several threads at once."""
 
-    def __init__(self, model: Any, tokenizer: CogVLMTokenizer, asking: Asking) -> None:
+    def __init__(self, model: Any, tokenizer: CogVLMTokenizer, asking: Asking, wording: Wording, weights: Path) -> None:
+        """Prepare to ask. weights: where the model's come from."""
         self.model = model
         self.tokenizer = tokenizer
         self.asking = asking
-        self.wording = load_wording(asking.wording)
+        self.wording = wording
+        self.weights = weights
         self._resize = asking.resize or resize_of(model.config)
         self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes)
         least = self._grammar.least_tokens if self._grammar else 1

@@ -26,7 +26,8 @@ def target_turns(phrases: Sequence[str], wording: Wording) -> list[Turn]:
     Raises ConfigError if the wording describes boxes, or lacks a language.
     """
     targets = [Target(phrase, detect_language(phrase), ()) for phrase in phrases]
-    turns = build_turns(targets, (1, 1), wording, seed=0, epoch=0, key="")  # always the same sentences
+    # Always the same sentences, about the phrases in the order asked.
+    turns = build_turns(targets, (1, 1), wording, seed=0, epoch=0, key="", in_order=True)
     if not turns or any(turn.style == "describe" for turn in turns):
         raise ConfigError(f"wording {wording.name} asks about boxes; expected one that asks for them, such as steps")
     return [replace(turn, scored=False) if _begins_conversation(turn) else turn for turn in turns]

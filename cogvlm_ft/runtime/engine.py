@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,11 @@ def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def deepspeed_settings(config: Config) -> dict[str, Any]:
+def deepspeed_settings(config: Config, *, of_training: bool = True) -> dict[str, Any]:
     """Complete the DeepSpeed JSON with the config's batch sizes, clipping and precision. Collective.
 
-    The config alone sets these numbers. The key "//" of the JSON is a comment for readers. Raises ConfigError.
+    of_training: false to ignore the batch sizes in the JSON. The config alone sets these numbers. The key "//" of the
+    JSON is a comment for readers. Raises ConfigError.
     """
     path, train, settings = deepspeed_file(config), config.train, read_deepspeed_json(config)
     settings.pop("//", None)
@@ -85,6 +87,8 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "bf16": ("train.precision", {"enabled": train.precision == "bf16"}),
     }
     for key, (our_key, value) in ours.items():
+        if not of_training and not isinstance(value, dict):
+            settings.pop(key, None)
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(
                 f"{path}: {key}: found {settings[key]!r}; expected {value!r}, as set by {our_key}. Change {our_key}, "
@@ -114,6 +118,14 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         zero["zero_hpz_partition_size"] = ranks_per_node()
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = device().type == "cuda"  # see build_engine
+    return settings
+
+
+def inference_settings(config: Config) -> dict[str, Any]:
+    """Complete the DeepSpeed JSON for an engine without an optimizer, on any number of ranks. Collective."""
+    one = replace(config.train, global_batch_size=world_size(), micro_batch_size=1)
+    settings = deepspeed_settings(replace(config, train=one), of_training=False)
+    settings["zero_optimization"].pop("offload_optimizer", None)
     return settings
 
 
@@ -221,6 +233,17 @@ def forget_left_modules(engine: Any) -> None:
     grow by all of them at every micro-batch.
     """
     parameter_offload.FWD_MODULE_STACK[:] = [engine.module]
+
+
+def build_inference_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
+    """Build a DeepSpeed engine that only gathers the parameters: no gradients, no optimizer. Collective.
+
+    settings: from `inference_settings`.
+    """
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    attach_offload(model, engine)
+    return engine
 
 
 def share_fp32_weights(optimizer: Any) -> None:

@@ -47,7 +47,8 @@ def parameters_gathered(model: nn.Module, mode: str) -> Iterator[None]:
 
 def attach_offload(model: nn.Module, engine: Any) -> None:
     """Store on `model` the part of its engine that gathers its parameters; called once, by build_engine."""
-    model.__dict__["zero_offload"] = engine.optimizer.parameter_offload
+    offload = engine.optimizer  # without an optimizer it is this part alone
+    model.__dict__["zero_offload"] = getattr(offload, "parameter_offload", offload)
 
 
 def needs_all_ranks(model: nn.Module) -> bool:

@@ -56,7 +56,8 @@ def test_it_reports_evaluates_exports_and_resumes(folder: Path, tmp_path: Path) 
     page = (old / "report.html").read_text(encoding="utf-8")
     assert 'id="curves"' in page and "<image " in page
 
-    run(["launch/evaluate.py", *settings, "--checkpoint", checkpoint, "--out", tmp_path / "scores"], 1, tmp_path)
+    printed = run(["launch/evaluate.py", *settings, "--checkpoint", old, "--out", tmp_path / "scores"], 1, tmp_path)
+    assert f"scoring {checkpoint} on split val of {folder / 'shards'}, wording box" in printed
     scores, before = (
         json.loads((place / "metrics.json").read_text(encoding="utf-8"))
         for place in (tmp_path / "scores", old / "evaluations" / "step-00000002")

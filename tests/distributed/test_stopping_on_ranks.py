@@ -47,7 +47,8 @@ def test_no_gain_in_the_composite_ends_the_training(shards: Path, start_model: P
     assert (written["about"]["step"], written["about"]["config_sha256"]) == (after["step"], state.config_sha256)
 
     out = tmp_path / "scores"
-    run(["launch/evaluate.py", "--config", folder / "config.yaml", "--out", out, "--protocol", "qwen_vl"], 1, tmp_path)
+    scoring = ["launch/evaluate.py", "--config", folder / "config.yaml", "--out", out, "--untouched"]
+    run([*scoring, "--protocol", "qwen_vl"], 1, tmp_path)
     scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert scores["probe_same"] == 1  # this is the untouched model, whose answers lie in the run's folder
     assert "mean_iou" in scores and "ap" not in scores and "mean_iou/language=zh" in scores

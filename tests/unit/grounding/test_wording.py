@@ -10,7 +10,7 @@ from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.boxes import bins_from_box, parse_boxes
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.grounding.turns import build_turns
-from cogvlm_ft.grounding.wording import LanguageWording, Wording, load_wording
+from cogvlm_ft.grounding.wording import WORDING_FILE, LanguageWording, Wording, load_wording, save_wording
 
 DOG = Target("一只狗", "zh", ((86, 540, 400, 760),))
 CATS = Target("the cats", "en", ((500, 500, 600, 600), (0, 0, 100, 100)))
@@ -262,3 +262,25 @@ def test_some_built_in_questions_say_what_to_answer_when_a_thing_is_absent() -> 
             share = sum("{not_found}" in prompt for prompt in language.prompts) / len(language.prompts)
             assert 0.1 < share < 0.5
             assert len(set(language.prompts)) == len(language.prompts) >= 5
+
+
+@pytest.mark.parametrize("name", ["box", "conversation", "description", "detection", "mixed", "region", "steps"])
+def test_a_saved_wording_is_the_same_without_its_files(name: str, tmp_path: Path) -> None:
+    wording = load_wording(name)
+    save_wording(wording, tmp_path / WORDING_FILE)
+    found = load_wording(tmp_path / WORDING_FILE)
+    assert without_names(found) == without_names(wording) and found.name == name
+
+
+def without_names(wording: Wording) -> Wording:
+    return replace(wording, name="", mix=tuple(without_names(part) for part in wording.mix))
+
+
+def test_limits_and_weights_of_a_mix_are_saved(tmp_path: Path) -> None:
+    content = "max_boxes: 7\nbox_order: large_first\nmix: [{wording: steps, weight: 0.5}, box]\n"
+    (tmp_path / "mine.yaml").write_text(content, encoding="utf-8")
+    wording = load_wording(tmp_path / "mine.yaml")
+    save_wording(wording, tmp_path / WORDING_FILE)
+    found = load_wording(tmp_path / WORDING_FILE)
+    assert without_names(found) == without_names(wording) and found.name == "mine.yaml"
+    assert {part.max_boxes for part in wording.mix} == {7}

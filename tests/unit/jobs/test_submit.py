@@ -12,9 +12,10 @@ from checkpoint_files import write_checkpoint
 from omegaconf import OmegaConf
 
 from cogvlm_ft.checkpoints.checkpoint import Best, TrainState
+from cogvlm_ft.checkpoints.choice import best_checkpoint
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
-from cogvlm_ft.jobs.submit import SlurmCluster, best_checkpoint, check_plan, load_cluster
+from cogvlm_ft.jobs.submit import SlurmCluster, check_plan, load_cluster
 from cogvlm_ft.launch.best import main as best
 from cogvlm_ft.launch.submit import main as submit
 from cogvlm_ft.model import CogVLMConfig
@@ -107,7 +108,7 @@ def test_too_little_time_to_save(
 ) -> None:
     cluster.write_text("{gpus_per_node: 4, signal_s: 300}")
     assert submit(arguments) == 0 and not caplog.text
-    found = SlurmCluster(gpus_per_node=4, signal_s=1)
+    found = SlurmCluster(gpus_per_node=2, signal_s=1)
     sizes = CogVLMConfig(vision_config={"image_size": 490})
     sizes.save_pretrained(arguments[3].partition("=")[2])  # the 17B model's sizes in place of the tiny ones
     config = load_config(None, [*arguments[3:], "plan=warn"])

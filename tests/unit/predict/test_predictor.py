@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from run_folder import write_run
 from taught_model import (
     CAT,
     DOG,
@@ -26,12 +28,22 @@ from taught_model import (
 )
 
 from cogvlm_ft.data.frames import photo_frame
-from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import CogVLMTokenizer
+from cogvlm_ft.model import CogVLMTokenizer, load_model
 from cogvlm_ft.predict.files import answer_questions, question_of
-from cogvlm_ft.predict.predictor import Asking, FoundBox, Predictor, Reply, _take_second, draw_replies, load_predictor
+from cogvlm_ft.predict.predictor import (
+    Asking,
+    FoundBox,
+    Predictor,
+    Reply,
+    _take_second,
+    choose_wording,
+    draw_replies,
+    load_predictor,
+)
 from cogvlm_ft.predict.steps import conversation_turns, read_phrases, target_turns
 
 pytestmark = pytest.mark.slow  # some seconds of training before the first test
@@ -111,6 +123,58 @@ def test_step_wise_answers_name_the_box_of_each_line(folder: Path) -> None:
     [[reply]] = asked.ask_turns([photo()], [target_turns([DOG, CAT], asked.wording)])
     assert reply.text == STEPS and not reply.not_found
     assert [(box.phrase, box.xyxy) for box in reply.boxes or ()] == [(DOG, pytest.approx((20.1, 20.05, 60.1, 40.05)))]
+
+
+def test_targets_are_asked_for_in_the_order_given() -> None:
+    phrases = ["dog", "cat", "bird", "cow", "car"]
+    for wording in ("box", "conversation"):
+        turns = target_turns(phrases, load_wording(wording))
+        assert [turn.target.phrase for turn in turns if turn.target and turn.target.phrase in phrases] == phrases
+    [steps] = target_turns(phrases, load_wording("steps"))
+    assert ", ".join(phrases) in steps.prompt
+
+
+def test_a_checkpoint_and_a_run_are_asked_in_the_words_of_their_training(
+    folder: Path, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    model = load_model(folder)
+    settings = {"model.path": "gone", "data.shards": "gone", "output_dir": "gone", "data.wording": "conversation"}
+    checkpoint = write_run(tmp_path / "run", model.config, tokenizer, model.named_parameters(), settings)
+    [[expected]] = predictor(folder).ask([photo()], [[WHERE_SMALL]])
+    for path in (checkpoint, tmp_path / "run"):
+        asked = predictor(path)
+        assert asked.weights == checkpoint and asked.wording == load_wording("conversation")
+        assert asked.ask([photo()], [[WHERE_SMALL]])[0][0].text == expected.text
+    assert predictor(checkpoint, wording="steps").wording.name == "steps"
+    export_checkpoint(checkpoint, tmp_path / "exported", torch.float32)
+    assert predictor(tmp_path / "exported").wording == load_wording("conversation")
+    assert predictor(folder).wording.name == "box", "not known"
+    for wrong in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"--model .*expected a model folder, a checkpoint such as"):
+            predictor(wrong)
+
+
+@pytest.mark.parametrize(
+    ("trained", "in_steps", "chosen"),
+    [
+        ("region", False, "region"),
+        ("steps", True, "steps"),
+        ("box", True, "conversation"),
+        (None, True, "conversation"),
+    ],
+)
+def test_which_wording_is_asked_in(trained: str | None, in_steps: bool, chosen: str) -> None:
+    known = load_wording(trained) if trained else None
+    assert choose_wording(Asking(in_steps=in_steps), known).name == chosen
+    assert choose_wording(Asking(in_steps=in_steps, wording="detection"), known).name == "detection"
+
+
+def test_a_cut_answer_is_reported_with_the_boxes_that_it_closed(folder: Path) -> None:
+    asked = load_predictor(folder, Asking(max_new_tokens=24))
+    [[reply]] = asked.ask([photo()], [[WHERE_MANY]])
+    assert reply.truncated and reply.text != MANY_BOXES and len(reply.boxes or ()) == 1
+    [[whole]] = load_predictor(folder, Asking()).ask([photo()], [[WHERE_MANY]])
+    assert not whole.truncated and whole.text == MANY_BOXES
 
 
 def test_phrases_are_read_back_from_first_answers() -> None:

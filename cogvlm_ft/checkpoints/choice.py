@@ -1,0 +1,77 @@
+"""Which weights a path means: a model folder, a checkpoint, or the best checkpoint of a run folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, list_checkpoints, read_state
+from cogvlm_ft.config import load_config
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.grounding.wording import WORDING_FILE, Wording, load_wording
+from cogvlm_ft.run_folder import RunFolder, step_name
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Return the best checkpoint of a run; the newest one if the model was best before training."""
+    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{RunFolder(run).checkpoints} holds no checkpoint. Give the output_dir of a training run; found {run}"
+        )
+    best = read_state(checkpoints[-1]).best
+    found = [path for path in checkpoints if best is not None and path.name == step_name(best.step)]
+    if not found:
+        logger.warning("%s: no checkpoint was better than the model before training; this is the last checkpoint", run)
+    return found[0] if found else checkpoints[-1]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a training checkpoint."""
+    return (path / STATE_FILE).is_file()
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is the output_dir of a run with checkpoints."""
+    return bool(list_checkpoints(RunFolder(path).checkpoints))
+
+
+def find_weights(path: Path, option: str) -> Path:
+    """Return a model folder or a checkpoint as it is, and of a run folder its best checkpoint.
+
+    option: for the CheckpointError.
+    """
+    if is_checkpoint(path) or (path / CONFIG_FILE).is_file():
+        return path
+    if is_run(path):
+        return best_checkpoint(path)
+    what = "a folder without config.json, state.json or checkpoints" if path.is_dir() else "no such folder"
+    raise CheckpointError(
+        f"{option} {path}: found {what}; expected a model folder, a checkpoint such as "
+        "runs/x/checkpoints/step-00000100, or the output_dir of a run"
+    )
+
+
+def model_files(weights: Path) -> Path:
+    """Return the folder that holds the config.json, tokenizer and wording of a model folder or a checkpoint."""
+    return weights / MODEL_FOLDER if is_checkpoint(weights) else weights
+
+
+def trained_wording(weights: Path) -> Wording | None:
+    """Return the wording that a model folder or a checkpoint was trained with; None if that is not known.
+
+    Checkpoints of earlier versions do not hold it: then it is that of their run's settings.
+    """
+    saved = model_files(weights) / WORDING_FILE
+    if saved.is_file():
+        return load_wording(saved)
+    if not is_checkpoint(weights):
+        return None
+    try:
+        return load_wording(load_config(RunFolder.containing(weights).config).data.wording)
+    except (ConfigError, OSError, IndexError):
+        return None
