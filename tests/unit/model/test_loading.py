@@ -166,3 +166,14 @@ def test_only_the_asked_rows_are_read(tiny_model: CogVLMForCausalLM, sharded: Pa
 
     load_weights(sharded, parameter_shapes(wanted.items()), assign)  # type: ignore[arg-type]
     assert sorted(seen) == sorted(wanted)
+
+
+def test_sampling_values_in_a_config_json_do_not_stop_a_save(tiny_folder: Path, tmp_path: Path) -> None:
+    """Vicuna's files set a temperature without sampling, which transformers refuses to save; answers are greedy."""
+    values = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
+    values |= {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "torch_dtype": "bfloat16"}
+    (tiny_folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    model = load_model(tiny_folder)
+    model.config.save_pretrained(tmp_path)
+    model.generation_config.save_pretrained(tmp_path)
+    assert "temperature" not in json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
