@@ -70,7 +70,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     check_scoring(config, weights)
     if is_main():
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
-        print(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
+        say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
     model, tokenizer = build_scored_model(config, weights)
     about = {"checkpoint": str(weights), "checkpoint_sha256": fingerprint(weights)} if is_main() else None
     result = evaluate(model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)

@@ -137,9 +137,9 @@ def predict(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in names}
     asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, **settings)
     predictor = load_predictor(args.model, asking)
-    print(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
+    say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if args.serve:
-        serve(predictor, args.model, host=args.host, port=args.port, upright=upright)
+        serve(predictor, predictor.weights, host=args.host, port=args.port, upright=upright)
         return 0
     if args.image.is_file() and args.image.suffix.lower() != ".jsonl" and not args.format:
         answer_image(predictor, questions, args.out or Path(f"{args.image.stem}-answer.png"), upright)

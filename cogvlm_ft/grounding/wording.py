@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.templates import SAMPLE_BOXES, Slot, fill, read_sentence, read_templates
 from cogvlm_ft.plain_files import read_bytes
