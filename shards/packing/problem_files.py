@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from cogvlm_ft.plain_files import open_new
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, unfinished_path
@@ -17,7 +17,7 @@ PROBLEM_FILES = ("rejected.jsonl", "notes.jsonl")
 class _Rows:
     """One file of rows. examples: the first row of each reason."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._counts: Counter[str] = Counter()
         self.examples: dict[str, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
 from cogvlm_ft.plain_files import open_new
@@ -174,7 +174,7 @@ class _Tar:
     samples: their rows in the offsets file.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         from webdataset.writer import TarWriter  # here, because webdataset imports torch if there is one
 
         self._file = _Hashed(file)
@@ -217,7 +217,7 @@ class _Tar:
 class _Hashed:
     """A file that is only written to, with the hash and the number of bytes written so far."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
