@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from cogvlm_ft.runtime.engine import deepspeed_settings
 PROGRAM = Path(__file__).with_name("preset_steps.py")
 FOLDER = REPOSITORY / "configs" / "deepspeed"
 PRESETS = sorted(FOLDER.glob("*.json"))
+COMPILED_TIMEOUT_S = 600  # DeepSpeed compiles its Adam where that has not been done
 # hpZ keeps groups of ranks for the life of a process, so it comes last.
 RUNS = ["zero3", "zero3_tiny", "zero3=bf16", "zero3_bf16=bf16", "zero3_offload_optimizer", "zero3_offload_all"]
 RUNS += ["zero3_offload_all=bf16", "zero3_multinode"]
@@ -68,11 +71,15 @@ def steps_of(output: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_every_preset_trains_the_same_model_and_resumes(shards: Path, start_model: Path, tmp_path: Path) -> None:
+def test_every_preset_trains_the_same_model_and_resumes(
+    shards: Path, start_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With offloading in fp32, updates are DeepSpeed's Adam on the CPU, which it compiles once per machine."""
     assert {name.partition("=")[0] for name in RUNS} == {preset.stem for preset in PRESETS}
     program = [PROGRAM, start_model, shards, tmp_path / "run"]
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # ninja
     names = [each for name in RUNS for each in (name, f"{name}+resumed")]
-    found = steps_of(run([*program, *names[:-1]], 2, tmp_path / "logs"))
+    found = steps_of(run([*program, *names[:-1]], 2, tmp_path / "logs", COMPILED_TIMEOUT_S))
     found |= steps_of(run([*program, names[-1]], 2, tmp_path / "logs"))
     resumed = {name: found.pop(f"{name}+resumed") for name in RUNS}
     assert list(found) == RUNS
@@ -82,10 +89,14 @@ def test_every_preset_trains_the_same_model_and_resumes(shards: Path, start_mode
     for name, losses in found.items():
         assert losses == pytest.approx(reference, rel=0.02 if name.endswith("=bf16") else 1e-5), name
 
-    # Four ranks as two nodes of two: hpZ's second copies are gathered within a node.
+    # Four ranks as two nodes of two: hpZ's second copies are gathered within a node, also of the smallest tensors, and
+    # evaluations between the steps leave none behind that is out of date.
     preset = tmp_path / "two_nodes.json"
-    preset.write_text((FOLDER / "zero3_multinode.json").read_text().replace('"auto"', "2"))
-    found = steps_of(run([*program, preset], 4, tmp_path / "logs"))
-    assert found[str(preset)] == pytest.approx(reference, rel=1e-5)
-    resumed = steps_of(run([*program, f"{preset}+resumed"], 4, tmp_path / "logs"))
-    assert resumed[f"{preset}+resumed"] == found[str(preset)][SAVED_STEP:]
+    settings = json.loads((FOLDER / "zero3_multinode.json").read_text())
+    settings["zero_optimization"] |= {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    preset.write_text(json.dumps(settings))
+    name = f"{preset}+evaluated"
+    found = steps_of(run([*program, name], 4, tmp_path / "logs"))
+    assert found[name] == pytest.approx(reference, rel=1e-5)
+    resumed = steps_of(run([*program, f"{name}+resumed"], 4, tmp_path / "logs"))
+    assert resumed[f"{name}+resumed"] == found[name][SAVED_STEP:]

@@ -116,6 +116,23 @@ def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
     assert frozen.transient["activations"] < GIB // 20, "nothing before lm_head has a backward pass"
 
 
+def test_two_layers_at_real_width_for_8_ranks(planner_17b: Planner) -> None:
+    """By hand: the other 30 language and 61 vision layers of the 17B model are equal to these."""
+    two = Planner(config(), CogVLMConfig(num_hidden_layers=2, vision_config={"num_hidden_layers": 2}), Cluster(1, 8))
+    h, i, v, w = 4096, 11008, 1792, 15360
+    language = 2 * (4 * h * h + 3 * h * i) + 2 * h  # two experts of attention and MLP, two norms
+    vision = (4 * v * v + 4 * v) + (2 * v * w + w + v) + 4 * v
+    assert two.num_parameters == PARAMETERS_17B - 30 * language - 61 * vision
+    small, large = (each.estimate(MicroBatchShape(), evaluation=False) for each in (two, planner_17b))
+    assert small.persistent_bytes == pytest.approx(16 * two.num_parameters / 8, rel=1e-6)
+    assert small.moment == large.moment and small.gathered.largest_fetch == large.gathered.largest_fetch
+    assert small.transient["layer at work"] == large.transient["layer at work"], "of one layer, whatever their number"
+    inputs = [stages[0].output for stages in (two.stages(MicroBatchShape()), planner_17b.stages(MicroBatchShape()))]
+    assert inputs[0] == inputs[1]
+    more = large.transient["activations"] - small.transient["activations"]
+    assert more == 30 * 4 * h * (1225 + 3 + 240) + 61 * 4 * v * 1226, "the input of every layer is kept, in fp32"
+
+
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_activations_are_the_tensors_that_autograd_saves(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real pass on CPU: all storages that are kept for the backward pass, without the parameters'."""
