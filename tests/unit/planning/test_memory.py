@@ -87,9 +87,12 @@ def test_host_memory_with_and_without_rounding(
 ) -> None:
     """Of 17B on 8 GPUs, in fp32. What torch rounds up to powers of two is every tensor that DeepSpeed or we pin."""
 
+    planner = planner_17b.changed(config(*settings))
+    assert planner.gathered.total  # computed once for all three
+
     def host(rounded_up_to: float) -> tuple[int, int]:
-        cluster = replace(planner_17b.cluster, rounded_up_to=rounded_up_to)
-        found = planner_17b.changed(config(*settings), cluster).estimate(MicroBatchShape(), evaluation=False)
+        changed = planner.changed(cluster=replace(planner.cluster, rounded_up_to=rounded_up_to))
+        found = changed.estimate(MicroBatchShape(), evaluation=False)
         return found.host[kind], found.rounding
 
     assert host(0.0)[0] == exact and host(math.inf)[0] == rounded
@@ -98,9 +101,9 @@ def test_host_memory_with_and_without_rounding(
 
 
 def test_the_verdict_names_the_remedy_for_rounding(planner_17b: Planner) -> None:
-    planner = planner_17b.changed(config("deepspeed=zero3_offload_all"), Cluster(1, 8, 79, 500, rounded_up_to=math.inf))
+    planner = planner_17b.changed(config(OFFLOAD), Cluster(1, 8, 79, 350, rounded_up_to=math.inf))
     verdict = judge(planner.estimate(MicroBatchShape(), evaluation=False), planner.cluster)
-    assert re.search(r"available are 500, and \d+ are due to torch's rounding.* add pinned_max_round", verdict.why)
+    assert re.search(r"available are 350, and \d+ are due to torch's rounding.* add pinned_max_round", verdict.why)
 
 
 def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
@@ -125,7 +128,7 @@ def test_two_layers_at_real_width_for_8_ranks(planner_17b: Planner) -> None:
     assert two.num_parameters == PARAMETERS_17B - 30 * language - 61 * vision
     small, large = (each.estimate(MicroBatchShape(), evaluation=False) for each in (two, planner_17b))
     assert small.persistent_bytes == pytest.approx(16 * two.num_parameters / 8, rel=1e-6)
-    assert small.moment == large.moment and small.gathered.largest_fetch == large.gathered.largest_fetch
+    assert small.moment == large.moment
     assert small.transient["layer at work"] == large.transient["layer at work"], "of one layer, whatever their number"
     inputs = [stages[0].output for stages in (two.stages(MicroBatchShape()), planner_17b.stages(MicroBatchShape()))]
     assert inputs[0] == inputs[1]
