@@ -1,4 +1,4 @@
-"""bench/gpu.py is ready for a GPU: its code runs on CPU in toy sizes, and its FLOPs are the counted ones."""
+"""bench/gpu_speed.py is ready for a GPU: its code runs on CPU in toy sizes, and its FLOPs are the counted ones."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "gpu_speed.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
+    sys.path.insert(0, str(PROGRAM.parent))
     spec = importlib.util.spec_from_file_location("bench_gpu", PROGRAM)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
+    sys.path.remove(str(PROGRAM.parent))
     return module
 
 
@@ -35,7 +37,7 @@ def test_every_case_runs_on_cpu(bench: ModuleType, capsys: pytest.CaptureFixture
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     bench.main([])
-    assert capsys.readouterr().out == "bench/gpu.py: no CUDA GPU found; nothing was measured\n"
+    assert capsys.readouterr().out == "bench/gpu_speed.py: no CUDA GPU found; nothing was measured\n"
 
 
 def test_the_planner_knows_these_cases(bench: ModuleType) -> None:
