@@ -129,11 +129,6 @@ def test_two_layers_at_real_width_for_8_ranks(planner_17b: Planner) -> None:
     small, large = (each.estimate(MicroBatchShape(), evaluation=False) for each in (two, planner_17b))
     assert small.persistent_bytes == pytest.approx(16 * two.num_parameters / 8, rel=1e-6)
     assert small.moment == large.moment
-    assert small.transient["layer at work"] == large.transient["layer at work"], "of one layer, whatever their number"
-    inputs = [stages[0].output for stages in (two.stages(MicroBatchShape()), planner_17b.stages(MicroBatchShape()))]
-    assert inputs[0] == inputs[1]
-    more = large.transient["activations"] - small.transient["activations"]
-    assert more == 30 * 4 * h * (1225 + 3 + 240) + 61 * 4 * v * 1226, "the input of every layer is kept, in fp32"
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
