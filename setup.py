@@ -61,6 +61,7 @@ setup(
         "PyYAML>=6",
         "jinja2>=3.1",
         "requests>=2.28",
+        "urllib3>=2.2",
         "fsspec>=2024.6",
         "braceexpand>=0.1.7",
         "psutil>=5.9",

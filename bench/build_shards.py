@@ -24,6 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.pixels import open_image
 from cogvlm_ft.data.reader import ShardReader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -194,7 +195,7 @@ def _start_worker(folder: Path) -> None:
 
 
 def _read_file(name: str) -> None:
-    with Image.open(_photos / name) as image:
+    with open_image((_photos / name).read_bytes()) as image:
         image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
 
 

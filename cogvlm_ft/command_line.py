@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cogvlm_ft import __version__
-from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError, ServerError
 from cogvlm_ft.pinned_memory import allocate_pinned_exactly
 from cogvlm_ft.terminal import prepare_terminal, say
 
@@ -54,6 +54,9 @@ def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> 
         return work() or 0
     except USER_ERRORS as error:
         say(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except ServerError as error:
+        say(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         if not (explain_paths and error.filename and error.errno in PATH_ERRORS):
             raise

@@ -1,4 +1,4 @@
-"""The three kinds of a user's mistake.
+"""The three kinds of a user's mistake, and the failure of a server, which is none.
 
 A message reads `<key or file>: <what was found>; expected <what>. <what to do>.`
 """
@@ -14,3 +14,7 @@ class DataError(Exception):
 
 class CheckpointError(Exception):
     """A model folder or a training checkpoint is missing, incomplete or of another shape than expected."""
+
+
+class ServerError(Exception):
+    """A server of shards did not answer in time. Another attempt may succeed, so Slurm may start the job again."""

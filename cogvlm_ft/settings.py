@@ -141,6 +141,13 @@ class DataConfig:
         is_path=True,
     )
     cache_gib: float = setting(100.0, "Size of that cache.", unit="GiB", least=0)
+    retry_s: float = setting(
+        600.0,
+        "How long a server of shards that does not answer is tried again; then the run saves and ends with exit code "
+        "1, so that Slurm starts it again.",
+        unit="s",
+        least=0,
+    )
     train_split: str = setting("train", "Split to train on.")
     val_split: str = setting("val", "Split to evaluate on.")
     wording: str = setting(
@@ -164,7 +171,7 @@ class DataConfig:
     num_workers: int = setting(2, "Loader processes per rank. 0: read in the training process.", least=0)
     max_bad_fraction: float = setting(
         0.01,
-        "Fraction of unusable samples per epoch beyond which the run stops.",
+        "Fraction of unusable samples per epoch beyond which the run stops. One is always allowed unless this is 0.",
         least=0,
         most=1,
     )

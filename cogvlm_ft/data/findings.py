@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cogvlm_ft.data.shard import Shard
 from cogvlm_ft.data.tars import Loss
@@ -55,19 +56,27 @@ def text_of(loss: Loss) -> str:
     return f"{loss.shard}: {loss.key or 'unknown key'}: {loss.reason}" + (f": {loss.detail}" if loss.detail else "")
 
 
+def repeated_keys(shards: Sequence[Shard]) -> NDArray[np.bytes_]:
+    """Return the keys that several tars have. One build of ours has none, and is not searched."""
+    is_one_build = all((shard.questions >= 0).all() for shard in shards) and len({_folder(each) for each in shards}) < 2
+    if is_one_build or len(shards) < 2:
+        return np.zeros(0, np.bytes_)
+    found, counts = np.unique(np.concatenate([shard.keys for shard in shards]), return_counts=True)
+    return found[counts > 1]
+
+
+def _folder(shard: Shard) -> str:
+    return str(shard.path).rpartition("/")[0]
+
+
 def _report_repeated_keys(split: str, shards: Sequence[Shard]) -> None:
-    """Log keys that two tars have. Builds of ours have none."""
-    if not any((shard.questions < 0).any() for shard in shards):
-        return
-    keys = np.concatenate([shard.keys for shard in shards])
-    found, counts = np.unique(keys, return_counts=True)
-    repeated = found[counts > 1]
+    repeated = repeated_keys(shards)
     if not len(repeated):
         return
     names = [shard.path.name for shard in shards if (shard.keys == repeated[0]).any()]
     _log.warning(
-        "split %s: keys that are in two tars: %d, such as %r in %s. They are read as different samples; if they are "
-        "the same photos, remove one of them",
+        "split %s: keys that are in two tars: %d, such as %r in %s. They are read as different samples, whose keys "
+        "begin with the name of their tar; if they are the same photos, remove one of them",
         split,
         len(repeated),
         bytes(repeated[0]).decode("utf-8", "backslashreplace"),

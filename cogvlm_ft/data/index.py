@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.data.addresses import name_of, shown
-from cogvlm_ft.data.findings import explain_losses, report_findings, text_of
+from cogvlm_ft.data.findings import explain_losses, repeated_keys, report_findings, text_of
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard import Shard
 from cogvlm_ft.data.shard_sets import SplitChoice, load_source
@@ -24,7 +24,8 @@ from cogvlm_ft.errors import DataError
 class ShardIndex:
     """One split of one or several shard sets. The arrays have one element per sample, in the order of the shards.
 
-    keys, exts: bytes; `key(i)` gives text. With several sources a key starts with the name of its source.
+    keys, exts: bytes; `key(i)` gives text. With several sources a key starts with the name of its source, and one that
+        several tars of a source have with the name of its tar.
     shard_number: index into `shard_paths`.
     image_offset, image_num_bytes, json_offset, json_num_bytes: of the data bytes in that tar.
     num_targets, num_turns: of the record; -1 if only the record itself holds them, as in shards of other tools.
@@ -93,9 +94,9 @@ def _join(split: str, names: list[str], weights: list[float], sources: list[list
     shards = [shard for source in sources for shard in source]
     sizes = [sum(len(shard.keys) for shard in source) for source in sources]
     keys = [
-        _prefixed(shard.keys, prefix)
+        _prefixed(keys, prefix)
         for source, prefix in zip(sources, _prefixes(names), strict=True)
-        for shard in source
+        for keys in _unique_keys(source)
     ]
     places = np.concatenate([shard.places for shard in shards]) if shards else np.zeros((0, 4), np.int64)
     questions = np.concatenate([np.zeros((0, 2), np.int32), *(shard.questions for shard in shards)])
@@ -126,6 +127,19 @@ def _prefixes(names: list[str]) -> list[str]:
         return [""]
     last = [name_of(first) or Path(shown(first)).name for first in (name.split(SEPARATOR)[0] for name in names)]
     return [f"{name}/" if last.count(name) == 1 else f"{name}-{number}/" for number, name in enumerate(last)]
+
+
+def _unique_keys(shards: list[Shard]) -> list[NDArray[np.bytes_]]:
+    """Return the keys of the tars of a source; those that several tars have begin with the name of their tar."""
+    repeated = repeated_keys(shards)
+    if not len(repeated):
+        return [shard.keys for shard in shards]
+    stems = [shard.path.name.partition(".")[0] for shard in shards]
+    names = [f"{stem}/" if stems.count(stem) == 1 else f"{stem}-{number}/" for number, stem in enumerate(stems)]
+    return [
+        np.where(np.isin(shard.keys, repeated), _prefixed(shard.keys, name), shard.keys)
+        for shard, name in zip(shards, names, strict=True)
+    ]
 
 
 def _prefixed(keys: NDArray[np.bytes_], prefix: str) -> NDArray[np.bytes_]:

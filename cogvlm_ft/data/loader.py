@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.look import build_look
+from cogvlm_ft.data.patience import start_loader_process
 from cogvlm_ft.data.plan import Item, PhotoParts, SamplePlan, TurnsPart, rank_items
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.transforms import model_input, resize_of
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.errors import ConfigError, DataError, ServerError
 from cogvlm_ft.grounding.turns import most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
-from cogvlm_ft.runtime.stop_signals import ignore_stop_signals
+from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import AugmentConfig
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
@@ -36,6 +42,7 @@ def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
     num_targets, num_turns = reader.index.num_targets.copy(), reader.index.num_turns.copy()
     unknown = np.flatnonzero(num_targets < 0).tolist()
     for i in tqdm(unknown, desc="counting questions", unit="record", disable=not unknown):
+        progress()
         try:
             record = reader.read_record(i)
             num_targets[i], num_turns[i] = len(record.targets), len(record.turns)
@@ -149,12 +156,53 @@ def read_steps(
         dataset,  # type: ignore[arg-type]
         batch_sampler=micro_batches,
         num_workers=num_workers,
-        collate_fn=collate,
-        worker_init_fn=ignore_stop_signals if num_workers else None,
+        collate_fn=_collate_shared if num_workers else collate,
+        worker_init_fn=start_loader_process if num_workers else None,
     )
+    atexit.unregister(_kill_loader_processes)  # once, however many epochs there are
+    atexit.register(_kill_loader_processes)
     step: list[Batch] = []
-    for batch in loader:
-        step.append(batch)
-        if len(step) == num_accum_steps:
-            yield step
-            step = []
+    try:
+        for batch in loader:
+            step.append(batch)
+            if len(step) == num_accum_steps:
+                yield step
+                step = []
+    except (ConfigError, DataError, ServerError) as error:
+        raise type(error)(_without_traceback(error)) from None
+
+
+def _kill_loader_processes() -> None:
+    """End what is left when the rank ends with an error.
+
+    They ignore SIGTERM, with which multiprocessing ends them at exit before it waits for them.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _collate_shared(examples: list[Example]) -> Batch:
+    """Collate in a loader process, and put the batch into shared memory here, where a failure reaches the rank.
+
+    The thread that sends batches would only print it, and the rank would wait for the batch.
+    """
+    batch = collate(examples)
+    tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").is_dir() else 0
+        needed = sum(tensor.nbytes for tensor in tensors) / 2**20
+        raise ConfigError(
+            f"data.num_workers: found {free:.1f} MiB free in /dev/shm ({error}); expected room for batches of "
+            f"{needed:.1f} MiB from every loader process. Start docker with --shm-size=16g or --ipc=host, or set "
+            "data.num_workers=0"
+        ) from None
+    return batch
+
+
+def _without_traceback(error: Exception) -> str:
+    """Return the message of an error, which a DataLoader replaces by the traceback of its process."""
+    return str(error).strip().rpartition("\n")[2].partition(f"{type(error).__name__}: ")[2] or str(error)

@@ -15,8 +15,11 @@ import signal
 import sys
 import threading
 
-NO_OPENER, NO_PROGRAM = 126, 127
-"""Exit codes: webdataset knows no opener for the scheme; the program that it starts is missing."""
+OFFLINE, FAILED, NO_OPENER, NO_PROGRAM = 124, 125, 126, 127
+"""Exit codes: the hub cannot be reached, or fails; webdataset knows no opener for the scheme; the program that it
+starts is missing."""
+
+_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"}
 
 _CHUNK = 1 << 20
 
@@ -40,6 +43,9 @@ def _copy(address: str) -> int:
     except (FileNotFoundError, ImportError) as error:
         print(error, file=sys.stderr)
         return NO_PROGRAM
+    except Exception as error:  # of the libraries that read hf://
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return OFFLINE if {kind.__name__ for kind in type(error).__mro__} & _NO_CONNECTION else FAILED
     shutil.copyfileobj(getattr(stream, "stream", stream), sys.stdout.buffer, _CHUNK)
     sys.stdout.buffer.flush()
     process = getattr(stream, "proc", None)

@@ -33,6 +33,12 @@ _AS_LIBTIFF_GIVES_THEM = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;3
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _GDAL_NODATA = 258, 262, 339, 42113  # tags of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
+MAX_JPEG_SCANS = 100
+"""Most scans of a JPEG: encoders write about ten, and each goes through all pixels."""
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Most pixels of a JPEG in all its scans together: about half a minute."""
+
+_JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _WITHOUT_PIXELS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -71,7 +77,17 @@ def open_image(data: bytes, formats: tuple[str, ...] = PILLOW_FORMATS) -> Image.
     Pillow's limits do not apply: callers check the number of pixels, and large texts in a PNG are skipped.
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's limit only warns up to twice its value
-    return Image.open(io.BytesIO(without_texts(data)), formats=formats)
+    image = Image.open(io.BytesIO(without_texts(data)), formats=formats)
+    if data.startswith(_JPEG):
+        _check_scans(image.size, data.count(_START_OF_SCAN))
+    return image
+
+
+def _check_scans(size_px: tuple[int, int], num_scans: int) -> None:
+    """Raise UnsupportedPixelsError for a JPEG whose scans would take minutes to decode."""
+    most = min(MAX_JPEG_SCANS, max(1, MAX_SCANNED_PIXELS // max(1, size_px[0] * size_px[1])))
+    if num_scans > most:
+        raise UnsupportedPixelsError(f"a JPEG of {num_scans} scans; expected at most {most}. Save the image again")
 
 
 def without_texts(data: bytes) -> bytes:

@@ -213,3 +213,8 @@ def _permutation(size: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
     # a run must be resumable after an upgrade.
     bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
+
+
+def most_bad(max_bad_fraction: float, num_samples: int) -> float:
+    """Return how many unusable samples are allowed: one also in a set of under 100, none if the fraction is 0."""
+    return max(1.0, max_bad_fraction * num_samples) if max_bad_fraction > 0 else 0.0

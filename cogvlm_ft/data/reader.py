@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from cogvlm_ft.data.index import ShardIndex, load_index
+from cogvlm_ft.data.patience import set_retry_s
 from cogvlm_ft.data.pixels import PILLOW_FORMATS, UnsupportedPixelsError, kind_of, open_image, to_rgb
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
@@ -108,7 +109,7 @@ class ShardReader:
         if shard not in self._files:
             if len(self._files) >= _MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -127,6 +128,7 @@ def open_split(config: Config, split: str, *, draft_side: int | None = None) -> 
         runs_commands=True,  # load_config refuses those that are not typed on the command line
     )
     shards = data.val_shards if is_separate else data.shards
+    set_retry_s(data.retry_s)
     index = load_index(shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib, choice=choice)
     return ShardReader(index, draft_side=draft_side)
 

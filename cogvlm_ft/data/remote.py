@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from cogvlm_ft.data import object_store
 from cogvlm_ft.data.addresses import name_of, shown
-from cogvlm_ft.data.whole_files import Cache, cached_shard, retried, stream
+from cogvlm_ft.data.patience import retried
+from cogvlm_ft.data.versions import check_same
+from cogvlm_ft.data.whole_files import FAILING_STATUSES, Cache, cached_shard, stream
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.runtime.watchdog import progress
 
 if TYPE_CHECKING:
     import requests
 
 _TIMEOUT_S = (10, 60)  # to connect; without receiving a byte
-_DEADLINE_S = 600.0  # for one range
+_PART_BYTES, _PART_S = 1 << 16, 60.0  # a slower server counts as one that does not answer
 _MAX_JSON_BYTES = 1 << 30  # of an index or offsets file
 _CHUNK = 1 << 20
 _READ_AHEAD = 1 << 15  # bytes; holds a small record and the headers around it
-_RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT_STATUSES = (401, 403, 404, 410)
 
 
@@ -131,7 +133,7 @@ def _http_chunks(url: str) -> Iterator[bytes]:
     num_bytes = 0
     with _session(os.getpid()).get(url, stream=True, timeout=_TIMEOUT_S) as response:
         _check_status(url, response.status_code, (200,))
-        for chunk in response.iter_content(_CHUNK):
+        for chunk in _parts(response):
             num_bytes += len(chunk)
             _check_small(url, num_bytes)
             yield chunk
@@ -140,7 +142,7 @@ def _http_chunks(url: str) -> Iterator[bytes]:
 def _check_status(url: str, status: int, expected: tuple[int, ...]) -> None:
     if status in expected:
         return
-    if status in _RETRIED_STATUSES:
+    if status in FAILING_STATUSES:
         raise OSError(f"HTTP {status}")
     found = "the server refuses it (not there, or no permission)" if status in _ABSENT_STATUSES else "the server fails"
     raise DataError(f"{shown(url)}: HTTP {status}: {found}. Check the address")
@@ -151,17 +153,19 @@ def _http_size(url: str) -> int | None:
     with _session(os.getpid()).get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
         _check_status(url, response.status_code, (200, 206))
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        return int(total) if response.status_code == 206 and total.isdecimal() else None
+        if response.status_code != 206 or not total.isdecimal():
+            return None
+        _check_same(url, response)
+        return int(total)
 
 
 def _http_range(url: str, offset: int, size: int, total: int) -> bytes:
     """Download a byte range. Raises OSError if a retry may help, else DataError."""
     last = offset + size - 1
     headers = {"Range": f"bytes={offset}-{last}", "Accept-Encoding": "identity"}
-    end_s = time.monotonic() + _DEADLINE_S
     with _session(os.getpid()).get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
         status = response.status_code
-        if status in _RETRIED_STATUSES:
+        if status in FAILING_STATUSES:
             raise OSError(f"HTTP {status}")
         if status == 200:
             raise DataError(f"{shown(url)}: the server no longer supports ranges")
@@ -171,14 +175,41 @@ def _http_range(url: str, offset: int, size: int, total: int) -> bytes:
                 f"{shown(url)}: found HTTP {status} {found!r}; expected 206 {expected!r}. Check that the tar and its "
                 "index.json are from the same build"
             )
-        data = b""
-        for chunk in response.iter_content(_CHUNK):
-            data += chunk
-            if len(data) > size or time.monotonic() > end_s:
+        _check_same(url, response)
+        data = bytearray()
+        for part in _parts(response):
+            data += part
+            if len(data) > size:
                 break
     if len(data) != size:
         raise OSError(f"{len(data)} of {size} bytes")
-    return data
+    return bytes(data)
+
+
+def _parts(response: requests.Response) -> Iterator[bytes]:
+    """Yield the body as it arrives. Raises OSError if the next `_PART_BYTES` take longer than `_PART_S`."""
+    from urllib3.exceptions import HTTPError
+
+    num_bytes, end_s = 0, time.monotonic() + _PART_S
+    while True:
+        try:
+            part = response.raw.read1(_PART_BYTES, decode_content=True)
+        except HTTPError as error:
+            raise OSError(str(error)) from None
+        if not part:
+            return
+        progress()
+        yield part
+        num_bytes += len(part)
+        if num_bytes >= _PART_BYTES:
+            num_bytes, end_s = 0, time.monotonic() + _PART_S
+        elif time.monotonic() > end_s:
+            raise OSError(f"received only {num_bytes} bytes in {_PART_S:g} s")
+
+
+def _check_same(url: str, response: requests.Response) -> None:
+    """Raise DataError if the file was replaced."""
+    check_same(url, (response.headers.get("ETag", "").removeprefix("W/"), response.headers.get("Last-Modified", "")))
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogvlm_ft.data.remote import RemoteShard
-from cogvlm_ft.data.tars import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Entry, Loss, Scan, scan_tar
+from cogvlm_ft.data.tars import (
+    IMAGE_EXTENSIONS,
+    MAX_KEY_BYTES,
+    MAX_MEMBER_BYTES,
+    MAX_RECORD_BYTES,
+    Entry,
+    Loss,
+    Scan,
+    scan_tar,
+)
 
 _UNKNOWN = (-1, -1)
 
@@ -71,13 +80,18 @@ def shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> Shard
         good = isinstance(entry.key, str) and entry.ext in IMAGE_EXTENSIONS
         if not good or any(type(number) is not int for number in entry[2:]):
             raise ValueError(f"samples[{i}]: expected a key, an extension and four whole numbers")
+        if len(entry.key.encode("utf-8", "backslashreplace")) > MAX_KEY_BYTES:
+            raise ValueError(
+                f"samples[{i}]: found a key of {len(entry.key)} characters; expected at most {MAX_KEY_BYTES}"
+            )
         if (
             min(entry[2:]) < 0
             or max(entry.image_offset + entry.image_num_bytes, entry.json_offset + entry.json_num_bytes) > size
         ):
             raise ValueError(f"sample {entry.key!r} is outside the tar")
-        if max(entry.image_num_bytes, entry.json_num_bytes) > MAX_MEMBER_BYTES:
-            raise ValueError(f"sample {entry.key!r} is larger than {MAX_MEMBER_BYTES} bytes")
+        if entry.image_num_bytes > MAX_MEMBER_BYTES or entry.json_num_bytes > MAX_RECORD_BYTES:
+            limits = f"{MAX_MEMBER_BYTES} bytes of an image and {MAX_RECORD_BYTES} of a record"
+            raise ValueError(f"sample {entry.key!r}: expected at most {limits}")
     questions = [_num_questions(row, i) for i, row in enumerate(content["samples"])]
     return _shard_of_entries(path, entries, questions, sha256)
 

@@ -99,13 +99,13 @@ def _load_tar(tar: str, cache: Cache | None) -> Shard:
         return load_shard(cached_tar(tar, cache, "the output of a command cannot be read in place"))
     if is_url(tar):
         return _load_remote_tar(tar, cache)
-    path = Path(tar).expanduser()
-    if not path.is_file():
-        raise DataError(f"{path}: found nothing; expected a tar. Check the path")
-    return _load_local_tar(path, cache)
+    return _load_local_tar(Path(tar).expanduser(), cache)
 
 
 def _load_local_tar(path: Path, cache: Cache | None) -> Shard:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "nothing"
+        raise DataError(f"{path}: found {found}; expected a tar, a regular file. Check the path")
     if is_compressed(path.name) or (cache is not None and starts_compressed(path)):
         why = "found a compressed tar; expected a plain .tar, because samples are read in place. Decompress it"
         path = cached_tar(str(path), cache, why)
@@ -126,7 +126,7 @@ def _load_remote_tar(url: str, cache: Cache | None) -> Shard:
     if described is not None and described.get("size") == size:
         try:
             return shard_of_offsets(described, RemoteShard(url, size, str(described["sha256"]), None), size)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("%s: its offsets file does not match (%s); scanning the tar instead", shard, error)
     return shard_of_scan(shard, scan_file(RangeFile(url, size), size, shard.name, str(shard)), size)  # type: ignore[arg-type]
 
@@ -211,7 +211,7 @@ def _load_row(folder: str, row: _Row, cache: Cache | None) -> Shard:
     shard = RemoteShard(joined(folder, row.name), row.size, row.sha256, cache)
     try:
         return shard_of_offsets(fetch_json(url), shard, row.size)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{shown(url)}: {error}; expected the offsets of {row.name}. Upload the whole build again"
         ) from None

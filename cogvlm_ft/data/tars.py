@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.runtime.watchdog import progress
 
 IMAGE_FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
@@ -34,9 +38,18 @@ RECORD_EXTENSIONS = ("json", "jsn", "annotation.json", "annotation.jsn", "annota
 """The members of a sample that may hold its record; of several, the first of this order does."""
 
 MAX_MEMBER_BYTES = 1 << 30
-"""Largest image or record that is read, because it is read into memory as a whole."""
+"""Largest image that is read, because it is read into memory as a whole."""
+
+MAX_RECORD_BYTES = 1 << 26
+"""Largest record that is read: parsed, it takes up to 50 times as much memory. A million boxes fit."""
+
+MAX_KEY_BYTES = 1 << 10
+"""Longest key, because the keys of a split are an array whose elements are as long as the longest."""
 
 _BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 1 << 18
+_MAX_PADDING_BYTES = 1 << 20  # zeros between members or at the end; tar itself pads to 10 KiB
+_MAX_ZEROS_FETCHED = 1 << 26  # of a tar on a server, where zeros cannot be skipped: what follows counts as zeros too
 _MAX_NAMED = 6  # members in a message
 _MAX_HEADER_BYTES = 1 << 14  # of a long name or a pax header; a path has at most 4096
 _LONG_NUMBER = re.compile(rb"[0-9]{256}")  # no part of a path is longer
@@ -104,14 +117,13 @@ def scan_file(file: BinaryIO, size: int, name: str, shown: str) -> Scan:
     _refuse_compressed(shown, file.read(6))
     end = 0
     for member in _members(file, size):
-        if _is_damaged(file, end, member.offset):
-            losses.append(Loss(name, "", "damaged_header"))
+        progress()
+        losses += _losses_between(file, end, member.offset, name)
         end = min(size, member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
         reason = _sort_in(samples, member, size)
         if reason:
-            losses.append(Loss(name, _split_name(member.name)[0], reason))
-    if _is_damaged(file, end, size):
-        losses.append(Loss(name, "", "damaged_header"))
+            losses.append(Loss(name, _split_name(member.name)[0][:MAX_KEY_BYTES], reason))
+    losses += _losses_between(file, end, size, name)
     return _judged(samples, losses, name)
 
 
@@ -196,7 +208,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
     start = 0
     while start < size:
         file.seek(start)
-        headers, tar = _Headers(file), None
+        headers, tar = _Headers(file, size), None
         try:
             tar = tarfile.TarFile(fileobj=headers, ignore_zeros=True, errors="surrogateescape")  # type: ignore[arg-type]
             while (member := tar.next()) is not None:
@@ -207,10 +219,19 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
                     break  # truncated or of a wrong size: intact samples may follow. A negative size sends tarfile back
             else:
                 return
+        except _ZerosError as zeros:
+            start = zeros.end
         except (tarfile.TarError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
             # A damaged long-name or pax header, too many of them in a row, or the end of the file inside a member.
             # tarfile gives up here, with nearly any error; intact samples may follow.
             start = max(start + _BLOCK, headers.last_read, min(tar.offset, size) if tar else 0)
+
+
+class _ZerosError(Exception):
+    """There are zeros in place of a header; tarfile would read them block by block. end: offset of what follows."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
 
 
 class _Headers:
@@ -221,9 +242,9 @@ class _Headers:
     last_read: offset of the last header or of its content.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self.name, self.mode = "", "rb"
-        self._file = file
+        self._file, self._size = file, size
         self.seek, self.tell = file.seek, file.tell
         self.last_read = 0
 
@@ -233,6 +254,8 @@ class _Headers:
         if size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         data = self._file.read(size)
+        if size == _BLOCK and data and not data.strip(b"\0"):
+            raise _ZerosError(_end_of_zeros(self._file, self.tell(), self._size))
         if size > _BLOCK and _LONG_NUMBER.search(data):
             raise tarfile.ReadError("a header with a number that is too long")
         return data
@@ -249,11 +272,14 @@ def _sort_in(samples: dict[str, _Parts], member: tarfile.TarInfo, tar_size: int)
     key, extension = _split_name(member.name)
     if not key:
         return None  # a hidden file, or one without extension: WebDataset ignores it too
+    if len(key.encode("utf-8", "backslashreplace")) > MAX_KEY_BYTES:
+        return "long_key"
     parts = samples.setdefault(key, _Parts())
     if extension not in IMAGE_EXTENSIONS and extension not in RECORD_EXTENSIONS:
         parts.others.append(extension)
         return None
-    if member.offset_data + member.size > tar_size or member.size > MAX_MEMBER_BYTES:
+    most = MAX_RECORD_BYTES if extension in RECORD_EXTENSIONS else MAX_MEMBER_BYTES
+    if member.offset_data + member.size > tar_size or member.size > most:
         parts.is_damaged = True
         return "truncated" if member.offset_data + member.size > tar_size else "too_large"
     if extension in parts.places:
@@ -268,19 +294,57 @@ def _split_name(name: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else ("", "")
 
 
-def _is_damaged(file: BinaryIO, start: int, end: int) -> bool:
-    """Return True if the bytes between two members are neither padding nor a global pax header."""
+def _losses_between(file: BinaryIO, start: int, end: int, shard: str) -> Iterator[Loss]:
+    """Yield a loss if the bytes between two members are neither padding nor a global pax header."""
     position = file.tell()
-    file.seek(start)
-    damaged = False
-    while start < end:
-        block = file.read(_BLOCK)
-        start += _BLOCK
-        if block.strip(b"\0"):
-            damaged = not _is_global_header(block)
-            break
+    first = _end_of_zeros(file, start, end)
+    if first < end:
+        file.seek(first)
+        if not _is_global_header(file.read(_BLOCK)):
+            yield Loss(shard, "", "damaged_header")
+    elif end - start > _MAX_PADDING_BYTES:
+        detail = f"{end - start} bytes of zeros from byte {start} on; expected members. Copy the tar again"
+        yield Loss(shard, "", "zeros", detail)
     file.seek(position)
-    return damaged
+
+
+def _end_of_zeros(file: BinaryIO, start: int, end: int) -> int:
+    """Return the offset of the first block after `start` that is not all zeros, `end` if there is none.
+
+    Holes of a local file are skipped without reading them.
+    """
+    position, is_remote = start, not isinstance(file, io.BufferedReader)
+    while position < end:
+        progress()
+        if is_remote:
+            if position - start >= _MAX_ZEROS_FETCHED:
+                return end
+            file.seek(position)
+            data = file.read(min(_CHUNK, end - position))
+        else:
+            position = _start_of_data(file.fileno(), position, start)
+            data = os.pread(file.fileno(), min(_CHUNK, max(0, end - position)), position)
+        if data != bytes(len(data)):  # the fast comparison
+            found = position + len(data) - len(data.lstrip(b"\0")) - start
+            return min(end, start + found // _BLOCK * _BLOCK)
+        if not data:
+            return end
+        position += len(data)
+    return end
+
+
+def _start_of_data(file: int, position: int, start: int) -> int:
+    """Return where the next data of a sparse file begin, in whole blocks from `start`; `position` for other files."""
+    before = os.lseek(file, 0, os.SEEK_CUR)
+    try:
+        found = os.lseek(file, position, os.SEEK_DATA)
+        return max(position, start + (found - start) // _BLOCK * _BLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a hole up to the end
+            return os.fstat(file).st_size
+        return position
+    finally:
+        os.lseek(file, before, os.SEEK_SET)  # the buffered reader relies on it
 
 
 def _is_global_header(block: bytes) -> bool:

@@ -22,17 +22,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from cogvlm_ft.data.addresses import is_command, is_url, name_of, scheme_of, shown
 from cogvlm_ft.data.object_store import STORES
-from cogvlm_ft.data.opener import NO_OPENER, NO_PROGRAM
+from cogvlm_ft.data.opener import NO_OPENER, NO_PROGRAM, OFFLINE
+from cogvlm_ft.data.patience import retried
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.plain_files import open_new
+from cogvlm_ft.runtime.watchdog import progress
 
-_RETRY_DELAYS_S = (0.5, 2.0, 8.0)
+_LOCK_TICK_S = 0.1
 _SILENCE_S = 60  # without receiving a byte
 _CHUNK = 1 << 20
+FAILING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _CURL_HTTP_ERROR = 22  # curl itself retries where that can help
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _START_OPENER = "import sys; sys.path.append(sys.argv[1]); from cogvlm_ft.data.opener import run; run()"
@@ -42,8 +45,6 @@ _OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\xfd7zXZ": lzma.LZMAFile,
 }
 _ZSTD = b"\x28\xb5\x2f\xfd"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,6 @@ class Cache:
                 f"{num_bytes / 2**30:.2f} GiB more within data.cache_gib={self.max_bytes / 2**30:g}. Raise it, or "
                 "delete files there"
             )
-
-
-def retried(url: str, action: Callable[[], T]) -> T:
-    """Repeat an action that raises OSError, up to four times in all. Raises DataError."""
-    for delay_s in (*_RETRY_DELAYS_S, None):
-        try:
-            return action()
-        except OSError as error:  # also every error of requests
-            if delay_s is None:
-                num_attempts = len(_RETRY_DELAYS_S) + 1
-                raise DataError(f"{shown(url)}: {shown(str(error))}; gave up after {num_attempts} attempts") from None
-            time.sleep(delay_s)
-    raise AssertionError
 
 
 def cached_shard(url: str, num_bytes: int, sha256: str, cache: Cache) -> Path:
@@ -136,6 +124,7 @@ def stream(location: str, max_bytes: int) -> Iterator[bytes]:
         opener.stdin.flush()
         num_bytes = 0
         while chunk := _next_chunk(opener.stdout):
+            progress()
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 raise DataError(f"{shown(location)}: found more than {max_bytes} bytes; expected at most that many")
@@ -176,14 +165,28 @@ def _raise_failure(location: str, status: int) -> None:
             f"{shown(location)}: no opener for {scheme}://; expected one. {extra} USE_AIS_FOR={scheme} to read it "
             "with ais, or use https://"
         )
+    if status == OFFLINE:
+        raise DataError(
+            f"{shown(location)}: the hub cannot be reached from here; expected a connection to huggingface.co. "
+            "Download the data set where there is one (hf download --repo-type dataset), and set data.shards to its "
+            "folder"
+        )
     if status == NO_PROGRAM:
         what = f"opens {scheme}://" if scheme else "the command names"
         raise DataError(f"{shown(location)}: the program that {what} is missing. Install it")
-    if status == _CURL_HTTP_ERROR and scheme.startswith("http"):
+    if status == _CURL_HTTP_ERROR and scheme.startswith("http") and not _is_failing(location):
         raise DataError(f"{shown(location)}: the server refuses it (not there, or no permission)")
     if is_command(location):
         raise DataError(f"{shown(location)}: the command exited with status {status}; expected 0. Try it in a shell")
     raise OSError(f"the program that reads {scheme}:// exited with status {status}")
+
+
+def _is_failing(url: str) -> bool:
+    """Return whether the server itself fails, which curl does not tell apart from a file that is not there."""
+    import requests  # here, because reading from a disk does not need it
+
+    with requests.get(url, stream=True, timeout=_SILENCE_S) as response:
+        return response.status_code in FAILING_STATUSES
 
 
 @contextmanager
@@ -193,11 +196,25 @@ def _one_at_a_time(path: Path) -> Iterator[bool]:
         yield False
         return
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        num_bytes = 0
+        while not _is_locked(lock):
+            with suppress(FileNotFoundError):
+                if _unfinished(path).stat().st_size != num_bytes:
+                    num_bytes = _unfinished(path).stat().st_size
+                    progress()  # of the process that fetches it
+            time.sleep(_LOCK_TICK_S)
         try:
             yield not path.exists()
         finally:
             _unfinished(path).unlink(missing_ok=True)
+
+
+def _is_locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _unfinished(path: Path) -> Path:
@@ -232,7 +249,9 @@ def _unpack(location: str, path: Path, cache: Cache) -> None:
                     cache.check_room(written)
                 file.write(data)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise OSError(f"the compressed data is damaged or ends early: {error}") from None
+        raise DataError(
+            f"{shown(location)}: the compressed data is damaged or ends early: {error}. Copy the tar again"
+        ) from None
     finally:
         chunks.close()  # type: ignore[attr-defined]  # a generator: this ends the opener
 

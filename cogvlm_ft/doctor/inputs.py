@@ -11,7 +11,7 @@ from cogvlm_ft.build import build_dataset
 from cogvlm_ft.data.collate import BadSample
 from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of
-from cogvlm_ft.data.plan import PhotoParts, split_photos
+from cogvlm_ft.data.plan import PhotoParts, most_bad, split_photos
 from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
@@ -179,7 +179,7 @@ def _judge_samples(examination: Examination, name: str, total: int, num_read: in
     named += f"; {bad[0].key}: {bad[0].detail}" if bad[0].detail else ""
     found = f"{found}, {len(bad)} cannot be used ({reasons}): {named}"
     to_do = "fix them and build the shards again, or raise data.max_bad_fraction"
-    if len(bad) > limit * num_read:
+    if len(bad) > most_bad(limit, num_read):
         return red(found, f"at most data.max_bad_fraction={limit:g} of them", to_do)
     return yellow(found, f"training replaces them; {to_do}")
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.data.transforms import model_input, resize_of
+from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, in_pixels, read_questions, truth_boxes
@@ -37,7 +38,7 @@ from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import free_bytes, parameters_gathered
-from cogvlm_ft.runtime.stop_signals import StopRequest
+from cogvlm_ft.runtime.stop_signals import StopRequest, stopping_together
 from cogvlm_ft.settings import EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -85,15 +86,15 @@ def evaluate(
     """Score `model` (the module inside the engine) on the reader's first `max_samples` images. Collective.
 
     Every rank takes every world_size-th image and runs the same number of batches; no image is scored twice.
-    about: facts of the caller about the weights, recorded with the results. stop_request: checked before every batch;
-    raises StopRequested.
+    about: facts of the caller about the weights, recorded with the results. stop_request: checked at every batch, and
+    asked to stop where shards cannot be read; raises StopRequested.
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
     mine = range(rank(), num_samples, world_size())
     num_bad = 0
     answered: list[tuple[int, list[Prediction]]] = []
     grammar = build_grammar(tokenizer, wording, settings.decoding, settings.min_boxes)
-    survey = survey_questions(reader, num_samples, wording, tokenizer, model.config, seed)
+    survey = survey_questions(reader, num_samples, wording, tokenizer, model.config, seed, stop_request)
     limit = choose_limit(survey, model.config, settings.max_new_tokens, grammar.least_tokens if grammar else 1)
     if grammar:
         grammar.start(limit)  # here, on every rank: perhaps only one rank asks such a question
@@ -105,10 +106,9 @@ def evaluate(
         for batch in tqdm(
             range(num_batches), desc="evaluate", unit="batch", disable=None if is_main() else True, leave=False
         ):
-            if stop_request:
-                stop_request.check()
             indices = batches[batch] if batch < len(batches) else mine[:0]
-            questions = list(read_questions(reader, indices, wording, seed, resize_of(model.config)))
+            with stopping_together(stop_request, DataError, ServerError):
+                questions = list(read_questions(reader, indices, wording, seed, resize_of(model.config)))
             num_bad += len(indices) - len(questions)
             num_passes = survey.num_passes(batch, size, world_size())
             answered += _answer(model, tokenizer, questions, asking, size.num_turns, num_passes)
@@ -122,8 +122,17 @@ def evaluate(
     metrics |= _count_left_out(predictions)
     facts = {**_about(model.config, reader, wording, settings, seed, predictions), "max_new_tokens": limit}
     facts |= about or {}
-    shown = [Shown(part[0].key, reader.read(index).image, part) for index, part in by_index[: settings.num_pictures]]
+    shown = list(_shown(reader, by_index[: settings.num_pictures]))
     return Evaluation(from_main(metrics), predictions, shown, summary.curves, facts)
+
+
+def _shown(reader: ShardReader, answered: Sequence[tuple[int, list[Prediction]]]) -> Iterator[Shown]:
+    """Yield images to draw; one that cannot be read again is left out, because the results are there."""
+    for index, part in answered:
+        try:
+            yield Shown(part[0].key, reader.read(index).image, part)
+        except (DataError, ServerError) as error:
+            logger.warning("an image of the evaluation cannot be drawn: %s", error)
 
 
 def _about(

@@ -11,7 +11,7 @@ from PIL import Image
 from cogvlm_ft.data.frames import Frame, move_record, whole_frame
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.record import Record
+from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Box, Turn
@@ -39,6 +39,10 @@ def read_questions(
     for index in indices:
         try:
             sample = reader.read(index)
+        except BadSampleError as error:  # other errors are those of the whole shard
+            logger.warning("validation image cannot be used: %s", error)  # and counted by the caller
+            continue
+        try:
             frame = whole_frame(sample.record, resize)
             worded = turns_of(move_record(sample.record, frame), wording, seed=seed, epoch=0)
             turns = [turn for turn in worded if turn.prompt.strip()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.evaluate.generate import FIRST_TEXT_POSITION
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.turns import build_turns, group_size
@@ -21,6 +21,7 @@ from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.generation_memory import Pass
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
+from cogvlm_ft.runtime.stop_signals import StopRequest, stopping_together
 from cogvlm_ft.runtime.watchdog import progress
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,23 @@ class Survey:
 
 
 def survey_questions(
-    reader: ShardReader, num_samples: int, wording: Wording, tokenizer: CogVLMTokenizer, config: CogVLMConfig, seed: int
+    reader: ShardReader,
+    num_samples: int,
+    wording: Wording,
+    tokenizer: CogVLMTokenizer,
+    config: CogVLMConfig,
+    seed: int,
+    stop_request: StopRequest | None = None,
 ) -> Survey:
-    """Read the records of the first `num_samples` images, without the images. Collective: each rank reads its part."""
+    """Read the records of the first `num_samples` images, without the images. Collective: each rank reads its part.
+
+    Raises StopRequested on every rank if a rank with a stop request cannot read its shards.
+    """
     mine = []
-    for index in range(rank(), num_samples, world_size()):
-        progress()
-        mine.append((index, *_measure(reader, index, wording, tokenizer, config, seed)))
+    with stopping_together(stop_request, DataError, ServerError):
+        for index in range(rank(), num_samples, world_size()):
+            progress()
+            mine.append((index, *_measure(reader, index, wording, tokenizer, config, seed)))
     parts = gather_to_main(mine)
     rows: list[tuple[int, int, int, int]] = from_main(sorted(row for part in parts for row in part) if parts else None)
     return Survey(

@@ -17,8 +17,9 @@ from typing import Any
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+from cogvlm_ft.data.pixels import open_image
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.grounding.metrics import ABSENT, PRESENT, pairwise_iou
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.plain_files import json_lines, read_json, replaced_file, write_text
@@ -156,7 +157,7 @@ def _save_photos(keys: Iterable[str], evaluations: Path, reader: ShardReader) ->
             missing.remove(key)
             try:
                 _save_photo(reader.read(i).image, evaluations / files[key])
-            except DataError as error:
+            except (DataError, ServerError) as error:
                 logger.warning("an image of the gallery cannot be shown: %s", error)
     return {key: file for key, file in files.items() if (evaluations / file).exists()}
 
@@ -204,7 +205,7 @@ def photo_inside(evaluations: Path, file: object) -> Path | None:
 def _picture(key: str, photo: Path, answers: Sequence[Answered]) -> Picture | None:
     """Build one picture, every box labelled with its question; None with a warning if the file is missing."""
     try:
-        with Image.open(photo) as image:
+        with open_image(photo.read_bytes()) as image:
             scale_x, scale_y = (shown / full for shown, full in zip(image.size, answers[0].image_size_px, strict=True))
     except OSError as error:
         logger.warning("an image of the gallery cannot be shown: %s", error)

@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from cogvlm_ft.colours import TARGET_COLOURS
-from cogvlm_ft.data.reader import Sample, ShardReader
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.data.reader import MAX_PIXELS, Sample, ShardReader, decode_image
+from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.grounding.targets import Box
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Photos:
             return None
         try:
             return self.reader.read(self._numbers[key])
-        except DataError as error:
+        except (DataError, ServerError) as error:
             logger.warning("an image of the report cannot be shown: %s", error)
             return None
 
@@ -82,9 +82,8 @@ class Photos:
         if key not in self._kept:
             return None
         try:
-            with Image.open(self._kept[key]) as image:
-                return image.convert("RGB")
-        except OSError as error:
+            return decode_image(self._kept[key].read_bytes(), key, MAX_PIXELS)
+        except (OSError, DataError) as error:
             logger.warning("%s cannot be shown: %s", self._kept[key], error)
             return None
 

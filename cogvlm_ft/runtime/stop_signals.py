@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import ClassVar
 
 import psutil
 
@@ -23,18 +25,52 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """Context manager; `seen` becomes true on this rank when a stop signal arrives or a launcher of it ends."""
+    """Context manager; `seen` becomes true on this rank when a stop signal arrives or a launcher of it ends.
+
+    An error of this rank alone asks all ranks to stop too: they save, and then all of them raise it.
+    """
+
+    _active: ClassVar[StopRequest | None] = None
 
     def __init__(self) -> None:
         self._was_signalled = False
+        self._error: Exception | None = None
         self._launchers = find_launchers()
         self._former: dict[signal.Signals, object] = {}
 
     @property
     def seen(self) -> bool:
+        return self._error is not None or self.is_from_outside
+
+    @property
+    def is_from_outside(self) -> bool:
+        """Whether a signal arrived or a launcher ended, rather than an error on this rank."""
         return self._was_signalled or not all(_is_running(launcher) for launcher in self._launchers)
 
+    def fail(self, error: Exception) -> None:
+        """Ask all ranks to stop because of an error on this one."""
+        self._error = self._error or error
+
+    @contextlib.contextmanager
+    def failing(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Turn errors of these kinds in the block into a request to stop."""
+        try:
+            yield
+        except kinds as error:
+            self.fail(error)
+
+    def raise_error(self) -> None:
+        """Raise on every rank the first error of any of them, unless a stop was requested from outside. Collective."""
+        from cogvlm_ft.runtime.distributed import any_ranks, from_main, gather_to_main
+
+        failed, is_from_outside = any_ranks([self._error is not None, self.is_from_outside])
+        if failed and not is_from_outside:
+            errors = gather_to_main(self._error) or []
+            error = from_main(next((each for each in errors if each is not None), None))
+            raise error
+
     def __enter__(self) -> StopRequest:
+        StopRequest._active = self
         for number in STOP_SIGNALS:
             self._former[number] = signal.signal(number, self._note)
         return self
@@ -42,6 +78,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        StopRequest._active = None
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -54,6 +91,26 @@ class StopRequest:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._was_signalled = True
+
+
+@contextlib.contextmanager
+def stopping_together(stop_request: StopRequest | None, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise StopRequested on every rank after the block if any was asked to stop, or an error of these kinds ended it.
+
+    Collective, unless stop_request is None.
+    """
+    if stop_request is None:
+        yield
+        return
+    with stop_request.failing(*kinds):
+        yield
+    stop_request.check()
+
+
+def is_stop_requested() -> bool:
+    """Return whether this process was asked from outside to stop, as a rank in a `StopRequest`."""
+    active = StopRequest._active
+    return active is not None and active.is_from_outside
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:

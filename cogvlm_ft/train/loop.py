@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -20,9 +18,7 @@ from cogvlm_ft.checkpoints.checkpoint import (
 )
 from cogvlm_ft.checkpoints.saver import CheckpointSaver
 from cogvlm_ft.config import config_sha256, written_settings
-from cogvlm_ft.data.collate import Batch
-from cogvlm_ft.data.loader import read_steps
-from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
 from cogvlm_ft.evaluate.probe import run_probe
 from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
@@ -34,7 +30,6 @@ from cogvlm_ft.runtime.distributed import (
     barrier,
     from_main,
     is_main,
-    rank,
     release_unused_memory,
     world_size,
 )
@@ -46,12 +41,16 @@ from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_
 from cogvlm_ft.train.schedule import lr_at
 from cogvlm_ft.train.step import train_step
 from cogvlm_ft.train.step_log import StepLog
+from cogvlm_ft.train.step_reader import StepReader
 
 logger = logging.getLogger(__name__)
 
 
 def train(run: Run, stop_request: StopRequest) -> TrainState:
-    """Train to the end, an early stop or a stop request; return the last state, which is saved. Collective."""
+    """Train to the end, an early stop or a stop request; return the last state, which is saved. Collective.
+
+    Raises the error of a rank that could not read its data on all ranks, after the state is saved.
+    """
     state, saver = start_or_resume(run)
     if is_main():
         with failures_as_warnings("settings (config.yaml)"):
@@ -60,7 +59,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     log = StepLog(run, state, tracker)
-    saved, steps = state, read_epochs(run, state)
+    saved, reader = state, StepReader(run, state)
     with tqdm(
         total=run.last_step(state), initial=state.step, desc="train", unit="step", disable=None if is_main() else True
     ) as bar:
@@ -91,22 +90,20 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
                 break
 
             # ---- Step (collective) ----
-            batches, data_wait_s = next_step(steps)
+            batches, data_wait_s = reader.next_step(state, stop_request)
             lr = lr_at(*run.schedule_position(state), run.config.train)
-            stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
+            try:
+                stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
+            except StopRequested:  # the data of some rank cannot be read
+                continue
             before, state = state, advance(run, state)
-            log.add(before, state, batches, stats, lr=lr, data_wait_s=data_wait_s)
+            with stop_request.failing(DataError):  # too many samples that cannot be used, known to all ranks
+                log.add(before, state, batches, stats, lr=lr, data_wait_s=data_wait_s)
             bar.update()
     saver.close(state.step)
     finish_tracking(run, state, tracker)
+    stop_request.raise_error()
     return state
-
-
-def next_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], float]:
-    """Return this rank's micro-batches of the next step, and how many seconds it waited for them."""
-    waiting_since = time.perf_counter()
-    batches = next(steps)
-    return batches, time.perf_counter() - waiting_since
 
 
 def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
@@ -258,28 +255,6 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Bes
     try_report(folder, run.val_reader, run_folder=run.folder.path, train_reader=run.dataset.reader)
     shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items() if "/" not in key)
     print_line(f"epoch {epoch:.3g} (step {state.step})  {shown}")
-
-
-def read_epochs(run: Run, state: TrainState) -> Iterator[list[Batch]]:
-    """Yield this rank's micro-batches of every step from the state's position on, without end."""
-    epoch, _ = run.plan.position(state.samples_consumed)
-    yield from epoch_steps(run, state.samples_consumed)
-    while True:
-        epoch += 1
-        yield from epoch_steps(run, epoch * run.plan.num_samples)
-
-
-def epoch_steps(run: Run, samples_consumed: int) -> Iterator[list[Batch]]:
-    """Return this rank's micro-batches from a position to the end of its epoch."""
-    return read_steps(
-        run.dataset,
-        run.plan,
-        samples_consumed,
-        rank=rank(),
-        world_size=world_size(),
-        micro_batch_size=run.config.train.micro_batch_size,
-        num_workers=run.config.data.num_workers,
-    )
 
 
 def advance(run: Run, state: TrainState) -> TrainState:

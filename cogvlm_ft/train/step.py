@@ -14,6 +14,7 @@ from cogvlm_ft.data.collate import Batch
 from cogvlm_ft.data.plan import Item
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
 from cogvlm_ft.runtime.engine import forget_left_modules
+from cogvlm_ft.runtime.stop_signals import StopRequested
 from cogvlm_ft.runtime.watchdog import progress
 
 MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
@@ -60,19 +61,14 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
 
     DeepSpeed leaves weights and optimizer unchanged on all ranks where the norm of the whole gradient, which it reduces
     over the ranks, is not finite. A loss that is not finite is turned into such a gradient.
+
+    Raises StopRequested on every rank, before anything is changed, if one of them has no micro-batches.
     """
     start = time.perf_counter()
     torch.manual_seed(((seed * MAX_RANKS + rank()) * MAX_RANKS + step) % 2**64)  # dropout: the same when resumed
-    counts = all_reduce_sum(
-        [
-            sum(batch.num_target_tokens for batch in batches),
-            sum(float(batch.weight.sum()) for batch in batches),
-            sum(batch.num_turns for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(len(batch.bad) for batch in batches),
-            sum(batch.num_cut_boxes for batch in batches),
-        ]
-    )
+    counts = all_reduce_sum(_counts(batches))
+    if counts[-1]:
+        raise StopRequested
     sync_wait_s = time.perf_counter() - start
     num_target_tokens = max(1.0, counts[0])
     scale = world_size() * len(batches) / num_target_tokens
@@ -110,6 +106,19 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
         sync_wait_s=sync_wait_s,
         is_skipped=not engine.was_step_applied(),
     )
+
+
+def _counts(batches: Sequence[Batch]) -> list[float]:
+    """Count what StepStats holds, in its order, and whether there is nothing to count."""
+    return [
+        sum(batch.num_target_tokens for batch in batches),
+        sum(float(batch.weight.sum()) for batch in batches),
+        sum(batch.num_turns for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(len(batch.bad) for batch in batches),
+        sum(batch.num_cut_boxes for batch in batches),
+        float(not batches),
+    ]
 
 
 def row_losses(batches: Sequence[Batch], stats: StepStats) -> list[RowLoss]:

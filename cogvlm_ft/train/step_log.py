@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cogvlm_ft.build import Run
 from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.data.collate import BadSample, Batch
+from cogvlm_ft.data.plan import most_bad
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.planning.flops import step_flops
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, rank, world_size
@@ -86,7 +87,7 @@ class BadSamples:
 
     def __init__(self, run: Run, epoch: int) -> None:
         self._epoch = epoch
-        self._limit = run.config.data.max_bad_fraction * run.plan.num_samples
+        self._limit = most_bad(run.config.data.max_bad_fraction, run.plan.num_samples)
         self._num_everywhere = 0
         self._here: list[BadSample] = []
 

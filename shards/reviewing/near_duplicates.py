@@ -6,7 +6,6 @@ if few bits differ; identical files are found by their bytes instead.
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import combinations
@@ -16,6 +15,9 @@ import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from cogvlm_ft.data.pixels import open_image
+from cogvlm_ft.data.reader import MAX_PIXELS
 
 _MAX_BITS = 6
 """Bits of 64 that may differ: unrelated photos differ in about 32."""
@@ -43,7 +45,9 @@ class NearDuplicate(NamedTuple):
 def photo_hash(data: bytes) -> int | None:
     """Return the perceptual hash of the bytes of an image; None if it cannot be read or is plain."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None
             image.draft("L", (_SIDE, _SIDE))
             grey = image.convert("L").resize((_SIDE, _SIDE))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

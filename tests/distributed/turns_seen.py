@@ -13,7 +13,8 @@ from cogvlm_ft.build import build_run
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.collate import Batch
 from cogvlm_ft.runtime.distributed import init_distributed, rank, shut_down
-from cogvlm_ft.train.loop import epoch_steps, start_or_resume
+from cogvlm_ft.train.loop import start_or_resume
+from cogvlm_ft.train.step_reader import epoch_steps
 
 
 def turns_of(batch: Batch) -> list[tuple[str, list[int]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +15,17 @@ from pathlib import Path
 
 @dataclass
 class Server:
-    """ranges: whether it supports ranges; failures: number of range requests answered by 503; cut: ends files early."""
+    """ranges: whether it supports ranges; failures: number of range requests answered by 503; cut: ends files early;
+    etag, modified: headers; pause_s: after every num_bytes_at_once."""
 
     folder: Path
     ranges: bool = True
     failures: int = 0
     cut: bool = False
+    etag: str = ""
+    modified: str = "Thu, 01 Jan 2025 00:00:00 GMT"
+    pause_s: float = 0.0
+    num_bytes_at_once: int = 100
     url: str = ""
     asked: list[str] = field(default_factory=list)
 
@@ -53,11 +60,18 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if content_range:
             self.send_header("Content-Range", content_range)
+        if self.settings.etag:
+            self.send_header("ETag", f'"{self.settings.etag}"')
+            self.send_header("Last-Modified", self.settings.modified)
         if self.settings.cut:
             self.send_header("Connection", "close")
             body, self.close_connection = body[: len(body) // 2], True
         self.end_headers()
-        self.wfile.write(body)
+        step = self.settings.num_bytes_at_once if self.settings.pause_s else max(1, len(body))
+        for start in range(0, len(body), step):
+            with contextlib.suppress(ConnectionError):  # the client has given up
+                self.wfile.write(body[start : start + step])
+            time.sleep(self.settings.pause_s)
 
     def log_message(self, *args: object) -> None:
         pass

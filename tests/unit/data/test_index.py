@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import logging
+import os
 import tarfile
+import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,11 @@ import pytest
 from PIL import Image
 
 from cogvlm_ft.config import load_config, save_config
+from cogvlm_ft.data import tars
 from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.shard import shard_of_offsets
 from cogvlm_ft.data.sources import ShardSource, shard_sources
 from cogvlm_ft.data.tars import MAX_MEMBER_BYTES, Loss, scan_tar
 from cogvlm_ft.errors import ConfigError, DataError
@@ -172,7 +176,8 @@ def test_shards_of_others_are_scanned(tmp_path: Path) -> None:
     write_tar(tmp_path / "val-0.tar", samples("v"))
     index = load_index(tmp_path, "train")
     assert [path.name for path in index.shard_paths] == ["train-0.tar", "train-1.tar"]
-    assert keys_of(index) == ["0", "1", "0", "1"] and index.shard_number.tolist() == [0, 0, 1, 1]
+    assert keys_of(index) == ["train-0/0", "train-0/1", "train-1/0", "train-1/1"]
+    assert index.shard_number.tolist() == [0, 0, 1, 1]
 
 
 def test_keys_end_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
@@ -191,7 +196,7 @@ def test_keys_end_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
         ("c.webp", image),
         ("c.json", record),
     ]
-    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members))
+    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members, tarfile.GNU_FORMAT))
     assert [(entry.key, entry.ext, entry.image_num_bytes) for entry in entries] == [
         ("dir.x/a", "jpg", 700),
         ("b", "png", 700),
@@ -214,7 +219,7 @@ def test_every_tar_format_with_long_and_chinese_names(tmp_path: Path, tar_format
 
 def test_incomplete_samples_are_losses(tmp_path: Path) -> None:
     members = [*samples("a"), ("b.jpg", b"x"), ("c.json", RECORD), *samples("d"), ("a.jpg", b"again")]
-    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members))
+    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members, tarfile.GNU_FORMAT))
     assert [entry.key for entry in entries] == ["a", "d"] and entries[0].image_num_bytes == 600
     assert named(losses) == [
         ("x.tar", "a", "duplicate_member"),
@@ -369,7 +374,53 @@ def test_a_name_of_megabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [entry.key for entry in entries] == ["a", "b"] and peak < 2 << 20
-    assert named(losses) == ([] if kind == tarfile.XGLTYPE else [("x.tar", "", "damaged_header")])
+    zeros = ("x.tar", "", "zeros")  # the end of the file, which makes room for the header
+    assert named(losses) == ([zeros] if kind == tarfile.XGLTYPE else [("x.tar", "", "damaged_header"), zeros])
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_zeros_in_a_tar_are_skipped_and_listed_as_lost(tmp_path: Path, is_sparse: bool) -> None:
+    """A copy that was cut off leaves them: at the end, or between two tars."""
+    path = write_tar(tmp_path / "x.tar", samples("a"))
+    whole = path.read_bytes()
+    num_bytes = 1 << 40 if is_sparse else 1 << 26
+    with path.open("ab") as file:
+        if is_sparse:
+            file.truncate(num_bytes)
+            file.seek(num_bytes)
+        else:
+            file.write(bytes(num_bytes - len(whole)))
+        file.write(write_tar(tmp_path / "y.tar", samples("b")).read_bytes())
+        file.truncate(num_bytes * 2)
+    begun = time.thread_time()
+    entries, losses, _ = scan_tar(path)
+    assert time.thread_time() - begun < 2
+    assert [entry.key for entry in entries] == ["a", "b"]
+    assert [loss.reason for loss in losses] == ["zeros", "zeros"]
+    assert f"{num_bytes - entries[0].json_offset - 512} bytes of zeros from byte" in losses[0].detail
+
+
+def test_keys_and_records_that_are_too_long_are_lost_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "MAX_RECORD_BYTES", 1000)
+    members = [*samples("a", "k" * 2000), ("b.jpg", b"x"), ("b.json", b" " * 1001)]
+    entries, losses, _ = scan_tar(write_tar(tmp_path / "x.tar", members, tarfile.GNU_FORMAT))
+    assert [entry.key for entry in entries] == ["a"]
+    assert sorted({loss.reason for loss in losses}) == ["long_key", "too_large"]
+    row = {"key": "k" * 2000, "ext": "jpg", "image": [0, 1], "json": [0, 1]}
+    content = {"size": 10, "sha256": "", "num_samples": 1, "samples": [row]}
+    with pytest.raises(ValueError, match=r"samples\[0\]: found a key of 2000 bytes; expected at most 1024"):
+        shard_of_offsets(content, tmp_path / "x.tar", 10)
+
+
+def test_pipes_and_folders_in_place_of_tars_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train-0.tar")
+    for named in (str(tmp_path), str(tmp_path / "train-0.tar")):
+        with pytest.raises(DataError, match=r"train-0\.tar: found a pipe or a device; expected a tar"):
+            load_index(named, "train")
+    (tmp_path / "train-0.tar").unlink()
+    (tmp_path / "train-0.tar").mkdir()
+    with pytest.raises(DataError, match=r"train-0\.tar: found a folder; expected a tar"):
+        load_index(tmp_path, "train")
 
 
 def test_nothing_to_read_says_what_was_found(tmp_path: Path) -> None:

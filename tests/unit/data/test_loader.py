@@ -169,6 +169,8 @@ def test_samples_longer_than_the_limit_are_bad(
         found = short[item]
         assert len(found.sequences.input_ids) <= limit
         assert found.bad == (BadSample(dataset[item].key, "too_long") if length > limit else None)
+        if found.bad:
+            assert found.bad.detail == f"{length} tokens; expected at most data.max_sequence_length={limit}"
         too_long.append(length > limit)
     assert any(too_long) and not all(too_long)
 

@@ -158,6 +158,18 @@ def test_images_without_a_known_range_are_refused(data: bytes, reason: str) -> N
         seen(data)
 
 
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
+    """Each scan goes through all pixels, and a file of a megabyte holds a hundred thousand."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 99, 200)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    assert decode_image(data, "k", 10_000).size == (64, 64)
+    last = data.rindex(b"\xff\xda")
+    bomb = data[:last] + data[last:-2] * 200 + data[-2:]
+    with pytest.raises(BadSampleError, match=r"unsupported_pixels: a JPEG of 20\d scans; expected at most 100\. Save"):
+        decode_image(bomb, "k", 10_000)
+
+
 def test_8_bit_images_are_those_of_pillow() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,10 +19,11 @@ import pytest
 from PIL import Image
 from servers import Server, serve
 
-from cogvlm_ft.data import object_store, remote, whole_files
+from cogvlm_ft.data import object_store, patience, remote, tars, whole_files
 from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.errors import DataError
+from cogvlm_ft.errors import DataError, ServerError
+from cogvlm_ft.runtime.stop_signals import STOP_SIGNALS, StopRequest
 from cogvlm_ft.shards.build import BuildSettings, build
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +48,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_files, "_RETRY_DELAYS_S", (0.0, 0.0))
+    """Try again for a tenth of a second only."""
+    monkeypatch.setattr(patience, "_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(patience, "_LONGEST_DELAY_S", 0.02)
+    monkeypatch.setattr(patience._Process, "retry_s", 0.1)
 
 
 def same_samples(found: ShardIndex, expected: ShardIndex) -> bool:
@@ -117,9 +126,76 @@ def test_a_server_that_fails_for_a_moment(built: Path, no_waiting: None) -> None
         reader = ShardReader(load_index(server.url, "train"))
         server.failures = 2
         assert reader.read(0).image.size == (80, 60)
-        server.failures = 3
-        with pytest.raises(DataError, match=r"http.*train-00000.\.tar: HTTP 503; gave up after 3 attempts"):
+        server.failures = 10_000
+        with pytest.raises(ServerError, match=r"http.*train-00000.\.tar: HTTP 503; gave up after \d+ attempts in 0 s"):
             reader.read(0)
+
+
+def test_waiting_for_a_server_is_reported_is_no_hang_and_ends_with_a_stop_signal(
+    built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_ticks = iter(range(1000))
+    monkeypatch.setattr(patience, "progress", lambda: next(num_ticks))
+    monkeypatch.setattr(patience, "_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(patience._Process, "reported_at", float("-inf"))
+    with serve(Server(built)) as server, StopRequest() as stop_request:
+        reader = ShardReader(load_index(server.url, "train"))
+        server.failures = 10_000
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match="HTTP 503"):
+            reader.read(0)
+        assert time.monotonic() - begun < 5 and stop_request.seen
+    assert next(num_ticks) > 0
+    [line] = [record.getMessage() for record in caplog.records if "trying again" in record.getMessage()]
+    assert "HTTP 503; trying again for 600 s more (data.retry_s)" in line
+
+
+def test_a_loader_process_gives_up_soon_so_that_its_rank_answers_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    monkeypatch.setattr(patience._Process, "retry_s", 600.0)
+    patience.start_loader_process(0)
+    assert patience._Process.retry_s == patience.LOADER_RETRY_S
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_server_that_sends_a_few_bytes_now_and_then_counts_as_away(
+    built: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: None
+) -> None:
+    monkeypatch.setattr(remote, "_PART_S", 0.1)
+    with serve(Server(built)) as server:
+        reader = ShardReader(load_index(server.url, "train"))
+        server.pause_s = 0.15
+        with pytest.raises(ServerError, match=r"\.tar: received only \d+ bytes in 0\.1 s"):
+            reader.read(0)
+        server.pause_s, server.num_bytes_at_once = 0.03, 1 << 16  # slow as a whole, but every part comes in time
+        assert reader.read(0).image.size == (80, 60)
+
+
+def test_a_tar_that_is_replaced_is_noticed(built: Path) -> None:
+    with serve(Server(built, etag="a")) as server:
+        reader = ShardReader(load_index(server.url, "train"))
+        assert reader.read(0).image.size == (80, 60)
+        server.etag = "b"  # with the date of before: another mirror
+        assert reader.read(0).image.size == (80, 60)
+        server.modified = "Thu, 01 Jan 2026 00:00:00 GMT"
+        with pytest.raises(DataError, match=r"http.*train-00000.\.tar: found another file \(\"b\"\) than .*\(\"a\"\)"):
+            reader.read(0)
+
+
+def test_a_tar_of_zeros_on_a_server_is_not_fetched_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_MAX_ZEROS_FETCHED", 1 << 21)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in (("a.jpg", b"x"), ("a.json", b"{}")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    os.truncate(tmp_path / "x.tar", 1 << 25)
+    with serve(Server(tmp_path)) as server:
+        index = load_index(f"{server.url}/x.tar", "train")
+        assert len(index) == 1 and [loss.reason for loss in index.losses] == ["zeros"]
+        assert len(server.asked) < 10
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -127,7 +203,7 @@ def test_a_connection_that_is_cut(built: Path, tmp_path: Path, no_waiting: None,
     with serve(Server(built, ranges=ranges)) as server:
         reader = ShardReader(load_index(server.url, "train", cache_dir=tmp_path))
         server.cut = True
-        with pytest.raises(DataError, match=r"http.*\.tar: .*gave up after 3 attempts"):
+        with pytest.raises(ServerError, match=r"http.*\.tar: .*gave up after \d+ attempt"):
             reader.read(0)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -136,9 +212,9 @@ def test_a_server_that_is_gone(built: Path, no_waiting: None) -> None:
     with serve(Server(built)) as server:
         reader = ShardReader(load_index(server.url, "train"))
     remote._session.cache_clear()  # its connection would still be served
-    with pytest.raises(DataError, match=r"http.*gave up after 3 attempts"):
+    with pytest.raises(ServerError, match=r"http.*gave up after \d+ attempt"):
         reader.read(0)
-    with pytest.raises(DataError, match=r"http.*index\.json.*gave up after 3 attempts"):
+    with pytest.raises(ServerError, match=r"http.*index\.json.*gave up after \d+ attempt"):
         load_index(server.url, "train")
 
 
