@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import shutil
 from collections.abc import Iterator
@@ -159,8 +158,6 @@ def read_steps(
         collate_fn=_collate_shared if num_workers else collate,
         worker_init_fn=start_loader_process if num_workers else None,
     )
-    atexit.unregister(_kill_loader_processes)  # once, however many epochs there are
-    atexit.register(_kill_loader_processes)
     step: list[Batch] = []
     try:
         for batch in loader:
@@ -172,11 +169,8 @@ def read_steps(
         raise type(error)(_without_traceback(error)) from None
 
 
-def _kill_loader_processes() -> None:
-    """End what is left when the rank ends with an error.
-
-    They ignore SIGTERM, with which multiprocessing ends them at exit before it waits for them.
-    """
+def end_loader_processes() -> None:
+    """End what is left of the loader processes, which ignore SIGTERM: multiprocessing would wait for them at exit."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -59,10 +59,13 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     log = StepLog(run, state, tracker)
-    saved, reader = state, StepReader(run, state)
-    with tqdm(
-        total=run.last_step(state), initial=state.step, desc="train", unit="step", disable=None if is_main() else True
-    ) as bar:
+    saved, num_steps = state, run.last_step(state)
+    with (
+        StepReader(run, state) as reader,
+        tqdm(
+            total=num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True
+        ) as bar,
+    ):
         while True:
             # ---- Save (collective): the last state always ----
             finished = run.is_finished(state)

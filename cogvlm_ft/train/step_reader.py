@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from cogvlm_ft.build import Run
 from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.data.collate import Batch
-from cogvlm_ft.data.loader import read_steps
+from cogvlm_ft.data.loader import end_loader_processes, read_steps
 from cogvlm_ft.data.patience import Patience
 from cogvlm_ft.errors import ConfigError, DataError, ServerError
 from cogvlm_ft.runtime.distributed import rank, world_size
@@ -19,11 +19,17 @@ from cogvlm_ft.runtime.stop_signals import StopRequest
 
 
 class StepReader:
-    """Reads this rank's part of each step, from a state of the run on, without end."""
+    """Context manager; reads this rank's part of each step, from a state of the run on, without end."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self._run = run
         self._steps = read_epochs(run, state)
+
+    def __enter__(self) -> StepReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        end_loader_processes()  # an error holds on to them, and the rank would wait for them
 
     def next_step(self, state: TrainState, stop_request: StopRequest) -> tuple[list[Batch], float]:
         """Return the micro-batches of the step after `state`, and how many seconds it waited for them.
