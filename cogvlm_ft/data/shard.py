@@ -80,10 +80,9 @@ def shard_of_offsets(content: Any, path: Path | RemoteShard, size: int) -> Shard
         good = isinstance(entry.key, str) and entry.ext in IMAGE_EXTENSIONS
         if not good or any(type(number) is not int for number in entry[2:]):
             raise ValueError(f"samples[{i}]: expected a key, an extension and four whole numbers")
-        if len(entry.key.encode("utf-8", "backslashreplace")) > MAX_KEY_BYTES:
-            raise ValueError(
-                f"samples[{i}]: found a key of {len(entry.key)} characters; expected at most {MAX_KEY_BYTES}"
-            )
+        num_bytes = len(entry.key.encode("utf-8", "backslashreplace"))
+        if num_bytes > MAX_KEY_BYTES:
+            raise ValueError(f"samples[{i}]: found a key of {num_bytes} bytes; expected at most {MAX_KEY_BYTES}")
         if (
             min(entry[2:]) < 0
             or max(entry.image_offset + entry.image_num_bytes, entry.json_offset + entry.json_num_bytes) > size

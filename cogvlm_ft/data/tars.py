@@ -47,7 +47,7 @@ MAX_KEY_BYTES = 1 << 10
 """Longest key, because the keys of a split are an array whose elements are as long as the longest."""
 
 _BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 18
+_CHUNK, _FETCHED = 1 << 18, 1 << 22  # bytes of zeros at once, from a disk and from a server
 _MAX_PADDING_BYTES = 1 << 20  # zeros between members or at the end; tar itself pads to 10 KiB
 _MAX_ZEROS_FETCHED = 1 << 26  # of a tar on a server, where zeros cannot be skipped: what follows counts as zeros too
 _MAX_NAMED = 6  # members in a message
@@ -320,7 +320,7 @@ def _end_of_zeros(file: BinaryIO, start: int, end: int) -> int:
             if position - start >= _MAX_ZEROS_FETCHED:
                 return end
             file.seek(position)
-            data = file.read(min(_CHUNK, end - position))
+            data = file.read(min(_FETCHED, end - position))
         else:
             position = _start_of_data(file.fileno(), position, start)
             data = os.pread(file.fileno(), min(_CHUNK, max(0, end - position)), position)
