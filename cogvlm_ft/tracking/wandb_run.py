@@ -297,7 +297,7 @@ def _images(group: Sequence[BoxedImage]) -> list[Any]:
     """Return the images of a group at one size, which W&B takes from the first: smaller ones are padded with grey."""
     sizes = []
     for each in group:
-        with Image.open(each.path) as image:
+        with Image.open(each.path, formats=("JPEG", "PNG")) as image:
             sizes.append(image.size)
     canvas = (max(width for width, _ in sizes), max(height for _, height in sizes))
     return [_image(each, None if size == canvas else canvas) for each, size in zip(group, sizes, strict=True)]
@@ -310,7 +310,7 @@ def _image(image: BoxedImage, canvas: tuple[int, int] | None) -> Any:
     boxes = {group: _boxes(labelled, image.classes) for group, labelled in image.boxes.items()}
     if canvas is None:
         return wandb.Image(str(image.path), caption=image.caption, boxes=boxes)
-    with Image.open(image.path) as photo:
+    with Image.open(image.path, formats=("JPEG", "PNG")) as photo:
         padded = Image.new("RGB", canvas, (128, 128, 128))
         padded.paste(photo.convert("RGB"))
     return wandb.Image(padded, caption=image.caption, boxes=boxes, file_type="jpg")
