@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,9 +172,11 @@ def read_steps(
 
 def end_loader_processes() -> None:
     """End what is left of the loader processes, which ignore SIGTERM: multiprocessing would wait for them at exit."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for process in left:
+        process.kill()
 
 
 def _collate_shared(examples: list[Example]) -> Batch:

@@ -6,7 +6,7 @@ The position in the data is one number, so after a failure the loader processes 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from cogvlm_ft.build import Run
 from cogvlm_ft.checkpoints.checkpoint import TrainState
@@ -29,6 +29,7 @@ class StepReader:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._steps.close()
         end_loader_processes()  # an error holds on to them, and the rank would wait for them
 
     def next_step(self, state: TrainState, stop_request: StopRequest) -> tuple[list[Batch], float]:
@@ -53,7 +54,7 @@ class StepReader:
         return [], time.perf_counter() - waiting_since
 
 
-def read_epochs(run: Run, state: TrainState) -> Iterator[list[Batch]]:
+def read_epochs(run: Run, state: TrainState) -> Generator[list[Batch], None, None]:
     """Yield this rank's micro-batches of every step from the state's position on, without end."""
     epoch, _ = run.plan.position(state.samples_consumed)
     yield from epoch_steps(run, state.samples_consumed)
