@@ -143,7 +143,7 @@ class DataConfig:
     cache_gib: float = setting(100.0, "Size of that cache.", unit="GiB", least=0)
     retry_s: float = setting(
         600.0,
-        "How long a shard server that does not answer is tried again; then the run saves and ends with exit code 1.",
+        "How long a shard server is tried again; then the run saves and ends with exit code 1.",
         unit="s",
         least=0,
     )
