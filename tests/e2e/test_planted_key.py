@@ -120,11 +120,13 @@ def files_with(secret: str, folder: Path) -> list[str]:
 
 
 def modes(folder: Path) -> dict[str, str]:
-    """Return the modes that differ from what umask 027 leaves of the usual 666 and 777."""
+    """Return the modes that differ from what umask 027 leaves of the usual 666 and 777; W&B's staging has its own."""
     return {
         str(path.relative_to(folder)): oct(stat.S_IMODE(path.stat().st_mode))
         for path in sorted(folder.rglob("*"))
-        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != (0o750 if path.is_dir() else 0o640)
+        if not path.is_symlink()
+        and "staging" not in path.parts
+        and stat.S_IMODE(path.stat().st_mode) != (0o750 if path.is_dir() else 0o640)
     }
 
 
