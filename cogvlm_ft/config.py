@@ -106,7 +106,7 @@ def load_run_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 def _merge_arguments(merged: Any, overrides: Sequence[str]) -> tuple[Any, Any]:
     """Merge `key=value` arguments; return the result, and what they alone say as nested dicts."""
-    typed = OmegaConf.create({})
+    typed: Any = OmegaConf.create({})
     for override in overrides:
         if "=" not in override:
             raise ConfigError(
