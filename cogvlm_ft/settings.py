@@ -141,12 +141,7 @@ class DataConfig:
         is_path=True,
     )
     cache_gib: float = setting(100.0, "Size of that cache.", unit="GiB", least=0)
-    retry_s: float = setting(
-        600.0,
-        "How long a shard server is tried again; then the run saves and ends with exit code 1.",
-        unit="s",
-        least=0,
-    )
+    retry_s: float = setting(600.0, "How long a shard server is tried again before the run ends.", unit="s", least=0)
     train_split: str = setting("train", "Split to train on.")
     val_split: str = setting("val", "Split to evaluate on.")
     wording: str = setting(
