@@ -4,7 +4,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 pdsh
 
 # The first Python 3.10 to 3.13 that runs and can create a virtual environment; a name on PATH may be a shim that fails.
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
@@ -48,7 +48,7 @@ soak: setup ## kill a run 50 times and compare it with an undisturbed one; try a
 	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz tests/unit/shards/test_staging.py
 
 slurm: ## install the packages for the Slurm tests (Debian or Ubuntu, as root)
-	@for program in slurmctld slurmd sbatch munged ip; do command -v $$program >/dev/null || missing=yes; done; \
+	@for program in slurmctld slurmd sbatch munged ip pdsh; do command -v $$program >/dev/null || missing=yes; done; \
 	if [ -z "$$missing" ]; then echo "Slurm is installed"; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -q -y --no-install-recommends $(SLURM_PACKAGES); \

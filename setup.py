@@ -108,6 +108,7 @@ setup(
             "cogvlm-report = cogvlm_ft.launch.report:main",
             "cogvlm-best = cogvlm_ft.launch.best:main",
             "cogvlm-submit = cogvlm_ft.launch.submit:main",
+            "cogvlm-stop = cogvlm_ft.launch.stop:main",
             "cogvlm-replay-step = cogvlm_ft.launch.replay_step:main",
             "cogvlm-wandb-sync = cogvlm_ft.launch.wandb_sync:main",
             "cogvlm-workspace = cogvlm_ft.launch.workspace:main",

@@ -86,7 +86,12 @@ def run(config: Config, stop_request: StopRequest) -> int:
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
         output_dir = training.folder.path
-        say(f"\nstopped at step {state.step} of {training.last_step(state)}; everything is in {output_dir}/")
+        last_step = training.last_step(state)
+        is_early = state.step < last_step
+        end = "finished: raise train.epochs or train.max_steps to continue"
+        end = "finished early: no better evaluation in train.patience evaluations" if is_early else end
+        end = "stopped: the same command resumes" if is_stopped else end
+        say(f"\n{end}. Step {state.step} of {last_step}; everything is in {output_dir}/")
         say("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
     shut_down()
     return 0

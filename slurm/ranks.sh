@@ -4,7 +4,8 @@
 unset RANK WORLD_SIZE LOCAL_RANK
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A different port for each job and each restart: that of the previous attempt may still be in use.
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+# Below 32768, from where the kernel takes the ports of connections.
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 export MASTER_ADDR MASTER_PORT
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer inherits it from sbatch
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -19,9 +20,10 @@ from cogvlm_ft.config import find_preset
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.pinned_memory import rounded_up_to
 from cogvlm_ft.planning.data_turns import largest_pass
+from cogvlm_ft.planning.evaluation_time import EvaluationTime, time_evaluation
 from cogvlm_ft.planning.memory import Cluster
-from cogvlm_ft.planning.preflight import judge_start
-from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
+from cogvlm_ft.planning.preflight import count_images, judge_start
+from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, StepTime, number_format, time_step
 from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
@@ -76,18 +78,42 @@ def check_plan(config: Config, cluster: SlurmCluster) -> str:
     )
     planner, estimate, verdict = judge_start(config, machines)
     summary = f"{machines.num_gpus} GPUs: {verdict.status}: {verdict.why}"
+    speeds = Speeds(tflops=H100_TFLOPS[number_format(config)])
     sequences = largest_pass(config, planner.model_config)
-    time = time_step(planner, estimate, sequences, Speeds(tflops=H100_TFLOPS[number_format(config)]))
-    needed_s = time.step_s + 2 * time.checkpoint_s
+    time = time_step(planner, estimate, sequences, speeds)
+    evaluation = time_evaluation(planner, estimate, sequences, speeds)
+    needed_s = max(time.step_s, evaluation.batch_s) + 2 * time.checkpoint_s
     if needed_s > cluster.signal_s:
         logger.warning(
-            "signal_s=%d leaves no time to save: a step takes about %.0f s, a save %.0f s, twice. Set it to %d",
+            "signal_s=%d leaves no time to save: a step takes about %.0f s, a batch of an evaluation %.0f s, a save "
+            "%.0f s, twice. Set it to %d",
             cluster.signal_s,
             time.step_s,
+            evaluation.batch_s,
             time.checkpoint_s,
             needed_s + 60,
         )
-    return f"{summary}. A step takes about {time.step_s:.1f} s, a save {time.checkpoint_s:.0f} s"
+    parts = [
+        f"{summary}. A step takes about {time.step_s:.1f} s",
+        f"a save {time.checkpoint_s:.0f} s",
+        f"an evaluation {evaluation.num_batches} x {evaluation.batch_s:.0f} s",
+    ]
+    return ", ".join(parts) + _whole_run(config, time, evaluation)
+
+
+def _whole_run(config: Config, time: StepTime, evaluation: EvaluationTime) -> str:
+    """Return the time of the whole run as text; "" if counting the images would mean to read the shards."""
+    shards = config.data.shards
+    is_built = isinstance(shards, str) and (Path(shards).expanduser() / "index.json").is_file()
+    num_images = count_images(config) if is_built else None
+    if num_images is None:
+        return ""
+    train, settings = config.train, config.evaluate
+    num_steps = train.epochs * -(-num_images // train.global_batch_size)
+    fraction = min(1.0, (train.max_steps or num_steps) / num_steps)
+    num_evaluations = max(1, int(fraction * train.epochs / settings.every_epochs)) + settings.before_training
+    run_s = fraction * train.epochs * time.epoch_s(num_images) + num_evaluations * evaluation.whole_s
+    return f"; the whole run {run_s / 3600:.1f} h, with {num_evaluations} evaluations"
 
 
 @dataclass(frozen=True)
@@ -103,21 +129,30 @@ class Submission:
     after: bool = False
 
 
-def submit(submission: Submission, *, dry_run: bool) -> list[str]:
-    """Submit the jobs and return the commands; with dry_run only the commands, with JOB1, ... for job numbers."""
-    commands: list[list[str]] = []
-    last = ""
+def submit(submission: Submission, *, dry_run: bool) -> Iterator[str]:
+    """Submit the jobs one by one; yield each command, then the number of its job.
+
+    With dry_run, only the commands, with JOB1, ... for the numbers. Raises ConfigError that names the jobs which are
+    queued if a later one is refused.
+    """
+    numbers: list[str] = []
+    for command in commands_of(submission, numbers):
+        yield shlex.join(command)
+        numbers.append(f"JOB{len(numbers) + 1}" if dry_run else run_sbatch(command, queued=numbers))
+        if not dry_run:
+            yield f"job {numbers[-1]}"
+
+
+def commands_of(submission: Submission, numbers: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the commands, each after the number of the job before it was appended to `numbers`."""
     for number in range(submission.chain):
-        former = ["--dependency=" + f"afterany:{last}"] if number else []
-        commands.append([*sbatch_options(submission), *former, script("train"), *submission.arguments])
-        last = f"JOB{len(commands)}" if dry_run else run_sbatch(commands[-1])
+        former = [f"--dependency=afterany:{numbers[-1]}"] if number else []
+        yield [*sbatch_options(submission), *former, script("train"), *submission.arguments]
     if submission.after:
         kind = "afterok" if submission.num_tasks is None else "aftercorr"  # each task after the task of the same number
         sweep = [] if submission.sweep is None else ["--sweep", str(submission.sweep)]
         options = sbatch_options(submission, is_training=False)
-        commands.append([*options, f"--dependency={kind}:{last}", script("after"), submission.output_dir, *sweep])
-        last = "" if dry_run else run_sbatch(commands[-1])
-    return [shlex.join(command) for command in commands]
+        yield [*options, f"--dependency={kind}:{numbers[-1]}", script("after"), submission.output_dir, *sweep]
 
 
 def script(name: str) -> str:
@@ -141,14 +176,37 @@ def sbatch_options(submission: Submission, *, is_training: bool = True) -> list[
     return [*options, *cluster.options]
 
 
-def run_sbatch(command: Sequence[str]) -> str:
-    """Submit a job and return its number."""
+def run_sbatch(command: Sequence[str], queued: Sequence[str] = ()) -> str:
+    """Submit a job and return its number. queued: jobs that were submitted before it, for the message."""
+    before = ""
+    if queued:
+        jobs = "job" if len(queued) == 1 else "jobs"
+        before = (
+            f". Queued before: {jobs} {', '.join(queued)}. Cancel with `scancel {' '.join(queued)}`, or submit "
+            "only what is missing"
+        )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        reason = "there is no sbatch here" if isinstance(error, FileNotFoundError) else f"sbatch: {error}"
         raise ConfigError(
-            "there is no sbatch here: submit on a node with Slurm, or print the commands with --dry-run"
+            f"{reason}: submit on a node with Slurm, or print the commands with --dry-run{before}"
         ) from error
     if done.returncode:
-        raise ConfigError(f"sbatch refused: {done.stderr.strip()}; the command: {shlex.join(command)}")
-    return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow the number
+        raise ConfigError(f"sbatch refused: {done.stderr.strip()}; the command: {shlex.join(command)}{before}")
+    number = job_number(done.stdout)
+    if number is None:
+        raise ConfigError(
+            f"sbatch printed {done.stdout.strip()!r}; expected the number of the job. It may be queued: check with "
+            f"squeue --me{before}"
+        )
+    return number
+
+
+def job_number(printed: str) -> str | None:
+    """Return the number that `sbatch --parsable` printed: the last line that is one.
+
+    A site's banner may precede it, the name of the cluster may follow it after a semicolon.
+    """
+    numbers = [line.strip().partition(";")[0] for line in printed.splitlines()]
+    return next((number for number in reversed(numbers) if re.fullmatch("[0-9]+", number)), None)

@@ -8,19 +8,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.settings import Config
+from cogvlm_ft.yaml_text import read_yaml
 
 TASK_VARIABLE = "SLURM_ARRAY_TASK_ID"
 NAME = re.compile(r"\w[\w.=-]*")  # of a folder
@@ -39,8 +39,8 @@ def read_sweep(path: Path) -> list[Entry]:
     if not path.is_file():
         raise ConfigError(f"--sweep {path}: no such file")
     try:
-        rows = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        rows = read_yaml(path, yaml.BaseLoader)  # text as it is written: 0123, 1e-5
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--sweep {path}: not valid YAML: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"--sweep {path}: expected a list of {{name: ..., settings: [key=value, ...]}}")
@@ -57,7 +57,9 @@ def read_sweep(path: Path) -> list[Entry]:
 def _entry(row: object, where: str) -> Entry:
     if not isinstance(row, dict) or set(row) != {"name", "settings"} or not isinstance(row["settings"], list):
         raise ConfigError(f"{where} is {row!r}; expected {{name: ..., settings: [key=value, ...]}}")
-    name, settings = str(row["name"]), tuple(str(setting) for setting in row["settings"])
+    name, settings = row["name"], tuple(row["settings"])
+    if not isinstance(name, str) or not all(isinstance(setting, str) for setting in settings):
+        raise ConfigError(f"{where} is {row!r}; expected a name, and settings written key=value")
     if not NAME.fullmatch(name):
         raise ConfigError(f"{where}: name {name!r} names a folder; expected letters, digits and _ . = -")
     if any("pipe:" in setting for setting in settings):
@@ -75,8 +77,13 @@ def _entry(row: object, where: str) -> Entry:
 def load_entry(config: str | None, settings: Sequence[str], entry: Entry) -> Config:
     """Load the settings of one run: the entry overrides the command line, and the run has its own folder."""
     whole = load_config(config, settings)
-    own = [f"output_dir={Path(whole.output_dir) / entry.name}", f"tracking.name={entry.name}"]
+    own = [f"output_dir={quoted(str(Path(whole.output_dir) / entry.name))}", f"tracking.name={quoted(entry.name)}"]
     return load_config(config, [*settings, *own, *entry.settings])
+
+
+def quoted(text: str) -> str:
+    """Return a YAML value that stays this text, also where it looks like a number."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def choose_entry(sweep: Path, task: int | None = None) -> Entry:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, UNCERTAINTY, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
+from cogvlm_ft.runtime.cores import node_id
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
 from cogvlm_ft.settings import Config
 
@@ -150,10 +150,10 @@ def this_cluster() -> Cluster:
 
 
 def machine_facts() -> tuple[str, int, int]:
-    """Return this rank's host name, bytes of host memory, bytes of its GPU (0 on CPU)."""
+    """Return this rank's node, bytes of host memory, bytes of its GPU (0 on CPU)."""
     on_cpu = device().type != "cuda"
     gpu_bytes = 0 if on_cpu else torch.cuda.get_device_properties(device()).total_memory
-    return socket.gethostname(), cgroup_limit() or psutil.virtual_memory().total, gpu_bytes
+    return node_id(), cgroup_limit() or psutil.virtual_memory().total, gpu_bytes
 
 
 def cgroup_limit() -> int | None:
@@ -178,7 +178,7 @@ def cgroup_limit() -> int | None:
 def cluster_of(facts: Sequence[tuple[str, int, int]]) -> Cluster:
     """Build a cluster from the `machine_facts` of all ranks."""
     on_cpu = device().type != "cuda"
-    ranks = Counter(host for host, _, _ in facts)
+    ranks = Counter(node for node, _, _ in facts)
     ranks_per_node = max(ranks.values())
     host_bytes = min(memory for _, memory, _ in facts)
     gpu_bytes = host_bytes // ranks_per_node if on_cpu else min(gpu for _, _, gpu in facts)

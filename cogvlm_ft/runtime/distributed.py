@@ -6,8 +6,8 @@ Works under deepspeed, torchrun, srun and plain python.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
-import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -23,25 +23,25 @@ if not torch.accelerator.is_available():
 import deepspeed
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime.cores import THREADS_VARIABLE, is_set_by_launcher, node_id, threads_of
 from cogvlm_ft.runtime.gloo_threads import wait_until_at_rest
+from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
+from cogvlm_ft.runtime.ports import free_port
+
+logger = logging.getLogger(__name__)
 
 # Launchers set the same three numbers under different names; the first launcher whose names are set is used.
 LAUNCHERS = {
     "torchrun, deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
     "Intel MPI, MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 DEFAULT_TIMEOUT_S = 1800
 WATCHED_TIMEOUT_S = 7 * 86400  # of collectives under the watchdog, which knows whether the others make progress
 
 _timeout_s = DEFAULT_TIMEOUT_S
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _fill_environment() -> None:
@@ -53,7 +53,7 @@ def _fill_environment() -> None:
     os.environ.update(zip(LAUNCHERS["torchrun, deepspeed"], map(str, found), strict=True))
     if found.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(device_index(found.local_rank, torch.cuda.device_count()))
 
@@ -101,17 +101,26 @@ def device_index(local_rank: int, num_devices: int) -> int:
 
 
 def init_distributed() -> None:
-    """Join the process group and set this rank's device. Collective."""
+    """Join the process group and set this rank's device. Collective. Raises ConfigError if rank 0's port is in use."""
     _fill_environment()
     check_gpus()
     use_device()
     if device().type != "cuda":
-        _share_cores()
         # Only inference uses this shared-memory op; compiling it takes 50 s and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls functions that torch has renamed: a warning in every backward pass.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\.")
-    deepspeed.init_distributed(timeout=timedelta(seconds=DEFAULT_TIMEOUT_S), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timedelta(seconds=DEFAULT_TIMEOUT_S), verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) or OUTCOME_VARIABLE in os.environ:
+            raise  # slurm/train.sbatch starts it again, with another port
+        raise ConfigError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: found in use on this node, perhaps by another run; expected a "
+            f"free port. Give deepspeed --master_port {free_port()}, torchrun --master-port, or set MASTER_PORT"
+        ) from error
+    if device().type == "cpu":
+        share_cores()
     atexit.register(wait_until_at_rest)
 
 
@@ -164,11 +173,29 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def _share_cores() -> None:
-    """Divide the cores of a node among its ranks on CPU, unless OMP_NUM_THREADS is set."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+def share_cores(needed_for: str = "") -> None:
+    """Divide the cores of a node among the ranks that may use them, unless OMP_NUM_THREADS was set. Collective.
+
+    torchrun sets it to 1 where it is unset; deepspeed leaves all cores to every rank. needed_for: what the log says.
+    """
+    mine, node = sorted(os.sched_getaffinity(0)), node_id()
+    num_threads = threads_of(node, mine, from_main(gather_to_main((node, mine))))
+    given = os.environ.get(THREADS_VARIABLE)
+    if given is not None and not is_set_by_launcher():
+        if needed_for:
+            logger.info("%s: %s threads per rank, as %s is set", needed_for, given, THREADS_VARIABLE)
+        return
+    os.environ[THREADS_VARIABLE] = str(num_threads)  # for an OpenMP library that a compiled optimizer loads later
+    torch.set_num_threads(num_threads)
+    if needed_for:
+        logger.info(
+            "%s: %d threads per rank, its part of %d cores%s; set %s to change it",
+            needed_for,
+            num_threads,
+            len(mine),
+            "" if given is None else f", in place of {given} as torchrun sets it",
+            THREADS_VARIABLE,
+        )
 
 
 def device() -> torch.device:

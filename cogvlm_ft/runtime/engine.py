@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -20,7 +19,15 @@ from torch import Tensor, nn
 from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import read_json
-from cogvlm_ft.runtime.distributed import apply_timeout, device, from_main, gather_to_main, world_size
+from cogvlm_ft.runtime.cores import node_id
+from cogvlm_ft.runtime.distributed import (
+    apply_timeout,
+    device,
+    from_main,
+    gather_to_main,
+    share_cores,
+    world_size,
+)
 from cogvlm_ft.runtime.param_gathering import attach_offload
 from cogvlm_ft.runtime.partitions import local_range
 from cogvlm_ft.runtime.tf32 import allow_tf32
@@ -130,11 +137,27 @@ def inference_settings(config: Config) -> dict[str, Any]:
 
 
 def ranks_per_node() -> int:
-    """Return the number of ranks on each node. Collective. Raises ConfigError if it differs between nodes."""
-    nodes = Counter(from_main(gather_to_main(socket.gethostname())))
-    if len(set(nodes.values())) > 1:
-        raise ConfigError(f"zero_hpz_partition_size=auto: found {dict(nodes)} ranks; expected as many on every node")
-    return world_size() // len(nodes)
+    """Return the number of ranks on each node. Collective."""
+    return ranks_of_each(from_main(gather_to_main(node_id())))
+
+
+def ranks_of_each(nodes: Sequence[str]) -> int:
+    """Return the number of ranks on each node; ConfigError if it differs, or if ranks alternate between nodes.
+
+    nodes: that of every rank. DeepSpeed takes consecutive ranks as those of a node.
+    """
+    sizes = list(Counter(nodes).values())
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"zero_hpz_partition_size=auto: found {' and '.join(map(str, sizes))} ranks on the nodes; expected as many "
+            "on every node"
+        )
+    if any(node != nodes[number - number % sizes[0]] for number, node in enumerate(nodes)):
+        raise ConfigError(
+            "zero_hpz_partition_size=auto: found ranks that alternate between nodes; expected consecutive ranks on "
+            "each node. Start them with srun --distribution=block, or deepspeed"
+        )
+    return sizes[0]
 
 
 class _UnfilledInit(deepspeed.zero.Init):
@@ -215,6 +238,7 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     optimizer: torch.optim.Optimizer
     offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and device().type == "cuda":
+        share_cores("optimizer on the CPU")
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
     else:  # also for offloading without a GPU: torch's optimizer needs no compiler
         optimizer = torch.optim.AdamW(groups, fused=device().type == "cuda", **kwargs)

@@ -17,7 +17,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import psutil
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import open_new, read_json
 from cogvlm_ft.runtime.distributed import from_main, is_main
+from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
 from cogvlm_ft.safetensors_io import sync_open
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ LOST_EXIT_CODE = 1
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that trains. machine: its boot and PID namespace, within which `pid` and `started` name a process."""
+    """A process that trains. machine: its boot and PID namespace, within which `pid` and `started` name a process.
+
+    batch: what scancel calls its job, if a batch script waits for it.
+    """
 
     host: str
     machine: str
@@ -47,6 +51,7 @@ class Owner:
     job: str | None
     attempt: int
     is_released: bool = False
+    batch: str | None = None
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -61,7 +66,31 @@ def this_process() -> Owner:
     job = os.environ.get("SLURM_JOB_ID")
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     pid = os.getpid()
-    return Owner(socket.gethostname(), machine, pid, psutil.Process(pid).create_time(), job, attempt)
+    started = psutil.Process(pid).create_time()
+    batch = job_to_signal(os.environ)
+    return Owner(socket.gethostname(), machine, pid, started, job, attempt, batch=batch)
+
+
+def job_to_signal(environment: Mapping[str, str]) -> str | None:
+    """Return what scancel calls the job whose batch script waits for this process; of an array, this task alone."""
+    job = environment.get("SLURM_JOB_ID")
+    if job is None or OUTCOME_VARIABLE not in environment:
+        return None
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else job
+
+
+def current_owner(folder: Path) -> Owner | None:
+    """Return the process that trains there; None if none does, as far as can be seen from here."""
+    newest = _newest(folder)
+    owner = _read(newest) if newest else None
+    if owner is None or owner.is_released or (is_on_this_machine(owner) and not _is_running(owner)):
+        return None
+    return owner
+
+
+def is_on_this_machine(owner: Owner) -> bool:
+    return owner.machine == this_process().machine
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ instead of holding the GPUs and the port of the next run.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,11 @@ class StopRequest:
         if any_rank(self.seen):
             raise StopRequested
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if not self._was_signalled:
+            rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+            line = f"rank {rank}: {signal.Signals(number).name}: all ranks save after the current step and end\n"
+            os.write(2, line.encode())  # not by logging, which the signal may have interrupted
         self._was_signalled = True
 
 

@@ -17,7 +17,7 @@ _NUMBER = rb"-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?"
 _DOTA_LINE = re.compile(rb"(%s[ ,]+){8}[A-Za-z][\w-]*[ ,]+[0-2]\s*" % _NUMBER)
 _KITTI_LINE = re.compile(rb"[A-Za-z][\w-]* (%s ){13,14}%s\s*" % (_NUMBER, _NUMBER))
 _MOT_LINE = re.compile(rb"[0-9]+,-?[0-9]+(,%s){5,8}\s*" % _NUMBER)
-_VERTEX_LINE = re.compile(rb"(TRAIN|TRAINING|VALIDATION|TEST|UNASSIGNED)?,?gs://[^,]+(,[^,]*){5,9}\s*")
+_VERTEX_LINE = re.compile(rb"(TRAIN|TRAINING|VALIDATION|TEST|UNASSIGNED)?,?gs://[^,]+,.*,,.*\s*")
 _DATUMARO = "Convert it to COCO with Datumaro: datum convert -if {0} -i FOLDER -f coco -o OUT -- --save-media"
 
 
@@ -62,10 +62,7 @@ _UNREAD = (
         "Write the boxes as jsonl of docs/formats.md.",
     ),
     _Unread(
-        "V7 Darwin's JSON",
-        (".json",),
-        (b'"bounding_box"', b'"dataset"'),
-        "Convert it with darwin-py: darwin convert coco FILES OUT",
+        "V7 Darwin's JSON", (".json",), (b'"bounding_box"', b'"dataset"'), "Export COCO or Pascal VOC from V7 instead."
     ),
     _Unread("VoTT's JSON", (".json", ".vott"), (b'"regions"', b'"asset'), "In VoTT: export Pascal VOC or CSV."),
     _Unread("Vertex AI's JSON lines", (".jsonl", ".json"), (b'"imageGcsUri"',), "Write jsonl of docs/formats.md."),

@@ -15,10 +15,11 @@ from cogvlm_ft.checkpoints.checkpoint import Best, TrainState
 from cogvlm_ft.checkpoints.choice import best_checkpoint
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
-from cogvlm_ft.jobs.submit import SlurmCluster, check_plan, load_cluster
+from cogvlm_ft.jobs.submit import SlurmCluster, check_plan, job_number, load_cluster, run_sbatch
 from cogvlm_ft.launch.best import main as best
 from cogvlm_ft.launch.submit import main as submit
 from cogvlm_ft.model import CogVLMConfig
+from cogvlm_ft.settings import Config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -112,8 +113,13 @@ def test_too_little_time_to_save(
     sizes = CogVLMConfig(vision_config={"image_size": 490})
     sizes.save_pretrained(arguments[3].partition("=")[2])  # the 17B model's sizes in place of the tiny ones
     config = load_config(None, [*arguments[3:], "plan=warn"])
-    assert "too much" in check_plan(config, found)
-    assert "signal_s=1 leaves no time to save" in caplog.text
+    seconds = [float(check_plan(replace_limit(config, tokens), found).split()[-2]) for tokens in (10, 1000)]
+    assert "signal_s=1 leaves no time to save" in caplog.text and "a batch of an evaluation" in caplog.text
+    assert seconds[1] > 20 * seconds[0], "of a batch of an evaluation, with its answers"
+
+
+def replace_limit(config: Config, max_new_tokens: int) -> Config:
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, max_new_tokens=max_new_tokens))
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "after"])
@@ -169,3 +175,42 @@ def test_no_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         best_checkpoint(tmp_path)
     assert best([str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    (folder / "sbatch").write_text(f"#!/bin/bash\n{lines}\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_refused_chain_names_the_jobs_that_are_queued(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    takes_two = f"echo x >>{tmp_path}/jobs; n=$(wc -l <{tmp_path}/jobs); [ $n -gt 2 ] && {{ echo limit >&2; exit 1; }}"
+    fake_sbatch(tmp_path, monkeypatch, f"{takes_two}; echo $((4000 + n))")
+    assert submit([*arguments[1:], "--chain", "5"]) == 2
+    said = capsys.readouterr()
+    assert "\njob 4001\n" in said.out and "--dependency=afterany:4001 " in said.out and "\njob 4002\n" in said.out
+    assert "sbatch refused: limit; the command: sbatch" in said.err and "--dependency=afterany:4002" in said.err
+    assert "Queued before: jobs 4001, 4002. Cancel with `scancel 4001 4002`" in said.err
+
+
+@pytest.mark.parametrize(
+    ("printed", "number"),
+    [
+        ("12\n", "12"),
+        ("12;cluster\n", "12"),
+        ("\n----\n  Welcome, 5 nodes are down\n2026\n--> Checking ...OK\n4711\n", "4711"),
+        ("4711\nsee you\n", "4711"),
+        ("Submitted batch job 4711\n", None),
+        ("", None),
+    ],
+)
+def test_the_number_of_a_job(printed: str, number: str | None) -> None:
+    assert job_number(printed) == number
+
+
+def test_a_job_without_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_sbatch(tmp_path, monkeypatch, "echo hello")
+    with pytest.raises(ConfigError, match=r"sbatch printed 'hello'; expected .*squeue --me.*Queued before: job 7\."):
+        run_sbatch(["sbatch"], queued=["7"])

@@ -45,6 +45,14 @@ def test_the_sweep_of_the_documents_is_one(tmp_path: Path) -> None:
         assert len(read_sweep(path)) == 2
 
 
+@pytest.mark.parametrize("name", ["0123", "1e-5", "20241128_120000", "12", "true", "null", "1.50", "lr=1e-5"])
+def test_names_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"- {{name: {name}, settings: [train.lr=1e-5]}}", encoding="utf-8")
+    config = load_task(None, ["model.path=m", "data.shards=s", "output_dir=."], path, 0)
+    assert (config.output_dir, config.tracking.name, config.train.lr) == (name, name, 1e-5)
+
+
 @pytest.mark.parametrize("task", [None, "2", "-1", "x"])
 def test_a_task_that_the_sweep_lacks(sweep: Path, monkeypatch: pytest.MonkeyPatch, task: str | None) -> None:
     monkeypatch.delenv(TASK_VARIABLE, raising=False)
@@ -62,6 +70,8 @@ def test_a_task_that_the_sweep_lacks(sweep: Path, monkeypatch: pytest.MonkeyPatc
         ("- [", "not valid YAML"),
         ("- name: a", "entry 0 is .*expected"),
         ("- {name: a, settings: train.lr=1}", "entry 0 is .*expected"),
+        ("- {name: a, settings: [{train.lr: 1}]}", "entry 0 is .*written key=value"),
+        ("- {name: [a], settings: []}", "entry 0 is .*expected a name"),
         ("- {name: ../a, settings: []}", "names a folder"),
         ("- {name: a, settings: []}\n- {name: a, settings: []}", "a more than once"),
         ("- {name: a, settings: [output_dir=x]}", "entry 0 sets output_dir"),

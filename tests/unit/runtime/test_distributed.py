@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.runtime.distributed import device_index, ranks_of_launcher
+from cogvlm_ft.runtime.cores import NODE_NUMBERS, THREADS_VARIABLE, node_id, threads_of
+from cogvlm_ft.runtime.distributed import device_index, init_distributed, ranks_of_launcher, share_cores
+from cogvlm_ft.runtime.engine import ranks_of_each
+from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
+from cogvlm_ft.runtime.ports import PORTS, free_port
 from cogvlm_ft.runtime.tf32 import allow_tf32
 
 ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -67,3 +77,86 @@ def test_tf32_is_set_for_products_and_convolutions(allowed: bool) -> None:
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_port_outside_the_range_of_connections() -> None:
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert first < 32768 or max(PORTS) < first, "Linux starts there by default"
+    assert free_port() in PORTS
+    script = (Path(__file__).resolve().parents[3] / "slurm/ranks.sh").read_text()
+    assert f"{PORTS.start} + (" in script and f"% {len(PORTS)})" in script
+
+
+def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", free_port()))
+        other.listen()
+        port = str(other.getsockname()[1])
+        given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: found in use .*expected .*--master_port [0-9]+"):
+            init_distributed()
+        monkeypatch.setenv(OUTCOME_VARIABLE, "outcome")
+        with pytest.raises(torch.distributed.DistNetworkError):  # slurm/train.sbatch tries another port
+            init_distributed()
+
+
+def test_nodes_with_one_host_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NODE_NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    alone = node_id()
+    assert alone == node_id()
+    for name in NODE_NUMBERS:
+        monkeypatch.setenv(name, "1")
+        assert node_id() != alone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another container")
+    assert node_id() != alone
+
+
+def test_ranks_of_each_node() -> None:
+    assert ranks_of_each(["a", "a", "b", "b"]) == 2
+    with pytest.raises(ConfigError, match="found 3 and 1 ranks on the nodes"):
+        ranks_of_each(["a", "a", "a", "b"])
+    with pytest.raises(ConfigError, match="ranks that alternate"):
+        ranks_of_each(["a", "b", "a", "b"])
+
+
+def test_cores_of_a_rank() -> None:
+    together = [("a", range(16))] * 4 + [("b", range(16))] * 4
+    assert threads_of("a", range(16), together) == 4
+    bound = [("a", range(8)), ("a", range(8, 16))]  # as Slurm binds tasks
+    assert threads_of("a", range(8), bound) == 8
+    assert threads_of("a", range(2), [("a", range(2))] * 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "of_launcher", "expected"),
+    [(None, None, "8"), ("1", None, "8"), ("1", "1", "1"), ("5", "5", "5")],
+    ids=["deepspeed", "torchrun", "set to 1", "set to 5"],
+)
+def test_threads_of_an_optimizer_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: str | None,
+    of_launcher: str | None,
+    expected: str,
+) -> None:
+    """torchrun sets 1 where its own environment has none; what the user sets is kept."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    launcher = {} if of_launcher is None else {THREADS_VARIABLE: of_launcher}
+    monkeypatch.setattr(psutil.Process, "environ", lambda _: launcher)
+    monkeypatch.delenv(THREADS_VARIABLE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(THREADS_VARIABLE, given)
+    before = torch.get_num_threads()
+    try:
+        share_cores("optimizer on the CPU")
+        assert os.environ[THREADS_VARIABLE] == expected
+    finally:
+        torch.set_num_threads(before)
+        os.environ.pop(THREADS_VARIABLE, None)  # monkeypatch restores what it was
+    assert f"optimizer on the CPU: {expected} threads per rank" in caplog.text
