@@ -160,6 +160,11 @@ def ranks_of_each(nodes: Sequence[str]) -> int:
     return sizes[0]
 
 
+# All optimizers of `build_engine` are supported. To find out, DeepSpeed imports its Muon optimizer and with it torch's
+# compiler: several seconds at every start.
+deepspeed.runtime.engine.is_zero_supported_optimizer = lambda optimizer: True
+
+
 class _UnfilledInit(deepspeed.zero.Init):
     """Partition new parameters without filling them: their values are read from files later.
 

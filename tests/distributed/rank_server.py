@@ -32,11 +32,9 @@ IMPORTED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.tokenization_llama",
     "deepspeed.ops.adam",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.module_inject",
     "sacrebleu",
     "setuptools",
-    "torch._inductor.compile_fx",
     "torch.utils.cpp_extension",
 )
 MAX_MESSAGE_BYTES = 1 << 20
