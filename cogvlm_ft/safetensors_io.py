@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,12 +128,12 @@ class TensorFile:
         if entry["dtype"] != "F32":
             raise CheckpointError(f"{self.path}: {name} is {entry['dtype']}; expected F32")
         at = self._start + entry["data_offsets"][0] + 4 * start
-        values = torch.empty(stop - start)
+        values = np.empty(stop - start, dtype="<f4")  # of torch, aligned memory that is freed would leave holes
         with self.path.open("rb", buffering=0) as file:  # not numpy.fromfile: it takes a failed read for the end
             file.seek(at)
-            if not _read_all(file, values.view(torch.uint8).numpy().data):
+            if not _read_all(file, values.view(np.uint8).data):
                 raise CheckpointError(f"{self.path} ends within {name}")
-        return values
+        return torch.from_numpy(values)
 
 
 def _read_all(file: Any, values: memoryview) -> bool:
