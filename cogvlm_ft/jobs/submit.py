@@ -46,7 +46,7 @@ class SlurmCluster:
     options: list[str] = field(default_factory=list)
 
 
-def load_cluster(path: Path, overrides: dict[str, object]) -> SlurmCluster:
+def load_cluster(path: Path, overrides: Mapping[str, object]) -> SlurmCluster:
     """Load the file, with those overrides that are not None."""
     if not path.is_file():
         raise ConfigError(f"--cluster {path}: no such file")
