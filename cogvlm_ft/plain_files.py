@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 MAX_JSON_BYTES = 2**30
+NOT_SYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What fsync answers for folders on CIFS and some FUSE file systems."""
 
 
 def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
@@ -109,3 +111,29 @@ def write_text(path: Path, text: str) -> None:
     """Write a text to a temporary file and rename it: readers see the former content or the new."""
     with replaced_file(path, "w") as file:
         file.write(text)
+
+
+def sync(path: Path) -> bool:
+    """Return when the file, or the names in the folder, are on disk; False if the file system cannot do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return sync_open(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_open(descriptor: int) -> bool:
+    """Sync what is open; return whether the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SYNCABLE:
+            raise
+        return False
+    return True
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync everything below the folder, and the folder itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -7,7 +7,6 @@ https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -23,14 +22,12 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.plain_files import open_new
+from cogvlm_ft.plain_files import open_new, sync_open
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK_BYTES = 2**24
 MAX_READ_BYTES = 2**30  # Linux gives less than 2 GiB at once
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-NOT_SYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What fsync answers for folders on CIFS and some FUSE file systems."""
 
 
 @dataclass(frozen=True)
@@ -161,29 +158,3 @@ def read_chunks(path: Path) -> Iterator[memoryview]:
     with path.open("rb", buffering=0) as file:
         while num_bytes := file.readinto(buffer):
             yield buffer[:num_bytes]
-
-
-def sync(path: Path) -> bool:
-    """Return when the file, or the names in the folder, are on disk; False if the file system cannot do that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return sync_open(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_open(descriptor: int) -> bool:
-    """Sync what is open; return whether the file system can do that."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NOT_SYNCABLE:
-            raise
-        return False
-    return True
-
-
-def sync_tree(folder: Path) -> None:
-    """Sync everything below the folder, and the folder itself."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)

@@ -26,6 +26,7 @@ try:
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import say
+    from cogvlm_ft.yaml_text import read_yaml
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -120,7 +121,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _stand_ins(args: argparse.Namespace) -> list[str]:
     """Return values for required settings that an estimate does not need."""
-    written = OmegaConf.load(find_preset(args.config, RUN_PRESETS, "--config ")) if args.config else OmegaConf.create()
+    try:
+        content = read_yaml(find_preset(args.config, RUN_PRESETS, "--config ")) if args.config else {}
+        written = OmegaConf.create(content or {})
+    except (OSError, ValueError):  # load_config names what is wrong with the file
+        return []
     return [f"{key}=unset" for key in NOT_NEEDED if OmegaConf.select(written, key, throw_on_missing=False) is None]
 
 

@@ -27,10 +27,9 @@ from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.plain_files import read_json, replaced_file
+from cogvlm_ft.plain_files import read_json, replaced_file, sync, sync_open
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
-from cogvlm_ft.safetensors_io import sync, sync_open
 from cogvlm_ft.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)

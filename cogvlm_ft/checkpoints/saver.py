@@ -27,6 +27,7 @@ from cogvlm_ft.checkpoints.checkpoint import (
 from cogvlm_ft.checkpoints.manifest import write_manifest
 from cogvlm_ft.checkpoints.slices import LAYOUT_FILE, Layout, layout_of, local_slices, local_specs, rank_file
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.plain_files import sync, sync_tree
 from cogvlm_ft.run_folder import step_name
 from cogvlm_ft.runtime.distributed import (
     all_reduce_sum,
@@ -39,7 +40,7 @@ from cogvlm_ft.runtime.distributed import (
 )
 from cogvlm_ft.runtime.outcome import write_outcome
 from cogvlm_ft.runtime.watchdog import progress
-from cogvlm_ft.safetensors_io import FileRecord, TensorSpec, hash_file, sync, sync_tree, write_tensors
+from cogvlm_ft.safetensors_io import FileRecord, TensorSpec, hash_file, write_tensors
 from cogvlm_ft.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)

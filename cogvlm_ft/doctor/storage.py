@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
+from cogvlm_ft.plain_files import sync, sync_open
 from cogvlm_ft.planning.memory import GIB
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import is_main
-from cogvlm_ft.safetensors_io import sync, sync_open
 
 PROBE_BYTES = 256 * 2**20
 PROBE_FRACTION = 0.1  # of the free space, at most

@@ -20,8 +20,8 @@ from cogvlm_ft.export.model_card import write_model_card
 from cogvlm_ft.export.verification import Verification, verify_export
 from cogvlm_ft.grounding.wording import WORDING_FILE, save_wording
 from cogvlm_ft.model.loading import Weight
+from cogvlm_ft.plain_files import sync, sync_tree
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.safetensors_io import sync, sync_tree
 from cogvlm_ft.settings import Config
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -7,14 +7,13 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from cogvlm_ft.config import find_preset
 from cogvlm_ft.errors import ConfigError
@@ -25,6 +24,7 @@ from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import count_images, judge_start
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, StepTime, number_format, time_step
 from cogvlm_ft.settings import Config
+from cogvlm_ft.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +52,15 @@ def load_cluster(path: Path, overrides: Mapping[str, object]) -> SlurmCluster:
         raise ConfigError(f"--cluster {path}: no such file")
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        written = OmegaConf.load(path)
+        written = OmegaConf.create(read_yaml(path) or {})
         if isinstance(OmegaConf.select(written, "time"), int):
             raise ConfigError(f"--cluster {path}: time needs quotes: YAML reads 48:00:00 as {48 * 3600}, a number")
         merged = OmegaConf.merge(OmegaConf.structured(SlurmCluster), written, given)
         cluster: SlurmCluster = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"--cluster {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    except YAMLError as error:
-        raise ConfigError(f"--cluster {path}: not valid YAML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--cluster {path}: {error}") from error
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "signal_s", "gpu_memory_gib"):
         if not getattr(cluster, name) > 0:
             raise ConfigError(f"--cluster {path}: {name}={getattr(cluster, name)}; expected more than 0")

@@ -21,8 +21,8 @@ from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.decoder import inverse_frequencies
-from cogvlm_ft.plain_files import read_bytes, read_json
-from cogvlm_ft.safetensors_io import TensorSpec, sync, write_tensors
+from cogvlm_ft.plain_files import read_bytes, read_json, sync
+from cogvlm_ft.safetensors_io import TensorSpec, write_tensors
 from cogvlm_ft.settings import Config
 
 SINGLE_FILE = "model.safetensors"

@@ -24,10 +24,9 @@ from pathlib import Path
 import psutil
 
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.plain_files import open_new, read_json
+from cogvlm_ft.plain_files import open_new, read_json, sync_open
 from cogvlm_ft.runtime.distributed import from_main, is_main
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
-from cogvlm_ft.safetensors_io import sync_open
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TextIO
 
+from cogvlm_ft.plain_files import sync_open
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.safetensors_io import sync_open
 
 logger = logging.getLogger(__name__)
 

@@ -60,12 +60,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     log = StepLog(run, state, tracker)
     saved, num_steps = state, run.last_step(state)
-    with (
-        StepReader(run, state) as reader,
-        tqdm(
-            total=num_steps, initial=state.step, desc="train", unit="step", disable=None if is_main() else True
-        ) as bar,
-    ):
+    shown = {"desc": "train", "unit": "step", "disable": None if is_main() else True}
+    with StepReader(run, state) as reader, tqdm(total=num_steps, initial=state.step, **shown) as bar:  # type: ignore[call-overload]
         while True:
             # ---- Save (collective): the last state always ----
             finished = run.is_finished(state)

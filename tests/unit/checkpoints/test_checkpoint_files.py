@@ -30,8 +30,8 @@ from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import read_whole
+from cogvlm_ft.plain_files import sync_tree
 from cogvlm_ft.run_folder import step_name
-from cogvlm_ft.safetensors_io import sync_tree
 from cogvlm_ft.settings import CheckpointConfig
 
 STATE = TrainState(
