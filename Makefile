@@ -45,7 +45,7 @@ test-fast: setup ## the tests that take seconds
 
 soak: setup ## kill a run 50 times and compare it with an undisturbed one; try all fuzz inputs (about 20 minutes)
 	SOAK_KILLS=50 $(BIN)/python -m pytest -s -m "not gpu" tests/soak
-	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz tests/unit/shards/test_staging.py
+	COGVLM_FUZZ_SCALE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/fuzz tests/unit/shards/test_staging.py tests/distributed/test_presets.py
 
 slurm: ## install the packages for the Slurm tests (Debian or Ubuntu, as root)
 	@for program in slurmctld slurmd sbatch munged ip pdsh; do command -v $$program >/dev/null || missing=yes; done; \

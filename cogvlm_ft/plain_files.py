@@ -51,7 +51,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
             raise OSError(errno.EFBIG, f"found {num_bytes} bytes; expected at most {max_bytes}", str(path))
-        return file.read(max_bytes + 1)
+        return file.read(num_bytes)  # not more: a buffer of that size would be allocated
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:

@@ -8,13 +8,16 @@ Each rank trains a step, evaluates and trains again. OUT/WORLD_SIZE-RANK.txt lis
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,7 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.evaluate.evaluate import evaluate
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.runtime import distributed
 from cogvlm_ft.runtime.distributed import init_distributed
 from cogvlm_ft.train.step import train_step
 
@@ -38,8 +42,11 @@ RECORDED = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatte
 
 
 @contextmanager
-def recorded() -> Iterator[list[str]]:
-    """Collect the name and the sizes of every collective, in order; pickled objects count by their name only."""
+def recorded(number: int, sent: list[Any]) -> Iterator[list[str]]:
+    """Collect the name and the sizes of every collective, in order; pickled objects count by their name only.
+
+    sent: what rank 0 broadcasts is added to it, and other ranks receive it from there.
+    """
     calls: list[str] = []
     originals = {name: getattr(dist, name) for name in (*RECORDED, "gather_object", "broadcast_object_list")}
 
@@ -56,6 +63,13 @@ def recorded() -> Iterator[list[str]]:
         if gathered is not None:
             gathered[:] = [value] * len(gathered)
 
+    def broadcast_object_list(box: list[Any], **_: Any) -> None:
+        calls.append("broadcast_object_list")
+        if number == 0:
+            sent.append(copy.deepcopy(box[0]))
+        else:
+            box[0] = sent.pop(0)
+
     def same_on_all_ranks(numbers: list[int]) -> None:
         calls.append(f"order of modules {numbers}")
 
@@ -64,7 +78,7 @@ def recorded() -> Iterator[list[str]]:
     dist.gather_object = gather_object
     # It compares with what rank 0 broadcasts, which nothing answers here.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = same_on_all_ranks
-    dist.broadcast_object_list = lambda *_, **__: calls.append("broadcast_object_list")
+    dist.broadcast_object_list = broadcast_object_list
     try:
         yield calls
     finally:
@@ -80,7 +94,9 @@ def be_rank(number: int, num_ranks: int, model: str, shards: str, out: Path) -> 
     settings = [f"model.path={model}", f"data.shards={shards}", f"output_dir={out}", f"deepspeed={out}/zero.json"]
     settings += [f"train.global_batch_size={num_ranks}", "train.micro_batch_size=1", "evaluate.max_new_tokens=2"]
     config = load_config(None, [*settings, "evaluate.batch_size=2", "evaluate.gather=layerwise"])
-    with recorded() as calls:
+    broadcasts = out / f"{num_ranks}-broadcasts.pickle"  # of rank 0, which comes first
+    sent = pickle.loads(broadcasts.read_bytes()) if number else []
+    with recorded(number, sent) as calls, patch.object(distributed, "share_cores"):  # a fake group gathers nothing
         init_distributed()  # DeepSpeed looks torch's functions up here
         engine, tokenizer = build_model_engine(config)
         for parameter in engine.module.parameters():
@@ -93,6 +109,8 @@ def be_rank(number: int, num_ranks: int, model: str, shards: str, out: Path) -> 
         reader = ShardReader(load_index(shards, "val"))
         evaluate(engine.module, tokenizer, reader, load_wording("box"), config.evaluate, seed=0)
         train_step(engine, [batch], lr=0.0, seed=0, step=1)
+    if number == 0:
+        broadcasts.write_bytes(pickle.dumps(sent))
     return calls
 
 

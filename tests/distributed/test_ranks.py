@@ -64,7 +64,7 @@ def test_a_forked_program_sees_what_it_was_given(
         ("import os; os.abort()", -signal.SIGABRT),
         ("import os; os._exit(3)", 3),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT); signal.pause()", -signal.SIGINT),
         ("import atexit; atexit.register(print, 'at exit')", 0),
     ],
 )

@@ -36,7 +36,7 @@ from cogvlm_ft.shards.packing.tar_writing import problem_row, to_json_bytes
 from cogvlm_ft.shards.packing.verify import VERIFY
 from cogvlm_ft.shards.review import annotated_items, review
 
-NUM_READ, NUM_BUILT, NUM_REVIEWED = scaled(120), scaled(30), scaled(10)  # of each sample
+NUM_READ, NUM_BUILT, NUM_REVIEWED = max(30, scaled(120)), scaled(30), scaled(10)  # of each sample
 NUM_DECISIONS = scaled(150)
 SECONDS = 10.0  # of computing, for an input that takes milliseconds
 SAMPLES = {**samples(), **folder_samples()}

@@ -23,7 +23,7 @@ from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.data.transforms import resize_of
-from cogvlm_ft.evaluate.evaluate import _predict
+from cogvlm_ft.evaluate.evaluate import score_turn
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.questions import read_questions
 from cogvlm_ft.grounding.boxes import bins_from_box, boxes_from_bins
@@ -202,7 +202,7 @@ def test_evaluation_reports_and_scores_in_pixels_of_the_photo(tmp_path: Path, re
     assert question.frame.size_px == {"squash": (400, 210), "letterbox": (400, 400)}[resize]
     for number, turn in enumerate(question.turns):
         answer = Answer(turn.answer, (), (), (), None)
-        prediction = _predict(question, number, answer, wording, OURS)
+        prediction = score_turn(question, number, answer, wording, OURS)
         assert prediction.image_size_px == (400, 210) and prediction.score
         if turn.target and turn.target.phrase == "cat":
             assert prediction.truth_boxes_xyxy == [] and prediction.score.said_not_found
