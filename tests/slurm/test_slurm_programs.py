@@ -36,9 +36,10 @@ def test_evaluate(cluster: Cluster, reference: Job, tmp_path: Path) -> None:
 def test_submitted_sweep_with_what_comes_after(cluster: Cluster, sweep_and_after: Future[tuple[Path, str]]) -> None:
     """Check an array of two training jobs, and for each an evaluation and an export."""
     runs, printed = sweep_and_after.result()
-    *_, train, after = printed.splitlines()
+    *_, train, train_job, after, _ = printed.splitlines()
     assert "slurm/train.sbatch" in train and "--array=0-1" in train and "--partition=main" in train
     number = after.partition("aftercorr:")[2].split()[0]
+    assert train_job == f"job {number}"
     log = "\n".join(path.read_text(errors="replace") for path in cluster.checkout.glob(f"slurm-{number}*.log"))
     for task in (0, 1):
         assert cluster.job(f"{number}_{task}")["JobState"] == "COMPLETED", log

@@ -28,7 +28,7 @@ from cogvlm_ft.shards.build import BuildSettings, build
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
