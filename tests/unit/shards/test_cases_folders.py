@@ -83,7 +83,12 @@ def test_18_yaml_in_gbk_is_read(tmp_path: Path, capsys: Any) -> None:
 
 def test_18_yaml_with_tabs_is_an_error_that_says_so(tmp_path: Path, capsys: Any) -> None:
     found = build_case(CASES / "18-yaml-tab/in", tmp_path, capsys)
-    assert found.code == 2 and "line 3, column 1" in found.printed and "not tabs" in found.printed
+    assert (
+        found.code == 2
+        and "data.yaml: not valid YAML" in found.printed
+        and "line 3, column 1" in found.printed
+        and "not tabs" in found.printed
+    )
 
 
 def test_20_new_shapes(tmp_path: Path, capsys: Any) -> None:
