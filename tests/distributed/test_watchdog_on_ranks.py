@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from ranks import Ranks, started
 
+from cogvlm_ft.runtime.watchdog import TICK_S
+
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 PROGRAM = Path(__file__).with_name("hanging.py")
 TIMEOUT_S = 4.0
@@ -32,9 +34,13 @@ def test_a_rank_that_waits_for_a_stopped_one_ends_with_its_stacks(tmp_path: Path
         for text in (stacks, ranks.logs[0].read_text()):
             assert f"made no progress for {TIMEOUT_S:g} s (train.hang_timeout_s) and ends" in text
             assert "all_reduce" in text and "hanging.py" in text and "Current thread" in text
-        ranks.processes[1].send_signal(signal.SIGCONT)  # was away as long: that is not its own fault
+        ranks.processes[1].send_signal(signal.SIGCONT)
+        begun = time.monotonic()
         assert ranks.processes[1].wait(30) != 0  # the other one is gone
-        assert [path.name for path in (tmp_path / "run" / "stacks").iterdir()] == ["rank-00000.txt"]
+        # gloo reports the lost connection or, about once in six times, waits on: then the watchdog ends this rank too,
+        # but the time for which it was stopped counts as two ticks of it.
+        if (tmp_path / "run" / "stacks" / "rank-00001.txt").exists():
+            assert time.monotonic() - begun > TIMEOUT_S - 2 * TICK_S - 0.5
 
 
 def test_slow_steps_a_rank_that_works_alone_and_a_suspended_job_are_not_a_hang(tmp_path: Path) -> None:
