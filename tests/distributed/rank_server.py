@@ -26,19 +26,26 @@ from typing import Any
 
 IMPORTED = (
     "cogvlm_ft.train.loop",
+    "cogvlm_ft.train.start",
+    "cogvlm_ft.jobs.sweep",
     "cogvlm_ft.export.export",
     "cogvlm_ft.planning.preflight",
     "cogvlm_ft.planning.out_of_memory",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.tokenization_llama",
     "deepspeed.ops.adam",
-    "deepspeed.module_inject",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
     "sacrebleu",
     "setuptools",
     "torch.utils.cpp_extension",
 )
 MAX_MESSAGE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1
+ARGV={}
+TEST={}
 
 
 def main() -> None:
@@ -68,7 +75,10 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                     number, pid = running.pop(key.fd)
                     selector.unregister(key.fd)
                     os.close(key.fd)
-                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                    _, st, ru = os.wait4(pid, 0)
+                    code = os.waitstatus_to_exitcode(st)
+                    with open("/tmp/tools/forked2.jsonl", "a") as f:
+                        f.write(json.dumps({"pid": pid, "cpu": ru.ru_utime + ru.ru_stime, "argv": ARGV.get(pid), "test": TEST.get(pid)}) + "\n")
                     control.send(json.dumps({"number": number, "code": code}).encode())
                     continue
                 message = control.recv(MAX_MESSAGE_BYTES)
@@ -82,6 +92,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                     control.close()
                     return request
                 pidfd = os.pidfd_open(pid)
+                ARGV[pid] = request['argv'][:3]; TEST[pid] = request['environment'].get('PYTEST_CURRENT_TEST')
                 running[pidfd] = request["number"], pid
                 selector.register(pidfd, selectors.EVENT_READ)
                 control.send(json.dumps({"number": request["number"], "pid": pid}).encode())
