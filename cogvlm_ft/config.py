@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
     file = None if path is None else find_preset(path, RUN_PRESETS, "--config ")
     merged = OmegaConf.structured(Config)
     if file is not None:
-        merged = _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), f"--config {path}")
-    merged, typed = _merge_arguments(merged, overrides)
+        _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), f"--config {path}")
+    typed = _merge_arguments(merged, overrides)
     if file is not None and is_in_run_folder(file):
         _refuse_resolvers(merged, typed, file)
     return _config_of(merged, typed)
@@ -94,18 +94,18 @@ def load_run_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     Raises ConfigError.
     """
     merged = OmegaConf.structured(Config)
-    merged = _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), str(file))
+    _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), str(file))
     defaults = OmegaConf.structured(Config)
     for key, written in _raw_settings(merged):
         if has_resolver(written):
             OmegaConf.update(merged, key, _as_text(written), merge=False)
             if OmegaConf.select(merged, key, throw_on_resolution_failure=False) is None:  # it is to be a number
                 OmegaConf.update(merged, key, OmegaConf.select(defaults, key), merge=False)
-    return _config_of(*_merge_arguments(merged, overrides))
+    return _config_of(merged, _merge_arguments(merged, overrides))
 
 
-def _merge_arguments(merged: Any, overrides: Sequence[str]) -> tuple[Any, Any]:
-    """Merge `key=value` arguments; return the result, and what they alone say as nested dicts."""
+def _merge_arguments(merged: Any, overrides: Sequence[str]) -> Any:
+    """Merge `key=value` arguments into `merged`; return what they alone say as nested dicts."""
     typed: Any = OmegaConf.create({})
     for override in overrides:
         if "=" not in override:
@@ -113,10 +113,11 @@ def _merge_arguments(merged: Any, overrides: Sequence[str]) -> tuple[Any, Any]:
                 f"{override!r} on the command line: settings are written key=value, such as train.lr=1e-5"
             )
         source = f"command line {override}"
-        argument = _merge(OmegaConf.create({}), lambda override=override: _read_argument(override), source)
-        merged = _merge(merged, lambda argument=argument: argument, source)
-        typed = OmegaConf.merge(typed, argument)
-    return merged, OmegaConf.to_container(typed, resolve=False)
+        argument: Any = OmegaConf.create({})
+        _merge(argument, lambda override=override: _read_argument(override), source)
+        _merge(merged, lambda argument=argument: argument, source)
+        typed.merge_with(argument)
+    return OmegaConf.to_container(typed, resolve=False)
 
 
 def _as_text(written: Any) -> Any:
@@ -172,9 +173,10 @@ def _read_argument(override: str) -> Any:
     return argument
 
 
-def _merge(base: Any, load: Any, source: str) -> Any:
+def _merge(merged: Any, load: Callable[[], Any], source: str) -> None:
+    """Merge what `load` returns into `merged`, in place: a copy of all settings for each argument is slow."""
     try:
-        return OmegaConf.merge(base, load())
+        merged.merge_with(load())
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
