@@ -32,6 +32,9 @@ export COGVLM_REQUIRE_SLURM := 1
 test: slurm
 endif
 
+# Otherwise each worker rewrites and compiles all tests again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # tests/conftest.py decides what a worker takes together and what comes first. Three workers for two cores: many tests
 # wait, for a limit of Slurm or a lost connection.
 WORKERS ?= 3

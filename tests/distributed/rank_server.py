@@ -44,8 +44,6 @@ IMPORTED = (
 )
 MAX_MESSAGE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1
-ARGV={}
-TEST={}
 
 
 def main() -> None:
@@ -75,10 +73,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                     number, pid = running.pop(key.fd)
                     selector.unregister(key.fd)
                     os.close(key.fd)
-                    _, st, ru = os.wait4(pid, 0)
-                    code = os.waitstatus_to_exitcode(st)
-                    with open("/tmp/tools/forked2.jsonl", "a") as f:
-                        f.write(json.dumps({"pid": pid, "cpu": ru.ru_utime + ru.ru_stime, "argv": ARGV.get(pid), "test": TEST.get(pid)}) + "\n")
+                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     control.send(json.dumps({"number": number, "code": code}).encode())
                     continue
                 message = control.recv(MAX_MESSAGE_BYTES)
@@ -92,7 +87,6 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                     control.close()
                     return request
                 pidfd = os.pidfd_open(pid)
-                ARGV[pid] = request['argv'][:3]; TEST[pid] = request['environment'].get('PYTEST_CURRENT_TEST')
                 running[pidfd] = request["number"], pid
                 selector.register(pidfd, selectors.EVENT_READ)
                 control.send(json.dumps({"number": request["number"], "pid": pid}).encode())
