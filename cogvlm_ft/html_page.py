@@ -7,6 +7,7 @@ Shared by all pages: html_page.html, html_page.css and html_page.js beside this 
 from __future__ import annotations
 
 import base64
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ SERVED_POLICY = (
     f" {_NO_NAVIGATION}; frame-ancestors 'none'"
 )
 """The Content-Security-Policy header of a page that is served."""
+
+
+@cache
+def load_page(folder: Path) -> HtmlPage:
+    """Return the page in `folder`; its template is compiled once per process."""
+    return HtmlPage(folder)
 
 
 class HtmlPage:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.html_page import SERVED_POLICY, HtmlPage
+from cogvlm_ft.html_page import SERVED_POLICY, load_page
 from cogvlm_ft.predict.files import answer_questions, question_of, reply_fields
 from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies, split_phrases
 from cogvlm_ft.terminal import say
@@ -144,7 +144,7 @@ def build_app(predictor: Predictor, model: Path, host: str, *, upright: bool) ->
     from starlette.routing import Route
 
     allowed = ["127.0.0.1", "localhost", "[::1]", host] if _is_own_machine(host) else ["*"]
-    page = HtmlPage(Path(__file__).parent)
+    page = load_page(Path(__file__).parent)
     shown = page.render_served(
         model_name=model.resolve().name,
         step=trained_step(model),

@@ -11,7 +11,7 @@ import yaml
 
 from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.evaluate.results import Report, choose_answers
-from cogvlm_ft.html_page import HtmlPage
+from cogvlm_ft.html_page import load_page
 from cogvlm_ft.report.cards import gallery_cards, suspect_cards
 from cogvlm_ft.report.figures import curve_panels, evaluation_panels
 from cogvlm_ft.report.labels import SECTIONS
@@ -55,7 +55,7 @@ def render_page(report: Report, photos: Photos, train_photos: Photos, num_photos
         "about": bool(facts or report.config),
     }
     sections = {name: title for name, title in SECTIONS.items() if present[name]}
-    return HtmlPage(Path(__file__).parent).render_file(sections=sections, max_text=_MAX_TEXT, **values)
+    return load_page(Path(__file__).parent).render_file(sections=sections, max_text=_MAX_TEXT, **values)
 
 
 def _as_yaml(facts: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cogvlm_ft.html_page import HtmlPage
+from cogvlm_ft.html_page import load_page
 from cogvlm_ft.shards.reviewing.pictures import Picture, draw_view
 from cogvlm_ft.shards.reviewing.settings import EXAMPLE_AUGMENT, ReviewSettings
 from cogvlm_ft.shards.reviewing.shots import Shot, Words, draw_shot
@@ -117,7 +117,7 @@ def render_page(survey: Survey, source: str, settings: ReviewSettings) -> str:
     """
     report = survey.report
     frequent = [(_cut(phrase, _MAX_FREQUENT_PHRASE), count) for phrase, count in report["phrases"]["most_frequent"]]
-    return HtmlPage(Path(__file__).parent).render_file(
+    return load_page(Path(__file__).parent).render_file(
         report=report,
         source=source,
         memory=sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:16],

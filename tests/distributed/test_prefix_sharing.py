@@ -18,7 +18,7 @@ from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import load_model
 
 pytestmark = pytest.mark.slow
-NUM_STEPS = 3
+NUM_STEPS = 2
 
 
 def train(shards: Path, start_model: Path, folder: Path, num_sequences: int, *settings: str) -> list[dict]:

@@ -19,7 +19,7 @@ from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Turn
-from cogvlm_ft.html_page import HtmlPage
+from cogvlm_ft.html_page import load_page
 from cogvlm_ft.report.thumbnails import DrawnBox, Thumbnails
 from cogvlm_ft.runtime.watchdog import progress
 
@@ -82,7 +82,7 @@ def render_preview(
     augment = {
         key: value for key, value in vars(dataset.augment).items() if value != getattr(type(dataset.augment), key)
     }
-    return HtmlPage(Path(__file__).parent).render_file(
+    return load_page(Path(__file__).parent).render_file(
         name=name,
         seen=seen,
         num_left_out=thumbnails.num_left_out,
