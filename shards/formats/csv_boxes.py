@@ -5,9 +5,9 @@ a.jpg,1,2,30,20,Where is the dog?
 https://example.org/photos/b.jpg,5,5,9,9,"Which one is red, and round?"
 
 Optional columns: width and height (of the image), language (zh or en). Letter case and order are ignored; other column
-names are in `csv_columns`, also x, y, w, h, and the files of RetinaNet and MakeSense without column names. The last
-part of a URL is the file name. Lines of one image become one sample, in any order; lines with the same phrase become
-one target with several boxes. Separated by comma, semicolon or tab; in UTF-8, GBK or UTF-16.
+names are in `csv_columns`, also x, y, w, h, and the files of RetinaNet, MakeSense and Vertex AI without column names.
+The last part of a URL is the file name. Lines of one image become one sample, in any order; lines with the same phrase
+become one target with several boxes. Separated by comma, semicolon or tab; in UTF-8, GBK or UTF-16.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.csv_columns import CORNERS, EXPECTED, Layout, describe_missing, layout_of
 from cogvlm_ft.shards.formats.csv_text import MAX_LINE_BYTES, class_names, first_line, open_utf8
+from cogvlm_ft.shards.formats.csv_vertex import vertex_cells
 from cogvlm_ft.shards.formats.folders import files_below
 from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
 from cogvlm_ft.shards.formats.rows import groups_of_equal
@@ -52,7 +53,7 @@ class _Row:
 
     source: str
     cells: list[str]
-    defect: str | None
+    defect: Rejected | None
     next_position: int
     next_number: int
 
@@ -158,14 +159,25 @@ def _read_row(file: BinaryIO, name: str, position: int, line_number: int, layout
     try:
         cells = next(csv.reader(lines(), delimiter=layout.delimiter, strict=True), None)
     except csv.Error as error:
-        return _Row(source, [], str(error), ends[0], line_number + 1)
-    return None if cells is None else _Row(source, cells, None, ends[-1], line_number + len(ends))
+        return _Row(source, [], Rejected("target", "bad_line", str(error)), ends[0], line_number + 1)
+    if cells is None:
+        return None
+    row = _Row(source, cells, None, ends[-1], line_number + len(ends))
+    return _in_our_columns(row) if layout.is_vertex and any(cells) else row
+
+
+def _in_our_columns(row: _Row) -> _Row:
+    """Return the row with the cells of Vertex AI in the order of our columns."""
+    try:
+        return replace(row, cells=vertex_cells(row.cells))
+    except Rejected as rejected:
+        return replace(row, cells=[], defect=rejected)
 
 
 def _image(row: _Row, layout: Layout) -> str | None:
     """Return the image path, or None for an empty line."""
     if row.defect:
-        raise Rejected("target", "bad_line", row.defect)
+        raise row.defect
     if not any(cell.strip() for cell in row.cells):
         return None
     check_text(row.cells, "target")
@@ -187,6 +199,7 @@ def _candidate(image: str, rows: list[_Row], source: _Source) -> Candidate:
     boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
     languages: dict[str, str] = {}
     size: tuple[int, int] | None = None
+    splits = {layout.cell(row.cells, "split") for row in rows} - {""}
     for row in rows:
         if not layout.has_head and not any(layout.cell(row.cells, name) for name in ("question", *CORNERS)):
             continue  # an image without objects
@@ -213,9 +226,10 @@ def _candidate(image: str, rows: list[_Row], source: _Source) -> Candidate:
         source=rows[0].source,
         targets=tuple(replace(target, language=languages.get(target.phrase, target.language)) for target in targets),
         stated_size_px=size,
-        units="unit" if layout.has_codes else "pixels",
-        unit_basis="stated" if layout.has_codes else "documented",
+        units="unit" if layout.has_fractions else "pixels",
+        unit_basis="stated" if layout.has_fractions else "documented",
         problems=tuple(problems),
+        split=splits.pop() if len(splits) == 1 else None,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
+from cogvlm_ft.shards.formats.csv_vertex import COLUMNS, is_vertex
 
 CORNERS = ("left", "top", "right", "bottom")
 _CORNER_NAMES = (
@@ -46,6 +47,7 @@ class Layout:
 
     columns: numbers from 0 by our names; num_columns: of every line. has_sizes: right and bottom are width and height.
     has_codes: the phrases are codes of OpenImages, whose boxes are fractions.
+    is_vertex: the cells are those of `vertex_cells`, fractions too.
     """
 
     columns: dict[str, int]
@@ -54,6 +56,12 @@ class Layout:
     has_head: bool = True
     has_sizes: bool = False
     has_codes: bool = False
+    is_vertex: bool = False
+
+    @property
+    def has_fractions(self) -> bool:
+        """Return whether the boxes are fractions of the photo."""
+        return self.has_codes or self.is_vertex
 
     def cell(self, cells: list[str], name: str) -> str:
         """Return the text of a column, empty if the column does not exist."""
@@ -109,10 +117,13 @@ def _named(cells: list[str], delimiter: str) -> Layout | None:
 
 
 def _without_head(delimiter: str, cells: list[str]) -> Layout | None:
-    """Return the layout of RetinaNet's or MakeSense's lines, by where the file and the numbers are."""
-    columns = _WITHOUT_HEAD.get(len(cells))
-    if not columns:
+    """Return the layout of RetinaNet's, MakeSense's or Vertex AI's lines, by where the file and the numbers are."""
+    if is_vertex(cells):
+        columns = {name: number for number, name in enumerate(COLUMNS)}
+        return Layout(columns, len(COLUMNS), delimiter, has_head=False, is_vertex=True)
+    if len(cells) not in _WITHOUT_HEAD:
         return None
+    columns = _WITHOUT_HEAD[len(cells)]
     numbers = [cells[columns[name]] for name in (*CORNERS, "width", "height") if name in columns]
     is_file = cells[columns["image"]].strip().rpartition(".")[2].lower() in IMAGE_EXTENSIONS
     is_empty = len(cells) == 6 and not any(cell.strip() for cell in cells[1:])

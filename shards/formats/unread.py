@@ -101,7 +101,7 @@ _LINES = (
     _Lines("DOTA's rotated boxes", (".txt",), _DOTA_LINE, _DATUMARO.format("dota")),
     _Lines("KITTI's labels", (".txt",), _KITTI_LINE, _DATUMARO.format("kitti")),
     _Lines("MOT's tracks", (".txt",), _MOT_LINE, _DATUMARO.format("mot_seq")),
-    _Lines("Vertex AI's CSV", (".csv",), _VERTEX_LINE, "Write a CSV with a line of column names, see docs/formats.md."),
+    _Lines("Vertex AI's CSV", (".csv",), _VERTEX_LINE, "Pass this file itself as --annotations."),
 )
 _DOTA_HEAD = (b"imagesource", b"gsd")
 

@@ -10,7 +10,6 @@ from heapq import nsmallest
 from typing import NamedTuple
 
 from cogvlm_ft.data.record import box_defect, clip_box
-from cogvlm_ft.shards.packing.decisions import part_ids
 from cogvlm_ft.shards.reviewing.photos import Photo
 from cogvlm_ft.shards.reviewing.readings import boxes_of, in_pixels
 from cogvlm_ft.shards.reviewing.sources import Item
@@ -46,8 +45,7 @@ def measure_photo(position: int, item: Item, photo: Photo) -> Measure:
         if box_defect(box, photo.size_px) is None:
             x0, y0, x1, y1 = clip_box(box, photo.size_px)
             sides.append(math.sqrt((x1 - x0) * (y1 - y0) / (width * height)))
-    part = part_ids(item.candidate).sample
-    return Measure(position, part, len(sides), min(sides, default=0.0), max(sides, default=0.0))
+    return Measure(position, item.ids.sample, len(sides), min(sides, default=0.0), max(sides, default=0.0))
 
 
 class _Rule(NamedTuple):

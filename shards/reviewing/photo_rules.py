@@ -12,7 +12,6 @@ from cogvlm_ft.data.record import box_defect, clip_box
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Box, Target, Turn
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
-from cogvlm_ft.shards.packing.decisions import PartIds, part_ids
 from cogvlm_ft.shards.reviewing.photos import Photo, is_unclear
 from cogvlm_ft.shards.reviewing.readings import Boxes, all_readings, fit, in_pixels, read_as
 from cogvlm_ft.shards.reviewing.sources import Item
@@ -40,7 +39,7 @@ def view_of(item: Item, photo: Photo | None) -> View:
         image=candidate.image,
         source=candidate.source,
         place=item.place,
-        part=part_ids(candidate).sample,
+        part=item.ids.sample,
         units=candidate.units,
         others=_pixels(boxes[:_MAX_OTHERS], candidate, photo),
         upright=photo is not None and photo.upright,
@@ -56,7 +55,7 @@ class _Candidate:
         self.photo = photo if isinstance(photo, Photo) else None
         self.lost = photo if isinstance(photo, Problem) else None
         self.image_size = image_size
-        self.ids: PartIds = part_ids(item.candidate)
+        self.ids = item.ids
         self.view = view_of(item, self.photo)
         self.pixels = [_pixels(target.boxes_xyxy, item.candidate, self.photo) for target in item.candidate.targets]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,10 +60,14 @@ _SCALE_KINDS = {"pixels": "looks_like_pixels", "unit": "looks_normalised", "thou
 _LAYOUT_KINDS = {"xywh": "looks_like_xywh", "yxyx": "axes_swapped", "corners": "looks_like_xyxy"}
 
 
-def all_readings(units: str) -> list[Reading]:
-    """List the original reading, then the simplest changes: of the layout, of the scale, of both."""
-    scales = [units, *(scale for scale in _SCALES if scale != units)]
-    return [Reading(scale, layout) for scale in scales for layout in LAYOUTS]
+@cache
+def all_readings(units: str) -> tuple[Reading, ...]:
+    """Return the original reading, then the simplest changes: of the layout, of the scale, of both."""
+    return tuple(Reading(scale, layout) for scale in _scales_from(units) for layout in LAYOUTS)
+
+
+def _scales_from(units: str) -> list[str]:
+    return [units, *(scale for scale in _SCALES if scale != units)]
 
 
 def boxes_of(candidate: Candidate) -> Boxes:
@@ -90,9 +95,13 @@ def in_pixels(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> Boxes
     return read_as(boxes, Reading(units, "xyxy"), image_size_px)
 
 
-def fits_as(boxes: Boxes, reading: Reading, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return bool[K]: which boxes fit in this reading."""
-    return fit(read_as(boxes, reading, image_size_px), image_size_px)
+def fits_of_all(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return bool[R, K]: which boxes fit in each of `all_readings`."""
+    scales = np.stack([_scale_px(scale, image_size_px) for scale in _scales_from(units)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        laid_out = np.stack([layout(boxes) for layout in LAYOUTS.values()])
+        boxes_px = laid_out[None] * scales[:, None, None]
+    return fit(boxes_px.reshape(-1, 4), image_size_px).reshape(-1, len(boxes))
 
 
 def fit(boxes_px: Boxes, image_size_px: tuple[int, int]) -> NDArray[np.bool_]:
@@ -108,21 +117,23 @@ def count_readings(boxes: Boxes, units: str, image_size_px: tuple[int, int]) -> 
     """Count the boxes that fit in each reading, and the readings that fix everything wrong in this image."""
     tally: Tally = Counter()
     readings = all_readings(units)
-    fits = {reading: fits_as(boxes, reading, image_size_px) for reading in readings}
-    bad = ~fits[readings[0]]
+    fits = fits_of_all(boxes, units, image_size_px)
+    bad = ~fits[0]
+    num_bad = int(bad.sum())
+    num_fit, num_healed = fits.sum(axis=1).tolist(), fits[:, bad].sum(axis=1).tolist()
     tally["boxes", units] = len(boxes)
-    tally["bad", units] = int(bad.sum())
-    for reading, good in fits.items():
-        tally[("fit", units, *reading)] = int(good.sum())
-        tally[("heal", units, *reading)] = int((good & bad).sum())
+    tally["bad", units] = num_bad
+    for reading, good, healed in zip(readings, num_fit, num_healed, strict=True):
+        tally[("fit", units, *reading)] = good
+        tally[("heal", units, *reading)] = healed
     width, height = image_size_px
     if units == "pixels":
         for axis, side, ends in (("x", width, boxes[:, 2]), ("y", height, boxes[:, 3])):
             tally["far", axis] = len(boxes) * (side >= _FAR_PX)
             tally["near 1000", axis] = int(((ends > 900) & (ends <= 1000)).sum())
             tally["beyond 1000", axis] = int((ends > 1000).sum())
-    explains = [reading for reading in readings[1:] if bad.any() and bool(fits[reading][bad].all())]
-    if not bad.any() and units == "pixels" and min(width, height) >= 1000:
+    explains = [reading for reading, healed in zip(readings, num_healed, strict=True) if num_bad and healed == num_bad]
+    if not num_bad and units == "pixels" and min(width, height) >= 1000:
         explains = [Reading("thousandths", "xyxy")]
     return tally, explains
 

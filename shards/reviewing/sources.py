@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.box_units import BoxUnits, UnclearUnitError, survey_units
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.decisions import PartIds, part_ids
 from cogvlm_ft.shards.packing.given_splits import GivenSplits
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.splits import SPLITS
@@ -51,6 +53,11 @@ class Item:
     split: str | None = None
     upright: bool | None = None
     stated_split: str | None = None
+
+    @cached_property
+    def ids(self) -> PartIds:
+        """Return the ids of the candidate and its parts."""
+        return part_ids(self.candidate)
 
 
 def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = "auto") -> Iterator[Item | Problem]:

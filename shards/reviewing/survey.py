@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.packing.candidates import Problem
-from cogvlm_ft.shards.packing.decisions import part_ids
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes
 from cogvlm_ft.shards.packing.workers import die_with_parent
 from cogvlm_ft.shards.reviewing.gallery import Galleries, Measure, measure_photo
@@ -225,7 +224,7 @@ def _photo_row(item: Item, photo: Photo) -> PhotoRow:
         source=candidate.source,
         split=item.split,
         stated_split=item.stated_split,
-        part=part_ids(candidate).sample,
+        part=item.ids.sample,
         place=item.place,
         upright=photo.upright,
         look=photo.look,

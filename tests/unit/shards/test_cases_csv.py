@@ -141,3 +141,47 @@ def test_a_folder_without_such_a_file(tmp_path: Path) -> None:
     assert recognise_csv_boxes(tmp_path) is None
     with pytest.raises(DataError, match=r"no _annotations\.csv"):
         read_all(read_csv_boxes, tmp_path)
+
+
+VERTEX = """TRAINING,gs://b/x/a.jpg,dog,0.1,0.2,,,0.3,0.4,,
+gs://b/x/a.jpg,cat,0.5,0.5,0.7,0.5,0.7,0.9,0.5,0.9
+validation,gs://b/y/a.jpg,dog,.3,.4,,,.1,.2,,
+TEST,gs://b/c.jpg,,,,,,,,,
+UNASSIGNED,gs://b/d.jpg
+"""
+
+
+def test_vertex(tmp_path: Path) -> None:
+    """Photos of one name in two folders stay apart; two corners are opposite ones in either order."""
+    path = tmp_path / "x.csv"
+    path.write_text(VERTEX)
+    assert recognise_format(path)[0] == "csv"
+    found = read_all(read_csv_boxes, path)
+    assert not found.problems and [part.split for part in found.candidates] == ["train", "val", "test", None]
+    assert found.boxes == {
+        "x/a.jpg": {"dog": ((0.1, 0.2, 0.3, 0.4),), "cat": ((0.5, 0.5, 0.7, 0.9),)},
+        "y/a.jpg": {"dog": ((0.1, 0.2, 0.3, 0.4),)},
+        "c.jpg": {},
+        "d.jpg": {},
+    }
+    assert {part.units for part in found.candidates} == {"unit"}
+    with pytest.raises(DataError, match=r"found Vertex AI's CSV.* Pass this file itself"):
+        recognise_format(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("TRAIN,gs://b/a.jpg,dog,0.1,0.2,0.3,0.4,,,,", "ambiguous_box"),
+        ("TRAIN,gs://b/a.jpg,dog,0.1,0.2,0.4,0.3,0.3,0.5,0.1,0.4", "ambiguous_box"),
+        ("TRAIN,gs://b/a.jpg,dog,0.1,x,,,0.3,0.4,,", "not_numeric"),
+        ("TRAIN,gs://b/a.jpg,dog", "wrong_number_of_columns"),
+        ("DEV,gs://b/a.jpg,dog,0.1,0.2,,,0.3,0.4,,", "bad_field"),
+        ("TRAIN,gs://b/a.jpg,,0.1,0.2,,,0.3,0.4,,", "empty_phrase"),
+    ],
+)
+def test_vertex_lines_that_are_unclear_are_lost_alone(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"{VERTEX}{line}\n")
+    found = read_all(read_csv_boxes, path)
+    assert [problem.reason for problem in found.problems] == [reason] and len(found.candidates[0].targets) == 2

@@ -43,7 +43,6 @@ FILES: dict[str, tuple[str, Any]] = {
     "V7 Darwin": ("a.json", {"dataset": "x", "annotations": [{"bounding_box": {"x": 1}}]}),
     "VoTT": ("a.json", {"asset": {"name": "a.jpg"}, "regions": []}),
     "Vertex AI's JSON": ("a.jsonl", {"imageGcsUri": "gs://b/a.jpg"}),
-    "Vertex AI's CSV": ("a.csv", "TRAIN,gs://b/a.jpg,dog,0.1,0.2,,,0.3,0.4,,\n"),
     "metadata of a Hugging Face": ("metadata.jsonl", {"file_name": "a.jpg", "objects": {"bbox": []}}),
     "Visual Genome": ("regions.json", [{"id": 1, "regions": [{"region_id": 7, "phrase": "a dog"}]}]),
     "dlib": ("a.xml", "<?xml version='1.0'?><dataset><images><image file='a.jpg'/></images></dataset>"),
