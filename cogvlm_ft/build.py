@@ -39,7 +39,7 @@ from cogvlm_ft.model.loading import (
     whole_assign,
 )
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import device, from_main, is_main, world_size
+from cogvlm_ft.runtime.distributed import computed_by_main, device, is_main, world_size
 from cogvlm_ft.runtime.engine import (
     build_engine,
     build_inference_engine,
@@ -182,7 +182,7 @@ def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> P
     """Return which images are split into several sequences, or None if no image is. Collective."""
     if max_turns is None:
         return None
-    most_turns = from_main(most_turns_of(ShardReader(index), wording) if is_main() else None)
+    most_turns = computed_by_main(lambda: most_turns_of(ShardReader(index), wording))
     parts = split_photos(most_turns, max_turns)
     return parts if len(parts) > len(index) else None
 

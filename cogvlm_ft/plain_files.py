@@ -54,6 +54,12 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         return file.read(num_bytes)  # not more: a buffer of that size would be allocated
 
 
+def read_file(path: str | Path) -> bytes:
+    """Return the content of a regular file of any size, for a user's own files. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the content of a JSON file. Raises OSError or ValueError."""
     return parse_json(read_bytes(path, max_bytes))

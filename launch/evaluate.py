@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import add_settings, build_parser, exit_code
+    from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.settings import PROTOCOLS, Config
@@ -46,19 +46,20 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: Config, args: argparse.Namespace) -> None:
     """Score the split on all ranks and write the results. Collective."""
     check_encoding()
-    from cogvlm_ft.build import build_scored_model
-    from cogvlm_ft.checkpoints.choice import trained_wording
-    from cogvlm_ft.data.reader import open_split
-    from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
-    from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
-    from cogvlm_ft.evaluate.fingerprint import fingerprint
-    from cogvlm_ft.evaluate.output import prepare_output
-    from cogvlm_ft.evaluate.probe import run_probe
-    from cogvlm_ft.grounding.wording import load_wording
-    from cogvlm_ft.planning.preflight import check_scoring
-    from cogvlm_ft.report.report import try_report
-    from cogvlm_ft.runtime.distributed import init_distributed, is_main, shut_down
-    from cogvlm_ft.tracking.provenance import without_passwords
+    with fast_imports():
+        from cogvlm_ft.build import build_scored_model
+        from cogvlm_ft.checkpoints.choice import trained_wording
+        from cogvlm_ft.data.reader import open_split
+        from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
+        from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
+        from cogvlm_ft.evaluate.fingerprint import fingerprint
+        from cogvlm_ft.evaluate.output import prepare_output
+        from cogvlm_ft.evaluate.probe import run_probe
+        from cogvlm_ft.grounding.wording import load_wording
+        from cogvlm_ft.planning.preflight import check_scoring
+        from cogvlm_ft.report.report import try_report
+        from cogvlm_ft.runtime.distributed import computed_by_main, init_distributed, is_main, shut_down
+        from cogvlm_ft.tracking.provenance import without_passwords
 
     init_distributed()
     prepare_output(args.out)
@@ -72,17 +73,18 @@ def run(config: Config, args: argparse.Namespace) -> None:
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
     model, tokenizer = build_scored_model(config, weights)
-    about = {"checkpoint": str(weights), "checkpoint_sha256": fingerprint(weights)} if is_main() else None
+    about = {"checkpoint": str(weights), "checkpoint_sha256": computed_by_main(lambda: fingerprint(weights))}
     result = evaluate(model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)
     result.metrics.update(run_probe(config, model, tokenizer, args.out))
-    if is_main():
+    writes = is_main()
+    shut_down()  # before files are written: no rank waits for one that cannot write
+    if writes:
         save_evaluation(result, args.out)
         save_coco(result.predictions, args.out)
         try_report(args.out, reader)
         say(json.dumps({key: value for key, value in result.metrics.items() if "/" not in key}, indent=2))
         files = "report.html, metrics.json (by size, language, ... too), curves.json, predictions.jsonl, pictures/"
         say(f"in {args.out}/: {files}, {TRUTH_FILE}, {RESULTS_FILE}")
-    shut_down()
 
 
 def choose_weights(config: Config, args: argparse.Namespace) -> Path:

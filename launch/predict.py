@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.grounding.boxes import READINGS
     from cogvlm_ft.settings import DECODINGS, RESIZES
@@ -119,11 +119,12 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
 
 def predict(args: argparse.Namespace) -> int:
     """Answer the questions, or serve the page; return the exit code."""
-    from cogvlm_ft.predict.files import predict_files, read_questions
-    from cogvlm_ft.predict.one_image import answer_image
-    from cogvlm_ft.predict.predictor import Asking, load_predictor
-    from cogvlm_ft.predict.serve import check_installed, serve
-    from cogvlm_ft.predict.writers.write import check_questions, write_predictions
+    with fast_imports():
+        from cogvlm_ft.predict.files import predict_files, read_questions
+        from cogvlm_ft.predict.one_image import answer_image
+        from cogvlm_ft.predict.predictor import Asking, load_predictor
+        from cogvlm_ft.predict.serve import check_installed, serve
+        from cogvlm_ft.predict.writers.write import check_questions, write_predictions
 
     upright = args.exif == "apply"
     if args.batch_size < 1 or (not args.serve and args.image is None):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports
     from cogvlm_ft.config import load_config, load_run_config
     from cogvlm_ft.errors import ConfigError, DataError
     from cogvlm_ft.settings import Config
@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> Path:
     """Write the page and return its path."""
-    from cogvlm_ft.evaluate.results import find_evaluation
-    from cogvlm_ft.report.report import write_report
+    with fast_imports():
+        from cogvlm_ft.evaluate.results import find_evaluation
+        from cogvlm_ft.report.report import write_report
 
     evaluation = find_evaluation(args.folder, args.step)
     config = settings_of_report(args)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports
     from cogvlm_ft.terminal import say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Send, and print where the run is."""
-    from cogvlm_ft.report.wandb_media import note_export, replay
+    with fast_imports():
+        from cogvlm_ft.report.wandb_media import note_export, replay
 
     if args.export is not None:
         sent = note_export(args.run, args.export, args.alias, mode=args.mode)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.data.shard_sets import INDEX_VERSION, read_json_file
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.formats import FORMATS, check_kind, recognise_format
 from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run_first_pass
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS, BoxUnits, UnitSurvey
@@ -178,6 +178,7 @@ def _check_settings(settings: BuildSettings) -> None:
         raise DataError(f"--images {settings.images}: not a folder; expected the folder of the photos")
     if not settings.annotations.exists():
         raise DataError(f"--annotations {settings.annotations}: no such file or folder")
+    check_kind(settings.annotations)
     if settings.val_fraction is not None and not 0 <= settings.val_fraction <= 1:
         raise DataError(f"--val-fraction: {settings.val_fraction}; expected 0 (only train) to 1 (only val)")
     if settings.split not in SPLIT_CHOICES:

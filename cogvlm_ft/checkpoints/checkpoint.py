@@ -29,7 +29,7 @@ from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.plain_files import read_json, replaced_file, sync, sync_open
 from cogvlm_ft.run_folder import step_name
-from cogvlm_ft.runtime.distributed import barrier, from_main, is_main
+from cogvlm_ft.runtime.distributed import computed_by_main, from_main, is_main
 from cogvlm_ft.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -129,11 +129,11 @@ def newest_intact(folder: Path) -> Path | None:
     are corrupt, and OSError, without renaming anything, if one cannot be read at the moment.
     """
     damaged: dict[Path, list[str]] = {}
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir()) if is_main() else None
-    for path in reversed(from_main(found)):
+    found = computed_by_main(lambda: sorted(path for path in folder.glob("step-*") if path.is_dir()))
+    for path in reversed(found):
         problems = find_damage(path) or _misplaced(path)
         if not problems:
-            _set_aside(list(damaged))
+            computed_by_main(lambda: _set_aside(list(damaged)))
             return path
         damaged[path] = problems
         if is_main():
@@ -164,16 +164,13 @@ def _misplaced(checkpoint: Path) -> list[str]:
 
 
 def _set_aside(damaged: list[Path]) -> None:
-    """Rename corrupt checkpoints. Collective."""
-    barrier()
-    if is_main():
-        for path in damaged:
-            kept = path.with_name(f"damaged-{path.name}")
-            if kept.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(kept)
-    barrier()
+    """Rename corrupt checkpoints. Rank 0 only."""
+    for path in damaged:
+        kept = path.with_name(f"damaged-{path.name}")
+        if kept.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(kept)
 
 
 def load_checkpoint(
@@ -187,7 +184,7 @@ def load_checkpoint(
     if problems:
         raise CheckpointError(f"{checkpoint} is corrupt:  {'; '.join(problems)}")
     assign_slices(engine, checkpoint, with_optimizer=with_optimizer)
-    return from_main(read_state(checkpoint) if is_main() else None)
+    return computed_by_main(lambda: read_state(checkpoint))
 
 
 def prune_checkpoints(folder: Path, settings: CheckpointConfig, best_step: int | None) -> None:

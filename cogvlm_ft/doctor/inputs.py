@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from cogvlm_ft.build import build_dataset
 from cogvlm_ft.data.collate import BadSample
@@ -25,7 +28,7 @@ from cogvlm_ft.model.loading import load_weights, parameter_shapes
 from cogvlm_ft.planning.memory import build_on_meta, judge
 from cogvlm_ft.planning.preflight import what_would_fit
 from cogvlm_ft.runtime.distributed import rank, world_size
-from cogvlm_ft.safetensors_io import hash_file
+from cogvlm_ft.safetensors_io import read_chunks
 
 NUM_SAMPLES = {"train": 64, "val": 16}  # random ones, without --all-shards
 MOST_NAMED = 5
@@ -140,11 +143,19 @@ def _problem_of(i: int, reader: ShardReader, dataset: GroundingDataset | None) -
 def _damaged_shards(indexes: dict[str, ShardIndex]) -> list[str]:
     """Return those of this rank's part of the local files whose bytes differ from what was built."""
     paths = [path for index in indexes.values() for path in index.shard_paths if not isinstance(path, RemoteShard)]
+    described = {path: path.with_suffix(".json") for path in paths[rank() :: world_size()]}
+    described = {path: description for path, description in described.items() if description.is_file()}
+    shown = {"desc": "hashing shards", "unit": "B", "unit_scale": True, "leave": False}
+    total = sum(path.stat().st_size for path in described)
     damaged = []
-    for path in paths[rank() :: world_size()]:
-        described = path.with_suffix(".json")
-        if described.is_file() and hash_file(path).sha256 != read_json_file(described).get("sha256"):
-            damaged.append(str(path))
+    with tqdm(total=total, disable=None if rank() == 0 else True, **shown) as bar:  # type: ignore[call-overload]
+        for path, description in described.items():
+            digest = hashlib.sha256()
+            for chunk in read_chunks(path):
+                digest.update(chunk)
+                bar.update(len(chunk))
+            if digest.hexdigest() != read_json_file(description).get("sha256"):
+                damaged.append(str(path))
     return damaged
 
 

@@ -131,7 +131,7 @@ def _shown(reader: ShardReader, answered: Sequence[tuple[int, list[Prediction]]]
     for index, part in answered:
         try:
             yield Shown(part[0].key, reader.read(index).image, part)
-        except (DataError, ServerError) as error:
+        except (OSError, DataError, ServerError) as error:
             logger.warning("an image of the evaluation cannot be drawn: %s", error)
 
 

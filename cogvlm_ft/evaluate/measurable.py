@@ -21,7 +21,7 @@ from cogvlm_ft.grounding.protocols import PROTOCOLS
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model.configuration import CogVLMConfig
-from cogvlm_ft.runtime.distributed import from_main, is_main
+from cogvlm_ft.runtime.distributed import computed_by_main
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import Config
 
@@ -35,7 +35,7 @@ MOST_USEFUL = ("mean_iou", "acc@0.5", "not_found_acc", "text_exact", "chrf")
 def check_monitor(config: Config, reader: ShardReader, model_config: CogVLMConfig) -> None:
     """Raise ConfigError if the validation images cannot produce `train.monitor`. Collective: rank 0 reads records."""
     wording = load_wording(config.data.wording)
-    problem = from_main(monitor_problem(config, reader, wording, model_config) if is_main() else None)
+    problem = computed_by_main(lambda: monitor_problem(config, reader, wording, model_config))
     if problem:
         raise ConfigError(problem)
 

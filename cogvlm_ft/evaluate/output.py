@@ -7,12 +7,12 @@ from pathlib import Path
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE, PREDICTIONS_FILE
-from cogvlm_ft.runtime.distributed import from_main, is_main
+from cogvlm_ft.runtime.distributed import computed_by_main
 
 
 def prepare_output(folder: Path) -> None:
     """Create the folder and try writing there. Collective: rank 0 tries. Raises ConfigError on all ranks."""
-    problem = from_main(_problem_of(folder) if is_main() else None)
+    problem = computed_by_main(lambda: _problem_of(folder))
     if problem:
         raise ConfigError(problem)
 

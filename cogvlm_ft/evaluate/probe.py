@@ -190,11 +190,14 @@ def _write(path: Path, questions: Sequence[ProbeQuestion], answers: Sequence[str
 
 def _read(path: Path, questions: Sequence[ProbeQuestion]) -> list[str] | None:
     """Read the answers; None if there are none to exactly these questions."""
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         rows = [parse_json(line) for line in read_bytes(path).decode("utf-8").splitlines()]
         same = [(row["image"], row["prompt"]) for row in rows] == [(each.image.name, each.prompt) for each in questions]
         return [str(row["answer"]) for row in rows] if same else None
+    except OSError as error:
+        logger.warning("evaluate.probe: the answers of the untouched model cannot be read: %s", error)
+        return None
     except (ValueError, KeyError, TypeError):
         return None

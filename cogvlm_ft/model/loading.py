@@ -29,6 +29,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 POSITION_TABLE = "model.vision.patch_embedding.position_embedding.weight"
 MAX_FILE_BYTES = 5 * 2**30
+MAX_CONFIG_BYTES = 2**24
 READ_ELEMENTS = 2**22  # at a time: 16 MiB of fp32
 
 # Read slices of the first dimension: fetch(start, stop) -> float[stop - start, ...]
@@ -60,7 +61,12 @@ def load_config(folder: str | Path, image_size: int | None = None, resize: str |
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json found; expected a model folder")
-    config = CogVLMConfig.from_pretrained(folder)
+    try:
+        read_json(folder / "config.json", MAX_CONFIG_BYTES)
+        config = CogVLMConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        expected = "expected JSON as the published model folder has it. Download it again"
+        raise CheckpointError(f"{folder / 'config.json'}: {error}; {expected}") from None
     if image_size is not None and image_size != config.image_size:
         try:
             config = config.at_image_size(image_size)

@@ -6,13 +6,14 @@ Works under deepspeed, torchrun, srun and plain python.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,15 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import, and warns without it
 import deepspeed
 
-from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.errors import CheckpointError, ConfigError, DataError, ServerError
 from cogvlm_ft.runtime.cores import THREADS_VARIABLE, is_set_by_launcher, node_id, threads_of
 from cogvlm_ft.runtime.gloo_threads import wait_until_at_rest
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
 from cogvlm_ft.runtime.ports import free_port
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Launchers set the same three numbers under different names; the first launcher whose names are set is used.
 LAUNCHERS = {
@@ -267,3 +270,32 @@ def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     on_gpu = device().type == "cuda" and dist.get_backend(group) == "nccl"
     dist.broadcast_object_list(box, group=group, device=device() if on_gpu else None)
     return box[0]
+
+
+@contextlib.contextmanager
+def shared_errors_of_main() -> Iterator[None]:
+    """Raise on every rank what rank 0 raises in the block, which only rank 0 executes. Collective.
+
+    Applies to files that cannot be read or written, and to a user's mistake found there: with the error on rank 0
+    alone, the others would wait for it in the next collective.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except (OSError, ConfigError, DataError, CheckpointError, ServerError) as error:
+        if not is_main():
+            raise
+        problem = error
+    problem = from_main(problem)
+    if problem is not None:
+        raise problem
+
+
+def computed_by_main(compute: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 computes, or raise its error. Collective."""
+    value: Any = None
+    with shared_errors_of_main():
+        if is_main():
+            value = compute()
+    result: T = from_main(value)
+    return result

@@ -27,10 +27,11 @@ from cogvlm_ft.report.report import try_report
 from cogvlm_ft.report.wandb_media import save_pictures, show_evaluation
 from cogvlm_ft.runtime.distributed import (
     any_ranks,
-    barrier,
+    computed_by_main,
     from_main,
     is_main,
     release_unused_memory,
+    shared_errors_of_main,
     world_size,
 )
 from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
@@ -56,7 +57,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
         with failures_as_warnings("settings (config.yaml)"):
             run.save_settings()
         try_preview(run, state.samples_consumed)
-    tracker = start_tracking(run, state)
+    with shared_errors_of_main():
+        tracker = start_tracking(run, state)
     state = dataclasses.replace(state, wandb_run_id=from_main(tracker.run_id if tracker else None))
     log = StepLog(run, state, tracker)
     saved, num_steps = state, run.last_step(state)
@@ -111,9 +113,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
     Raises ConfigError if there are checkpoints but `resume` is off, CheckpointError if they belong to other data.
     """
     folder = run.folder.checkpoints
-    if is_main():
-        remove_leftovers(folder)
-    barrier()
+    computed_by_main(lambda: remove_leftovers(folder))
     fresh = TrainState(config_sha256=config_sha256(run.config), data_sha256=run.dataset.reader.index.data_sha256)
     newest = newest_intact(folder)
     if newest is None:
@@ -123,8 +123,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
             f"{folder}: checkpoints of an earlier run; expected resume=true to continue, or another output_dir"
         )
     state = load_checkpoint(run.engine, newest, is_checked=True)
-    if is_main():
-        discard_later_evaluations(folder, state.step)
+    computed_by_main(lambda: discard_later_evaluations(folder, state.step))
     if state.data_sha256 != fresh.data_sha256:
         raise CheckpointError(
             f"{newest} was trained on other shards than data.shards holds now, or "

@@ -61,9 +61,17 @@ FORMATS: dict[str, Format] = {
 """By the value of --format."""
 
 
+def check_kind(annotations: Path) -> None:
+    """Raise DataError for a path that may never end, or block."""
+    if annotations.exists() and not annotations.is_file() and not annotations.is_dir():
+        found = "found a named pipe, device or socket; expected a regular file or a folder"
+        raise DataError(f"--annotations {annotations}: {found}. Save its content to a file first")
+
+
 def recognise_format(annotations: Path) -> tuple[str, str]:
     """Return (name of the format, what was recognised). Raises DataError unless exactly one format fits."""
     try:
+        check_kind(annotations)
         seen = {name: format.recognise(annotations) for name, format in FORMATS.items()}
         fits = [(name, what) for name, what in seen.items() if what is not None]
         if len(fits) == 1:

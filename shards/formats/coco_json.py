@@ -12,6 +12,7 @@ import numpy as np
 from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.plain_files import read_file
 from cogvlm_ft.shards.packing.candidates import four_numbers
 
 _LISTS = ("images", "annotations", "categories")
@@ -59,7 +60,7 @@ class ById(Generic[Value]):
 def load_coco(path: Path) -> dict[str, Any]:
     """Load the object; each outline is replaced by the box around it where there is no bbox. Raises DataError."""
     try:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+        text = read_file(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
         content = json.loads(text, object_hook=_without_outline)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; expected COCO instances JSON") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.plain_files import open_regular, read_file
 from cogvlm_ft.shards.formats.encodings import decode_text
 from cogvlm_ft.shards.packing.candidates import Problem, Rejected
 
@@ -37,7 +38,7 @@ def open_utf8(path: Path, stack: ExitStack) -> tuple[BinaryIO, tuple[Problem, ..
 
     Raises DataError if it is in none.
     """
-    file: BinaryIO = stack.enter_context(path.open("rb"))
+    file: BinaryIO = stack.enter_context(open_regular(path))
     notes: tuple[Problem, ...] = ()
     if _may_be_other(file):
         file.seek(0)
@@ -58,7 +59,7 @@ def class_names(folder: Path) -> dict[str, str]:
     """Return the names of OpenImages' codes from the files of descriptions in the folder. Raises DataError."""
     names: dict[str, str] = {}
     for path in sorted(folder.glob("*class-descriptions*.csv")):
-        text = path.read_bytes().decode("utf-8-sig", "replace")
+        text = read_file(path).decode("utf-8-sig", "replace") if path.is_file() else ""
         rows = csv.reader(text.splitlines())
         names.update((row[0], row[1]) for row in rows if len(row) == 2 and row[1].strip())
     if not names:

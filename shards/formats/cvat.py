@@ -22,6 +22,7 @@ from xml.parsers import expat
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.plain_files import open_regular
 from cogvlm_ft.shards.formats.folders import files_below
 from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, once_per_photo, read_files
 from cogvlm_ft.shards.formats.rows import read_head, stated_size
@@ -196,7 +197,7 @@ def _read_file(path: Path, folder: str, images: Path) -> Iterator[Candidate | Pr
 def _entries(path: Path) -> Iterator[_Entry | Problem]:
     parser = _Parser(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while True:
                 data = file.read(_CHUNK_BYTES)
                 try:

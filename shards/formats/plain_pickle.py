@@ -9,14 +9,18 @@ from __future__ import annotations
 import codecs
 import pickle  # the only module that may: see _check_instructions
 import pickletools
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.plain_files import read_bytes
 
 MAX_BYTES = 2**29
+MAX_MEMORY_BYTES = 2**30
+"""Of the values and of what checks them. RefCOCO's files need about a third."""
 MAX_DEPTH = 20
 _MAX_NUMBER_BITS = 128
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
@@ -27,6 +31,9 @@ _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FL
 _LISTS = {"EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 _DICTS = {"EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
 _OTHERS = {"NONE", "NEWTRUE", "NEWFALSE", "MARK", "POP", "POP_MARK", "DUP", "PROTO", "FRAME", "STOP"}
+_INSTRUCTION_BYTES, _CONTAINER_BYTES, _GROWTH_BYTES = 64, 64, 120  # a place in the stack and in a container
+_CONTAINERS = (_LISTS | _DICTS) - {"APPEND", "APPENDS", "SETITEM", "SETITEMS"}
+_GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "DICT"}
 _ALLOWED = _TEXTS | _PUTS | _GETS | _NUMBERS | _LISTS | _DICTS | _OTHERS
 
 
@@ -54,7 +61,7 @@ def load_plain_pickle(path: Path) -> Any:
         num_bytes = path.stat().st_size
         if num_bytes > MAX_BYTES:
             raise _RefusedError(f"{num_bytes} bytes; expected at most {MAX_BYTES}")
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_BYTES)
         num_steps = _check_instructions(data)
         value = _PlainUnpickler(BytesIO(data), encoding="utf-8", errors=f"{__name__}.latin-1").load()
         _check_extent(value, num_steps)
@@ -93,15 +100,19 @@ def _instructions(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
 def _check_instructions(data: bytes) -> int:
     """Return the number of instructions; raises ValueError if it is not safe to execute them.
 
-    Besides the list of instructions, three things are checked that would exhaust memory, time or the C stack: large
-    memo positions (the memo is an array), large numbers, and dict keys that are not strings (hashing deep tuples
-    recurses, and numbers can be chosen to collide). For the keys the stack is followed: True is a string, None a mark.
+    Besides the list of instructions, four things are checked that would exhaust memory, time or the C stack: the bytes
+    of all values, large memo positions (the memo is an array), large numbers, and dict keys that are not strings
+    (hashing deep tuples recurses, and numbers can be chosen to collide). For the keys the stack is followed: True is a
+    string, None a mark.
     """
     stack: list[bool | None] = []
     memo: dict[int, bool] = {}
-    num_steps = 0
+    num_steps = num_bytes = 0
     for opcode, argument in _instructions(data):
         num_steps += 1
+        num_bytes += _most_bytes(opcode.name, argument)
+        if num_bytes > MAX_MEMORY_BYTES:
+            raise _RefusedError(f"its values need more than {MAX_MEMORY_BYTES} bytes of memory")
         if opcode.name in _PUTS:
             position = len(memo) if argument is None else argument
             if not 0 <= position <= num_steps:
@@ -119,6 +130,18 @@ def _check_instructions(data: bytes) -> int:
             pushed = None if opcode.name == "MARK" else opcode.name in _TEXTS
             stack += [pushed] * len(opcode.stack_after)
     return num_steps
+
+
+def _most_bytes(name: str, argument: Any) -> int:
+    """Return the most memory that an instruction takes, here and in the reader."""
+    num_bytes = _INSTRUCTION_BYTES
+    if name in _TEXTS:  # a character of a byte string may become one of four bytes
+        num_bytes += 4 * len(argument) if name in _BYTE_STRINGS else sys.getsizeof(argument)
+    elif name in _CONTAINERS:
+        num_bytes += _CONTAINER_BYTES
+    elif name in _PUTS:
+        num_bytes += _GROWTH_BYTES  # of the memo
+    return num_bytes + (_GROWTH_BYTES if name in _GROWING else 0)
 
 
 def _pop_arguments(opcode: pickletools.OpcodeInfo, stack: list[bool | None]) -> list[bool]:

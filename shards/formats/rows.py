@@ -15,6 +15,7 @@ import numpy as np
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target
+from cogvlm_ft.plain_files import open_regular, read_file
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, check_text, require, shown
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -90,7 +91,7 @@ def rows_by_image(
         raise DataError(f"{path} is a folder; expected a file: {expected}")
     hashes, positions, numbers = array("Q"), array("Q"), array("Q")
     num_bad, num_alone, first = 0, 0, ""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         rows = _Rows(file, path.name, _load_array(path) if arrays else None)
         for place in rows:
             try:
@@ -167,7 +168,7 @@ def _unit(candidate: Candidate) -> str:
 def load_json(path: Path, expected: str) -> Any:
     """Load a JSON file; raises DataError. Bytes that are not valid UTF-8 are kept for `check_text` to report."""
     try:
-        return json.loads(path.read_bytes().removeprefix(_BOM).decode("utf-8", "surrogateescape"))
+        return json.loads(read_file(path).removeprefix(_BOM).decode("utf-8", "surrogateescape"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; expected {expected}") from None
     except (ValueError, RecursionError) as error:
@@ -214,7 +215,7 @@ def read_head(path: Path, num_bytes: int) -> bytes:
     """Return the first bytes of a file without byte order mark and blanks; empty for a folder."""
     if not path.is_file():
         return b""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(num_bytes).removeprefix(_BOM).lstrip()
 
 

@@ -1,6 +1,8 @@
 """Train in three attempts with other batch sizes; in the last, the model folder vanishes and files cannot be written.
 
-Usage: saving_rules.py MODEL OUT SETTING...      model.path is OUT/model; prints a JSON line per attempt
+Before them, the server of the shards goes away during a run in OUT/outage: from the moment that OUT/away exists.
+
+Usage: saving_rules.py MODEL OUT URL SETTING...      model.path is OUT/model; prints a JSON line per attempt
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from deepspeed.runtime.zero import parameter_offload
 from torch.distributed import distributed_c10d
 
 from cogvlm_ft.config import load_config
-from cogvlm_ft.runtime.distributed import barrier, init_distributed, is_main, leave_hangs_to_watchdog, shut_down
+from cogvlm_ft.errors import ServerError
+from cogvlm_ft.runtime.distributed import (
+    barrier,
+    computed_by_main,
+    gather_to_main,
+    init_distributed,
+    is_main,
+    leave_hangs_to_watchdog,
+    shut_down,
+)
 from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.tracking import metrics_log
 from cogvlm_ft.train import loop
@@ -44,8 +55,35 @@ def fill_disk() -> None:
     loop.save_evaluation = save_evaluation
 
 
+def lose_server(out: Path, settings: list[str]) -> None:
+    """Train until the server has been away for longer than data.retry_s; print what every rank says of it."""
+    own = [f"output_dir={out / 'outage'}", "data.retry_s=0.2", "train.global_batch_size=4", "train.epochs=4"]
+    run = build_checked_run(load_config(None, [*settings, *own]))
+    real, errors = loop.train_step, []
+
+    def train_step(*values: Any, **options: Any) -> Any:
+        if options["step"] == 2 and is_main():
+            (out / "away").touch()
+        return real(*values, **options)
+
+    loop.train_step = train_step
+    try:
+        loop.train(run, StopRequest())
+    except ServerError as error:
+        errors.append(str(error))
+    loop.train_step = real
+    try:  # what rank 0 alone cannot read
+        computed_by_main(lambda: (out / "absent").read_bytes())
+    except FileNotFoundError as error:
+        errors.append(str(error))
+    everywhere = gather_to_main(errors)
+    if everywhere is not None:
+        print(json.dumps({"errors": everywhere}), flush=True)
+    run.engine.destroy()
+
+
 def main() -> None:
-    model, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    model, out, url, settings = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
     init_distributed()
     logging.basicConfig(level=logging.WARNING)
     leave_hangs_to_watchdog()
@@ -54,6 +92,7 @@ def main() -> None:
         shutil.copytree(model, out / "model")
         (out / "hpz.json").write_text(json.dumps(hpz))
     barrier()
+    lose_server(out, [*settings, f"data.shards={url}"])
     for batch_size, max_steps in ATTEMPTS:
         own = [f"train.global_batch_size={batch_size}", f"train.max_steps={'null' if max_steps is None else max_steps}"]
         own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from ranks import read_metrics, run
 from reference import NUM_SAMPLES
+from servers import Server, serve
 from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
@@ -18,14 +20,46 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("saving_rules.py")
 
 
+class ServerThatLeaves(Server):
+    """Answers 503 once a file exists."""
+
+    def __init__(self, folder: Path, away: Path) -> None:
+        self.away = away
+        super().__init__(folder)
+
+    @property
+    def failures(self) -> int:
+        return int(self.away.exists())
+
+    @failures.setter
+    def failures(self, number: int) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
 def attempts(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the run folder and the output of the first rank."""
     out = tmp_path_factory.mktemp("attempts")
     changes = ["train.epochs=2", "train.log_every=1", "evaluate.before_training=false", "evaluate.max_samples=2"]
     settings = run_settings(shards, out / "model", out / "run", *changes)
-    output = run([PROGRAM, start_model, out, *settings], 2, out / "logs")
+    with serve(ServerThatLeaves(shards, out / "away")) as server:
+        output = run([PROGRAM, start_model, out, server.url, *settings], 2, out / "logs")
     return out / "run", output.split("--- rank 1")[0]
+
+
+def test_an_outage_longer_than_retry_s_saves_and_ends_all_ranks(attempts: tuple[Path, str]) -> None:
+    folder, output = attempts
+    [found] = [json.loads(line)["errors"] for line in output.splitlines() if line.startswith('{"errors"')]
+    assert found[0] == found[1]
+    outage, absent = found[0]
+    assert re.match(
+        r"http://.*/train-\d+\.tar: HTTP 503; gave up after \d+ attempts? in \d s\. Start again when", outage
+    )
+    assert absent.endswith("absent'")
+    last = read_state(list_checkpoints(folder.with_name("outage") / "checkpoints")[-1])
+    rows = [row["step"] for row in read_metrics(folder.with_name("outage"), "train")]
+    assert last.step >= 3 and rows == list(range(1, last.step + 1))
+    assert last.samples_consumed == 4 * last.step < 4 * NUM_SAMPLES
 
 
 def test_other_batch_sizes_end_at_exactly_the_last_epoch(attempts: tuple[Path, str]) -> None:

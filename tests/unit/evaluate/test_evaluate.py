@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,23 @@ def test_saved_files(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shard
     for picture in pictures:
         with Image.open(picture) as image:
             assert min(image.size) >= 56
+
+
+def test_an_image_that_cannot_be_read_again_is_only_not_drawn(
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is read on rank 0 alone, while the others wait."""
+
+    class Failing(ShardReader):
+        def read(self, index: int) -> Any:
+            if any(frame.name == "_shown" for frame in traceback.extract_stack()) and index == 0:
+                raise OSError(5, "Input/output error", "val-0.tar")
+            return super().read(index)
+
+    reader = Failing(load_index(shards, "val"))
+    found = evaluate(model, tokenizer, reader, load_wording("box"), replace(SETTINGS, max_samples=3), seed=SEED)
+    assert found.metrics["num_images"] == 3 and len(found.shown) == 1
+    assert "an image of the evaluation cannot be drawn: [Errno 5] Input/output error: 'val-0.tar'" in caplog.text
 
 
 def test_results_say_what_was_asked_and_how(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, shards: Path) -> None:

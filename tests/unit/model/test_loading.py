@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cogvlm_ft.model.loading import (
     POSITION_TABLE,
     READ_ELEMENTS,
     SINGLE_FILE,
+    load_config,
     load_weights,
     open_tensors,
     parameter_shapes,
@@ -59,6 +61,20 @@ def test_parts_of_stored_tensors_are_those_of_the_whole(tmp_path: Path) -> None:
             assert torch.equal(read_whole(found[name], torch.float32), tensor.to(dtype).float())
             for start, stop in ((0, 1), (3, 11), (len(flat) - 2, len(flat)), (5, 5), (0, len(flat))):
                 assert torch.equal(found[name].read(start, stop), flat[start:stop]), (name, start, stop)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(b'{"a":' * 10**5, "nested too deeply"), (b"{", "Expecting property name"), (b"\xff", "can't decode byte 0xff")],
+)
+def test_a_config_that_cannot_be_read_is_one_clear_error(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{found}.*; expected JSON .*Download it again"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"no config\.json found"):
+        load_config(tmp_path)
 
 
 def test_one_error_lists_all_problems_of_all_files(tiny_model: CogVLMForCausalLM, sharded: Path) -> None:

@@ -173,24 +173,42 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(photos: Path, tmp_path:
 
 
 def test_a_build_killed_while_it_reads_the_annotations(photos: Path, tmp_path: Path) -> None:
-    """A pipe holds it there: its second half never comes."""
-    annotations, out = tmp_path / "x.jsonl", tmp_path / "out"
-    os.mkfifo(annotations)
+    """It sleeps in its second row."""
+    annotations, out = write_lines(tmp_path / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"]), tmp_path / "out"
     arguments = ["--format", "jsonl", "--images", str(photos), "--annotations", str(annotations), "--out", str(out)]
-    code = f"import sys; from cogvlm_ft.shards.build import main; sys.exit(main({arguments!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    with annotations.open("w") as pipe:  # waits for the other side
-        pipe.write(json.dumps(dog("a.jpg")) + "\n")
-        pipe.flush()
-        assert (out / ".staging.sqlite").exists()
+    code = f"""
+import sys, time
+from cogvlm_ft.shards.build import main
+from cogvlm_ft.shards.formats import rows
+real = rows.parse_object
+def parse_object(data):
+    if b"b.jpg" in data:
+        print("second row", flush=True)
+        time.sleep(600)
+    return real(data)
+rows.parse_object = parse_object
+sys.exit(main({arguments!r}))"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout and process.stdout.readline() == b"second row\n"
         process.kill()
-        process.wait()
     assert [path.name for path in out.iterdir()] == [".staging.sqlite"]
-    annotations.unlink()
-    write_lines(annotations, [dog(f"{name}.jpg") for name in "abcde"])
     assert main(arguments) == 0
     assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
     assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["jsonl", "coco", "csv", "cvat", "auto"])
+def test_annotations_that_are_no_file_end_at_once(
+    name: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        arguments = ["--format", name, "--images", str(photos), "--annotations", str(path)]
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"--annotations {path}: found a named pipe, device or socket; expected" in error
+        assert "Save its content to a file first" in error
 
 
 def test_damaged_and_missing_shards_are_written_again(photos: Path, tmp_path: Path) -> None:

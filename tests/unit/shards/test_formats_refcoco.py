@@ -12,6 +12,7 @@ import pickle
 import random
 import struct
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.shards.formats import plain_pickle
 from cogvlm_ft.shards.formats.plain_pickle import load_plain_pickle
 from cogvlm_ft.shards.formats.refcoco import read_refcoco, recognise_refcoco
 
@@ -297,6 +299,23 @@ def test_pickles_that_are_evil_endless_or_broken(tmp_path: Path, monkeypatch: An
     with pytest.raises(DataError, match=words):
         read_all(read_refcoco, write(tmp_path, data))
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("part", [b"N", b"]", b"}", b"(l", b")", b"K\1", b"X\4\0\0\0\xf0\x9f\x90\xb6", b"U\1\xe9"])
+def test_memory_is_bounded_however_small_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: bytes
+) -> None:
+    """The estimate is above what the values and the check of them really take."""
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(b"(" + part * 20_000 + b"l.")
+    monkeypatch.setattr(plain_pickle, "MAX_MEMORY_BYTES", 2**30)
+    tracemalloc.start()
+    assert len(plain_pickle.load_plain_pickle(path)) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    monkeypatch.setattr(plain_pickle, "MAX_MEMORY_BYTES", peak)
+    with pytest.raises(DataError, match="need more than"):
+        plain_pickle.load_plain_pickle(path)
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
