@@ -45,7 +45,7 @@ from cogvlm_ft.shards.packing.photo_headers import PhotoHeaders
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 from cogvlm_ft.shards.packing.source_photos import GroupBy
-from cogvlm_ft.shards.packing.split_plan import DEFAULT_VAL_FRACTION, SplitRules
+from cogvlm_ft.shards.packing.split_plan import DEFAULT_VAL_FRACTION, SplitRules, advice_on_splits
 from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan
 from cogvlm_ft.shards.packing.staging import StagingDatabase
 from cogvlm_ft.shards.packing.summary import summarize
@@ -227,7 +227,8 @@ def _refuse_other_settings(out: Path, found: dict[str, Any], signature: dict[str
     other = [name for name in signature if found.get(name) != signature[name]]
     if other:
         changes = "; ".join(f"{name}: found {found.get(name)!r}; expected {signature[name]!r}" for name in other)
-        raise DataError(f"{out}: built with other settings: {changes}. Choose another --out, or add --overwrite.")
+        advice = advice_on_splits(found, signature) or "Choose another --out, or add --overwrite."
+        raise DataError(f"{out}: built with other settings: {changes}. {advice}")
 
 
 def _begin(out: Path, signature: dict[str, Any], found: dict[str, Any] | None) -> None:

@@ -111,6 +111,20 @@ class Moved:
     copy: str
 
 
+def advice_on_splits(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what to do if stated splits are kept that an earlier build of the folder did not know; else empty.
+
+    earlier, now: the contents of build.json.
+    """
+    kept_now = "split" not in earlier if "splitting" not in now else now["splitting"]["kept"]
+    if not kept_now or (earlier.get("splitting") or {}).get("kept"):
+        return ""
+    return (
+        "Splits that the files state are kept now; the earlier build split at random. Choose another --out for"
+        " them, or add --overwrite; with --split random the photos are split at random as before."
+    )
+
+
 class SplitPlan:
     """Splits photos in the database of a build, whose candidates are all staged."""
 

@@ -16,6 +16,7 @@ def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
         counts = f"{split['num_samples']:>10}{split['num_targets']:>10}{split['num_boxes']:>10}"
         lines.append(f"{name:<8}{len(split['shards']):>8}{counts}{split['num_absent']:>8}{split['num_turns']:>8}")
     lines += _splitting(index["build"])
+    lines += _empty_splits(index["splits"])
     if "negatives" in index:
         lines += _negatives(index["negatives"])
     lines += _by_reason("rejected", index["rejected"], files.rejected.examples)
@@ -54,6 +55,20 @@ def _splitting(build: dict[str, Any]) -> list[str]:
     if found["num_unmatched"]:
         lines.append(f"  {found['num_unmatched']} photos do not match --group-by; they are grouped by photo")
     return lines
+
+
+def _empty_splits(splits: dict[str, Any]) -> list[str]:
+    """Say which split has no sample; a training run needs both."""
+    num_train, num_val = (splits[name]["num_samples"] for name in ("train", "val"))
+    if not num_val:
+        needed = f"; 1 of {num_train} photos needs --val-fraction {1 / num_train:.2g}" if num_train > 1 else ""
+        return [
+            f"\nval is empty: a training run needs val photos. Build with a larger --val-fraction{needed},"
+            " or set data.val_shards of the run to other shards"
+        ]
+    if not num_train:
+        return ["\ntrain is empty: these shards serve validation only (data.val_shards)"]
+    return []
 
 
 def _negatives(found: dict[str, Any]) -> list[str]:

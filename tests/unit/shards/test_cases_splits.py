@@ -65,9 +65,10 @@ def test_27_no_copy_is_in_train_and_val_when_split_at_random(tmp_path: Path, fra
     assert "not used" in capsys.readouterr().out
 
 
-def test_val_fraction_1_gives_only_val(tmp_path: Path) -> None:
+def test_val_fraction_1_gives_only_val(tmp_path: Path, capsys: Any) -> None:
     found = built(tmp_path / "out", CASES / "27-roboflow-leak" / "in", "--val-fraction", "1")
     assert (len(found["train"]), len(found["val"])) == (0, 26)
+    assert "train is empty" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -144,7 +145,18 @@ def test_the_lists_of_voc_state_splits(tmp_path: Path, capsys: Any) -> None:
         assert "splits: as in the files (2 train, 1 val, 1 test)" in capsys.readouterr().out
         assert found["val"][0][-1] == "c" or "c-" in found["val"][0]
     found = built(tmp_path / "random", folder, "--val-fraction", "0")
-    assert len(found["train"]) == 4 and "those in the files" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(found["train"]) == 4 and "those in the files" in printed
+    assert "val is empty" in printed and "1 of 4 photos needs --val-fraction 0.25" in printed
+    arguments = ["--annotations", str(folder), "--out", str(tmp_path / "0"), "--workers", "1"]
+    build_json = tmp_path / "0" / "build.json"
+    earlier = json.loads(build_json.read_bytes())
+    for changes in ({"splitting": {**earlier["splitting"], "kept": False}}, {"split": None, "splitting": None}):
+        kept = {name: value for name, value in {**earlier, **changes}.items() if value is not None or name != "split"}
+        build_json.write_text(json.dumps(kept))
+        assert main(arguments) == 2
+        assert "Splits that the files state are kept now" in (error := capsys.readouterr().err)
+        assert "--split random" in error and "--overwrite" in error
 
 
 def test_a_photo_in_two_lists_of_voc_has_no_split(tmp_path: Path) -> None:
