@@ -102,6 +102,11 @@ def record_from_json(data: bytes, key: str) -> Record:
     if not targets and not turns:
         found = ", ".join(repr(name)[:40] for name in list(fields)[:_MAX_NAMED]) or "nothing"
         detail = f'the record: found {found}; expected "targets" or "turns" with at least one entry'
+        if {"caption", "url"} <= fields.keys():
+            detail += (
+                ". These are captions as img2dataset downloads them, without boxes: annotate the images with boxes"
+            )
+            detail += " and write shards with shards/build.py"
         raise BadSampleError(key, "no_targets", detail)
     return Record(
         key=key,

@@ -282,6 +282,8 @@ def _paths_by_name(folder: Path, split: str, cache: Cache | None) -> list[Path]:
     others = (
         f". Tars with other names can be named themselves, such as {folder}/{tars[0]} or {folder}/*.tar" if tars else ""
     )
+    if not tars and any(is_tar(path.name) for path in folder.glob("*/*")):
+        others = f". Tars in the folders below can be named themselves, such as {folder}/*/*.tar"
     raise DataError(
         f"{folder}: found {found}{' ...' if len(names) > 10 else ''}; expected shards named {split}-*.tar{others}"
     )

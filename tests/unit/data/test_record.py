@@ -132,6 +132,16 @@ def test_bytes_that_are_no_record(data: bytes, reason: str) -> None:
     assert (caught.value.key, caught.value.reason) == ("k", reason)
 
 
+def test_captions_of_img2dataset_say_what_they_lack() -> None:
+    data = b'{"caption": "a dog", "url": "http://host/a.jpg", "key": "000000001", "status": "success"}'
+    with pytest.raises(BadSampleError) as caught:
+        record_from_json(data, "000000001")
+    assert caught.value.reason == "no_targets"
+    assert caught.value.detail.endswith(
+        "without boxes: annotate the images with boxes and write shards with shards/build.py"
+    )
+
+
 def test_the_error_survives_the_way_out_of_a_worker() -> None:
     error = pickle.loads(pickle.dumps(BadSampleError("k", "bad_json", "no")))
     assert isinstance(error, BadSampleError) and (error.key, error.reason, error.detail) == ("k", "bad_json", "no")

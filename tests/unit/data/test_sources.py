@@ -105,6 +105,7 @@ def test_names_with_braces_and_brackets_that_exist_are_names(tmp_path: Path) -> 
         ("{}/00000.tar::{}/*.tar", r"00000\.tar is named twice"),
         ("{}/00009.tar", r"00009\.tar: found nothing; expected a tar"),
         ("{}", r"expected shards named train-\*\.tar\. Tars with other names .*/00000\.tar or .*/\*\.tar"),
+        ("{}/..", r"expected shards named train-\*\.tar\. Tars in the folders below .*/\.\./\*/\*\.tar"),
         ("http://host/{{0..3}}/*.tar", r"without blanks .* Name every tar, such as train-\{000000"),
         ("pipe:cat x.tar", "run only if it is given on the command line"),
     ],
