@@ -20,6 +20,8 @@ _MOT_LINE = re.compile(rb"[0-9]+,-?[0-9]+(,%s){5,8}\s*" % _NUMBER)
 _VERTEX_LINE = re.compile(rb"(TRAIN|TRAINING|VALIDATION|TEST|UNASSIGNED)?,?gs://[^,]+,.*,,.*\s*")
 _DATUMARO = "Convert it to COCO with Datumaro: datum convert -if {0} -i FOLDER -f coco -o OUT -- --save-media"
 
+_AS_CSV = "as a CSV with the columns image, x, y, w, h, label (docs/formats.md)."
+
 
 class _Unread(NamedTuple):
     """A format. endings: of its files; markers: texts that all are near the beginning or the end of one."""
@@ -43,23 +45,31 @@ _UNREAD = (
         "CreateML's JSON",
         (".json",),
         (b'"coordinates"', b'"annotations"', b'"label"'),
-        "Export COCO or Pascal VOC instead.",
+        "Export COCO or Pascal VOC instead. Its x and y are the centre of a box, not a corner.",
     ),
     _Unread(
         "Supervisely's JSON", (".json",), (b'"classTitle"',), "Run its app Export to COCO, or Export to Pascal VOC."
     ),
-    _Unread("BDD100K's JSON", (".json",), (b'"box2d"',), "Convert it to COCO with bdd100k.label.to_coco."),
+    _Unread(
+        "BDD100K's JSON",
+        (".json",),
+        (b'"box2d"',),
+        "Convert it to COCO: python -m bdd100k.label.to_coco -m det -i FILE -o OUT.json.",
+    ),
     _Unread(
         "Cityscapes' JSON", (".json",), (b'"imgHeight"', b'"objects"', b'"polygon"'), _DATUMARO.format("cityscapes")
     ),
     _Unread(
-        "Labelbox's export", (".json", ".ndjson", ".jsonl"), (b'"data_row"',), "Convert it to COCO with labelbox's SDK."
+        "Labelbox's export",
+        (".json", ".ndjson", ".jsonl"),
+        (b'"data_row"',),
+        f"Write left, top, width, height of each bounding_box {_AS_CSV}",
     ),
     _Unread(
         "SageMaker Ground Truth's manifest",
         (".manifest", ".jsonl", ".json"),
         (b'"source-ref"',),
-        "Write the boxes as jsonl of docs/formats.md.",
+        f"Write left, top, width, height of each box {_AS_CSV}",
     ),
     _Unread(
         "V7 Darwin's JSON", (".json",), (b'"bounding_box"', b'"dataset"'), "Export COCO or Pascal VOC from V7 instead."
@@ -73,11 +83,23 @@ _UNREAD = (
         "Write the boxes as targets of jsonl, see docs/formats.md.",
     ),
     _Unread(
-        "Visual Genome's JSON", (".json",), (b'"region_id"', b'"phrase"'), "Write jsonl of docs/formats.md from it."
+        "Visual Genome's JSON",
+        (".json",),
+        (b'"region_id"', b'"phrase"'),
+        f"Write x, y, width, height, phrase of each region {_AS_CSV}",
     ),
-    _Unread("dlib imglab's XML", (".xml",), (b"<dataset>", b"<images>"), "Write jsonl of docs/formats.md from it."),
     _Unread(
-        "FiftyOne's own data set", (".json",), (b'"_cls"',), "Export dataset_type=fiftyone.types.COCODetectionDataset."
+        "dlib imglab's XML",
+        (".xml",),
+        (b"<dataset>", b"<images>"),
+        f"Write left, top, width, height of each box {_AS_CSV}",
+    ),
+    _Unread(
+        "FiftyOne's own data set",
+        (".json",),
+        (b'"_cls"',),
+        "Export COCO: dataset.export(export_dir=OUT, dataset_type=fiftyone.types.COCODetectionDataset,"
+        " label_field=FIELD).",
     ),
     _Unread(
         "COCO results JSON, which names no photos",
