@@ -49,7 +49,7 @@ from cogvlm_ft.runtime.engine import (
     partitioned,
 )
 from cogvlm_ft.runtime.tf32 import allow_tf32
-from cogvlm_ft.settings import Config
+from cogvlm_ft.settings import Config, TrainConfig
 from cogvlm_ft.tracking.provenance import without_passwords
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,7 @@ class Run:
 
     def last_step(self, state: TrainState) -> int:
         """Return the step with which the run ends, if it continues from `state` with this global batch size."""
-        last_step = state.step + self.plan.steps_left(state.samples_consumed, self.config.train.epochs)
-        return min(last_step, self.config.train.max_steps or last_step)
+        return last_step_of(self.plan, self.config.train, state)
 
     def is_finished(self, state: TrainState) -> bool:
         """Return whether the run has reached its last epoch's end, or `train.max_steps`."""
@@ -119,18 +118,42 @@ class Run:
             (folder / name).write_bytes(content)
 
 
-def build_run(config: Config, val_reader: ShardReader | None = None) -> Run:
+@dataclass(frozen=True)
+class TrainingData:
+    """The training samples of a run and their order, which need no model."""
+
+    index: ShardIndex
+    wording: Wording
+    parts: PhotoParts | None
+    plan: SamplePlan
+
+
+def last_step_of(plan: SamplePlan, train: TrainConfig, state: TrainState) -> int:
+    """Return the step with which a run ends, if it continues from `state` in the order of `plan`."""
+    last_step = state.step + plan.steps_left(state.samples_consumed, train.epochs)
+    return min(last_step, train.max_steps or last_step)
+
+
+def build_run(config: Config, val_reader: ShardReader | None = None, data: TrainingData | None = None) -> Run:
     """Build everything; data and wording first, so that mistakes in them are reported before weights are loaded.
 
-    val_reader: of data.val_split, if it is open already. Collective.
+    val_reader, data: if they are open already. Collective.
     """
-    data = config.data
-    train_index = open_split(config, data.train_split).index
-    val_reader = open_split(config, data.val_split) if val_reader is None else val_reader
-    if data.val_shards is not None:
+    val_reader = open_split(config, config.data.val_split) if val_reader is None else val_reader
+    data = open_training_data(config, val_reader) if data is None else data
+    engine, tokenizer = build_model_engine(config)
+    dataset = build_dataset(config, data.index, data.wording, data.parts, tokenizer, engine.module.config)
+    remote_code = read_remote_code(config.model.folder)
+    return Run(config, engine, tokenizer, dataset, val_reader, data.plan, RunFolder(config.output_path), remote_code)
+
+
+def open_training_data(config: Config, val_reader: ShardReader) -> TrainingData:
+    """Open the training split, and plan its order. Collective. Raises DataError and ConfigError."""
+    train_index = open_split(config, config.data.train_split).index
+    if config.data.val_shards is not None:
         _report_shared_shards(train_index, val_reader.index)
     wording = load_wording(config.data.wording)
-    parts = split_index(train_index, wording, data.max_turns_per_image)
+    parts = split_index(train_index, wording, config.data.max_turns_per_image)
     if parts is not None:  # a position in these sequences means nothing in others
         train_index = replace(train_index, data_sha256=f"{train_index.data_sha256}-{parts.sha256}")
     plan = plan_samples(
@@ -139,10 +162,7 @@ def build_run(config: Config, val_reader: ShardReader | None = None) -> Run:
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
     )
-    engine, tokenizer = build_model_engine(config)
-    dataset = build_dataset(config, train_index, wording, parts, tokenizer, engine.module.config)
-    remote_code = read_remote_code(config.model.folder)
-    return Run(config, engine, tokenizer, dataset, val_reader, plan, RunFolder(config.output_path), remote_code)
+    return TrainingData(train_index, wording, parts, plan)
 
 
 def _report_shared_shards(train: ShardIndex, val: ShardIndex) -> None:

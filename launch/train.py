@@ -65,7 +65,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
         from cogvlm_ft.runtime.watchdog import watched
         from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
         from cogvlm_ft.train.loop import train
-        from cogvlm_ft.train.start import build_checked_run
+        from cogvlm_ft.train.start import FinishedRun, build_checked_run
 
     init_distributed()
     level = logging.INFO if is_main() else logging.WARNING
@@ -81,17 +81,19 @@ def run(config: Config, stop_request: StopRequest) -> int:
     ):
         leave_hangs_to_watchdog()
         training = build_checked_run(config)
-        state = train(training, stop_request)
-        is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
+        if isinstance(training, FinishedRun):
+            state, last_step, is_stopped = training.state, training.last_step, False
+        else:
+            state = train(training, stop_request)
+            last_step = training.last_step(state)
+            is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
-        output_dir = training.folder.path
-        last_step = training.last_step(state)
         is_early = state.step < last_step
         end = "finished: raise train.epochs or train.max_steps to continue"
         end = "finished early: no better evaluation in train.patience evaluations" if is_early else end
         end = "stopped: the same command resumes" if is_stopped else end
-        say(f"\n{end}. Step {state.step} of {last_step}; everything is in {output_dir}/")
+        say(f"\n{end}. Step {state.step} of {last_step}; everything is in {folder}/")
         say("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
     shut_down()
     return 0

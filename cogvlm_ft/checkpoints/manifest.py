@@ -75,6 +75,12 @@ def find_damage(checkpoint: Path) -> list[str]:
     return from_main(sorted({problem for part in found for problem in part}) if found is not None else None)
 
 
+def has_all_files(checkpoint: Path) -> bool:
+    """Return whether all files of the checkpoint have the size with which they were written."""
+    files = read_manifest(checkpoint)
+    return all((checkpoint / name).stat().st_size == record.num_bytes for name, record in files.items())
+
+
 def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[str]) -> list[str]:
     problems = []
     total = sum(files[name].num_bytes for name in names)

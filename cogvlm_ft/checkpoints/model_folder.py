@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from transformers import initialization
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
@@ -14,7 +17,11 @@ from cogvlm_ft.checkpoints.manifest import read_manifest
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, load_config
 from cogvlm_ft.model.decoder import inverse_frequencies
 from cogvlm_ft.model.loading import Weight, check_keys, parameter_shapes, save_weights
-from cogvlm_ft.plain_files import copy_regular
+from cogvlm_ft.model.preprocess import MEAN, STD
+from cogvlm_ft.plain_files import copy_regular, read_json, write_text
+from cogvlm_ft.settings import RESIZES
+
+CONFIG_FILE = "config.json"
 
 
 def build_meta_model(config: CogVLMConfig) -> CogVLMForCausalLM:
@@ -36,7 +43,10 @@ def open_contents(checkpoint: Path) -> dict[str, Weight]:
 
 
 def write_model_folder(checkpoint: Path, contents: Mapping[str, Weight], folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json, tokenizer and the other model files of the checkpoint, then the weights in `dtype`."""
+    """Write config.json, tokenizer and the other model files of the checkpoint, then the weights in `dtype`.
+
+    What servers need besides is added: docs/serving.md.
+    """
     folder.mkdir()
     for name in sorted(read_manifest(checkpoint)):
         if Path(name).parent == Path(MODEL_FOLDER):
@@ -44,4 +54,34 @@ def write_model_folder(checkpoint: Path, contents: Mapping[str, Weight], folder:
     config = load_config(folder)
     config.dtype = dtype
     config.save_pretrained(folder)
+    _write_for_servers(folder, config)
     save_weights(folder, contents.items(), dtype)
+
+
+def _write_for_servers(folder: Path, config: CogVLMConfig) -> None:
+    """Complete config.json for other programs, and write preprocessor_config.json if they can make these inputs."""
+    path = folder / CONFIG_FILE
+    fields = read_json(path) | {"num_key_value_heads": config.num_attention_heads}
+    modules = {str(name).split(".")[0] for name in fields.get("auto_map", {}).values()}
+    if not all((folder / f"{module}.py").is_file() for module in modules):
+        fields.pop("auto_map")
+    write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if getattr(config, "image_resize", RESIZES[0]) == RESIZES[0]:  # others are unknown to CLIPImageProcessor
+        write_text(folder / "preprocessor_config.json", json.dumps(_clip_preprocessing(config), indent=2) + "\n")
+
+
+def _clip_preprocessing(config: CogVLMConfig) -> dict[str, Any]:
+    """Describe `preprocess_image` in the terms of transformers' CLIPImageProcessor."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }

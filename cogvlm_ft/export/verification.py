@@ -26,7 +26,15 @@ PROOF_FILE = "proof.json"
 MAX_LISTED = 20
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 # Keys that an export writes itself, or that do not describe the model.
-_FREE_KEYS = {"dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path"}
+_FREE_KEYS = {
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "num_key_value_heads",
+    "auto_map",
+}
 
 
 @dataclass(frozen=True)

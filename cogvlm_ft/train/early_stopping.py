@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cogvlm_ft.checkpoints.checkpoint import Best
+from cogvlm_ft.checkpoints.checkpoint import Best, TrainState
 from cogvlm_ft.grounding.metrics import is_lower_better
 from cogvlm_ft.settings import TrainConfig
 
@@ -47,3 +47,8 @@ def updated_best(best: Best | None, value: float | None, step: int, train: Train
     lower = isinstance(train.monitor, str) and is_lower_better(train.monitor)
     gain = best.value - value if lower else value - best.value
     return new if gain > train.min_gain else replace(best, num_since=best.num_since + 1)
+
+
+def is_out_of_patience(state: TrainState, train: TrainConfig) -> bool:
+    """Return whether `train.patience` evaluations in a row brought no new best."""
+    return train.patience is not None and state.best is not None and state.best.num_since >= train.patience

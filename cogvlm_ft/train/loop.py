@@ -38,7 +38,7 @@ from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
 from cogvlm_ft.tracking.auxiliary import failures_as_warnings, print_line
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
-from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_best
+from cogvlm_ft.train.early_stopping import is_out_of_patience, monitor_name, monitor_value, updated_best
 from cogvlm_ft.train.schedule import lr_at
 from cogvlm_ft.train.step import train_step
 from cogvlm_ft.train.step_log import StepLog
@@ -191,8 +191,7 @@ def is_save_due(run: Run, state: TrainState, saved: TrainState, on_hold: bool) -
 
 def is_patience_over(run: Run, state: TrainState) -> bool:
     """Return whether `train.patience` evaluations in a row brought no new best."""
-    patience = run.config.train.patience
-    over = patience is not None and state.best is not None and state.best.num_since >= patience
+    over = is_out_of_patience(state, run.config.train)
     if over and is_main() and state.best:
         logger.info("stopping: no better %s since step %d", monitor_name(run.config.train.monitor), state.best.step)
     return over

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
-from cogvlm_ft.build import Run, build_run
+from dataclasses import dataclass
+
+from cogvlm_ft.build import Run, TrainingData, build_run, last_step_of, open_training_data
+from cogvlm_ft.checkpoints.checkpoint import TrainState, list_checkpoints, read_state
+from cogvlm_ft.checkpoints.manifest import has_all_files
+from cogvlm_ft.config import config_sha256
 from cogvlm_ft.data.reader import open_split
+from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.evaluate.measurable import check_monitor
 from cogvlm_ft.model import model_config_of
+from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.runtime.distributed import from_main, is_main
 from cogvlm_ft.settings import Config
+from cogvlm_ft.train.early_stopping import is_out_of_patience
 
 
-def build_checked_run(config: Config) -> Run:
-    """Build a run whose validation images can produce `train.monitor`. Collective. Raises ConfigError."""
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of which nothing is left to be done: its last state, and the step with which it would end."""
+
+    state: TrainState
+    last_step: int
+
+
+def build_checked_run(config: Config) -> Run | FinishedRun:
+    """Build a run whose validation images can produce `train.monitor`, unless nothing is left to be done.
+
+    Of a finished run no weights are loaded. Collective. Raises ConfigError.
+    """
     val_reader = open_split(config, config.data.val_split)
     check_monitor(config, val_reader, model_config_of(config))
-    return build_run(config, val_reader)
+    data = open_training_data(config, val_reader)
+    finished = from_main(find_finished(config, data) if is_main() else None)
+    return build_run(config, val_reader, data) if finished is None else finished
+
+
+def find_finished(config: Config, data: TrainingData) -> FinishedRun | None:
+    """Return the run if it has trained and evaluated its last step with these very settings, else None.
+
+    Of the newest checkpoint only the files' sizes are checked. Whatever is doubtful is None: then the start checks it
+    and reports it. Rank 0 only.
+    """
+    checkpoints = list_checkpoints(RunFolder(config.output_path).checkpoints)
+    if not checkpoints or not config.resume:
+        return None
+    try:
+        state = read_state(checkpoints[-1])
+        is_whole = has_all_files(checkpoints[-1])
+    except (CheckpointError, OSError):
+        return None
+    expected = (config_sha256(config), data.index.data_sha256, state.step)
+    is_same = (state.config_sha256, state.data_sha256, state.evaluated_step) == expected
+    last_step = last_step_of(data.plan, config.train, state)
+    is_over = state.step >= last_step or is_out_of_patience(state, config.train)
+    return FinishedRun(state, last_step) if is_whole and is_same and is_over else None

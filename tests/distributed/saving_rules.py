@@ -18,6 +18,7 @@ from typing import Any
 from deepspeed.runtime.zero import parameter_offload
 from torch.distributed import distributed_c10d
 
+from cogvlm_ft.build import Run
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ServerError
 from cogvlm_ft.runtime.distributed import (
@@ -97,6 +98,7 @@ def main() -> None:
         own = [f"train.global_batch_size={batch_size}", f"train.max_steps={'null' if max_steps is None else max_steps}"]
         own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]
         run = build_checked_run(load_config(None, [*settings, *own]))
+        assert isinstance(run, Run)
         barrier()
         if not max_steps:
             fill_disk()

@@ -138,7 +138,9 @@ def test_a_run_that_is_stopped_and_killed_resumes_bit_identically(
     assert "resuming from" in output
     assert_same_curve(folder, reference_run)
     assert_same_end(folder, reference_run)
-    run(arguments, 2, tmp_path / "logs")  # a finished run, started again, ends well and repeats nothing
+    output = run(arguments, 2, tmp_path / "logs")  # a finished run, started again, loads and repeats nothing
+    assert f"finished: raise train.epochs or train.max_steps to continue. Step {NUM_STEPS} of {NUM_STEPS}" in output
+    assert "resuming from" not in output
     assert_same_curve(folder, reference_run)
 
 

@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_folder import write_run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoImageProcessor, AutoModelForCausalLM
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
 from cogvlm_ft.checkpoints.model_folder import open_contents
@@ -22,7 +24,7 @@ from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.export.export import check_free_space, export_checkpoint, rejected_path
 from cogvlm_ft.export.verification import Verification, compare_tensors, verify_export
 from cogvlm_ft.launch.export import main
-from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_config, load_model
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_config, load_model, preprocess_image
 from cogvlm_ft.model.loading import (
     INDEX_FILE,
     POSITION_TABLE,
@@ -72,6 +74,14 @@ def test_an_export_holds_the_weights_and_is_verified(
         assert torch.equal(found[name], value.to(DTYPES[dtype])), name
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter.data, found[name]), name
+
+    served = json.loads((out / "config.json").read_text())
+    assert served["num_key_value_heads"] == served["num_attention_heads"] == model.config.num_attention_heads
+    assert "auto_map" not in served  # it names .py files, and this folder has none
+    processor = AutoImageProcessor.from_pretrained(out, use_fast=False)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    pixels = processor(photo, return_tensors="pt").pixel_values[0]
+    assert torch.allclose(pixels, preprocess_image(photo, model.config.image_size), atol=1e-5)
 
     proof = json.loads((out / "proof.json").read_text())
     torch_name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
