@@ -37,6 +37,7 @@ from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, nega
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run_first_pass
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS, BoxUnits, UnitSurvey
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
+from cogvlm_ft.shards.packing.dataset_card import write_dataset_card
 from cogvlm_ft.shards.packing.decisions import Decisions, load_decisions
 from cogvlm_ft.shards.packing.exif import EXIF_MODES, decide_exif
 from cogvlm_ft.shards.packing.given_splits import SPLIT_CHOICES, with_splits
@@ -268,7 +269,7 @@ def _finish(
     vocabulary: Vocabulary | None,
     negatives: NegativeSettings | None,
 ) -> tuple[dict[str, Any], ProblemFiles]:
-    """Write rejected.jsonl, notes.jsonl and then index.json; return the index and the written problems."""
+    """Write rejected.jsonl, notes.jsonl, README.md and then index.json; return the index and the written problems."""
     names = [split for split in SPLITS if split != "test" or any(plan.split == "test" for plan in plans)]
     splits: dict[str, Any] = {split: {"shards": [], **dict.fromkeys(_COUNTS, 0)} for split in names}
     num_added: Counter[str] = Counter()
@@ -287,6 +288,7 @@ def _finish(
     }
     if vocabulary and negatives:
         index["negatives"] = negatives_report(vocabulary, negatives, num_added)
+    write_dataset_card(out, [name for name in names if splits[name]["shards"]])
     write_atomically(out / "index.json", to_json_bytes(index))
     return index, files
 

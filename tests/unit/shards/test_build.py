@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+import yaml
 from photo_builds import Build, image_bytes, run_build
 from PIL import Image
 
@@ -87,6 +88,11 @@ def test_webdataset_reads_images_untouched_and_records_in_full(photos: Path, tmp
         "turns": [{"prompt": "Where is it?", "answer": "左边 [[001,002,003,004]]"}],
     }
     assert "一只狗".encode() in samples["a"]["json"]
+
+    card = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])  # read by `datasets`
+    assert card["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "train-*.tar"}]},
+    ]
 
     split = json.loads((out / "index.json").read_bytes())["splits"]["train"]
     counts = {name: split[name] for name in ("num_samples", "num_targets", "num_boxes", "num_absent", "num_turns")}
