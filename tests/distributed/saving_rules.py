@@ -60,6 +60,7 @@ def lose_server(out: Path, settings: list[str]) -> None:
     """Train until the server has been away for longer than data.retry_s; print what every rank says of it."""
     own = [f"output_dir={out / 'outage'}", "data.retry_s=0.2", "train.global_batch_size=4", "train.epochs=4"]
     run = build_checked_run(load_config(None, [*settings, *own]))
+    assert isinstance(run, Run)
     real, errors = loop.train_step, []
 
     def train_step(*values: Any, **options: Any) -> Any:
