@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import Config
 
 MICRO_BATCH_SIZE = 8
+NUM_EPOCHS = 3  # in each, every photo is seen many times; each ends with an evaluation
 SCHEDULE: dict[str, Any] = {  # of a tiny model that learns a few photos by heart
     "train.lr": 2e-3,
     "train.beta2": 0.98,
@@ -60,6 +62,7 @@ def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int)
 def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:
     """Run launch/train.py on the CPU and return its exit code. arguments: of the real run."""
     batch_size = -(-chosen.num_photos // num_processes) * num_processes
+    shards = [{"path": str((out / "chosen" / "shards").resolve()), "weight": float(-(-num_steps // NUM_EPOCHS))}]
     settings: dict[str, Any] = {
         **SCHEDULE,
         "output_dir": out / "run",
@@ -68,18 +71,18 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "model.image_size": chosen.image_size,
         "model.freeze": "[]",
         "model.gradient_checkpointing": "none",
-        "data.shards": out / "chosen" / "shards",
+        "data.shards": json.dumps(shards),
         "data.val_shards": "null",
         "data.train_split": "train",
         "data.val_split": "train",
         "data.num_workers": 0,
         "train.precision": "fp32",
-        "train.epochs": num_steps,
+        "train.epochs": NUM_EPOCHS,
         "train.max_steps": num_steps,
         "train.global_batch_size": batch_size,
         "train.micro_batch_size": min(MICRO_BATCH_SIZE, batch_size // num_processes),
         "evaluate.before_training": "false",
-        "evaluate.every_epochs": num_steps,
+        "evaluate.every_epochs": 1,
         "evaluate.max_samples": "null",
         "evaluate.batch_size": 2 * MICRO_BATCH_SIZE,
         "evaluate.num_pictures": chosen.num_photos,
