@@ -1,4 +1,4 @@
-"""A random CogVLM of the published architecture that learns a few photos in minutes, and a tokenizer for their words."""
+"""A random CogVLM of the published architecture that learns a few photos in minutes, and its tokenizer."""
 
 from __future__ import annotations
 
