@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def _merge_arguments(merged: Any, overrides: Sequence[str]) -> Any:
             )
         source = f"command line {override}"
         argument: Any = OmegaConf.create({})
-        _merge(argument, lambda override=override: _read_argument(override), source)
-        _merge(merged, lambda argument=argument: argument, source)
+        _merge(argument, partial(_read_argument, override), source)
+        _merge(merged, argument.copy, source)
         typed.merge_with(argument)
     return OmegaConf.to_container(typed, resolve=False)
 
