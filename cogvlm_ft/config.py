@@ -11,9 +11,9 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
     file = None if path is None else find_preset(path, RUN_PRESETS, "--config ")
     merged = OmegaConf.structured(Config)
     if file is not None:
-        _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), f"--config {path}")
+        with _naming(f"--config {path}"):
+            merged.merge_with(OmegaConf.create(_read_yaml(file)))
     typed = _merge_arguments(merged, overrides)
     if file is not None and is_in_run_folder(file):
         _refuse_resolvers(merged, typed, file)
@@ -95,7 +96,8 @@ def load_run_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     Raises ConfigError.
     """
     merged = OmegaConf.structured(Config)
-    _merge(merged, lambda: OmegaConf.create(_read_yaml(file)), str(file))
+    with _naming(str(file)):
+        merged.merge_with(OmegaConf.create(_read_yaml(file)))
     defaults = OmegaConf.structured(Config)
     for key, written in _raw_settings(merged):
         if has_resolver(written):
@@ -113,10 +115,9 @@ def _merge_arguments(merged: Any, overrides: Sequence[str]) -> Any:
             raise ConfigError(
                 f"{override!r} on the command line: settings are written key=value, such as train.lr=1e-5"
             )
-        source = f"command line {override}"
-        argument: Any = OmegaConf.create({})
-        _merge(argument, partial(_read_argument, override), source)
-        _merge(merged, argument.copy, source)
+        with _naming(f"command line {override}"):
+            argument = _read_argument(override)
+            merged.merge_with(argument)  # in place: a copy of all settings for each argument is slow
         typed.merge_with(argument)
     return OmegaConf.to_container(typed, resolve=False)
 
@@ -174,10 +175,11 @@ def _read_argument(override: str) -> Any:
     return argument
 
 
-def _merge(merged: Any, load: Callable[[], Any], source: str) -> None:
-    """Merge what `load` returns into `merged`, in place: a copy of all settings for each argument is slow."""
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Turn errors of reading and merging settings into ConfigErrors that name their source and key."""
     try:
-        merged.merge_with(load())
+        yield
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
