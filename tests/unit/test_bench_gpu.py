@@ -27,6 +27,7 @@ def bench() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_case_runs_on_cpu(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--precisions", "tf32", "bf16", "--image-sizes", "28"]
     bench.main(["--device", "cpu", "--tiny", "--rounds", "1", *few])

@@ -192,6 +192,7 @@ def test_every_choice_is_accepted() -> None:
         assert load_config(None, [*MANDATORY, f"tracking.mode={mode}"]).tracking.mode == mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "least"),
     [

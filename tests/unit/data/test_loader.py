@@ -214,6 +214,7 @@ def counted_keys(batches: list[Batch]) -> list[str]:
     return [key for batch in batches for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_sample_counts_once_an_epoch(dataset: GroundingDataset, world_size: int, num_workers: int) -> None:
@@ -246,6 +247,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(dataset: Grounding
     assert [len(keys) for keys in by_world_size[0]] == [12, 12, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_resumed_rank_sees_the_very_same_batches(

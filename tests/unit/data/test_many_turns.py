@@ -95,6 +95,7 @@ def test_photos_within_the_limit_are_one_sequence_each() -> None:
     assert [parts.find(i) for i in range(len(parts))] == [(i, (0, 1)) for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_every_turn_exactly_once_an_epoch(shards: Path, tokenizer: CogVLMTokenizer, wording: str) -> None:
     dataset = split_dataset(shards, tokenizer, wording)

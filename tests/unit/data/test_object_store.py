@@ -95,6 +95,7 @@ def gcs(folder: Path) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["s3", "gcs"])
 def test_shards_are_read_by_range(store: str, folder: Path, request: pytest.FixtureRequest) -> None:
     bucket = request.getfixturevalue(store)
@@ -119,6 +120,7 @@ def test_what_is_not_there_is_said(store: str, request: pytest.FixtureRequest) -
             load_index(f"{bucket}/{written}", "train")
 
 
+@pytest.mark.slow
 def test_a_forked_process_reads_too(s3: str) -> None:
     reader = ShardReader(load_index(f"{s3}/others", "train"))
     assert reader.read(0).record.key == "0a"

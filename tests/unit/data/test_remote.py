@@ -280,6 +280,7 @@ def gsutil(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
 
 
+@pytest.mark.slow
 def test_an_object_store_is_read_by_its_own_program(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_fsspec: None
 ) -> None:

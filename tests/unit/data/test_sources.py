@@ -149,6 +149,7 @@ def test_shards_for_validation_of_their_own(tars: Path) -> None:
         assert phrases(open_split(config, "val").index) == ["3a", "3b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.bz2", "x.tar.xz", "train-0.tar"])
 def test_compressed_tars_are_unpacked_into_the_cache(tmp_path: Path, name: str) -> None:
     compress: Callable[[bytes], bytes] = {"bz2": bz2.compress, ".xz": lzma.compress}.get(name[-3:], gzip.compress)
@@ -175,6 +176,7 @@ def test_a_compressed_tar_that_ends_early_or_is_too_large_is_refused(tmp_path: P
     assert not list(cache.glob("*.tar")) and not list(cache.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("written", ["{}/{{00000..00003}}.tar?token=s3cret", "{}/00000.tar::{}/00001.tar"])
 def test_tars_of_others_on_a_server(

@@ -145,6 +145,7 @@ def mentions(draw: st.DrawFn, words: dict[str, tuple[str, ...]]) -> str:
     )
 
 
+@pytest.mark.slow
 @given(mentions(SIDES), st.sampled_from(PLACES))
 def test_no_mirror_and_no_crop_where_a_text_mentions_a_side(text: str, place: str) -> None:
     record, turns = with_text(record_of((100, 100, 108, 106)), place, text)

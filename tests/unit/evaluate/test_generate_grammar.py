@@ -44,6 +44,7 @@ def is_readable(text: str) -> bool:
     return parse_boxes(text) is not None or text.strip() in WORDING.not_found_sentences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("max_new_tokens", [19, 64])
 def test_no_answer_is_unreadable(

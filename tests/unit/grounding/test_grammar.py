@@ -61,6 +61,7 @@ def lover_of_brackets(tokenizer: CogVLMTokenizer, seed: int) -> Choose:
     return choose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_boxes", [0, 1, 3])
 @pytest.mark.parametrize("room", [0, 1, 7, 60])
 def test_every_walk_can_be_read(tokenizer: CogVLMTokenizer, min_boxes: int, room: int) -> None:

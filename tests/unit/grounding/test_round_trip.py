@@ -71,6 +71,7 @@ def test_plain_phrases_read_back(name: str, photo: tuple[tuple[int, int], list[T
         check(turn, size, wording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 @settings(max_examples=60)
 @given(photo=photos(WILD), seed=st.integers(0, 99))

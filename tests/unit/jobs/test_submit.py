@@ -93,6 +93,7 @@ def test_what_is_refused(
     assert message in said.err and "sbatch" not in said.out
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_unless_plan_is_warn(
     arguments: list[str], cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_what_cannot_fit_is_refused_unless_plan_is_warn(
     assert "too much" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_too_little_time_to_save(
     arguments: list[str], cluster: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

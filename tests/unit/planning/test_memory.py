@@ -52,6 +52,7 @@ def planner_17b() -> Planner:
     return Planner(config(), CogVLMConfig(), Cluster(1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "bytes_on_gpus", "bytes_on_host"),
     [
@@ -106,6 +107,7 @@ def test_the_verdict_names_the_remedy_for_rounding(planner_17b: Planner) -> None
     assert re.search(r"available are 350, and \d+ are due to torch's rounding.* add pinned_max_round", verdict.why)
 
 
+@pytest.mark.slow
 def test_a_second_copy_per_node_and_frozen_parts(planner_17b: Planner) -> None:
     multinode = planner_17b.changed(config("deepspeed=configs/deepspeed/zero3_multinode.json"), Cluster(2, 8))
     assert (
@@ -216,6 +218,7 @@ def test_the_verdict_leaves_room_for_doubt(planner_17b: Planner) -> None:
     assert judge(offloaded, Cluster(1, 8, 79, host_gib=300)).status == "too much"
 
 
+@pytest.mark.slow
 def test_every_suggestion_fits(planner_17b: Planner) -> None:
     planner = planner_17b.changed(cluster=Cluster(1, 4, gpu_gib=65))
     assert judge(planner.estimate(MicroBatchShape()), planner.cluster).status == "too much"
@@ -226,6 +229,7 @@ def test_every_suggestion_fits(planner_17b: Planner) -> None:
         assert judge(other.estimate(MicroBatchShape()), other.cluster).status == "fits"
 
 
+@pytest.mark.slow
 def test_limits_are_the_last_that_fit() -> None:
     planner = Planner(config(), SMALL, Cluster(1, 1, gpu_gib=0.02, reserved_bytes=0))
     limits = find_limits(planner, MicroBatchShape())
@@ -240,6 +244,7 @@ def test_limits_are_the_last_that_fit() -> None:
     assert verdict(MicroBatchShape(image_size=limits.image_size + 14)).status != "fits"
 
 
+@pytest.mark.slow
 def test_an_impossible_run_is_refused_with_the_arithmetic(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A vocabulary of a billion words: no machine has the memory, and on CPU offloading would not move it."""
     giant = CogVLMConfig.from_dict({**SMALL.to_dict(), "vocab_size": 10**9})

@@ -84,6 +84,7 @@ def many_boxes(draw: st.DrawFn) -> Boxes:
     return found or {"a.jpg": [("dog", (1.0, 2.0, 80.0, 9.0), 0.5)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_all_boxes_come_back(tool: str, photos: Path) -> None:
     @settings(max_examples=20, deadline=None, database=None)

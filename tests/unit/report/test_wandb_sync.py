@@ -55,6 +55,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_attempts_are_merged_and_every_step_is_sent_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = replayed(folder)
     (sent,) = records_of("run", records)

@@ -197,6 +197,7 @@ def test_a_folder_is_no_csv(tmp_path: Path) -> None:
         read_all(read_csv_boxes, tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_lines(tmp_path: Path) -> None:
     images = [f"{i % 2000:08d}.jpg" for i in range(4000)]
     random.Random(0).shuffle(images)

@@ -240,6 +240,7 @@ def endless() -> list[Any]:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -326,6 +327,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         read_all(read_refcoco, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(300))
 def test_damaged_pickles_are_read_or_refused(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

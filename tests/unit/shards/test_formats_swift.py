@@ -357,6 +357,7 @@ def test_messages_without_partner_are_reported(tmp_path: Path, messages: Any) ->
     assert found.turns == [Turn("What is it?", "A dog.")]
 
 
+@pytest.mark.slow
 def test_unclosed_marks_take_no_time(tmp_path: Path) -> None:
     pieces = ("<ref>", "<box>", "<img>", "<box>(1", "Picture 1: ", "[[", "<image", "<|box_start|>")
     found = read(tmp_path, *(row(piece * 20_000, piece * 20_000) for piece in pieces), TALK)

@@ -326,6 +326,7 @@ def gather(candidates: Sequence[Candidate], *, exhaustive: bool = False) -> Voca
     return vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
 @pytest.mark.parametrize("exhaustive", [False, True])
 def test_the_share_is_reached(share: float, exhaustive: bool) -> None:
@@ -482,6 +483,7 @@ def test_words_of_the_user(tmp_path: Path) -> None:
     assert signatures[0] != signatures[1] and json.dumps(signatures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

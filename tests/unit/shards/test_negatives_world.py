@@ -231,6 +231,7 @@ def gather(photos: Sequence[Photo], *, exhaustive: bool) -> Vocabulary:
     return vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_nothing_that_is_there_is_called_absent(world: str) -> None:
     photos = make_photos(world, 2000)

@@ -115,6 +115,7 @@ FLAWS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLAWS)
 def test_one_flaw_is_one_suspect(name: str, photos: Path, tmp_path: Path) -> None:
     flawed, kind, words = FLAWS[name]

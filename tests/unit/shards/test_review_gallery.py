@@ -214,6 +214,7 @@ def test_a_wording_that_does_not_exist_is_one_line(
     assert "--augment zoom=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_review_needs_no_torch(tmp_path: Path) -> None:
     """At run time either: pictures, augmented inputs and all."""
     (tmp_path / "a.jpg").write_bytes(image_bytes())

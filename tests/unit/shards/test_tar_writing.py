@@ -110,6 +110,7 @@ def test_offsets_lead_to_the_members(name: str, num_bytes: int) -> None:
                 assert (member.mtime, member.uname, member.gname, member.mode) == (0, "shards", "shards", 0o444)
 
 
+@pytest.mark.slow
 def test_workers_write_without_torch() -> None:
     code = (
         "import sys; from cogvlm_ft.shards.packing.workers import import_webdataset_without_torch as load; load(); "

@@ -195,6 +195,7 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
     yield run_dir, read_wandb_records(run_dir)
 
 
+@pytest.mark.slow
 def test_the_run_is_named_and_configured(offline_run: tuple[Path, list[Any]]) -> None:
     run_dir, records = offline_run
     (run,) = records_of("run", records)
