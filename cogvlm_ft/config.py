@@ -188,6 +188,8 @@ def _naming(source: str) -> Iterator[None]:
         advice = ""
         if "ListConfig" in first_line:
             first_line, advice = "found one value", "; expected a list, such as [model.vision.*]"
+        elif "Dict[str, float]" in first_line:
+            first_line, advice = "found one value", "; expected patterns with factors, such as {model.vision.*: 0.1}"
         raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{first_line}{advice}") from error
 
 
@@ -316,6 +318,8 @@ def _expected(value: Any, rules: Rules) -> str:
     """Describe what is allowed if `value` is not; "" if it is."""
     if value is None:
         return ""
+    if isinstance(value, dict) and rules.least is not None:
+        return next(filter(None, (_expected(each, rules) for each in value.values())), "")
     if rules.choices and value not in rules.choices:
         return f"one of {', '.join(rules.choices)}"
     if rules.is_path and isinstance(value, str) and value.startswith("$") and not has_resolver(value):

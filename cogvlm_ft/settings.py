@@ -43,8 +43,8 @@ class Rules:
 def setting(default: Any, description: str, **rules: Any) -> Any:
     """Declare a setting with its `Rules`."""
     metadata = {"rules": Rules(description, **rules)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -68,10 +68,7 @@ class ModelConfig:
         "Layers recomputed in the backward pass, for about 30 % more time and far less memory: "
         "`none`, `vision`, `language`, `all`, or a number n for every n-th layer.",
     )
-    compile: bool = setting(
-        False,
-        "Compile chains of elementwise operations into one kernel each. No gain on CPU.",
-    )
+    compile: bool = setting(False, "Compile chains of elementwise operations into one kernel each. No gain on CPU.")
     freeze: list[str] = setting(
         [],
         'Name patterns of parameters that are not trained, such as `["model.vision.*"]`.',
@@ -105,12 +102,7 @@ class AugmentConfig:
         least=0,
         most=1,
     )
-    brightness: float = setting(
-        0.0,
-        "Largest change both ways: 0.2 is a factor of 0.8 to 1.2.",
-        least=0,
-        most=1,
-    )
+    brightness: float = setting(0.0, "Largest change both ways: 0.2 is a factor of 0.8 to 1.2.", least=0, most=1)
     contrast: float = setting(0.0, "As brightness.", least=0, most=1)
     saturation: float = setting(0.0, "As brightness.", least=0, most=1)
     hue: float = setting(
@@ -207,6 +199,18 @@ class TrainConfig:
         least=1,
     )
     lr: float = setting(5e-5, "Peak learning rate.", least=0)
+    lr_scale: dict[str, float] = setting(
+        {},
+        'Factors of the learning rate by name pattern, such as `{"model.vision.*": 0.1, "lm_head.*": 0.0}`. The last '
+        "match counts; 0 freezes.",
+        least=0,
+    )
+    vision_layer_decay: float = setting(
+        1.0,
+        "Factor of the learning rate per layer of the vision tower, from its last layer down. 1: the same in all.",
+        above=0,
+        most=1,
+    )
     min_lr_ratio: float = setting(
         0.1,
         "Learning rate at the end of the cosine, as a fraction of the peak.",
@@ -244,10 +248,7 @@ class TrainConfig:
         least=0,
     )
     patience: Optional[int] = setting(
-        3,
-        "Stop after this many evaluations without a new best. null: never.",
-        unit="evaluations",
-        least=1,
+        3, "Stop after this many evaluations without a new best. null: never.", unit="evaluations", least=1
     )
     log_every: int = setting(1, "Interval of log lines.", unit="steps", least=1)
     max_skipped_in_a_row: int = setting(
@@ -272,12 +273,7 @@ class EvaluateConfig:
 
     every_epochs: int = setting(1, "Interval of evaluations.", unit="epochs", least=1)
     before_training: bool = setting(True, "Evaluate the untouched model too, so that the gain is visible.")
-    max_samples: Optional[int] = setting(
-        500,
-        "Images per evaluation. null: the whole split.",
-        unit="images",
-        least=1,
-    )
+    max_samples: Optional[int] = setting(500, "Images per evaluation. null: the whole split.", unit="images", least=1)
     batch_size: int = setting(8, "Most images per rank that generate together.", unit="images", least=1)
     max_new_tokens: Optional[int] = setting(
         None, "Longest answer. null: the longest true answer and a quarter more.", unit="tokens", least=1

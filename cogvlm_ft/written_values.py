@@ -42,7 +42,7 @@ def value_of_argument(key: str, text: str) -> Any:
     kind, text = _kind_of(key), text.strip()
     if kind is _INSIDE_ANY:
         return text if key.endswith(f".{_LOCATION}") else _number(text)
-    is_container = dataclasses.is_dataclass(kind) or typing.get_origin(kind) is list
+    is_container = dataclasses.is_dataclass(kind) or typing.get_origin(kind) in (list, dict)
     if _QUOTED.fullmatch(text) or is_container or (kind is Any and text.startswith(("[", "{"))):
         root = compose_yaml(text)
         if root is not None and not (is_container and isinstance(root, yaml.ScalarNode)):

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class TrainState:
     """The position of a run, as a few lines of JSON.
 
     samples_consumed: the position in the data; epoch = samples_consumed // num_samples. evaluated_step: the last step
-    that was evaluated.
+    that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set.
     """
 
     step: int = 0
@@ -68,6 +68,7 @@ class TrainState:
     config_sha256: str = ""
     data_sha256: str = ""
     world_size: int = 1
+    rates: list[list[Any]] = field(default_factory=list)
 
     def advanced(self, num_samples: int, epoch: int) -> TrainState:
         """Return the state one step later."""

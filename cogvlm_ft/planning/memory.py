@@ -23,7 +23,7 @@ from cogvlm_ft.planning.evaluation_memory import Holding, asked_pass, plan_passe
 from cogvlm_ft.planning.host_memory import PinnedTensors, pinned_tensors
 from cogvlm_ft.planning.zero3_coordinator import Gathered, module_order, simulate
 from cogvlm_ft.planning.zero_settings import element_bytes, read_zero_settings
-from cogvlm_ft.runtime.engine import freeze, parameter_groups
+from cogvlm_ft.runtime.trained_parameters import freeze, parameter_groups
 from cogvlm_ft.settings import Config
 
 GIB = 2**30
@@ -270,7 +270,7 @@ class Planner:
 
     def _sub_groups(self) -> Iterator[list[int]]:
         """Yield for each parameter group the elements of a rank in each of its sub-groups, as DeepSpeed forms them."""
-        for group in parameter_groups(self.model, self.config.train.weight_decay):
+        for group in parameter_groups(self.model, self.config.train):
             sizes = [0]
             for parameter in group["params"]:
                 if sizes[-1] >= self.zero.sub_group:
@@ -307,7 +307,7 @@ def build_on_meta(config: Config, model_config: CogVLMConfig) -> CogVLMForCausal
     with torch.device("meta"):
         model = CogVLMForCausalLM(model_config)
     nn.Module.to(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    freeze(model, config.model.freeze)
+    freeze(model, config)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     return model.train()
 

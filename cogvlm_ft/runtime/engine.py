@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,14 @@ from cogvlm_ft.runtime.distributed import (
     device,
     from_main,
     gather_to_main,
+    is_main,
     share_cores,
     world_size,
 )
 from cogvlm_ft.runtime.param_gathering import attach_offload
 from cogvlm_ft.runtime.partitions import local_range
 from cogvlm_ft.runtime.tf32 import allow_tf32
+from cogvlm_ft.runtime.trained_parameters import freeze, log_groups, parameter_groups
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import Config
 
@@ -219,31 +220,6 @@ def partition_assign(
     return assign
 
 
-def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Disable gradients of the parameters whose names match a pattern such as "model.vision.*"."""
-    names = dict(model.named_parameters())
-    for pattern in patterns:
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise ConfigError(
-                f"model.freeze: found {pattern!r}, which matches no parameter; expected a pattern for names such as "
-                f"{next(iter(names))}"
-            )
-        for name in matching:
-            names[name].requires_grad_(False)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Divide the trained parameters: matrices with weight decay; norms and biases (one dimension) without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ConfigError("model.freeze: found patterns that match all parameters; expected at least one to train")
-    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-    plain = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> Any:
     """Build a DeepSpeed engine with AdamW around the model. Collective.
 
@@ -251,8 +227,10 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     """
     train = config.train
     allow_tf32(train.tf32)
-    freeze(model, config.model.freeze)
-    groups = parameter_groups(model, train.weight_decay)
+    freeze(model, config)
+    groups = parameter_groups(model, train)
+    if is_main():
+        log_groups(groups)
     kwargs: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
     optimizer: torch.optim.Optimizer
     offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")

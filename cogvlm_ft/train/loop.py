@@ -35,6 +35,7 @@ from cogvlm_ft.runtime.distributed import (
     world_size,
 )
 from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
+from cogvlm_ft.runtime.trained_parameters import settings_of_rates
 from cogvlm_ft.tracking.auxiliary import failures_as_warnings, print_line
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
@@ -114,7 +115,11 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
     """
     folder = run.folder.checkpoints
     computed_by_main(lambda: remove_leftovers(folder))
-    fresh = TrainState(config_sha256=config_sha256(run.config), data_sha256=run.dataset.reader.index.data_sha256)
+    fresh = TrainState(
+        config_sha256=config_sha256(run.config),
+        data_sha256=run.dataset.reader.index.data_sha256,
+        rates=settings_of_rates(run.config.train),
+    )
     newest = newest_intact(folder)
     if newest is None:
         return fresh, CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint)
@@ -129,6 +134,11 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
             f"{newest} was trained on other shards than data.shards holds now, or "
             "with another data.max_turns_per_image or wording for it; its position in them means nothing here. "
             "Take another output_dir"
+        )
+    if state.rates != fresh.rates:
+        raise ConfigError(
+            f"train.lr_scale, train.vision_layer_decay: found {fresh.rates or 'neither'}; expected "
+            f"{state.rates or 'neither'}, with which {newest} was trained. Set the same, or take another output_dir"
         )
     logger.info("resuming from %s (step %d)", newest, state.step)
     saver = CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint, state.step)

@@ -27,7 +27,7 @@ from cogvlm_ft.model.loading import check_keys, parameter_shapes, read_whole
 from cogvlm_ft.model.preprocess import MEAN, STD
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device
-from cogvlm_ft.runtime.engine import freeze
+from cogvlm_ft.runtime.trained_parameters import freeze
 from cogvlm_ft.settings import Config
 from cogvlm_ft.train.skipped_steps import Row, SkippedStep
 
@@ -107,7 +107,7 @@ def load_weights_of(source: Path, config: Config) -> CogVLMForCausalLM:
         model = load_checkpoint_model(source, dtype)
     else:
         model = load_model(source, config.model.image_size, dtype, config.data.resize)
-    freeze(model, config.model.freeze)
+    freeze(model, config)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     nn.Module.to(model, device())
     return model.train()

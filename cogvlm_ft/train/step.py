@@ -15,6 +15,7 @@ from cogvlm_ft.data.plan import Item
 from cogvlm_ft.runtime.distributed import all_reduce_sum, device, rank, world_size
 from cogvlm_ft.runtime.engine import forget_left_modules
 from cogvlm_ft.runtime.stop_signals import StopRequested
+from cogvlm_ft.runtime.trained_parameters import set_learning_rate
 from cogvlm_ft.runtime.watchdog import progress
 
 MAX_RANKS = 1_000_000  # keeps the random streams of (seed, step, rank) apart
@@ -72,8 +73,7 @@ def train_step(engine: Any, batches: Sequence[Batch], *, lr: float, seed: int, s
     sync_wait_s = time.perf_counter() - start
     num_target_tokens = max(1.0, counts[0])
     scale = world_size() * len(batches) / num_target_tokens
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(engine.optimizer, lr)
     loss_sum, losses = torch.zeros((), device=device()), []
     for batch in (batch.to(device()) for batch in batches):
         out = engine(

@@ -13,6 +13,7 @@ from cogvlm_ft.data.plan import most_bad
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.planning.flops import step_flops
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, rank, world_size
+from cogvlm_ft.runtime.trained_parameters import group_rates
 from cogvlm_ft.tracking.auxiliary import print_line
 from cogvlm_ft.tracking.sample_losses import SampleLosses
 from cogvlm_ft.tracking.tracker import Tracker
@@ -64,7 +65,12 @@ class StepLog:
     def _write_line(self, state: TrainState, lr: float) -> None:
         """Write to metrics.jsonl and W&B, and print a line. Collective."""
         report = self._meter.report()
-        values = {"lr": lr, **report.values, **self._health.report(report, state.step)}
+        values = {
+            "lr": lr,
+            **group_rates(self._run.engine.optimizer, lr),
+            **report.values,
+            **self._health.report(report, state.step),
+        }
         if self._tracker:
             self._tracker.log_train(state.step, {**values, "epoch": self._run.epochs_done(state)})
             print_line(log_line(self._run, state, values))

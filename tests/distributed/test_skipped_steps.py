@@ -24,7 +24,7 @@ from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_model
 from cogvlm_ft.model import load_config as load_model_config
-from cogvlm_ft.runtime.engine import freeze
+from cogvlm_ft.runtime.trained_parameters import freeze
 from cogvlm_ft.train.replay_step import run_sample
 
 pytestmark = pytest.mark.slow
@@ -104,12 +104,12 @@ def test_a_loss_without_limits_but_with_a_gradient_is_skipped_too(
     example = dataset[Item(0, order[0], 1.0)]
     labels = example.sequences.labels
     huge = with_weights(start_model, tmp_path / "huge", HEAD, int(labels[labels >= 0][0]), 1e37)
+    arguments = settings_of(shards, huge, tmp_path / "run", "model.freeze=[model.*]", "train.max_steps=3")
     model = load_model(huge)
-    freeze(model, ["model.*"])
+    freeze(model, load_config(None, arguments))
     loss, grad_norm = run_sample(model, example)
     assert math.isinf(loss) and math.isfinite(grad_norm)
 
-    arguments = settings_of(shards, huge, tmp_path / "run", "model.freeze=[model.*]", "train.max_steps=3")
     with started(["launch/train.py", *arguments], 2, tmp_path / "logs") as ranks:
         assert ranks.wait() == [2, 2], ranks.output()
         assert "steps 1 to 3 had no finite loss or gradient" in ranks.output()

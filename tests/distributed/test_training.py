@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +28,13 @@ from cogvlm_ft.train.schedule import lr_at
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
 
 
-def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:
-    """Train without DeepSpeed, ranks or accumulation: AdamW on the whole batch at once."""
+def train_plainly(
+    settings: list[str], rate_of: Callable[[str], float] = lambda name: 1.0, num_steps: int = NUM_STEPS
+) -> tuple[list[float], CogVLMForCausalLM]:
+    """Train without DeepSpeed, ranks or accumulation: AdamW on the whole batch at once.
+
+    rate_of: the factor of a parameter's learning rate; 0: frozen.
+    """
     config = load_config(None, settings)
     model = load_model(config.model.path).train()
     index = load_index(config.data.shards, config.data.train_split)
@@ -40,18 +47,21 @@ def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:
         config.data.max_sequence_length,
     )
     plan = SamplePlan(len(index), config.train.global_batch_size, config.seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter], "weight_decay": config.train.weight_decay if parameter.ndim > 1 else 0.0, "rate": rate}
+        for name, parameter in model.named_parameters()
+        for rate in [rate_of(name)]
+        if parameter.requires_grad_(rate > 0).requires_grad
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(config.train.beta1, config.train.beta2), eps=config.train.eps)
     losses: list[float] = []
     consumed = 0
-    while len(losses) < NUM_STEPS:
+    while len(losses) < num_steps:
         for [batch] in read_steps(
             dataset, plan, consumed, rank=0, world_size=1, micro_batch_size=plan.global_batch_size, num_workers=0
         ):
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(len(losses), NUM_STEPS, config.train)
+                group["lr"] = group["rate"] * lr_at(len(losses), num_steps, config.train)
             optimizer.zero_grad()
             loss = model(
                 input_ids=batch.input_ids,
@@ -65,7 +75,7 @@ def train_plainly(settings: list[str]) -> tuple[list[float], CogVLMForCausalLM]:
             optimizer.step()
             losses.append(loss.item())
             consumed += int(batch.weight.sum())
-            if len(losses) == NUM_STEPS:
+            if len(losses) == num_steps:
                 break
     return losses, model
 
@@ -149,16 +159,44 @@ def test_bf16_trains_and_stays_near_fp32(reference_run: Path, bf16_run: Path) ->
     assert found == pytest.approx(expected, rel=0.03)
 
 
-def test_frozen_parameters_stay_as_they_are(shards: Path, start_model: Path, tmp_path: Path) -> None:
-    frozen = short_run_settings(
-        shards, start_model, tmp_path / "run", "model.freeze=[model.vision.*,lm_head.weight]", "train.warmup_fraction=0"
+RATES = "train.lr_scale={model.vision.*: 0.5, '*.norm*': 0.25, model.vision.linear_proj.*: 0}"
+
+
+def rate_of(name: str) -> float:
+    """Return the factor that RATES and a decay of 0.8 in a tower of two layers give a parameter."""
+    scale = 0.5 if name.startswith("model.vision.") else 1.0
+    scale = 0.25 if ".norm" in name else scale
+    scale = 0.0 if name.startswith("model.vision.linear_proj.") else scale
+    for part, power in (("transformer.layers.1.", 1), ("transformer.layers.0.", 2), ("patch_embedding.", 3)):
+        scale *= 0.8**power if name.startswith(f"model.vision.{part}") else 1
+    return 0.0 if name == "lm_head.weight" else scale
+
+
+def test_parts_with_rates_of_their_own_and_frozen_parts(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """Two ranks equal plain torch; a run does not resume with other rates."""
+    settings = short_run_settings(
+        shards,
+        start_model,
+        tmp_path / "run",
+        RATES,
+        "train.vision_layer_decay=0.8",
+        "model.freeze=[lm_head.weight]",
+        "train.warmup_fraction=0",
     )
-    run(["launch/train.py", *frozen], 2, tmp_path / "logs")
+    run(["launch/train.py", *settings], 2, tmp_path / "logs")
+    _, plain = train_plainly(settings, rate_of, num_steps=2)
     export_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], tmp_path / "exported", torch.float32)
     after = dict(load_model(tmp_path / "exported").named_parameters())
+    expected = dict(plain.named_parameters())
     for name, before in load_model(start_model).named_parameters():
-        is_frozen = name.startswith("model.vision.") or name == "lm_head.weight"
-        assert torch.equal(before, after[name]) == is_frozen, name
+        assert torch.equal(before, after[name]) == (rate_of(name) == 0), name
+        torch.testing.assert_close(after[name], expected[name], atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
+    row = read_metrics(tmp_path / "run", "train")[-1]
+    assert row["lr/x0.25"] == pytest.approx(0.25 * row["lr"])
+    settings.remove(RATES)
+    with started(["launch/train.py", *settings], 1, tmp_path / "logs") as ranks:
+        assert ranks.wait() == [2], ranks.output()
+        assert "train.lr_scale, train.vision_layer_decay: found [['vision_layer_decay', 0.8]]" in ranks.output()
 
 
 def test_a_second_training_in_one_folder_is_refused(shards: Path, start_model: Path, tmp_path: Path) -> None:

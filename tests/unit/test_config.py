@@ -237,6 +237,7 @@ def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
         "train.lr=3e-6",
         "train.max_steps=5",
         "model.freeze=[model.vision.*]",
+        'train.lr_scale={"model.vision.*": 0.1, lm_head.*: 0}',
         "tracking.name=试验",
         "resume=false",
     ]
