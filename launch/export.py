@@ -6,6 +6,7 @@ with the checkpoint, bit by bit. What bf16 changes in the answers is measured by
 
 Examples:
   python launch/export.py --checkpoint runs/grounding/checkpoints/step-00000100 --out exported --dtype bf16
+  python launch/export.py --checkpoint runs/grounding --out blended --blend 0.6 --start models/cogvlm
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--prove", type=int, metavar="N", help="0 skips the comparison of the weights")
+    parser.add_argument("--blend", type=float, metavar="F", help="write F x checkpoint + (1 - F) x --start")
+    parser.add_argument("--start", type=Path, help="for --blend: the model folder that training started from")
     args = parser.parse_args(argv)
+    if (args.blend is None) != (args.start is None):
+        parser.error("found one of --blend and --start; expected both, such as --blend 0.6 --start models/cogvlm")
     if args.prove is not None and args.prove < 0:
         parser.error(f"--prove {args.prove}: expected 0 or more")
     if args.prove:
@@ -46,13 +51,16 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from cogvlm_ft.checkpoints.choice import best_checkpoint, is_run
+        from cogvlm_ft.export.blend import Blend
         from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
     checkpoint = best_checkpoint(args.checkpoint) if is_run(args.checkpoint) else args.checkpoint
     say(f"comparing {checkpoint} with its manifest", flush=True)
-    proof = export_checkpoint(checkpoint, args.out, getattr(torch, DTYPES[args.dtype]), verify=args.prove != 0)
+    blend = None if args.start is None else Blend(args.blend, args.start)
+    dtype = getattr(torch, DTYPES[args.dtype])
+    proof = export_checkpoint(checkpoint, args.out, dtype, verify=args.prove != 0, blend=blend)
     if proof:
-        say(proof.summary(), file=sys.stderr if proof.problems else sys.stdout)
+        say(proof.summary("blend" if blend else "checkpoint"), file=sys.stderr if proof.problems else sys.stdout)
     if proof and proof.problems:
         say(f"not exported to {args.out}; the rejected model folder is {rejected_path(args.out)}", file=sys.stderr)
         return 1

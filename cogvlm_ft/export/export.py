@@ -16,6 +16,7 @@ from cogvlm_ft.checkpoints.choice import trained_wording
 from cogvlm_ft.checkpoints.model_folder import open_contents, write_model_folder
 from cogvlm_ft.config import load_run_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.export.blend import Blend, blended, check_fraction
 from cogvlm_ft.export.model_card import write_model_card
 from cogvlm_ft.export.verification import Verification, verify_export
 from cogvlm_ft.grounding.wording import WORDING_FILE, save_wording
@@ -27,12 +28,17 @@ from cogvlm_ft.settings import Config
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, *, verify: bool = True) -> Verification | None:
+def export_checkpoint(
+    checkpoint: Path, out: Path, dtype: torch.dtype, *, verify: bool = True, blend: Blend | None = None
+) -> Verification | None:
     """Write `out` (config, tokenizer, safetensors, README.md) under a temporary name, verify it, then rename it.
 
     Return the result of the verification, which is also in proof.json; None without one. An export that fails the
-    verification is kept as `rejected_path(out)`. One tensor is in memory at a time.
+    verification is kept as `rejected_path(out)`. One tensor is in memory at a time. blend: what to
+    write instead of the checkpoint's own weights.
     """
+    if blend:
+        check_fraction(blend.fraction)
     if out.exists():
         raise CheckpointError(f"--out {out} exists; expected a new folder. Choose another name")
     if not checkpoint.is_dir():
@@ -40,6 +46,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, *, verify
     partial = out.with_name(f".tmp-{out.name}")
     with _explained_disk_errors(checkpoint, out), _removed_on_failure(partial):
         contents = open_contents(checkpoint)
+        contents = blended(contents, blend) if blend else contents
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         check_free_space(out, contents, dtype)
@@ -50,7 +57,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, *, verify
         result = verify_export(partial, checkpoint / MODEL_FOLDER, contents, dtype) if verify else None
         if result:
             result.save(partial)
-        write_model_card(partial, checkpoint, _run_config(checkpoint), name=out.name)
+        write_model_card(partial, checkpoint, _run_config(checkpoint), name=out.name, blend=blend)
         sync_tree(partial)
         if result and result.problems:
             shutil.rmtree(rejected_path(out), ignore_errors=True)

@@ -20,6 +20,7 @@ from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
 from cogvlm_ft.evaluate.fingerprint import fingerprint
+from cogvlm_ft.export.blend import Blend
 from cogvlm_ft.export.verification import Verification
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.prompt import render_prompt
@@ -119,10 +120,13 @@ transformers, pad the photo first.
 """
 
 
-def write_model_card(folder: Path, checkpoint: Path, config: Config | None, *, name: str) -> None:
+def write_model_card(
+    folder: Path, checkpoint: Path, config: Config | None, *, name: str, blend: Blend | None = None
+) -> None:
     """Write the card, as the last file of the folder, since it states the folder's fingerprint.
 
-    config: of the run; None if it is not known. proof.json of the folder is quoted.
+    config: of the run; None if it is not known. proof.json of the folder is quoted; the checkpoint's
+    scores are not those of its blend.
     """
     verification = Verification.load(folder)
     state, model = read_state(checkpoint), load_config(folder)
@@ -153,8 +157,8 @@ def write_model_card(folder: Path, checkpoint: Path, config: Config | None, *, n
         "training_code": _code_version(run.get("code")),
         "code": _code_version(vars(git_state()) if git_state() else None),
         "fingerprint": fingerprint(folder),
-        "evaluation": _evaluation(checkpoint, state),
-        "verification": _verification_text(verification),
+        "evaluation": _blend_text(blend) if blend else _evaluation(checkpoint, state),
+        "verification": _verification_text(verification, "blend" if blend else "checkpoint"),
         "question": question,
         "letterbox": _LETTERBOX if resize_of(model) == "letterbox" else "",
     }
@@ -201,10 +205,17 @@ def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _verification_text(verification: Verification | None) -> str:
+def _blend_text(blend: Blend) -> str:
+    return (
+        f"Not measured. These weights are {blend.fraction:g} x those of the checkpoint + {1 - blend.fraction:g} x "
+        f"those of the model `{plain_value(blend.start.name)}` that training started from."
+    )
+
+
+def _verification_text(verification: Verification | None, source: str) -> str:
     if verification is None:
         return "They were not compared."
-    return "\n".join(map(plain_value, verification.summary().split("\n")))
+    return "\n".join(map(plain_value, verification.summary(source).split("\n")))
 
 
 def _code_version(state: Mapping[str, Any] | None) -> str:

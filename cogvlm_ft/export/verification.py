@@ -45,11 +45,11 @@ class Verification:
     num_tensors: int
     problems: list[str]
 
-    def summary(self) -> str:
-        """Return the result in a sentence, with one line for each problem."""
+    def summary(self, source: str = "checkpoint") -> str:
+        """Return the result in a sentence, with one line for each problem. source: what was exported."""
         if self.problems:
-            return "\n  ".join(["the export differs from its checkpoint:", *self.problems])
-        return f"verified: {self.num_tensors} tensors equal those of the checkpoint bit for bit in {self.dtype}"
+            return "\n  ".join([f"the export differs from its {source}:", *self.problems])
+        return f"verified: {self.num_tensors} tensors equal those of the {source} bit for bit in {self.dtype}"
 
     def save(self, folder: Path) -> None:
         """Write proof.json."""

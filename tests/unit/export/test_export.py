@@ -91,6 +91,34 @@ def test_an_export_holds_the_weights_and_is_verified(
     )
 
 
+def test_a_blend_is_between_the_start_and_the_checkpoint(
+    checkpoint: Path, model: CogVLMForCausalLM, start_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is verified as such, and its card quotes no scores of the checkpoint."""
+    start = tmp_path / "before"
+    shutil.copytree(start_model, start)
+    before = {name: value + torch.randn_like(value) for name, value in model.named_parameters()}
+    save_weights(start, before.items(), torch.bfloat16)
+    rounded = {name: value.bfloat16().float() for name, value in before.items()}
+    assert export(checkpoint, tmp_path / "blended", "--blend", 0.6, "--start", start) == 0
+    found = load_file(tmp_path / "blended" / SINGLE_FILE)
+    for name, tuned in model.named_parameters():
+        torch.testing.assert_close(found[name], tuned.data * 0.6 + rounded[name] * 0.4, rtol=0, atol=1e-6)
+    card = (tmp_path / "blended" / "README.md").read_text()
+    assert "0.6 x those of the checkpoint + 0.4 x those of the model `before`" in card and "mean_iou" not in card
+    assert "equal those of the blend bit for bit" in card and "of the blend bit" in capsys.readouterr().out
+
+    save_weights(start, [*before.items(), ("lm_head.other", torch.zeros(1))], torch.float32)
+    for fraction, at, message in (
+        (1.5, start, "--blend 1.5: expected"),
+        (0.5, start, "lm_head.other"),
+        (0.5, tmp_path, "--start"),
+    ):
+        assert export(checkpoint, tmp_path / "other", "--blend", fraction, "--start", at) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_proof_of_a_former_version_is_read(tmp_path: Path) -> None:
     likeness = {"num_tokens": 9, "num_unequal": 0, "largest_difference": 0.0, "spread": 1.0, "equal_tokens": 1.0}
     former = {"dtype": "float32", "num_tensors": 3, "samples": "val", "num_samples": 2, "likeness": likeness}
