@@ -113,7 +113,8 @@ class Planner:
         """Return a planner for other settings or another cluster that reuses what they do not change."""
         other = Planner(config or self.config, self.model_config, cluster or self.cluster)
         ours, theirs = self.config, other.config
-        if theirs.model == ours.model and theirs.train.precision == ours.train.precision:
+        ours_trains, theirs_trains = ((each.train.precision, each.train.lr_scale) for each in (ours, theirs))
+        if theirs.model == ours.model and theirs_trains == ours_trains:
             other.model, other._stages, other._numels = self.model, self._stages, self._numels
         if theirs.model == ours.model and other.zero.rules == self.zero.rules:
             other.gathered = self.gathered
