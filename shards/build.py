@@ -46,7 +46,7 @@ from cogvlm_ft.shards.packing.photo_headers import PhotoHeaders
 from cogvlm_ft.shards.packing.photo_names import with_photos
 from cogvlm_ft.shards.packing.problem_files import PROBLEM_FILES, ProblemFiles
 from cogvlm_ft.shards.packing.source_photos import GroupBy
-from cogvlm_ft.shards.packing.split_plan import DEFAULT_VAL_FRACTION, SplitRules, advice_on_splits
+from cogvlm_ft.shards.packing.split_plan import DEFAULT_SEED, DEFAULT_VAL_FRACTION, SplitRules, advice_on_splits
 from cogvlm_ft.shards.packing.splits import SPLITS, ShardPlan
 from cogvlm_ft.shards.packing.staging import StagingDatabase
 from cogvlm_ft.shards.packing.summary import summarize
@@ -78,7 +78,7 @@ class BuildSettings:
     val_fraction: float | None = None
     split: str = SPLIT_CHOICES[0]
     group_by: str = "photo"
-    seed: int = 0
+    seed: int = DEFAULT_SEED
     samples_per_shard: int = 1000
     max_pixels: int = MAX_PIXELS
     verify: str = VERIFY[0]

@@ -23,6 +23,7 @@ from cogvlm_ft.shards.packing.source_photos import GroupBy
 from cogvlm_ft.shards.packing.splits import SPLITS, shuffle_rank
 
 DEFAULT_VAL_FRACTION = 0.1
+DEFAULT_SEED = 0
 _TRAIN, _VAL, _TEST = range(len(SPLITS))
 _UNSTATED = -1
 _NUM_LAST_BYTES = 4096
@@ -150,6 +151,11 @@ class SplitPlan:
         self._run(_POSITIONS)
         self._fill(report)
         return [self._num_candidates(split) for split in range(len(SPLITS))], report
+
+    def splits(self) -> Iterator[tuple[str, str]]:
+        """Yield every image with its split. Call `assign` first."""
+        for image, split in self._database.execute("SELECT p.image, g.split FROM photos p JOIN groups g USING (name)"):
+            yield _text(image), SPLITS[split]
 
     def moved(self) -> Iterator[Moved]:
         """Yield the images whose stated split is not that of their group."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,8 @@ from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.reviewing.label_words import MAX_LABELS, spelling_suspects
 from cogvlm_ft.shards.reviewing.near_duplicates import HashedPhoto, near_duplicates
 from cogvlm_ft.shards.reviewing.photo_rules import boxes_text, plain_phrase
-from cogvlm_ft.shards.reviewing.sources import Place
+from cogvlm_ft.shards.reviewing.planned_splits import PlannedSplits
+from cogvlm_ft.shards.reviewing.sources import Item, Place
 from cogvlm_ft.shards.reviewing.suspects import Suspect, View
 
 _TABLES = """
@@ -26,7 +27,7 @@ PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE photos (
     number INTEGER PRIMARY KEY, sha256 BLOB NOT NULL, split TEXT NOT NULL, image BLOB NOT NULL, content TEXT NOT NULL,
-    look TEXT, look_split TEXT NOT NULL
+    look TEXT
 );
 CREATE TABLE phrases (phrase TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -56,7 +57,6 @@ class PhotoRow(NamedTuple):
     upright: bool
     targets: tuple[tuple[str, tuple[Box, ...]], ...]
     look: int | None = None
-    stated_split: str | None = None
 
     def view(self) -> View:
         boxes = tuple(box for _, boxes in self.targets for box in boxes)
@@ -69,25 +69,26 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self.path = path
+        self._planned = PlannedSplits()
         self._database = sqlite3.connect(path, isolation_level=None)
         self._database.executescript(_TABLES)
         self._database.execute("BEGIN")
 
-    def add(self, photos: list[PhotoRow], phrases: Counter[str]) -> None:
-        """Add the findings of one part of the source."""
+    def add(self, items: Iterable[Item], photos: list[PhotoRow], phrases: Counter[str]) -> None:
+        """Add one part of the source and its findings."""
+        self._planned.add(items)
         rows = [
             (
                 photo.sha256,
                 photo.split or "",
                 photo.image.encode("utf-8", "surrogatepass"),
-                json.dumps([*photo[1:5], *photo.place.row(), photo.upright, photo.targets, photo.stated_split]),
+                json.dumps([*photo[1:5], *photo.place.row(), photo.upright, photo.targets]),
                 None if photo.look is None else str(photo.look),
-                photo.split or photo.stated_split or "",
             )
             for photo in photos
         ]
         self._database.executemany(
-            "INSERT INTO photos (sha256, split, image, content, look, look_split) VALUES (?, ?, ?, ?, ?, ?)", rows
+            "INSERT INTO photos (sha256, split, image, content, look) VALUES (?, ?, ?, ?, ?)", rows
         )
         add = "INSERT INTO phrases VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
         safe = [(phrase.encode("utf-8", "backslashreplace").decode(), count) for phrase, count in phrases.items()]
@@ -126,14 +127,19 @@ class Ledger:
         return dict(rows) if len(rows) <= MAX_LABELS else {}
 
     def _near_duplicates(self) -> Iterator[Suspect]:
+        planned = self._planned.by_image()
         rows = self._database.execute(
-            "SELECT number, look_split, look FROM photos WHERE look IS NOT NULL ORDER BY number"
+            "SELECT min(number), split, image, look FROM photos WHERE look IS NOT NULL GROUP BY split, image ORDER BY 1"
         )
-        photos = (HashedPhoto(number, split, int(look)) for number, split, look in rows)
+        photos = (
+            HashedPhoto(number, split or planned[image.decode("utf-8", "surrogatepass")], int(look))
+            for number, split, image, look in rows
+        )
         for pair in near_duplicates(photos):
             found = [self._photo(photo.number) for photo in (pair.first, pair.second)]
+            splits = pair.first.split, pair.second.split
             if found[0].sha256 != found[1].sha256:  # identical ones are reported already
-                names = " and ".join(f"{row.image} ({row.split or row.stated_split})" for row in found)
+                names = " and ".join(f"{row.image} ({split})" for row, split in zip(found, splits, strict=True))
                 yield _suspect("near_duplicate", found, {"names": names, "bits": pair.num_bits})
 
     def _photo(self, number: int) -> PhotoRow:
@@ -142,14 +148,15 @@ class Ledger:
 
     def close(self) -> None:
         """Delete the file."""
+        self._planned.close()
         self._database.close()
         self.path.unlink(missing_ok=True)
 
 
 def _photo_row(digest: bytes, content: str) -> PhotoRow:
-    image, source, split, part, *place, upright, targets, stated_split = json.loads(content)
+    image, source, split, part, *place, upright, targets = json.loads(content)
     boxes = tuple((phrase, tuple(map(tuple, found))) for phrase, found in targets)
-    return PhotoRow(digest, image, source, split, part, Place(*place), upright, boxes, stated_split=stated_split)
+    return PhotoRow(digest, image, source, split, part, Place(*place), upright, boxes)
 
 
 def _suspect_of_copies(kind: str, rows: list[PhotoRow]) -> Suspect:

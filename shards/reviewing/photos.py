@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import NamedTuple
 
 from cogvlm_ft.data.reader import MAX_PIXELS, upright_size
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import with_hint
-from cogvlm_ft.shards.packing.verify import verify_image
+from cogvlm_ft.shards.packing.verify import WholeImage, verify_image
 from cogvlm_ft.shards.reviewing.near_duplicates import photo_hash
 from cogvlm_ft.shards.reviewing.readings import boxes_of, fit
-from cogvlm_ft.shards.reviewing.sources import Item, read_photo
+from cogvlm_ft.shards.reviewing.sources import Item, Place, read_photo
 from cogvlm_ft.shards.reviewing.suspect_texts import Texts
 
 
@@ -21,7 +22,7 @@ class Photo:
     """stored_px: (width, height) of the file. orientation: by EXIF, 1 to 8.
 
     upright: its boxes were drawn on the rotated image. evidence: the reason, if it was not stated.
-    look: `photo_hash`, of photos whose split is known or stated.
+    look: `photo_hash`.
     """
 
     stored_px: tuple[int, int]
@@ -42,18 +43,28 @@ class Photo:
         return self.upright_px if self.upright else self.stored_px
 
 
-def open_photo(item: Item) -> Photo | Problem:
-    """Read the image file once."""
+class PhotoFile(NamedTuple):
+    """What the bytes of a photo say. sha256 and look: as of `Photo`."""
+
+    stored: WholeImage
+    sha256: bytes
+    look: int | None
+
+
+def open_photo(item: Item, known: dict[Place, PhotoFile]) -> Photo | Problem:
+    """Read the image file, unless another candidate of it has filled `known`."""
     source = item.candidate.source
     try:
-        data = read_photo(item.place)
-        stored = verify_image(data, item.candidate.image, MAX_PIXELS)
+        if item.place not in known:
+            data = read_photo(item.place)
+            whole = verify_image(data, item.candidate.image, MAX_PIXELS)
+            known[item.place] = PhotoFile(whole, sha256(data).digest(), photo_hash(data))
+        file = known[item.place]
     except Rejected as rejected:
         return with_hint(rejected, item.candidate).problem(source)
     except BadSampleError as error:
         return Problem("sample", error.reason, error.detail, source)
-    look = photo_hash(data) if item.split or item.stated_split else None
-    photo = Photo(stored.size_px, sha256(data).digest(), stored.orientation, bool(item.upright), look=look)
+    photo = Photo(file.stored.size_px, file.sha256, file.stored.orientation, bool(item.upright), look=file.look)
     evidence = None if photo.upright else _boxes_for_upright(item.candidate, photo)
     return replace(photo, upright=True, evidence=evidence) if evidence else photo
 

@@ -70,7 +70,7 @@ class Shot:
 
 def draw_shot(item: Item, gallery: str, image_size: int) -> Shot | None:
     """Draw a photo of a gallery; None if it cannot be shown any more."""
-    photo = open_photo(item)
+    photo = open_photo(item, {})
     image = decoded(item, photo) if isinstance(photo, Photo) else None
     if image is None or not isinstance(photo, Photo):
         return None

@@ -22,7 +22,7 @@ from cogvlm_ft.shards.packing.workers import die_with_parent
 from cogvlm_ft.shards.reviewing.gallery import Galleries, Measure, measure_photo
 from cogvlm_ft.shards.reviewing.ledger import Ledger, PhotoRow
 from cogvlm_ft.shards.reviewing.photo_rules import as_boxes, find_suspects, view_of
-from cogvlm_ft.shards.reviewing.photos import Photo, open_photo
+from cogvlm_ft.shards.reviewing.photos import Photo, PhotoFile, open_photo
 from cogvlm_ft.shards.reviewing.readings import (
     Reading,
     Tally,
@@ -33,7 +33,7 @@ from cogvlm_ft.shards.reviewing.readings import (
     read_as,
 )
 from cogvlm_ft.shards.reviewing.settings import ReviewSettings
-from cogvlm_ft.shards.reviewing.sources import Item
+from cogvlm_ft.shards.reviewing.sources import Item, Place
 from cogvlm_ft.shards.reviewing.statistics import count_candidate, report_of
 from cogvlm_ft.shards.reviewing.suspect_texts import KINDS, NOTE
 from cogvlm_ft.shards.reviewing.suspects import (
@@ -131,7 +131,7 @@ class _Gathered:
 
     def add(self, findings: Findings, chunk: list[Item | Problem]) -> None:
         self.tally.update(findings.tally)
-        self._ledger.add(findings.photos, findings.phrases)
+        self._ledger.add((part for part in chunk if isinstance(part, Item)), findings.photos, findings.phrases)
         for key, examples in findings.examples.items():
             self.examples[key] = _few(self.examples[key] + examples)
         for measure in findings.measures:
@@ -169,12 +169,12 @@ class _Gathered:
 
 def examine(parts: list[Item | Problem], image_size: int) -> Findings:
     """Examine one part of the source."""
-    findings = Findings()
+    findings, known = Findings(), dict[Place, PhotoFile]()
     for position, part in enumerate(parts):
         if isinstance(part, Problem):
             findings.suspects.append(suspect_of_problem(part))
             continue
-        opened = open_photo(part)
+        opened = open_photo(part, known)
         photo = opened if isinstance(opened, Photo) else None
         findings.tally.update(count_candidate(part.candidate, photo, part.split))
         findings.phrases.update(target.phrase for target in part.candidate.targets)
@@ -223,7 +223,6 @@ def _photo_row(item: Item, photo: Photo) -> PhotoRow:
         image=candidate.image,
         source=candidate.source,
         split=item.split,
-        stated_split=item.stated_split,
         part=item.ids.sample,
         place=item.place,
         upright=photo.upright,

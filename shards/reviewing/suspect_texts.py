@@ -58,8 +58,10 @@ KINDS: dict[str, Kind] = {
     "near_duplicate": _kind(
         "Photos in two splits look alike",
         "两个划分中的图片几乎相同",
-        "Frames of one video or edited copies make the score too high. Build with --group-by, or drop one of them.",
-        "同一视频的帧或修改过的副本会使分数虚高：请用 --group-by 构建，或去掉其中一个。",
+        "Frames of one video or edited copies make the score too high. Build with --group-by, or drop one of them."
+        " Of annotations, the splits are those of a build with its default options.",
+        "同一视频的帧或修改过的副本会使分数虚高：请用 --group-by 构建，或去掉其中一个。"
+        "对于标注，划分是按默认选项构建时的划分。",
         "{names}: {bits} of 64 bits of their perceptual hashes differ",
         "{names}：感知哈希的 64 位中有 {bits} 位不同",
     ),

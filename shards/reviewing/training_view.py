@@ -79,7 +79,7 @@ def augment_words(augment: AugmentConfig) -> str:
 
 
 def _see_photo(item: Item, wording: Wording, settings: ReviewSettings) -> SeenPhoto | None:
-    photo = open_photo(item)
+    photo = open_photo(item, {})
     if not isinstance(photo, Photo) or item.candidate.stated_size_px not in (None, photo.size_px, photo.stored_px):
         return None
     record = _record_of(item, photo)

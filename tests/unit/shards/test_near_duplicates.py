@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
+from cogvlm_ft.data.index import load_index
 from cogvlm_ft.shards.build import main as build
 from cogvlm_ft.shards.packing.label_names import load_names
+from cogvlm_ft.shards.packing.splits import shuffle_rank
 from cogvlm_ft.shards.review import main as review
 from cogvlm_ft.shards.reviewing.label_words import names_text, spelling_suspects
 from cogvlm_ft.shards.reviewing.near_duplicates import HashedPhoto, near_duplicates, photo_hash
@@ -88,6 +91,32 @@ def test_a_review_of_shards_and_of_their_source_lists_near_duplicates(tmp_path: 
     assert build([*annotations, "--out", str(tmp_path / "out")]) == 0
     assert review(["--shards", str(tmp_path / "out"), "--out", str(tmp_path / "review"), "--workers", "1"]) == 0
     assert "1 Photos in two splits look alike" in capsys.readouterr().out
+
+
+def test_before_a_random_split_the_review_knows_the_splits_of_a_build(tmp_path: Path) -> None:
+    """Also with two records of one photo, and a photo that cannot be read but counts in the fraction."""
+    names = [f"{number:02}.jpg" for number in range(15)]
+    names.sort(key=lambda name: shuffle_rank(name, 0))
+    (tmp_path / names[4]).write_bytes(b"no photo")
+    for number, name in enumerate(names):
+        if number != 4:
+            (tmp_path / name).write_bytes(jpeg(scene(number % 13), 90 - number))
+    rows = [
+        {"image": name, "key": f"{name}{k}", "targets": [{"phrase": "dog", "boxes": [[1, 2, 30, 40]]}]}
+        for k in (1, 2)
+        for name in names
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(map(lambda row: json.dumps(row) + "\n", rows)))
+    annotations = ["--annotations", str(tmp_path / "x.jsonl"), "--workers", "1"]
+    assert review([*annotations, "--out", str(tmp_path / "review")]) == 0
+    found = [json.loads(line) for line in (tmp_path / "review" / "suspects.jsonl").read_text().splitlines()]
+    texts = [str(row) for row in found if row["kind"] == "near_duplicate"]
+    assert build([*annotations, "--out", str(tmp_path / "out")]) == 0
+    index = load_index(tmp_path / "out", "val")
+    assert {index.key(i)[:2] for i in range(len(index))} == {name[:2] for name in names[:2]}  # 13 is like 0, 14 like 1
+    assert len(texts) == 2
+    for val, train in ((names[0], names[13]), (names[1], names[14])):
+        assert any(f"{val} (val)" in text and f"{train} (train)" in text for text in texts)
 
 
 def test_31_labels_that_differ_in_case_are_a_suspect_and_names_yaml_is_written(tmp_path: Path, capsys: Any) -> None:
