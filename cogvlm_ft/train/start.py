@@ -13,7 +13,7 @@ from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.evaluate.measurable import check_monitor
 from cogvlm_ft.model import model_config_of
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import from_main, is_main
+from cogvlm_ft.runtime.distributed import computed_by_main
 from cogvlm_ft.settings import Config
 from cogvlm_ft.train.early_stopping import is_out_of_patience
 
@@ -34,7 +34,7 @@ def build_checked_run(config: Config) -> Run | FinishedRun:
     val_reader = open_split(config, config.data.val_split)
     check_monitor(config, val_reader, model_config_of(config))
     data = open_training_data(config, val_reader)
-    finished = from_main(find_finished(config, data) if is_main() else None)
+    finished = computed_by_main(lambda: find_finished(config, data))
     return build_run(config, val_reader, data) if finished is None else finished
 
 
