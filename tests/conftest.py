@@ -29,7 +29,8 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 NUM_SCENES = 42
-ORDER = ("slurm", "golden", "unit", "fuzz", "soak", "distributed", "e2e")  # folders; Slurm jobs need most of the time
+# Folders. Slurm jobs need most of the time; the short tests at the end keep all workers busy until then.
+ORDER = ("slurm", "golden", "unit", "fuzz", "soak", "distributed", "e2e", "unit/shards")
 
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
@@ -50,7 +51,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start the Slurm jobs first, and beside them what starts no processes."""
-    items.sort(key=lambda item: ORDER.index(item.path.relative_to(config.rootpath).parts[1]))
+    items.sort(key=lambda item: _place(item.path.relative_to(config.rootpath / "tests")))
+
+
+def _place(path: Path) -> int:
+    folder = path.parent.as_posix()
+    return ORDER.index(folder if folder in ORDER else path.parts[0])
 
 
 @pytest.fixture(scope="session")
