@@ -2,8 +2,8 @@
 
     python bench/review.py [--records 100000] [--photos 5000] [--workers 2]
 
-Four boxes per record; several records share a photo of 640 x 480 px. Prints wall and CPU time, and the peak memory of
-the main process.
+Four boxes per record; several records share a photo of 640 x 480 px. Prints wall time, and the CPU time and the peak
+memory of the main process.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def bench_review(folder: Path, num_records: int, num_workers: int) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     seconds = time.perf_counter() - start
-    print(f"{num_records} records: {seconds:.0f} s, {cpu_s:.0f} s of CPU, {after.ru_maxrss >> 10} MiB", flush=True)
+    print(
+        f"{num_records} records: {seconds:.0f} s, main process: {cpu_s:.0f} s of CPU, {after.ru_maxrss >> 10} MiB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
