@@ -19,14 +19,14 @@ VISION_SIZES: dict[str, Any] = {
 }
 
 
-def build_demo_model(vocab_size: int, image_size: int) -> CogVLMForCausalLM:
+def build_demo_model(vocab_size: int, image_size: int, max_positions: int = 256) -> CogVLMForCausalLM:
     """Build a model with 2 million random parameters; torch.manual_seed decides their values."""
     num_positions = (image_size // VISION_SIZES["patch_size"]) ** 2 + 1
     vision = {**VISION_SIZES, "image_size": image_size, "num_positions": num_positions}
     model_config = CogVLMConfig(
         **SIZES,
         vocab_size=vocab_size,
-        max_position_embeddings=256,
+        max_position_embeddings=max_positions,
         rms_norm_eps=1e-5,
         initializer_range=0.09,
         template_version="base",

@@ -1,0 +1,99 @@
+"""Train a tiny model on a few photos of a shard set, in a process of its own, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.plain_files import read_bytes
+from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, shorter_sides, write_chosen
+from cogvlm_ft.rehearsal.tiny_model import image_size_for, save_tiny_model, texts_of
+from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.settings import Config
+
+MICRO_BATCH_SIZE = 8
+NUM_EPOCHS = 3  # in each, every photo is seen many times; each ends with an evaluation
+SCHEDULE: dict[str, Any] = {  # of a tiny model that learns a few photos by heart
+    "train.lr": 2e-3,
+    "train.beta2": 0.98,
+    "train.weight_decay": 0.0,
+    "train.warmup_fraction": 0.05,
+    "train.min_lr_ratio": 0.02,
+    "train.log_every": 10,
+    "train.patience": "null",
+    "train.monitor": "mean_iou",
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a rehearsal trains on."""
+
+    num_photos: int
+    image_size: int
+    num_parameters: int
+
+
+def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int) -> Chosen:
+    """Write `out`/chosen and `out`/start: shards of drawn photos, and a random model at a size that suits their boxes.
+
+    Raises ConfigError where `out` holds a run on other photos.
+    """
+    drawn = draw_photos(shards, num_photos, seed)
+    image_size = image_size_for(shorter_sides([reader.read(i).record for reader, i in drawn]))
+    lines = out / "chosen" / LINES
+    former = read_bytes(lines, MAX_LINES_BYTES) if lines.exists() else b""
+    records = write_chosen(drawn, image_size, out / "chosen")
+    if former not in (b"", read_bytes(lines, MAX_LINES_BYTES)) and RunFolder(out / "run").config.exists():
+        lines.write_bytes(former)
+        raise ConfigError(f"--out {out}: found a rehearsal of other photos; expected a new folder, or the same photos")
+    texts = texts_of(records, load_wording(config.data.wording), config.seed)
+    return Chosen(len(records), image_size, save_tiny_model(out / "start", texts, image_size))
+
+
+def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:
+    """Run launch/train.py on the CPU and return its exit code. arguments: of the real run."""
+    batch_size = -(-chosen.num_photos // num_processes) * num_processes
+    shards = [{"path": str((out / "chosen" / "shards").resolve()), "weight": float(-(-num_steps // NUM_EPOCHS))}]
+    settings: dict[str, Any] = {
+        **SCHEDULE,
+        "output_dir": out / "run",
+        "deepspeed": "zero3_tiny",
+        "model.path": out / "start",
+        "model.image_size": chosen.image_size,
+        "model.freeze": "[]",
+        "model.gradient_checkpointing": "none",
+        "data.shards": json.dumps(shards),
+        "data.val_shards": "null",
+        "data.train_split": "train",
+        "data.val_split": "train",
+        "data.num_workers": 0,
+        "train.precision": "fp32",
+        "train.epochs": NUM_EPOCHS,
+        "train.max_steps": num_steps,
+        "train.global_batch_size": batch_size,
+        "train.micro_batch_size": min(MICRO_BATCH_SIZE, batch_size // num_processes),
+        "evaluate.before_training": "false",
+        "evaluate.every_epochs": 1,
+        "evaluate.max_samples": "null",
+        "evaluate.batch_size": 2 * MICRO_BATCH_SIZE,
+        "evaluate.num_pictures": chosen.num_photos,
+        "tracking.mode": "disabled",
+    }
+    program = ["cogvlm_ft.launch.train", *arguments, *(f"{key}={value}" for key, value in settings.items())]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    if num_processes == 1:
+        command = [sys.executable, "-m", *program]
+    else:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        command = [launcher, "--num_accelerators", str(num_processes), "--module", *program]
+    return subprocess.run(command, env=environment, check=False).returncode

@@ -1,0 +1,38 @@
+"""Judge the real run on the same photos: the 17B model on 1, 2 and 4 nodes of 8 GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cogvlm_ft.model import CogVLMConfig
+from cogvlm_ft.planning.data_turns import largest_pass
+from cogvlm_ft.planning.memory import Cluster
+from cogvlm_ft.planning.preflight import count_images, inspect_run
+from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
+from cogvlm_ft.settings import Config
+
+NODES, GPUS_PER_NODE, GPU_GIB = (1, 2, 4), 8, 79.0  # what torch sees of an 80 GB GPU
+
+
+def judge_real_run(config: Config) -> list[str]:
+    """Return a line per number of nodes. config: of the real run, with the user's whole shard set.
+
+    A global batch that the GPUs cannot divide is raised to the next that they can.
+    """
+    sizes = CogVLMConfig()
+    model = sizes.at_image_size(config.model.image_size) if config.model.image_size else sizes
+    speeds = Speeds(tflops=H100_TFLOPS[number_format(config)])
+    num_images = count_images(config)
+    lines = []
+    for num_nodes in NODES:
+        cluster = Cluster(num_nodes, GPUS_PER_NODE, GPU_GIB)
+        per_pass = cluster.num_gpus * config.train.micro_batch_size
+        batch_size = -(-config.train.global_batch_size // per_pass) * per_pass
+        divided = replace(config, train=replace(config.train, global_batch_size=batch_size))
+        found = inspect_run(divided, model, cluster, largest_pass(divided, model), speeds, num_images)
+        epoch = f", about {found.time.epoch_s(num_images) / 60:.0f} min an epoch" if num_images else ""
+        lines.append(
+            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB, train.global_batch_size={batch_size}: "
+            f"{found.verdict.status}: {found.verdict.why}{epoch}"
+        )
+    return lines

@@ -1,0 +1,115 @@
+"""Rehearse a run on your own photos: review, build, train a tiny model on 16 of them, score it, draw the report.
+
+Shows that photos, labels, boxes, wording and settings are right, in about ten minutes on two CPU cores. It does not
+show how good the 17B model becomes. At the end it prints the commands of the real run.
+
+Examples:
+  python launch/rehearse.py photos/
+  python launch/rehearse.py photos/ --annotations instances.json --config my_run.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+try:
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste
+    from cogvlm_ft.config import load_config
+    from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.run_folder import RunFolder
+    from cogvlm_ft.settings import Config
+    from cogvlm_ft.shards.build import main as build
+    from cogvlm_ft.shards.review import main as review
+    from cogvlm_ft.terminal import say
+except ModuleNotFoundError as error:
+    print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
+
+NUM_PHOTOS, NUM_STEPS, ABSENT = 16, 300, 0.2
+REAL_MODEL = "models/cogvlm-grounding-generalist"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser(__doc__)
+    parser.add_argument("photos", type=Path, help="folder of the photos")
+    parser.add_argument("--annotations", type=Path, help="file or folder (default: the folder of the photos)")
+    parser.add_argument("--format", default="auto", help="default: recognised from the files")
+    parser.add_argument("--out", type=Path, help="folder for everything (default: runs/rehearsal/NAME of the photos)")
+    parser.add_argument("--config", default="grounding_490", help="of the real run: a YAML file or a preset")
+    parser.add_argument("--num-photos", type=int, default=NUM_PHOTOS, help=f"to train on (default: {NUM_PHOTOS})")
+    steps_help = f"of training (default: {NUM_STEPS}); the same command with more steps goes on"
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=steps_help)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the photos")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
+    args = parser.parse_intermixed_args(argv)
+    args.annotations = args.annotations or args.photos
+    args.out = args.out or Path("runs", "rehearsal", args.photos.resolve().name)
+    return exit_code(lambda: rehearse(args))
+
+
+def rehearse(args: argparse.Namespace) -> int:
+    for name, path in (("PHOTOS", args.photos), ("--annotations", args.annotations)):
+        if not path.exists():
+            raise ConfigError(f"{name} {path}: found nothing; expected a file or folder. Check the path")
+    start = time.monotonic()
+    shards, config = args.out / "shards", real_config(args)
+    say(f"1/5 review of {args.annotations}", flush=True)
+    source = ["--format", args.format, "--images", str(args.photos), "--annotations", str(args.annotations)]
+    if code := review([*source, "--out", str(args.out / "review")]):
+        return code
+    say(f"\n2/5 shards of all photos, in {shards}", flush=True)
+    if code := build([*source, "--out", str(shards), "--negatives", str(ABSENT), "--overwrite"]):
+        return code
+    say(f"\n3/5 a tiny model for {args.num_photos} of the photos", flush=True)
+    with fast_imports():
+        from cogvlm_ft.rehearsal.training import prepare, train
+    chosen = prepare(shards, args.out, config, args.num_photos, args.seed)
+    say(f"{chosen.num_photos} photos at {chosen.image_size} px, {chosen.num_parameters / 1e6:.1f} million parameters")
+    say(f"\n4/5 training for {args.steps} steps", flush=True)
+    if code := train(chosen, args.out, args.steps, args.processes, ["--config", args.config, *args.settings]):
+        return code
+    say(f"\n5/5 the result, after {(time.monotonic() - start) / 60:.1f} min")
+    show_result(args)
+    show_real_run(args, config)
+    return 0
+
+
+def real_config(args: argparse.Namespace) -> Config:
+    """Load the settings of the real run, on the shards of all photos."""
+    needed = {"model.path": REAL_MODEL, "data.shards": args.out / "shards", "output_dir": Path("runs", args.out.name)}
+    given = {setting.partition("=")[0] for setting in args.settings}
+    stand_ins = [f"{key}={value}" for key, value in needed.items() if key not in given]
+    return load_config(args.config, [*stand_ins, *args.settings])
+
+
+def show_result(args: argparse.Namespace) -> None:
+    """Print the scores of the last evaluation and where the pictures are."""
+    from cogvlm_ft.evaluate.results import find_evaluation, load_results
+
+    run = RunFolder(args.out / "run")
+    folder = find_evaluation(run.path)
+    metrics = load_results(folder).metrics
+    say(f"mean IoU {metrics['mean_iou']:.3f}; unreadable answers count as 0")
+    say(f"report    {run.report}\npictures  {folder / 'pictures'}\nreview    {args.out / 'review' / 'review.html'}")
+
+
+def show_real_run(args: argparse.Namespace, config: Config) -> None:
+    from cogvlm_ft.rehearsal.verdict import judge_real_run
+
+    say("\nThe tiny model has learned these photos by heart. That shows that photos, labels and boxes fit together;")
+    say("it does not show how well the 17B model will find the same things on photos that it has not seen.")
+    say("\nThe real run, estimated:")
+    for line in judge_real_run(config):
+        say(f"  {line}")
+    given = [f"model.path={config.model.path}", f"data.shards={config.data.shards}", f"output_dir={config.output_dir}"]
+    say("\nIts commands:")
+    say(f"  deepspeed launch/train.py --config {args.config} {' '.join(given)}")
+    say(f"  {paste('submit', '--nodes', 2, '--config', args.config, *given)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
