@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target sets up what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast soak slurm check check-constraints bench clean
+.PHONY: help setup demo try test test-fast soak slurm check check-constraints bench clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -25,6 +25,10 @@ $(STAMP): setup.py constraints.txt
 
 demo: setup ## train a tiny CogVLM on a generated grounding set (CPU, minutes)
 	$(BIN)/python launch/demo.py
+
+try: setup ## rehearse on your own photos: make try PHOTOS=path (CPU, about ten minutes)
+	@test -n "$(PHOTOS)" || { echo "PHOTOS: found nothing; expected the folder of your photos. Run make try PHOTOS=path"; exit 2; }
+	$(BIN)/python launch/rehearse.py "$(PHOTOS)" $(OPTIONS)
 
 # SLURM=required: install Slurm first, so that the tests that start their own Slurm cluster are not skipped.
 ifeq ($(SLURM),required)

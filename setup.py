@@ -113,6 +113,8 @@ setup(
             "cogvlm-wandb-sync = cogvlm_ft.launch.wandb_sync:main",
             "cogvlm-workspace = cogvlm_ft.launch.workspace:main",
             "cogvlm-demo = cogvlm_ft.launch.demo:main",
+            "cogvlm-rehearse = cogvlm_ft.launch.rehearse:main",
+            "cogvlm-init = cogvlm_ft.launch.init:main",
             "cogvlm-replay = cogvlm_ft.launch.replay:main",  # the former name of cogvlm-wandb-sync, for one version
             "cogvlm-build-shards = cogvlm_ft.shards.build:main",
             "cogvlm-review = cogvlm_ft.shards.review:main",

@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/rehearsal/NAME of the photos)")
     parser.add_argument("--config", default="grounding_490", help="of the real run: a YAML file or a preset")
     parser.add_argument("--num-photos", type=int, default=NUM_PHOTOS, help=f"to train on (default: {NUM_PHOTOS})")
-    steps_help = f"of training (default: {NUM_STEPS}); the same command with more steps goes on"
+    steps_help = f"of training (default: {NUM_STEPS})"
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help=steps_help)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on the CPU (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the photos")
@@ -93,7 +94,11 @@ def show_result(args: argparse.Namespace) -> None:
     run = RunFolder(args.out / "run")
     folder = find_evaluation(run.path)
     metrics = load_results(folder).metrics
-    say(f"mean IoU {metrics['mean_iou']:.3f}; unreadable answers count as 0")
+    asked = f"every target of the {args.num_photos} photos was asked; unreadable answers count as 0"
+    say(f"mean IoU {metrics['mean_iou']:.3f}; {asked}")
+    absent = metrics.get("not_found_acc")
+    is_known = absent is not None and absent == absent  # not NaN
+    say(f"absent targets recognised: {absent:.0%}" if is_known else "absent targets: none among these photos")
     say(f"report    {run.report}\npictures  {folder / 'pictures'}\nreview    {args.out / 'review' / 'review.html'}")
 
 
@@ -107,7 +112,7 @@ def show_real_run(args: argparse.Namespace, config: Config) -> None:
         say(f"  {line}")
     given = [f"model.path={config.model.path}", f"data.shards={config.data.shards}", f"output_dir={config.output_dir}"]
     say("\nIts commands:")
-    say(f"  deepspeed launch/train.py --config {args.config} {' '.join(given)}")
+    say(f"  {shlex.join(['deepspeed', '--module', 'cogvlm_ft.launch.train', '--config', args.config, *given])}")
     say(f"  {paste('submit', '--nodes', 2, '--config', args.config, *given)}")
 
 

@@ -63,7 +63,7 @@ def assert_shown(shown: str, printed: str) -> None:
 def test_the_worked_example_of_the_document(start_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     copy_photos(tmp_path / "photos")
-    shutil.copytree(start_model, tmp_path / "runs" / "tiny" / "start")
+    shutil.copytree(start_model, tmp_path / "runs" / "rehearsal" / "photos" / "start")
     printed = ""
     for block in blocks():
         if block.startswith('{"decisions"'):

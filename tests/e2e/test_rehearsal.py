@@ -1,0 +1,48 @@
+"""`launch/rehearse.py` at a small size: every step runs on a user's photos, and every path that it prints exists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from cogvlm_ft.launch.rehearse import main
+
+pytestmark = pytest.mark.slow
+
+
+def labelled_photos(folder: Path) -> Path:
+    """Draw four photos with COCO annotations of two classes."""
+    folder.mkdir()
+    images, annotations = [], []
+    for number in range(4):
+        with Image.new("RGB", (80, 60), (20 * number, 90, 60)) as image:
+            box = (5 + number, 10, 45 + number, 50)
+            ImageDraw.Draw(image).rectangle(box, fill=(200, 30 * number, 40))
+            image.save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 80, "height": 60})
+        position = {"bbox": [box[0], 10, 40, 40], "area": 1600, "iscrowd": 0}
+        annotations.append({"id": number + 1, "image_id": number, "category_id": 1 + number % 2, **position})
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "bus"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    photos, out = labelled_photos(tmp_path / "photos"), tmp_path / "out"
+    options = ["--num-photos", "3", "--steps", "3", "--out", str(out)]
+    code = main([str(photos), *options, "evaluate.max_new_tokens=4"])
+    printed, errors = capfd.readouterr()
+    assert code == 0, printed + errors
+    shown = dict(line.split(maxsplit=1) for line in printed.splitlines() if line.startswith(("report ", "pictures ")))
+    assert Path(shown["report"]).is_file() and any(Path(shown["pictures"]).iterdir())
+    assert "mean IoU" in printed and "it does not show how well the 17B model" in printed
+    for num_nodes in (1, 2, 4):
+        assert f"\n  {num_nodes} x 8 GPUs of 80 GB" in printed
+    assert f"data.shards={out / 'shards'}" in printed.partition("Its commands:")[2]
+    evaluations = list((out / "run" / "evaluations").glob("*/predictions.jsonl"))
+    keys = {json.loads(line)["key"] for line in evaluations[-1].read_text(encoding="utf-8").splitlines()}
+    assert len(keys) == 3

@@ -1,0 +1,52 @@
+"""`launch/init.py`: what it writes is loaded by the settings loader, and its commands name it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogvlm_ft.config import load_config
+from cogvlm_ft.launch.init import main
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "command"), [(1, "zero3", "launch.train"), (2, "zero3_multinode", "launch.submit")]
+)
+def test_the_config_is_loaded(
+    nodes: int, engine: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my run.yaml"
+    options = ["--shards", "shards: 猫 #1", "--model", "0123", "--nodes", str(nodes), "--targets", "small"]
+    assert main([*options, "--out", str(out)]) == 0
+    config = load_config(str(out))
+    assert (config.data.shards, config.model.path, config.model.image_size) == ("shards: 猫 #1", "0123", 756)
+    assert config.deepspeed == engine and config.train.global_batch_size % (8 * nodes) == 0
+    printed = capsys.readouterr().out
+    assert command in printed and f"'{out}'" in printed
+    assert main([*options, "--out", str(out)]) == 2, "an existing file is kept"
+
+
+def test_little_memory_means_offload(tmp_path: Path) -> None:
+    options = ["--shards", "s", "--model", "m", "--gpu-memory-gib", "23.5", "--out", str(tmp_path / "run.yaml")]
+    assert main(options) == 0
+    assert load_config(str(tmp_path / "run.yaml")).deepspeed == "zero3_offload_optimizer"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--model", "m"], "--shards: found nothing"),
+        (["--shards", "s", "--model", "m", "--nodes", "two"], "--nodes: found 'two'; expected a number"),
+        (["--shards", "s", "--model", "m", "--gpu-memory-gib", "nan"], "--gpu-memory-gib: found nan"),
+        (
+            ["--shards", "s", "--model", "m", "--targets", "huge"],
+            "--targets: found 'huge'; expected large, small, tiny",
+        ),
+    ],
+)
+def test_a_wrong_answer_is_one_line(
+    options: list[str], found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--out", str(tmp_path / "run.yaml")]) == 2
+    assert found in capsys.readouterr().err and not (tmp_path / "run.yaml").exists()
