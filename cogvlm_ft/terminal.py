@@ -5,11 +5,15 @@ from __future__ import annotations
 import codecs
 import locale
 import logging
+import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from cogvlm_ft.errors import ConfigError
 
@@ -19,6 +23,8 @@ LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _PASSWORD = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@")  # scheme://user:password@host
 _QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]+")  # scheme://host/path?token=...
+LINE_S = 30.0
+_AS_LINE = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {elapsed} elapsed, {remaining} left"
 _hidden: dict[str, str] = {}
 
 
@@ -83,6 +89,31 @@ def start_logging(level: int, form: str = LOG_FORMAT) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogLines(form))
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def progress_bar(
+    work: Iterable[Any] | None = None, *, desc: str, unit: str, total: float | None = None, is_shown: bool | None = None
+) -> tqdm:
+    """Show n/total, rate and remaining time of work: as a bar in a terminal, elsewhere as a line every 30 s.
+
+    unit: "B" is shown in multiples. is_shown: on rank 0 by default, as the launcher numbers ranks.
+    """
+    is_shown = os.environ.get("RANK", "0") == "0" if is_shown is None else is_shown
+    options: dict[str, Any] = {"unit_scale": unit == "B", "leave": False, "disable": not is_shown}
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(), "mininterval": LINE_S, "delay": LINE_S, "miniters": 1, "bar_format": _AS_LINE}
+    return tqdm(work, desc=desc, unit=unit, total=total, **options)
+
+
+class _Lines:
+    """A file that makes lines of what tqdm draws in place."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(plain_line(text.strip()) + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class LogLines(logging.Formatter):

@@ -13,6 +13,7 @@ from cogvlm_ft.checkpoints.slices import SlicedTensor, open_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import POSITION_TABLE, Assign, check_keys, interpolate_position_embedding
 from cogvlm_ft.runtime.watchdog import progress
+from cogvlm_ft.terminal import progress_bar
 
 
 def open_weights(checkpoint: Path) -> dict[str, SlicedTensor]:
@@ -33,7 +34,7 @@ def assign_weights(checkpoint: Path, expected: dict[str, tuple[int, ...]], assig
     """
     weights = open_weights(checkpoint)
     check_keys(checkpoint, expected, {name: tuple(stored.shape) for name, stored in weights.items()})
-    for name, shape in expected.items():
+    for name, shape in progress_bar(expected.items(), desc="load weights", unit="tensor"):
         progress()
         rows = _Rows(weights[name])
         if name == POSITION_TABLE and weights[name].shape[0] != shape[0]:

@@ -13,14 +13,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from cogvlm_ft.checkpoints.reading import is_wrong_part, read_again, stop_if_unreadable
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.safetensors_io import FileRecord, read_chunks
+from cogvlm_ft.terminal import progress_bar
 
 MANIFEST_FILE = "manifest.json"
 
@@ -84,8 +83,7 @@ def has_all_files(checkpoint: Path) -> bool:
 def _differences(checkpoint: Path, files: Mapping[str, FileRecord], names: list[str]) -> list[str]:
     problems = []
     total = sum(files[name].num_bytes for name in names)
-    shown = {"desc": f"checking {checkpoint.name}", "unit": "B", "unit_scale": True, "leave": False}
-    with tqdm(total=total, disable=None if is_main() else True, **shown) as bar:  # type: ignore[call-overload]
+    with progress_bar(desc=f"check {checkpoint.name}", unit="B", total=total, is_shown=is_main()) as bar:
         for name in names:
             problem = _difference(checkpoint / name, files[name])
             problems += [f"{name} {problem}"] if problem else []

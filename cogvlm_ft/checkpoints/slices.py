@@ -37,6 +37,7 @@ from cogvlm_ft.runtime.partitions import (
 )
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.safetensors_io import TensorFile, TensorSpec
+from cogvlm_ft.terminal import progress_bar
 
 LAYOUT_FILE = "layout.json"
 WEIGHT = "weight"
@@ -149,7 +150,7 @@ def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True)
     parameters = dict(engine.module.named_parameters())
     _check_shapes(checkpoint, Layout.load(checkpoint).shapes, {n: tuple(p.ds_shape) for n, p in parameters.items()})
     with overwriting_state(engine):
-        for name, tensor in open_slices(checkpoint).items():
+        for name, tensor in progress_bar(open_slices(checkpoint).items(), desc="load weights", unit="tensor"):
             set_local_weight(parameters[name], _padded(tensor, parameters[name]))
         if with_optimizer:
             _assign_moments(engine, checkpoint)

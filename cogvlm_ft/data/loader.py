@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
@@ -30,6 +29,7 @@ from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import AugmentConfig
+from cogvlm_ft.terminal import progress_bar
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
 
@@ -41,7 +41,7 @@ def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
     """
     num_targets, num_turns = reader.index.num_targets.copy(), reader.index.num_turns.copy()
     unknown = np.flatnonzero(num_targets < 0).tolist()
-    for i in tqdm(unknown, desc="counting questions", unit="record", disable=not unknown):
+    for i in progress_bar(unknown, desc="count questions", unit="record", is_shown=bool(unknown)):
         progress()
         try:
             record = reader.read_record(i)

@@ -29,6 +29,7 @@ from cogvlm_ft.data.sources import locations, tars_of_split
 from cogvlm_ft.data.tars import Loss, scan_file
 from cogvlm_ft.data.whole_files import Cache, cached_tar, starts_compressed
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.terminal import progress_bar
 
 INDEX_VERSION = 1
 
@@ -90,7 +91,7 @@ def _in_threads(action: Callable[[T], U], parts: Sequence[T]) -> list[U]:
     if len(parts) < 2:
         return [action(part) for part in parts]
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
-        return list(pool.map(action, parts))
+        return list(progress_bar(pool.map(action, parts), desc="index shards", unit="tar", total=len(parts)))
 
 
 def _load_tar(tar: str, cache: Cache | None) -> Shard:
@@ -150,8 +151,10 @@ def _load_folder(folder: Path, split: str, cache: Cache | None, choice: SplitCho
         split = _only_split(folder) or split
     rows = _rows_by_index(folder, split)
     if rows is None:
-        return [_load_local_tar(path, cache) for path in _paths_by_name(folder, split, cache)]
-    return [_with_missing(load_shard(folder / row.name), row.num_samples) for row in rows]
+        paths = list(_paths_by_name(folder, split, cache))
+        return [_load_local_tar(path, cache) for path in progress_bar(paths, desc="index shards", unit="tar")]
+    shown = progress_bar(rows, desc="index shards", unit="tar")
+    return [_with_missing(load_shard(folder / row.name), row.num_samples) for row in shown]
 
 
 def _only_split(folder: Path) -> str | None:

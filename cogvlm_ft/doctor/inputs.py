@@ -8,8 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from cogvlm_ft.build import build_dataset
 from cogvlm_ft.data.collate import BadSample
 from cogvlm_ft.data.index import ShardIndex
@@ -29,6 +27,7 @@ from cogvlm_ft.planning.memory import build_on_meta, judge
 from cogvlm_ft.planning.preflight import what_would_fit
 from cogvlm_ft.runtime.distributed import rank, world_size
 from cogvlm_ft.safetensors_io import read_chunks
+from cogvlm_ft.terminal import progress_bar
 
 NUM_SAMPLES = {"train": 64, "val": 16}  # random ones, without --all-shards
 MOST_NAMED = 5
@@ -145,10 +144,9 @@ def _damaged_shards(indexes: dict[str, ShardIndex]) -> list[str]:
     paths = [path for index in indexes.values() for path in index.shard_paths if not isinstance(path, RemoteShard)]
     described = {path: path.with_suffix(".json") for path in paths[rank() :: world_size()]}
     described = {path: description for path, description in described.items() if description.is_file()}
-    shown = {"desc": "hashing shards", "unit": "B", "unit_scale": True, "leave": False}
     total = sum(path.stat().st_size for path in described)
     damaged = []
-    with tqdm(total=total, disable=None if rank() == 0 else True, **shown) as bar:  # type: ignore[call-overload]
+    with progress_bar(desc="hash shards", unit="B", total=total, is_shown=rank() == 0) as bar:
         for path, description in described.items():
             digest = hashlib.sha256()
             for chunk in read_chunks(path):

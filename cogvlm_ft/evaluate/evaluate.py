@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import detect_language
@@ -40,6 +39,7 @@ from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import free_bytes, parameters_gathered
 from cogvlm_ft.runtime.stop_signals import StopRequest, stopping_together
 from cogvlm_ft.settings import EvaluateConfig
+from cogvlm_ft.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,7 @@ def evaluate(
         size = choose_pass(model, survey, limit, settings.batch_size)
         batches = [mine[start : start + size.num_images] for start in range(0, len(mine), size.num_images)]
         num_batches = -(-num_samples // (world_size() * size.num_images))
-        for batch in tqdm(
-            range(num_batches), desc="evaluate", unit="batch", disable=None if is_main() else True, leave=False
-        ):
+        for batch in progress_bar(range(num_batches), desc="evaluate", unit="batch", is_shown=is_main()):
             indices = batches[batch] if batch < len(batches) else mine[:0]
             with stopping_together(stop_request, DataError, ServerError):
                 questions = list(read_questions(reader, indices, wording, seed, resize_of(model.config)))

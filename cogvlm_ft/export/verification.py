@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import READ_ELEMENTS, FileTensor, Weight, open_tensors, weight_files
 from cogvlm_ft.model.tokenizer import MODEL_FILE
 from cogvlm_ft.plain_files import read_json
+from cogvlm_ft.terminal import progress_bar
 
 PROOF_FILE = "proof.json"
 MAX_LISTED = 20
@@ -96,7 +96,7 @@ def compare_tensors(folder: Path, contents: Mapping[str, Weight], dtype: torch.d
     problems = [f"{name} is missing" for name in sorted(contents.keys() - found.keys())]
     problems += [f"{name} is unexpected" for name in sorted(found.keys() - contents.keys())]
     names = [name for name in contents if name in found]
-    for name in tqdm(names, desc="compare weights", unit="tensor", disable=None):
+    for name in progress_bar(names, desc="compare weights", unit="tensor"):
         problem = _compare_tensor(found[name], contents[name], dtype)
         problems += [f"{name}: {problem}"] if problem else []
     more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []

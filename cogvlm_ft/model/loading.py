@@ -24,6 +24,7 @@ from cogvlm_ft.model.decoder import inverse_frequencies
 from cogvlm_ft.plain_files import read_bytes, read_json, sync
 from cogvlm_ft.safetensors_io import TensorSpec, write_tensors
 from cogvlm_ft.settings import Config
+from cogvlm_ft.terminal import progress_bar
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -124,7 +125,7 @@ def load_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], assig
         slices = _open_slices(Path(folder), stack)
         shapes = {key: tuple(view.get_shape()) for key, view in slices.items() if not key.endswith(".inv_freq")}
         check_keys(folder, expected, shapes)
-        for name, shape in expected.items():
+        for name, shape in progress_bar(expected.items(), desc="load weights", unit="tensor"):
             if name == POSITION_TABLE and shapes[name] != shape:
                 table = interpolate_position_embedding(slices[name][:], shape[0])
                 assign(name, lambda start, stop, table=table: table[start:stop], shape[0])  # type: ignore[misc]
@@ -273,7 +274,7 @@ def save_weights(
     files = _split_into_files(list(tensors), dtype, max_file_bytes)
     total_bytes = sum(_num_bytes(weight, dtype) for contents in files for _, weight in contents)
     weight_map: dict[str, str] = {}
-    with tqdm(total=total_bytes, desc="write weights", unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar(desc="write weights", unit="B", total=total_bytes) as bar:
         for number, contents in enumerate(files, 1):
             name = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             specs = [TensorSpec(key, tuple(weight.shape), dtype) for key, weight in contents]

@@ -7,8 +7,6 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import PREDICTIONS_FILE
@@ -25,6 +23,7 @@ from cogvlm_ft.report.gallery import (
 )
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import WANDB_MODES
+from cogvlm_ft.terminal import progress_bar
 from cogvlm_ft.tracking.metrics_log import read_rows
 from cogvlm_ft.tracking.tracker import read_run_file
 from cogvlm_ft.tracking.wandb_run import BoxedImage, WandbRun, check_key
@@ -90,7 +89,7 @@ def replay(
     wandb_run = WandbRun(run_folder, mode=mode, is_new=True, lower_is_better=LOWER_IS_BETTER, **identity)
     advice = "If it already has this run, give --new-run; without a network, --mode offline"
     _check(wandb_run, advice)
-    for row in tqdm(rows, desc="replay", unit="row", disable=None):
+    for row in progress_bar(rows, desc="replay", unit="row"):
         _send(wandb_run, run_folder, row)
     wandb_run.finish()
     _check(wandb_run, advice)

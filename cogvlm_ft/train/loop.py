@@ -40,6 +40,7 @@ from cogvlm_ft.tracking.auxiliary import failures_as_warnings, print_line
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.early_stopping import is_out_of_patience, monitor_name, monitor_value, updated_best
+from cogvlm_ft.train.printed_lines import BAR_WITH_END, evaluation_line, metrics_before
 from cogvlm_ft.train.schedule import lr_at
 from cogvlm_ft.train.step import train_step
 from cogvlm_ft.train.step_log import StepLog
@@ -102,6 +103,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
             with stop_request.failing(DataError):  # too many samples that cannot be used, known to all ranks
                 log.add(before, state, batches, stats, lr=lr, data_wait_s=data_wait_s)
             bar.update()
+            bar.bar_format = BAR_WITH_END  # now that there is a rate
     saver.close(state.step)
     finish_tracking(run, state, tracker)
     stop_request.raise_error()
@@ -260,8 +262,8 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation, best: Bes
         save_pictures(folder, run.val_reader, run.config.evaluate.num_pictures)
         show_evaluation(tracker.wandb, folder, epoch)
     try_report(folder, run.val_reader, run_folder=run.folder.path, train_reader=run.dataset.reader)
-    shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items() if "/" not in key)
-    print_line(f"epoch {epoch:.3g} (step {state.step})  {shown}")
+    before = metrics_before(run.folder, state.step)
+    print_line(evaluation_line(epoch, state.step, {**result.metrics, **monitored}, before, name))
 
 
 def advance(run: Run, state: TrainState) -> TrainState:

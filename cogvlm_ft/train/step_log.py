@@ -19,6 +19,7 @@ from cogvlm_ft.tracking.sample_losses import SampleLosses
 from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.health import Health
 from cogvlm_ft.train.meter import Meter
+from cogvlm_ft.train.printed_lines import step_line
 from cogvlm_ft.train.skipped_steps import SkippedSteps
 from cogvlm_ft.train.step import StepStats, row_losses
 
@@ -73,19 +74,7 @@ class StepLog:
         }
         if self._tracker:
             self._tracker.log_train(state.step, {**values, "epoch": self._run.epochs_done(state)})
-            print_line(log_line(self._run, state, values))
-
-
-def log_line(run: Run, state: TrainState, values: dict[str, float]) -> str:
-    bad = f"  bad {values['num_bad']:.0f}" if values["num_bad"] else ""
-    cut = f"  boxes cut {values['num_cut_boxes']:.0f}" if values["num_cut_boxes"] else ""
-    skipped = f"  skipped {values['num_skipped']:.0f}" if values["num_skipped"] else ""
-    return (
-        f"step {state.step}/{run.last_step(state)}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-        f"grad {values['grad_norm']:.3f}  {values['images_per_s']:.1f} images/s  "
-        f"{values['tokens_per_s']:.0f} tokens/s  data wait {values['data_wait_fraction']:.0%}  "
-        f"{values['memory_gib']:.2f} GiB{bad}{cut}{skipped}"
-    )
+            print_line(step_line(state.step, self._run.last_step(state), values))
 
 
 class BadSamples:

@@ -1,0 +1,56 @@
+"""The lines that a training run prints: of its steps and of its evaluations. The rest is in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cogvlm_ft.evaluate.evaluate import METRICS_FILE
+from cogvlm_ft.plain_files import read_json
+from cogvlm_ft.run_folder import RunFolder, step_name
+
+SHOWN_METRICS = ("mean_iou", "acc@0.5", "not_found_acc", "unreadable", "f1@0.5")
+NUM_SHOWN = 5
+BAR_WITH_END = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} + {remaining}, ends {eta:%d %b %H:%M}, {rate_fmt}"
+
+
+def step_line(step: int, last_step: int, values: Mapping[str, float]) -> str:
+    """Return the line of one step, within 100 columns unless samples were lost.
+
+    left: of the steps, without evaluations.
+    """
+    minutes = round((last_step - step) * values["step_s"] / 60)
+    lost = (("num_bad", "bad"), ("num_cut_boxes", "boxes cut"), ("num_skipped", "skipped"))
+    parts = [
+        f"step {step}/{last_step}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['lr']:.1e}",
+        f"grad {values['grad_norm']:.3g}",
+        f"{values['images_per_s']:.3g} images/s",
+        f"wait {values['data_wait_fraction']:.0%}",
+        f"{values['memory_gib']:.1f} GiB",
+        f"left {minutes // 60}:{minutes % 60:02d}h",
+        *(f"{name} {values[key]:.0f}" for key, name in lost if values[key]),
+    ]
+    return "  ".join(parts)
+
+
+def evaluation_line(
+    epoch: float, step: int, metrics: Mapping[str, float], before: Mapping[str, float], monitored: str
+) -> str:
+    """Return the line of one evaluation: five numbers, the monitored one first, and their change."""
+    names = [name for name in dict.fromkeys((monitored, *SHOWN_METRICS)) if name in metrics][:NUM_SHOWN]
+    parts = [f"epoch {epoch:.3g} (step {step})"]
+    for name in names:
+        change = f" ({metrics[name] - before[name]:+.2f})" if name in before else ""
+        parts.append(f"{name} {metrics[name]:.3f}{change}")
+    return "  ".join(parts)
+
+
+def metrics_before(folder: RunFolder, step: int) -> dict[str, float]:
+    """Read the numbers of the last evaluation before a step; nothing if there is none that can be read."""
+    earlier = [path for path in folder.evaluations.glob("step-*") if path.name < step_name(step)]
+    try:
+        found = read_json(max(earlier) / METRICS_FILE)
+    except (OSError, ValueError):  # also of max(), if there is none
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
