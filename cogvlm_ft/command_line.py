@@ -19,7 +19,8 @@ from cogvlm_ft.terminal import prepare_terminal, say
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
-PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+PATH_ERRORS |= {errno.ELOOP, errno.ENAMETOOLONG}
 ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
 
@@ -58,15 +59,22 @@ def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> 
         say(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if not (explain_paths and error.filename and error.errno in PATH_ERRORS):
+        explained = explained_path(error) if explain_paths else None
+        if explained is None:
             raise
-        advice = "Check the path and its permissions"
-        say(f"{type(error).__name__}: {error.filename}: {error.strerror}. {advice}", file=sys.stderr)
+        say(explained, file=sys.stderr)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "cogvlm_ft":
             raise
         say(f"{error}; {ACTIVATE}", file=sys.stderr)
     return USER_ERROR_EXIT_CODE
+
+
+def explained_path(error: OSError) -> str | None:
+    """Return the line about a path that is missing, occupied or not permitted; None for other errors."""
+    if not (error.filename and error.errno in PATH_ERRORS):
+        return None
+    return f"{type(error).__name__}: {error.filename}: {error.strerror}. Check the path and its permissions"
 
 
 @contextlib.contextmanager

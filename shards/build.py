@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from cogvlm_ft.command_line import build_parser
+    from cogvlm_ft.command_line import build_parser, explained_path
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -387,8 +387,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         say(build(_settings(args), args.out, num_workers=args.workers, overwrite=args.overwrite))
     except (DataError, OSError) as error:  # OSError: no space, no permission
-        say(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
+        explained = explained_path(error) if isinstance(error, OSError) else None
+        say(explained or f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if explained or isinstance(error, DataError) else 1
     return 0
 
 

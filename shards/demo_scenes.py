@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cogvlm_ft import __version__
+from cogvlm_ft.command_line import exit_code
 from cogvlm_ft.terminal import say
 
 _EXAMPLES = """examples:
@@ -178,9 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"found --num-scenes {options.num_scenes} and --image-size {options.image_size};"
             f" expected at least 1 scene of at least {MIN_IMAGE_SIZE_PX} px"
         )
+    return exit_code(lambda: _write(options))
+
+
+def _write(options: argparse.Namespace) -> None:
     annotations = write_scenes(options.out, options.num_scenes, options.image_size, options.seed)
     say(f"{options.num_scenes} scenes, {options.num_scenes * NUM_TARGETS} targets: {annotations}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser
+    from cogvlm_ft.command_line import build_parser, explained_path
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -139,8 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         parts, source = _parts(args)
         found = review(parts, source, args.out, settings)
     except (ConfigError, DataError, OSError) as error:
-        say(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+        explained = explained_path(error) if isinstance(error, OSError) else None
+        say(explained or f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if explained or not isinstance(error, OSError) else 1
     say(summarize(found, args.out))
     return 0
 

@@ -143,3 +143,16 @@ def test_batch_scripts_find_the_programs_from_any_folder(tmp_path: Path) -> None
     assert elsewhere.stdout == f"{start} {REPOSITORY}/cogvlm_ft/launch/evaluate.py --out scores\n", elsewhere.stderr
     without = run_batch_script(tmp_path, tmp_path, PYTHON="false")
     assert without.returncode == 2 and "false: cannot import cogvlm_ft. Activate the environment" in without.stderr
+
+
+@pytest.mark.parametrize("program", ["shards/build.py", "shards/review.py"])
+def test_an_output_that_cannot_be_a_folder_is_a_mistake_of_one_line(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "targets": []}')
+    (tmp_path / "file").write_text("")
+    arguments = ["--annotations", str(tmp_path / "a.jsonl"), "--out"]
+    for out in (tmp_path / "file", tmp_path / "file" / "shards", Path("/proc/shards")):
+        assert main_of(program)([*arguments, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error and len(error.splitlines()) == 1, error
