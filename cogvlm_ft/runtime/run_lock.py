@@ -132,7 +132,7 @@ def _acquire(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return _become_owner(folder, this_process())
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"output_dir={folder}: {error.strerror} ({error.filename}); expected a folder that this account may write. "
             "Choose another or change its permissions"
