@@ -54,7 +54,8 @@ class ModelConfig:
 
     path: str = setting(
         MISSING,
-        "Folder with `config.json`, `*.safetensors` and `tokenizer.model`, such as cogvlm-grounding-generalist.",
+        "Folder with `config.json`, `*.safetensors` and `tokenizer.model`, such as cogvlm-grounding-generalist. "
+        "`tiny`: a random model of 2 million parameters for your shards, to try programs.",
         is_path=True,
     )
     image_size: Optional[int] = setting(

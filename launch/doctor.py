@@ -20,6 +20,7 @@ try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.rehearsal.stand_in import with_model
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import check_encoding, say, start_logging
 except ModuleNotFoundError as error:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def examine_settings(args: argparse.Namespace) -> int:
     """Load the settings and run the checks; report as red what fails before the first check."""
-    config = load_config(args.config, args.settings)
+    config = with_model(load_config(args.config, args.settings))
     try:
         check_encoding()
     except ConfigError as error:

@@ -22,6 +22,7 @@ try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.rehearsal.stand_in import with_model
     from cogvlm_ft.settings import PROTOCOLS, Config
     from cogvlm_ft.terminal import check_encoding, say
 except ModuleNotFoundError as error:
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     add_settings(parser, required=True)
     args = parser.parse_intermixed_args(argv)
     protocol = [f"evaluate.protocol={args.protocol}"] if args.protocol else []
-    return exit_code(lambda: run(load_config(args.config, [*args.settings, *protocol]), args))
+    return exit_code(lambda: run(with_model(load_config(args.config, [*args.settings, *protocol])), args))
 
 
 def run(config: Config, args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ try:
     from cogvlm_ft.command_line import add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.config import RUN_PRESETS, find_preset, load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.rehearsal.stand_in import with_model
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import say
     from cogvlm_ft.yaml_text import read_yaml
@@ -73,6 +74,7 @@ def plan(args: argparse.Namespace) -> str:
     _check_numbers(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is needed; DeepSpeed warns if it finds none
     config = load_config(args.config, [*_stand_ins(args), *args.settings])
+    config = with_model(config) if config.data.shards != "unset" else config
     with fast_imports():
         from cogvlm_ft.pinned_memory import rounded_up_to
         from cogvlm_ft.planning.activations import MicroBatchShape

@@ -19,6 +19,7 @@ from pathlib import Path
 try:
     from cogvlm_ft.command_line import USER_ERROR_EXIT_CODE, add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.jobs.sweep import load_task
+    from cogvlm_ft.rehearsal.stand_in import with_model
     from cogvlm_ft.runtime.outcome import write_outcome
     from cogvlm_ft.runtime.stop_signals import StopRequest
     from cogvlm_ft.settings import Config
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with StopRequest() as stop_request:  # at once: loading the model takes minutes
         code = exit_code(
-            lambda: run(load_task(args.config, args.settings, args.sweep, args.task), stop_request), explain_paths=False
+            lambda: run(with_model(load_task(args.config, args.settings, args.sweep, args.task)), stop_request),
+            explain_paths=False,
         )
     if code == USER_ERROR_EXIT_CODE:
         write_outcome("refused")

@@ -61,17 +61,6 @@ def write_chosen(drawn: list[tuple[ShardReader, int]], image_size: int, out: Pat
     return records
 
 
-def shorter_sides(records: list[Record]) -> list[float]:
-    """Return the shorter side of every box after squashing its photo to a square of side 1."""
-    return [
-        min((x1 - x0) / record.image_size_px[0], (y1 - y0) / record.image_size_px[1])
-        for record in records
-        if record.image_size_px
-        for target in record.targets
-        for x0, y0, x1, y1 in target.boxes_xyxy
-    ]
-
-
 def _indexes(shards: Path) -> Iterator[ShardIndex]:
     for split in SPLITS:
         try:

@@ -11,22 +11,12 @@ from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.record import Record
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model import CogVLMTokenizer
-from cogvlm_ft.model.demo_model import VISION_SIZES, build_demo_model
+from cogvlm_ft.model.demo_model import build_demo_model
 from cogvlm_ft.model.tokenizer import MODEL_FILE, train_tokenizer
 
-IMAGE_SIZES = (64, 96, 128)  # px
+IMAGE_SIZE = 64  # px: enough to tell a few photos apart, and most of a step is spent on text
 VOCAB_SIZE = 420  # of which 259 are bytes and control tokens: any other text can be read too
 EPOCHS_READ = 20  # whose texts the tokenizer is trained on: the wording changes from epoch to epoch
-
-
-def image_size_for(shorter_sides: Sequence[float]) -> int:
-    """Return the smallest size at which half of the boxes are at least a patch wide, or the largest of all.
-
-    shorter_sides: of each box, as a fraction of the image.
-    """
-    median = sorted(shorter_sides)[len(shorter_sides) // 2] if shorter_sides else 1.0
-    fits = (size for size in IMAGE_SIZES if median * size >= VISION_SIZES["patch_size"])
-    return next(fits, IMAGE_SIZES[-1])
 
 
 def texts_of(records: Iterable[Record], wording: Wording, seed: int, num_epochs: int = EPOCHS_READ) -> list[str]:
@@ -40,7 +30,7 @@ def texts_of(records: Iterable[Record], wording: Wording, seed: int, num_epochs:
     ]
 
 
-def save_tiny_model(folder: Path, texts: Sequence[str], image_size: int, seed: int = 0) -> int:
+def save_tiny_model(folder: Path, texts: Sequence[str], seed: int = 0) -> int:
     """Save a model with random parameters and a tokenizer trained on the texts. Return its number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, folder / MODEL_FILE, VOCAB_SIZE)
@@ -48,6 +38,6 @@ def save_tiny_model(folder: Path, texts: Sequence[str], image_size: int, seed: i
     tokenizer.save(folder)
     torch.manual_seed(seed)
     longest = max(len(tokenizer.encode(text)) for text in texts)
-    model = build_demo_model(len(tokenizer), image_size, max_positions=max(256, 4 * longest))
+    model = build_demo_model(len(tokenizer), IMAGE_SIZE, max_positions=max(256, 4 * longest))
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -14,8 +14,8 @@ from typing import Any
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.plain_files import read_bytes
-from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, shorter_sides, write_chosen
-from cogvlm_ft.rehearsal.tiny_model import image_size_for, save_tiny_model, texts_of
+from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, write_chosen
+from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import Config
 
@@ -43,20 +43,19 @@ class Chosen:
 
 
 def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int) -> Chosen:
-    """Write `out`/chosen and `out`/start: shards of drawn photos, and a random model at a size that suits their boxes.
+    """Write `out`/chosen and `out`/start: shards of drawn photos, and a random model.
 
     Raises ConfigError where `out` holds a run on other photos.
     """
     drawn = draw_photos(shards, num_photos, seed)
-    image_size = image_size_for(shorter_sides([reader.read(i).record for reader, i in drawn]))
     lines = out / "chosen" / LINES
     former = read_bytes(lines, MAX_LINES_BYTES) if lines.exists() else b""
-    records = write_chosen(drawn, image_size, out / "chosen")
+    records = write_chosen(drawn, IMAGE_SIZE, out / "chosen")
     if former not in (b"", read_bytes(lines, MAX_LINES_BYTES)) and RunFolder(out / "run").config.exists():
         lines.write_bytes(former)
         raise ConfigError(f"--out {out}: found a rehearsal of other photos; expected a new folder, or the same photos")
     texts = texts_of(records, load_wording(config.data.wording), config.seed)
-    return Chosen(len(records), image_size, save_tiny_model(out / "start", texts, image_size))
+    return Chosen(len(records), IMAGE_SIZE, save_tiny_model(out / "start", texts))
 
 
 def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:

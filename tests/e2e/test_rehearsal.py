@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from cogvlm_ft.config import load_config
 from cogvlm_ft.launch.rehearse import main
+from cogvlm_ft.model import model_config_of
+from cogvlm_ft.rehearsal.stand_in import with_model
 
 pytestmark = pytest.mark.slow
 
@@ -46,3 +49,12 @@ def test_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     evaluations = list((out / "run" / "evaluations").glob("*/predictions.jsonl"))
     keys = {json.loads(line)["key"] for line in evaluations[-1].read_text(encoding="utf-8").splitlines()}
     assert len(keys) == 3
+    assert_any_program_has_a_tiny_model(out / "shards", tmp_path / "other")
+
+
+def assert_any_program_has_a_tiny_model(shards: Path, run: Path) -> None:
+    settings = ["model.path=tiny", "model.image_size=490", f"data.shards={shards}", f"output_dir={run}"]
+    first, second = (with_model(load_config(None, settings)) for _ in range(2))
+    assert first == second and first.model.folder.parent == run.parent
+    assert model_config_of(first).image_size == 64
+    assert [path.name for path in run.parent.glob(".*")] == [], "nothing is left of an attempt"
