@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,20 @@ def judge_locks(_: Examination, readings: list[Reading]) -> list[Finding]:
         known = locks.get(lock.path)
         if known is None or known.maker is None:
             locks[lock.path] = lock
-    return [_judge_lock(lock) for lock in locks.values()] or [green(f"none in {build_root()}")]
+    findings = [_judge_lock(lock) for lock in locks.values()]
+    return [*findings, *_judge_root()] or [green(f"none in {build_root()}")]
+
+
+def _judge_root() -> list[Finding]:
+    """Report a folder of compiled extensions that cannot be written, as with a read-only or missing HOME."""
+    root = build_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return []
+    except OSError as error:
+        found = f"{root} cannot be written ({error.strerror}): optimizer offload compiles its Adam there"
+        return [yellow(found, "set TORCH_EXTENSIONS_DIR to a folder that every node can write")]
 
 
 def _judge_lock(lock: Lock) -> Finding:

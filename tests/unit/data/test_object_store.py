@@ -6,6 +6,7 @@ import multiprocessing
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_sources import phrases, tar_bytes
@@ -126,6 +127,19 @@ def test_a_forked_process_reads_too(s3: str) -> None:
     assert reader.read(0).record.key == "0a"
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(_key, [(reader, i) for i in range(4)]) == ["0a", "0b", "1a", "1b"]
+
+
+@pytest.mark.parametrize(("scheme", "mark"), [("s3", "ETag"), ("gs", "generation")])
+def test_a_file_replaced_while_it_is_read_is_reported(scheme: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = {"size": 4, mark: "first"}
+    store = SimpleNamespace(info=lambda _: stated, cat_file=lambda _, start, end: b"tar!"[start:end])
+    monkeypatch.setattr(object_store, "_file_system", lambda *_: store)
+    monkeypatch.setattr(object_store, "_CHECK_EVERY_S", -1.0)
+    url = f"{scheme}://replaced/train-0.tar"
+    assert object_store.size_of(url) == 4 and object_store.read_range(url, 0, 3) == b"tar"
+    stated[mark] = "second"
+    with pytest.raises(DataError, match=r"found another file \(second\) than when it was read first \(first\)"):
+        object_store.read_range(url, 0, 3)
 
 
 def _key(task: tuple[ShardReader, int]) -> str:

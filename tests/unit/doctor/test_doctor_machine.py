@@ -108,6 +108,15 @@ def test_a_young_build_lock_stays(run_checks: Examine, lock: Path) -> None:
     assert num_red == 0 and "yellow  build locks: " in said and lock.exists()
 
 
+def test_a_folder_of_builds_that_cannot_be_written(
+    run_checks: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
+    num_red, said = run_checks([LOCKS])
+    assert num_red == 0 and "yellow  build locks: " in said and "set TORCH_EXTENSIONS_DIR" in said
+
+
 def test_the_default_folder_of_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     assert build_locks.build_root().name == "torch_extensions"
