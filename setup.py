@@ -49,6 +49,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.20,<6",
         "sentencepiece>=0.2",
+        "peft>=0.19",  # adapters
         "webdataset>=1.0.2",
         "wandb>=0.31",
         "omegaconf>=2.4",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import initialization
 
+from cogvlm_ft.checkpoints.adapters import AdapterRecord
 from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.checkpoints.choice import is_checkpoint, model_files
 from cogvlm_ft.checkpoints.consolidate import assign_weights
@@ -29,6 +30,7 @@ from cogvlm_ft.model import (
     load_config,
     model_config_of,
 )
+from cogvlm_ft.model.adapters import add_adapters
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import (
     Assign,
@@ -59,7 +61,7 @@ logger = logging.getLogger(__name__)
 class Run:
     """The objects of a training run. `dataset` reads training samples, `val_reader` held-out ones.
 
-    remote_code: the *.py files of the model folder, by name.
+    remote_code: the *.py files of the model folder, by name. adapters: None where the model itself is trained.
     """
 
     config: Config
@@ -70,6 +72,7 @@ class Run:
     plan: SamplePlan
     folder: RunFolder
     remote_code: dict[str, bytes]
+    adapters: AdapterRecord | None = None
 
     @property
     def model(self) -> Any:
@@ -116,6 +119,8 @@ class Run:
         save_wording(self.dataset.wording, folder / WORDING_FILE)
         for name, content in self.remote_code.items():
             (folder / name).write_bytes(content)
+        if self.adapters:
+            self.adapters.save(folder)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,10 @@ def build_run(config: Config, val_reader: ShardReader | None = None, data: Train
     engine, tokenizer = build_model_engine(config)
     dataset = build_dataset(config, data.index, data.wording, data.parts, tokenizer, engine.module.config)
     remote_code = read_remote_code(config.model.folder)
-    return Run(config, engine, tokenizer, dataset, val_reader, data.plan, RunFolder(config.output_path), remote_code)
+    folder, adapters = RunFolder(config.output_path), None
+    if config.adapter.rank:
+        adapters = computed_by_main(lambda: AdapterRecord.of_run(config.model.folder, config.adapter))
+    return Run(config, engine, tokenizer, dataset, val_reader, data.plan, folder, remote_code, adapters)
 
 
 def open_training_data(config: Config, val_reader: ShardReader) -> TrainingData:
@@ -216,6 +224,8 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
         model = CogVLMForCausalLM(model_config)
     parameters = list(model.named_parameters())
     load_weights(config.model.folder, parameter_shapes(parameters), partition_assign(parameters))
+    if config.adapter.rank:
+        add_adapters(model, config.adapter, config.seed)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     if config.model.compile:
         compile_elementwise()

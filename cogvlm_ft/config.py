@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import read_bytes, write_text
 from cogvlm_ft.run_folder import is_in_run_folder
-from cogvlm_ft.settings import CHECKPOINTED_LAYERS, Config, Rules
+from cogvlm_ft.settings import ADAPTER_TARGETS, CHECKPOINTED_LAYERS, Config, Rules
 from cogvlm_ft.terminal import hide
 from cogvlm_ft.written_values import value_of_argument, values_of_yaml
 
@@ -309,6 +309,9 @@ def _check(config: LoadedConfig) -> None:
         choices = ", ".join(CHECKPOINTED_LAYERS)
         raise ConfigError(f"model.gradient_checkpointing={layers}: expected {choices}, or n for every n-th layer")
     _check_monitor(config.train.monitor)
+    unknown = [name for name in config.adapter.targets if name not in ADAPTER_TARGETS]
+    if unknown or not config.adapter.targets:
+        raise ConfigError(f"adapter.targets={config.adapter.targets}: expected some of {', '.join(ADAPTER_TARGETS)}")
     evaluate = config.evaluate
     if evaluate.min_boxes > 0 and evaluate.decoding == "free":
         raise ConfigError(f"evaluate.min_boxes={evaluate.min_boxes}: needs evaluate.decoding=grammar")

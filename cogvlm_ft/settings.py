@@ -14,6 +14,10 @@ from omegaconf import MISSING
 
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
+ADAPTER_TARGETS = (
+    *("attention.language", "attention.vision_expert", "mlp.language", "mlp.vision_expert"),
+    *("vision", "bridge"),
+)
 RESIZES = ("squash", "letterbox")
 GATHERS = ("auto", "once", "layerwise")
 DECODINGS = ("free", "grammar")
@@ -70,15 +74,27 @@ class ModelConfig:
         "`none`, `vision`, `language`, `all`, or a number n for every n-th layer.",
     )
     compile: bool = setting(False, "Compile chains of elementwise operations into one kernel each. No gain on CPU.")
-    freeze: list[str] = setting(
-        [],
-        'Name patterns of parameters that are not trained, such as `["model.vision.*"]`.',
-    )
+    freeze: list[str] = setting([], 'Name patterns of parameters that are not trained, such as `["model.vision.*"]`.')
 
     @property
     def folder(self) -> Path:
         """`path` with the home folder in place of `~`."""
         return Path(self.path).expanduser()
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA adapters. Small matrices are trained beside frozen weights; off unless `rank` is set."""
+
+    rank: Optional[int] = setting(
+        None, "Rank of the matrices, such as 16. null: no adapters; the model itself is trained.", least=1
+    )
+    alpha: float = setting(32.0, "Adapters are scaled by alpha / rank.", above=0)
+    dropout: float = setting(0.0, "Dropout of the adapters' inputs.", least=0, below=1)
+    targets: list[str] = setting(
+        list(ADAPTER_TARGETS[:4]),
+        "Parts of the model that get adapters: " + ", ".join(f"`{name}`" for name in ADAPTER_TARGETS) + ".",
+    )
 
 
 @dataclass
@@ -91,12 +107,7 @@ class AugmentConfig:
         least=0,
         most=1,
     )
-    min_crop: float = setting(
-        0.5,
-        "Smallest part, as a fraction of the image's width and height.",
-        least=0.05,
-        most=1,
-    )
+    min_crop: float = setting(0.5, "Smallest part, as a fraction of the image's width and height.", least=0.05, most=1)
     flip: float = setting(
         0.0,
         "Chance of mirroring an image; never if a text mentions a side. Writing in the image is mirrored too.",
@@ -107,10 +118,7 @@ class AugmentConfig:
     contrast: float = setting(0.0, "As brightness.", least=0, most=1)
     saturation: float = setting(0.0, "As brightness.", least=0, most=1)
     hue: float = setting(
-        0.0,
-        "Largest turn of the colour circle, both ways; none if a text mentions a colour.",
-        least=0,
-        most=0.5,
+        0.0, "Largest turn of the colour circle, both ways; none if a text mentions a colour.", least=0, most=0.5
     )
 
 
@@ -182,22 +190,13 @@ class TrainConfig:
 
     epochs: int = setting(5, "Passes over the training data.", least=1)
     max_steps: Optional[int] = setting(
-        None,
-        "Stop after this many optimizer steps. null: no limit.",
-        unit="steps",
-        least=1,
+        None, "Stop after this many optimizer steps. null: no limit.", unit="steps", least=1
     )
     global_batch_size: int = setting(
-        16,
-        "Images per optimizer step, over all ranks. A multiple of ranks x micro_batch_size.",
-        unit="images",
-        least=1,
+        16, "Images per optimizer step, over all ranks. A multiple of ranks x micro_batch_size.", unit="images", least=1
     )
     micro_batch_size: int = setting(
-        1,
-        "Images per forward pass of one rank. Larger is faster and needs more memory.",
-        unit="images",
-        least=1,
+        1, "Images per forward pass of one rank. Larger is faster and needs more memory.", unit="images", least=1
     )
     lr: float = setting(5e-5, "Peak learning rate.", least=0)
     lr_scale: dict[str, float] = setting(
@@ -213,30 +212,19 @@ class TrainConfig:
         most=1,
     )
     min_lr_ratio: float = setting(
-        0.1,
-        "Learning rate at the end of the cosine, as a fraction of the peak.",
-        least=0,
-        most=1,
+        0.1, "Learning rate at the end of the cosine, as a fraction of the peak.", least=0, most=1
     )
-    warmup_fraction: float = setting(
-        0.03,
-        "Fraction of all steps with linearly rising learning rate.",
-        least=0,
-        most=1,
-    )
+    warmup_fraction: float = setting(0.03, "Fraction of all steps with linearly rising learning rate.", least=0, most=1)
     weight_decay: float = setting(0.05, "AdamW's weight decay; not applied to norms and biases.", least=0)
     beta1: float = setting(0.9, "AdamW's beta 1.", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's beta 2.", least=0, below=1)
     eps: float = setting(1e-8, "AdamW's epsilon.", above=0)
     max_grad_norm: float = setting(1.0, "Norm to which gradients are clipped. 0: no clipping.", least=0)
     precision: str = setting(
-        "fp32",
-        "`fp32`, or `bf16` with fp32 master weights and optimizer states.",
-        choices=PRECISIONS,
+        "fp32", "`fp32`, or `bf16` with fp32 master weights and optimizer states.", choices=PRECISIONS
     )
     tf32: bool = setting(
-        False,
-        "Let CUDA round fp32 inputs of matrix products to 10 mantissa bits: several times faster, less exact.",
+        False, "Let CUDA round fp32 inputs of matrix products to 10 mantissa bits: several times faster, less exact."
     )
     monitor: Any = setting(
         "mean_iou",
@@ -244,9 +232,7 @@ class TrainConfig:
         "`{mean_iou: 1.0, not_found_acc: 0.5}`. The better direction is known (docs/metrics.md).",
     )
     min_gain: float = setting(
-        0.0,
-        "A new best must exceed the last one by more than this, in the unit of the monitor.",
-        least=0,
+        0.0, "A new best must exceed the last one by more than this, in the unit of the monitor.", least=0
     )
     patience: Optional[int] = setting(
         3, "Stop after this many evaluations without a new best. null: never.", unit="evaluations", least=1
@@ -317,21 +303,14 @@ class CheckpointConfig:
     """Checkpoints."""
 
     every_steps: Optional[int] = setting(
-        None,
-        "Save every this many steps, besides the end of every epoch.",
-        unit="steps",
-        least=1,
+        None, "Save every this many steps, besides the end of every epoch.", unit="steps", least=1
     )
     keep_last: int = setting(2, "Newest checkpoints to keep, besides the best.", least=1)
     keep_every_steps: Optional[int] = setting(
-        None,
-        "Also keep permanently the first checkpoint of every this many steps.",
-        unit="steps",
-        least=1,
+        None, "Also keep permanently the first checkpoint of every this many steps.", unit="steps", least=1
     )
     background: bool = setting(
-        True,
-        "Continue training while a checkpoint is written. Needs 12 bytes of host memory per parameter.",
+        True, "Continue training while a checkpoint is written. Needs 12 bytes of host memory per parameter."
     )
     on_error: str = setting(
         "stop",
@@ -345,16 +324,13 @@ class TrackingConfig:
     """Weights & Biases and TensorBoard, beside metrics.jsonl."""
 
     mode: str = setting(
-        "auto",
-        "`online`, `offline`, `disabled`, or `auto`: online with an API key, else offline.",
-        choices=WANDB_MODES,
+        "auto", "`online`, `offline`, `disabled`, or `auto`: online with an API key, else offline.", choices=WANDB_MODES
     )
     project: str = setting("cogvlm-grounding", "W&B project.")
     entity: Optional[str] = setting(None, "W&B entity. null: your default.")
     name: Optional[str] = setting(None, "Name of the run. null: W&B chooses one.")
     tensorboard: bool = setting(
-        False,
-        "Also write TensorBoard files to `output_dir`/tensorboard; needs the extra `tensorboard`.",
+        False, "Also write TensorBoard files to `output_dir`/tensorboard; needs the extra `tensorboard`."
     )
 
 
@@ -363,17 +339,10 @@ class Config:
     """A run."""
 
     output_dir: str = setting(MISSING, "Folder of the run: checkpoints, metrics, evaluations, report.", is_path=True)
-    seed: int = setting(
-        0,
-        "Seed of the data order, wording, augmentation and dropout.",
-        least=0,
-        most=2**63 - 1,
-    )
+    seed: int = setting(0, "Seed of the data order, wording, augmentation and dropout.", least=0, most=2**63 - 1)
     resume: bool = setting(True, "Continue from the newest checkpoint in output_dir, if there is one.")
     deepspeed: str = setting(
-        "zero3",
-        "DeepSpeed JSON: the name of a preset in `configs/deepspeed/`, or a path.",
-        is_path=True,
+        "zero3", "DeepSpeed JSON: the name of a preset in `configs/deepspeed/`, or a path.", is_path=True
     )
     plan: str = setting(
         "refuse",
@@ -381,6 +350,7 @@ class Config:
         choices=PLANS,
     )
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -60,6 +60,7 @@ TITLES_ZH = {
     "Config": "运行",
     "ModelConfig": "模型 `model`",
     "DataConfig": "数据 `data`",
+    "AdapterConfig": "LoRA 适配器 `adapter`",
     "AugmentConfig": "数据增强 `data.augment`",
     "TrainConfig": "训练 `train`",
     "EvaluateConfig": "评估 `evaluate`",

@@ -53,10 +53,10 @@ def run(config: Config, args: argparse.Namespace) -> None:
         from cogvlm_ft.data.reader import open_split
         from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
         from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
-        from cogvlm_ft.evaluate.fingerprint import fingerprint
         from cogvlm_ft.evaluate.output import prepare_output
         from cogvlm_ft.evaluate.probe import run_probe
         from cogvlm_ft.grounding.wording import load_wording
+        from cogvlm_ft.model.fingerprint import fingerprint
         from cogvlm_ft.planning.preflight import check_scoring
         from cogvlm_ft.report.report import try_report
         from cogvlm_ft.runtime.distributed import computed_by_main, init_distributed, is_main, shut_down

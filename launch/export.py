@@ -32,9 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--prove", type=int, metavar="N", help="0 skips the comparison of the weights")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters alone, in the files of peft")
     parser.add_argument("--blend", type=float, metavar="F", help="write F x checkpoint + (1 - F) x --start")
     parser.add_argument("--start", type=Path, help="for --blend: the model folder that training started from")
     args = parser.parse_args(argv)
+    if args.adapter and args.blend is not None:
+        parser.error("found --adapter and --blend; expected one of them: a blend is of whole models")
     if (args.blend is None) != (args.start is None):
         parser.error("found one of --blend and --start; expected both, such as --blend 0.6 --start models/cogvlm")
     if args.prove is not None and args.prove < 0:
@@ -51,10 +54,15 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from cogvlm_ft.checkpoints.choice import best_checkpoint, is_run
+        from cogvlm_ft.export.adapter import export_adapter
         from cogvlm_ft.export.blend import Blend
         from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
     checkpoint = best_checkpoint(args.checkpoint) if is_run(args.checkpoint) else args.checkpoint
+    if args.adapter:
+        num_tensors = export_adapter(checkpoint, args.out)
+        say(f"exported {num_tensors} tensors of adapters to {args.out}, for peft's PeftModel.from_pretrained")
+        return 0
     say(f"comparing {checkpoint} with its manifest", flush=True)
     blend = None if args.start is None else Blend(args.blend, args.start)
     dtype = getattr(torch, DTYPES[args.dtype])

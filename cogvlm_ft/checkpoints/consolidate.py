@@ -8,23 +8,29 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cogvlm_ft.checkpoints.adapters import AdapterRecord, merge_adapters
 from cogvlm_ft.checkpoints.manifest import find_damage
-from cogvlm_ft.checkpoints.slices import SlicedTensor, open_slices
+from cogvlm_ft.checkpoints.slices import open_slices
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.model.loading import POSITION_TABLE, Assign, check_keys, interpolate_position_embedding
+from cogvlm_ft.model.loading import POSITION_TABLE, Assign, StoredTensor, check_keys, interpolate_position_embedding
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.terminal import progress_bar
 
 
-def open_weights(checkpoint: Path) -> dict[str, SlicedTensor]:
-    """Return every parameter by name, read when accessed; CheckpointError if the checkpoint is not intact."""
+def open_weights(checkpoint: Path) -> dict[str, StoredTensor]:
+    """Return every parameter by name, read when accessed; CheckpointError if the checkpoint is not intact.
+
+    Adapters are merged into their base.
+    """
     damage = find_damage(checkpoint)
     if damage:
         raise CheckpointError(
             f"{checkpoint} cannot be used; expected an intact folder such as runs/x/checkpoints/step-00000100:\n  "
             + "\n  ".join(damage)
         )
-    return open_slices(checkpoint)
+    stored: dict[str, StoredTensor] = {**open_slices(checkpoint)}
+    record = AdapterRecord.load(checkpoint)
+    return stored if record is None else merge_adapters(checkpoint, record, stored)
 
 
 def assign_weights(checkpoint: Path, expected: dict[str, tuple[int, ...]], assign: Assign) -> None:
@@ -48,7 +54,7 @@ def assign_weights(checkpoint: Path, expected: dict[str, tuple[int, ...]], assig
 class _Rows:
     """A stored tensor, read by the rows of its first dimension."""
 
-    stored: SlicedTensor
+    stored: StoredTensor
 
     def read(self, start: int, stop: int) -> Tensor:
         shape = self.stored.shape

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import initialization
 
+from cogvlm_ft.checkpoints.adapters import ADAPTER_FILE
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.manifest import read_manifest
@@ -49,7 +50,7 @@ def write_model_folder(checkpoint: Path, contents: Mapping[str, Weight], folder:
     """
     folder.mkdir()
     for name in sorted(read_manifest(checkpoint)):
-        if Path(name).parent == Path(MODEL_FOLDER):
+        if Path(name).parent == Path(MODEL_FOLDER) and name != ADAPTER_FILE:
             copy_regular(checkpoint / name, folder / Path(name).name, follow=False)
     config = load_config(folder)
     config.dtype = dtype

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cogvlm_ft.checkpoints.reading import read_again
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.model.adapters import checkpointed
 from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import world_size
 from cogvlm_ft.runtime.partitions import (
@@ -70,9 +71,14 @@ def rank_file(number: int) -> str:
     return f"ranks/rank-{number:05d}.safetensors"
 
 
+def held_parameters(engine: Any) -> dict[str, Any]:
+    """Return the parameters of a live engine that a checkpoint holds."""
+    return checkpointed(engine.module.named_parameters())
+
+
 def layout_of(engine: Any) -> Layout:
     """Return the layout of a live engine."""
-    shapes = {name: tuple(parameter.ds_shape) for name, parameter in engine.module.named_parameters()}
+    shapes = {name: tuple(parameter.ds_shape) for name, parameter in held_parameters(engine).items()}
     return Layout(world_size(), optimizer_step(engine), shapes)
 
 
@@ -102,7 +108,7 @@ def local_slices(engine: Any) -> Iterator[Tensor]:
 def _held(engine: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """Yield (name, parameter, kinds of its slices), always in the same order."""
     has_moments = optimizer_step(engine) > 0
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in held_parameters(engine).items():
         yield name, parameter, (WEIGHT, *MOMENTS) if has_moments and parameter.requires_grad else (WEIGHT,)
 
 
@@ -147,7 +153,7 @@ def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]
 
 def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True) -> None:
     """Read this rank's slices of the checkpoint, whatever number of ranks wrote it. Collective."""
-    parameters = dict(engine.module.named_parameters())
+    parameters = held_parameters(engine)
     _check_shapes(checkpoint, Layout.load(checkpoint).shapes, {n: tuple(p.ds_shape) for n, p in parameters.items()})
     with overwriting_state(engine):
         for name, tensor in progress_bar(open_slices(checkpoint).items(), desc="load weights", unit="tensor"):
@@ -162,7 +168,7 @@ def _assign_moments(engine: Any, checkpoint: Path) -> None:
     if step == 0:
         return
     reset_moments(engine, step)
-    parameters = dict(engine.module.named_parameters())
+    parameters = held_parameters(engine)
     for moment in MOMENTS:
         for name, tensor in open_slices(checkpoint, moment).items():
             if parameters[name].requires_grad:

@@ -19,10 +19,10 @@ from cogvlm_ft.checkpoints.checkpoint import TrainState, read_state
 from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
-from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.export.blend import Blend
 from cogvlm_ft.export.verification import Verification
 from cogvlm_ft.model import load_config
+from cogvlm_ft.model.fingerprint import fingerprint
 from cogvlm_ft.model.prompt import render_prompt
 from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder

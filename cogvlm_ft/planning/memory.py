@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
+from cogvlm_ft.model.adapters import add_adapters
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
@@ -113,10 +114,9 @@ class Planner:
         """Return a planner for other settings or another cluster that reuses what they do not change."""
         other = Planner(config or self.config, self.model_config, cluster or self.cluster)
         ours, theirs = self.config, other.config
-        ours_trains, theirs_trains = ((each.train.precision, each.train.lr_scale) for each in (ours, theirs))
-        if theirs.model == ours.model and theirs_trains == ours_trains:
+        if _has_same_model(ours, theirs):
             other.model, other._stages, other._numels = self.model, self._stages, self._numels
-        if theirs.model == ours.model and other.zero.rules == self.zero.rules:
+        if (theirs.model, theirs.adapter) == (ours.model, ours.adapter) and other.zero.rules == self.zero.rules:
             other.gathered = self.gathered
         return other
 
@@ -303,11 +303,21 @@ class Planner:
         return pinned_tensors(self.zero, element_bytes(self.config), parts, list(self._sub_groups()), copies=copies)
 
 
+def _has_same_model(ours: Config, theirs: Config) -> bool:
+    """Return whether two configs have the same tensors, and train the same of them."""
+    first, second = (
+        (config.model, config.adapter, config.train.precision, config.train.lr_scale) for config in (ours, theirs)
+    )
+    return first == second
+
+
 def build_on_meta(config: Config, model_config: CogVLMConfig) -> CogVLMForCausalLM:
     """Build the model without data, set up as for a run."""
     with torch.device("meta"):
         model = CogVLMForCausalLM(model_config)
     nn.Module.to(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    if config.adapter.rank:
+        add_adapters(model, config.adapter, config.seed)
     freeze(model, config)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     return model.train()

@@ -8,6 +8,7 @@ import logging
 from tqdm import tqdm
 
 from cogvlm_ft.build import Run
+from cogvlm_ft.checkpoints.adapters import check_same_adapters
 from cogvlm_ft.checkpoints.checkpoint import (
     Best,
     TrainState,
@@ -129,6 +130,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
         raise ConfigError(
             f"{folder}: checkpoints of an earlier run; expected resume=true to continue, or another output_dir"
         )
+    check_same_adapters(newest, run.adapters)
     state = load_checkpoint(run.engine, newest, is_checked=True)
     computed_by_main(lambda: discard_later_evaluations(folder, state.step))
     if state.data_sha256 != fresh.data_sha256:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.checkpoints.consolidate import open_weights
-from cogvlm_ft.evaluate.fingerprint import fingerprint
+from cogvlm_ft.model.fingerprint import fingerprint
 from cogvlm_ft.model.loading import read_whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]

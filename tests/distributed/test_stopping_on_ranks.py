@@ -15,7 +15,7 @@ from run_states import assert_same_end
 from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
-from cogvlm_ft.evaluate.fingerprint import fingerprint
+from cogvlm_ft.model.fingerprint import fingerprint
 
 pytestmark = pytest.mark.slow
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from ranks import read_metrics, run, started, wait_for_step
 from reference import NUM_STEPS, VOLATILE, reference_settings
 from run_states import assert_same_end
 from tiny import short_run_settings
 
+from cogvlm_ft.checkpoints.adapters import AdapterRecord, check_same_adapters
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.slices import open_slices
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, read_steps
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.export.adapter import export_adapter
 from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
+from cogvlm_ft.model.adapters import peft_config
+from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.train.schedule import lr_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
@@ -37,6 +46,9 @@ def train_plainly(
     """
     config = load_config(None, settings)
     model = load_model(config.model.path).train()
+    if config.adapter.rank:
+        torch.manual_seed(config.seed)
+        model = get_peft_model(model, peft_config(config.adapter, "")).get_base_model()
     index = load_index(config.data.shards, config.data.train_split)
     dataset = GroundingDataset(
         ShardReader(index),
@@ -197,6 +209,77 @@ def test_parts_with_rates_of_their_own_and_frozen_parts(shards: Path, start_mode
     with started(["launch/train.py", *settings], 1, tmp_path / "logs") as ranks:
         assert ranks.wait() == [2], ranks.output()
         assert "train.lr_scale, train.vision_layer_decay: found [['vision_layer_decay', 0.8]]" in ranks.output()
+
+
+@pytest.fixture(scope="module")
+def adapted_run(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Return a run folder and its settings: adapters on all parts, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("adapted")
+    targets = (
+        "adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision,bridge]"
+    )
+    changes = ["adapter.rank=4", "adapter.alpha=8", targets, "train.lr=0.01", "train.max_steps=4"]
+    changes += ["checkpoint.every_steps=1", "checkpoint.keep_last=9"]
+    settings = short_run_settings(shards, start_model, folder / "run", *changes)
+    run(["launch/train.py", *settings], 2, folder / "logs")
+    return folder / "run", settings
+
+
+def test_adapters_train_as_those_of_peft(
+    adapted_run: tuple[Path, list[str]], shards: Path, start_model: Path, tmp_path: Path
+) -> None:
+    """Two ranks equal peft on plain torch, merged and alone; a checkpoint holds nothing else."""
+    folder, settings = adapted_run
+    losses, plain = train_plainly(settings, lambda name: float(".lora_" in name), num_steps=4)
+    assert [row["loss"] for row in read_metrics(folder, "train")] == pytest.approx(losses, rel=1e-5)
+    checkpoint = list_checkpoints(folder / "checkpoints")[-1]
+    stored = open_slices(checkpoint)
+    trained = {name: value for name, value in plain.named_parameters() if value.requires_grad}
+    assert stored.keys() == trained.keys()
+    still = {name for name, value in trained.items() if not value.any()}  # the last layer's output at patches is unused
+    assert len(still) < 0.1 * len(trained) and all(".vision_" in name for name in still), still
+    for name, value in trained.items():
+        torch.testing.assert_close(read_whole(stored[name], torch.float32), value.data, atol=1e-5, rtol=0)
+
+    export_checkpoint(checkpoint, tmp_path / "merged", torch.float32)
+    export_adapter(checkpoint, tmp_path / "alone")
+    tokenizer = CogVLMTokenizer.from_folder(start_model)
+    inputs = plain.build_conversation_input_ids(tokenizer, query="the red circle", images=[torch.ones(3, 56, 56)])
+    batch = {k: v[None] for k, v in inputs.items() if k != "images"} | {"images": [inputs["images"]]}
+    alone = PeftModel.from_pretrained(load_model(start_model), tmp_path / "alone")
+    with torch.no_grad():
+        expected = plain.eval()(**batch).logits
+        assert not torch.allclose(load_model(start_model)(**batch).logits, expected, atol=1e-2)
+        for found in (load_model(tmp_path / "merged"), alone):
+            torch.testing.assert_close(found(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not (tmp_path / "merged" / "adapter.json").exists()
+
+
+def test_adapters_resume_on_another_number_of_ranks_and_on_their_base_only(
+    adapted_run: tuple[Path, list[str]], start_model: Path, tmp_path: Path
+) -> None:
+    folder, settings = adapted_run
+    whole = {name: read_whole(value, torch.float32) for name, value in open_slices(newest(folder)).items()}
+    for name in ("step-00000003", "step-00000004"):
+        shutil.rmtree(folder / "checkpoints" / name)
+    assert "resuming from" in run(["launch/train.py", *settings], 1, tmp_path / "logs")
+    for name, value in open_slices(newest(folder)).items():
+        torch.testing.assert_close(read_whole(value, torch.float32), whole[name], atol=1e-6, rtol=0)
+
+    ours = AdapterRecord.load(newest(folder))
+    assert ours is not None
+    check_same_adapters(newest(folder), ours)
+    for other, message in (
+        (None, "found adapters; expected the whole model"),
+        (dataclasses.replace(ours, base_sha256="0"), "model.path: found"),
+        (dataclasses.replace(ours, alpha=3), "adapter.alpha: found 3; expected 8"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check_same_adapters(newest(folder), other)
+
+
+def newest(folder: Path) -> Path:
+    return list_checkpoints(folder / "checkpoints")[-1]
 
 
 def test_a_second_training_in_one_folder_is_refused(shards: Path, start_model: Path, tmp_path: Path) -> None:

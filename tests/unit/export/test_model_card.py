@@ -14,10 +14,10 @@ from ranks import run_program
 from run_folder import STEP, write_run
 
 from cogvlm_ft.config import load_config as load_settings
-from cogvlm_ft.evaluate.fingerprint import fingerprint
 from cogvlm_ft.export.model_card import SHOWN_METRICS, find_hub_name
 from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMTokenizer, load_model
+from cogvlm_ft.model.fingerprint import fingerprint
 from cogvlm_ft.run_folder import step_name
 
 BASE = "models/THUDM/cogvlm-grounding-generalist-hf"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cogvlm_ft.evaluate.fingerprint import BLOCK_BYTES, NUM_BLOCKS, fingerprint
+from cogvlm_ft.model.fingerprint import BLOCK_BYTES, NUM_BLOCKS, fingerprint
 
 
 def write(

@@ -1,0 +1,151 @@
+"""Checkpoints of adapters: they hold no weights of the model under them, but its folder and fingerprint.
+
+model/adapter.json    the base's folder and fingerprint; rank, alpha, dropout, targets
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cogvlm_ft.checkpoints.reading import read_again
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.model.adapters import FACTORS, factor_name
+from cogvlm_ft.model.fingerprint import fingerprint
+from cogvlm_ft.model.loading import (
+    POSITION_TABLE,
+    StoredTensor,
+    interpolate_position_embedding,
+    load_config,
+    open_tensors,
+    read_whole,
+)
+from cogvlm_ft.plain_files import read_json, write_text
+from cogvlm_ft.settings import AdapterConfig
+
+ADAPTER_FILE = "model/adapter.json"
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What adapters were trained on, and how. base: a model folder; base_sha256: its fingerprint."""
+
+    base: str
+    base_sha256: str
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+    @classmethod
+    def of_run(cls, folder: Path, adapter: AdapterConfig) -> AdapterRecord:
+        return cls(str(folder.resolve()), fingerprint(folder), **asdict(adapter))
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> AdapterRecord | None:
+        """Read the record of a checkpoint; None of a checkpoint that holds a whole model."""
+        path = checkpoint / ADAPTER_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**read_again(lambda: read_json(path)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+
+    def save(self, model_files: Path) -> None:
+        write_text(model_files / Path(ADAPTER_FILE).name, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def check_same_adapters(checkpoint: Path, ours: AdapterRecord | None) -> None:
+    """Raise CheckpointError if a run with other adapters, or on another base, would resume from the checkpoint."""
+    stored = AdapterRecord.load(checkpoint)
+    if stored is None or ours is None:
+        if stored is not ours:
+            kinds = {True: "the whole model", False: "adapters"}
+            raise CheckpointError(
+                f"{checkpoint}: found {kinds[stored is None]}; expected {kinds[ours is None]}, as adapter.rank says. "
+                "Set adapter.rank as before, or take another output_dir"
+            )
+        return
+    if stored.base_sha256 != ours.base_sha256:
+        raise CheckpointError(
+            f"model.path: found {ours.base} with fingerprint {ours.base_sha256[:12]}; expected {stored.base} with "
+            f"{stored.base_sha256[:12]}, on which the adapters of {checkpoint} were trained. Set model.path to it, or "
+            "take another output_dir"
+        )
+    for name in ("rank", "alpha", "targets"):
+        found, expected = getattr(ours, name), getattr(stored, name)
+        if found != expected:
+            raise CheckpointError(
+                f"adapter.{name}: found {found}; expected {expected}, with which {checkpoint} was trained. Set the "
+                "same, or take another output_dir"
+            )
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """base + alpha / rank * B A in fp32, computed where it is read. outer: B, float[rows, rank]; inner: A."""
+
+    base: StoredTensor
+    inner: StoredTensor
+    outer: StoredTensor
+    scale: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        width, rank = math.prod(self.shape[1:]), self.inner.shape[0]
+        first, last = start // width, -(-stop // width)
+        outer = self.outer.read(first * rank, last * rank).reshape(-1, rank)
+        change = (outer @ read_whole(self.inner, torch.float32)).reshape(-1)
+        return self.base.read(start, stop).float() + self.scale * change[start - first * width : stop - first * width]
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor in memory."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.values.reshape(-1)[start:stop]
+
+
+def merge_adapters(
+    checkpoint: Path, record: AdapterRecord, factors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Return every parameter of the model with its adapters merged, read when accessed.
+
+    Raises CheckpointError if the base is not where it was, or is another model now.
+    """
+    base = Path(record.base)
+    found = fingerprint(base) if base.is_dir() else "no such folder"
+    if found != record.base_sha256:
+        raise CheckpointError(
+            f"{checkpoint}: its base {base}: found {found[:14]}; expected the model with fingerprint "
+            f"{record.base_sha256[:12]}. Put it, or a link to it, back there"
+        )
+    weights: dict[str, StoredTensor] = {
+        name: tensor for name, tensor in open_tensors(base).items() if not name.endswith(".inv_freq")
+    }
+    num_positions = load_config(checkpoint / "model").vision["num_positions"]
+    if weights[POSITION_TABLE].shape[0] != num_positions:
+        table = read_whole(weights[POSITION_TABLE], torch.float32)
+        weights[POSITION_TABLE] = HeldTensor(interpolate_position_embedding(table, num_positions))
+    for name, weight in list(weights.items()):
+        inner, outer = (factors.get(factor_name(name, factor)) for factor in FACTORS)
+        if inner is not None and outer is not None:
+            weights[name] = MergedTensor(weight, inner, outer, record.alpha / record.rank)
+    return weights

@@ -1,0 +1,46 @@
+"""Export the adapters of a checkpoint alone, in the files of the peft package."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from cogvlm_ft.checkpoints.adapters import AdapterRecord
+from cogvlm_ft.checkpoints.manifest import find_damage
+from cogvlm_ft.checkpoints.slices import open_slices
+from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.model.adapters import name_in_peft_file, peft_config
+from cogvlm_ft.model.loading import read_whole
+from cogvlm_ft.plain_files import sync, sync_tree
+from cogvlm_ft.safetensors_io import TensorSpec, write_tensors
+from cogvlm_ft.settings import AdapterConfig
+
+WEIGHTS_FILE = "adapter_model.safetensors"  # peft's name
+
+
+def export_adapter(checkpoint: Path, out: Path) -> int:
+    """Write `out` for `PeftModel.from_pretrained(model, out)`; return the number of tensors. At once or not at all."""
+    if out.exists():
+        raise CheckpointError(f"--out {out} exists; expected a new folder. Choose another name")
+    damage = find_damage(checkpoint)
+    if damage:
+        raise CheckpointError(f"{checkpoint} is corrupt:  {'; '.join(damage)}")
+    record = AdapterRecord.load(checkpoint)
+    if record is None:
+        raise CheckpointError(f"--adapter: {checkpoint} holds a whole model; expected adapters. Leave --adapter out")
+    partial = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    adapter = AdapterConfig(record.rank, record.alpha, record.dropout, record.targets)
+    config = peft_config(adapter, Path(record.base).name)
+    config.inference_mode = True
+    config.save_pretrained(partial)
+    factors = open_slices(checkpoint)
+    specs = [TensorSpec(name_in_peft_file(name), tuple(factor.shape)) for name, factor in factors.items()]
+    write_tensors(partial / WEIGHTS_FILE, specs, (read_whole(each, torch.float32) for each in factors.values()))
+    sync_tree(partial)
+    partial.rename(out)
+    sync(out.parent)
+    return len(specs)

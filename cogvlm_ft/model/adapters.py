@@ -1,0 +1,72 @@
+"""LoRA adapters of the peft package, put into the model in place: names, modules and calls stay those of CogVLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogvlm_ft.settings import AdapterConfig
+
+_LAYER, _TOWER = r"model\.layers\.\d+\.", r"model\.vision\.transformer\.layers\.\d+\."
+TARGETS = {
+    "attention.language": _LAYER + r"self_attn\.language_expert_(query_key_value|dense)",
+    "attention.vision_expert": _LAYER + r"self_attn\.vision_expert_(query_key_value|dense)",
+    "mlp.language": _LAYER + r"mlp\.language_mlp\.(gate|up|down)_proj",
+    "mlp.vision_expert": _LAYER + r"mlp\.vision_mlp\.(gate|up|down)_proj",
+    "vision": _TOWER + r"(attention\.(query_key_value|dense)|mlp\.fc[12])",
+    "bridge": r"model\.vision\.linear_proj\.(linear_proj|dense_h_to_4h|gate_proj|dense_4h_to_h)",
+}
+"""Groups of `adapter.targets`, as patterns of whole module names."""
+FACTORS = ("lora_A", "lora_B")
+_NAME = "default"  # peft's, of a model's first adapter
+
+
+def peft_config(adapter: AdapterConfig, base: str) -> Any:
+    """Return peft's LoraConfig. base: the model that it belongs to, as peft records it."""
+    from peft import LoraConfig  # takes seconds: only runs with adapters wait for it
+
+    return LoraConfig(
+        r=adapter.rank or 0,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules="|".join(f"({TARGETS[name]})" for name in adapter.targets),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapters(model: nn.Module, adapter: AdapterConfig, seed: int) -> None:
+    """Put adapters into the model, and train nothing else. The first factor is random, the second is zero.
+
+    The weights of the model may be partitioned by ZeRO-3; those of the adapters are whole.
+    """
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(peft_config(adapter, ""), model, _NAME)
+
+
+def base_name(name: str) -> str:
+    """Return the published name of a parameter of a model with adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def factor_name(weight: str, factor: str) -> str:
+    """Return the parameter name of one of `FACTORS` beside a weight of the published name."""
+    return f"{weight.removesuffix('.weight')}.{factor}.{_NAME}.weight"
+
+
+def name_in_peft_file(name: str) -> str:
+    """Return the name that peft gives a parameter of an adapter in its files."""
+    return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"
+
+
+def checkpointed(parameters: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return what a checkpoint holds: the adapters of a model that has some, else all parameters."""
+    found = dict(parameters)
+    adapters = {name: parameter for name, parameter in found.items() if any(f".{f}." in name for f in FACTORS)}
+    return adapters or found
