@@ -50,9 +50,14 @@ def add_adapters(model: nn.Module, adapter: AdapterConfig, seed: int) -> None:
         inject_adapter_in_model(peft_config(adapter, ""), model, _NAME)
 
 
-def base_name(name: str) -> str:
-    """Return the published name of a parameter of a model with adapters."""
-    return name.replace(".base_layer.", ".")
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is part of an adapter."""
+    return any(f".{factor}." in name for factor in FACTORS)
+
+
+def of_base(parameters: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the parameters of the model under its adapters, by their published names."""
+    return {name.replace(".base_layer.", "."): value for name, value in parameters if not is_adapter(name)}
 
 
 def factor_name(weight: str, factor: str) -> str:
@@ -68,5 +73,5 @@ def name_in_peft_file(name: str) -> str:
 def checkpointed(parameters: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Return what a checkpoint holds: the adapters of a model that has some, else all parameters."""
     found = dict(parameters)
-    adapters = {name: parameter for name, parameter in found.items() if any(f".{f}." in name for f in FACTORS)}
+    adapters = {name: parameter for name, parameter in found.items() if is_adapter(name)}
     return adapters or found

@@ -265,8 +265,11 @@ class Planner:
         return {"weights": weights, **kinds}
 
     def _slices_bytes(self, num_ranks: int) -> int:
-        """Return the bytes that a rank writes to a checkpoint: fp32 weights, and Adam's moments of trained ones."""
-        weights = self._partition_numel(num_ranks, trained_only=False) * MASTER_BYTES
+        """Return the bytes that a rank writes to a checkpoint: fp32 weights, and Adam's moments of trained ones.
+
+        With adapters, these are all that it holds.
+        """
+        weights = self._partition_numel(num_ranks, trained_only=bool(self.config.adapter.rank)) * MASTER_BYTES
         return weights + self._partition_numel(num_ranks, trained_only=True) * ADAM_BYTES
 
     def _sub_groups(self) -> Iterator[list[int]]:
