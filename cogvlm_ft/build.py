@@ -31,6 +31,7 @@ from cogvlm_ft.model import (
     model_config_of,
 )
 from cogvlm_ft.model.adapters import add_adapters
+from cogvlm_ft.model.box_loss import build_box_loss
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import (
     Assign,
@@ -227,6 +228,7 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     if config.adapter.rank:
         add_adapters(model, config.adapter, config.seed)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
+    model.box_loss = build_box_loss(config.train, tokenizer)
     if config.model.compile:
         compile_elementwise()
     return build_engine(model, config, settings), tokenizer

@@ -19,6 +19,7 @@ ADAPTER_TARGETS = (
     *("vision", "bridge"),
 )
 RESIZES = ("squash", "letterbox")
+BOX_LOSSES = ("expected", "giou")
 GATHERS = ("auto", "once", "layerwise")
 DECODINGS = ("free", "grammar")
 ON_ERRORS = ("stop", "continue")
@@ -185,6 +186,19 @@ class DataConfig:
 
 
 @dataclass
+class BoxLossConfig:
+    """A distance between boxes, besides the cross entropy of their digits."""
+
+    weight: float = setting(0.0, "Factor of the distance. 0: cross entropy alone.", least=0)
+    kind: str = setting(
+        BOX_LOSSES[0],
+        "`expected`: absolute error of the expected coordinates, as a fraction of the image; `giou`: 1 - GIoU of the "
+        "expected box.",
+        choices=BOX_LOSSES,
+    )
+
+
+@dataclass
 class TrainConfig:
     """Optimization."""
 
@@ -210,6 +224,13 @@ class TrainConfig:
         "Factor of the learning rate per layer of the vision tower, from its last layer down. 1: the same in all.",
         above=0,
         most=1,
+    )
+    box_loss: BoxLossConfig = field(default_factory=BoxLossConfig)
+    digit_weights: list[float] = setting(
+        [1.0, 1.0, 1.0],
+        "Factors of the cross entropy of a coordinate's hundreds, tens and units, such as `[4, 2, 1]`; they are scaled "
+        "to a mean of 1.",
+        above=0,
     )
     min_lr_ratio: float = setting(
         0.1, "Learning rate at the end of the cosine, as a fraction of the peak.", least=0, most=1

@@ -63,6 +63,7 @@ TITLES_ZH = {
     "AdapterConfig": "LoRA 适配器 `adapter`",
     "AugmentConfig": "数据增强 `data.augment`",
     "TrainConfig": "训练 `train`",
+    "BoxLossConfig": "边界框损失 `train.box_loss`",
     "EvaluateConfig": "评估 `evaluate`",
     "CheckpointConfig": "检查点 `checkpoint`",
     "TrackingConfig": "W&B 与 TensorBoard `tracking`",

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from cogvlm_ft.model import layout
 from cogvlm_ft.model.attention import Attend, AttendInTurns, AttendMasked, attend_causally
+from cogvlm_ft.model.box_loss import BoxLoss
 from cogvlm_ft.model.cache import TurnCache
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.decoder import (
@@ -181,6 +182,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = CogVLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.box_loss: BoxLoss | None = None  # of training; not saved
         self.post_init()
 
     def forward(
@@ -242,15 +244,21 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, num_items_in_batch: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss float32[] and the summed losses of the rows float32[B].
+        """Return the loss float32[] and the summed cross entropy of the rows float32[B].
 
-        Cross entropy of each labelled token, from the position before it. Without logits, lm_head runs on those only.
+        Cross entropy of each labelled token, from the position before it, and what `box_loss` adds. Without logits,
+        lm_head runs on those only.
         """
         targets = labels[:, 1:]
         is_labelled = targets != IGNORE_INDEX
         scores = self.lm_head(hidden[:, :-1][is_labelled]).float() if logits is None else logits[:, :-1][is_labelled]
         log_probs, expected = F.log_softmax(scores, dim=-1), targets[is_labelled]
-        loss_sum = F.nll_loss(log_probs, expected, reduction="sum")
+        if self.box_loss is None:
+            loss_sum = F.nll_loss(log_probs, expected, reduction="sum")
+        else:
+            weights = self.box_loss.token_weights(targets)[is_labelled]
+            loss_sum = (F.nll_loss(log_probs, expected, reduction="none") * weights).sum()
+            loss_sum = loss_sum + self.box_loss.distance(scores, targets)
         token_losses = torch.zeros_like(targets, dtype=log_probs.dtype)
         token_losses[is_labelled] = -log_probs.detach().gather(1, expected[:, None])[:, 0]
         loss = loss_sum / (is_labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

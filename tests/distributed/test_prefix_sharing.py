@@ -26,6 +26,7 @@ def train(shards: Path, start_model: Path, folder: Path, num_sequences: int, *se
     changes = [f"train.epochs={NUM_STEPS}", f"train.global_batch_size={num_sequences + num_sequences % 2}"]
     changes += ["train.micro_batch_size=1", "evaluate.before_training=false", f"evaluate.every_epochs={NUM_STEPS}"]
     changes += ["evaluate.max_samples=2", "evaluate.max_new_tokens=2", *settings]
+    changes += ["train.box_loss.weight=1.0", "train.digit_weights=[4,2,1]"]  # exact too
     arguments = run_settings(shards, start_model, folder / "run", *changes)
     run(["launch/train.py", *arguments], 2, folder / "logs")
     export_checkpoint(list_checkpoints(folder / "run" / "checkpoints")[-1], folder / "exported", torch.float32)
