@@ -30,7 +30,7 @@ def peft_config(adapter: AdapterConfig, base: str) -> Any:
 
     return LoraConfig(
         r=adapter.rank or 0,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # it only divides; a fraction is right too
         lora_dropout=adapter.dropout,
         target_modules="|".join(f"({TARGETS[name]})" for name in adapter.targets),
         base_model_name_or_path=base,
