@@ -73,7 +73,7 @@ def plan(args: argparse.Namespace) -> str:
     """Return the text to print."""
     _check_numbers(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is needed; DeepSpeed warns if it finds none
-    config = load_config(args.config, [*_stand_ins(args), *args.settings])
+    config: Config = load_config(args.config, [*_stand_ins(args), *args.settings])
     config = with_model(config) if config.data.shards != "unset" else config
     with fast_imports():
         from cogvlm_ft.pinned_memory import rounded_up_to
