@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cogvlm_ft.plain_files import read_bytes
 from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, write_chosen
 from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.settings import Config
+from cogvlm_ft.settings import AugmentConfig, Config
 
 MICRO_BATCH_SIZE = 8
 NUM_EPOCHS = 3  # in each, every photo is seen many times; each ends with an evaluation
@@ -70,12 +70,16 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "model.image_size": chosen.image_size,
         "model.freeze": "[]",
         "model.gradient_checkpointing": "none",
+        "model.compile": "false",
+        "adapter.rank": "null",
+        **dict.fromkeys((f"data.augment.{each.name}" for each in fields(AugmentConfig) if each.name != "min_crop"), 0),
         "data.shards": json.dumps(shards),
         "data.val_shards": "null",
         "data.train_split": "train",
         "data.val_split": "train",
         "data.num_workers": 0,
         "train.precision": "fp32",
+        "train.vision_layer_decay": 1,
         "train.epochs": NUM_EPOCHS,
         "train.max_steps": num_steps,
         "train.global_batch_size": batch_size,
@@ -85,6 +89,7 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "evaluate.max_samples": "null",
         "evaluate.batch_size": 2 * MICRO_BATCH_SIZE,
         "evaluate.num_pictures": chosen.num_photos,
+        "evaluate.probe": "null",
         "tracking.mode": "disabled",
     }
     program = ["cogvlm_ft.launch.train", *arguments, *(f"{key}={value}" for key, value in settings.items())]
