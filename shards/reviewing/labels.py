@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.grounding.targets import Box
 
-NUM_COLOURS = 8
+NUM_COLOURS = len(TARGET_COLOURS)
 _ENLARGED = 3.5
 """How many times larger a picture is after a click, about."""
 _HEIGHT = 17.0
