@@ -26,7 +26,7 @@ $(STAMP): setup.py constraints.txt
 demo: setup ## train a tiny CogVLM on a generated grounding set (CPU, minutes)
 	$(BIN)/python launch/demo.py
 
-try: setup ## rehearse on your own photos: make try PHOTOS=path (CPU, about ten minutes)
+try: setup ## rehearse on your own photos: make try PHOTOS=path (CPU, minutes)
 	@test -n "$(PHOTOS)" || { echo "PHOTOS: found nothing; expected the folder of your photos. Run make try PHOTOS=path"; exit 2; }
 	$(BIN)/python launch/rehearse.py "$(PHOTOS)" $(OPTIONS)
 
