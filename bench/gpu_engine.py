@@ -69,7 +69,7 @@ def cpu_losses(run: Run, steps: list[list[Batch]]) -> list[float]:
     train = run.config.train
     model = load_model(run.config.model.folder).train()
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay), lr=LR, betas=(train.beta1, train.beta2), eps=train.eps
+        parameter_groups(model, train), lr=LR, betas=(train.beta1, train.beta2), eps=train.eps
     )
     found = []
     for batches in steps:

@@ -53,12 +53,13 @@ class Job:
     def wait_for_attempt(self, number: int) -> None:
         self.wait_for_log(f"attempt {number} on ")
 
-    def wait_for_step(self, step: int) -> None:
-        def is_reached() -> bool:
-            rows = read_metrics(self.output_dir, "train") if (self.output_dir / "metrics.jsonl").exists() else []
-            return bool(rows) and rows[-1]["step"] >= step
+    @property
+    def last_step(self) -> int:
+        rows = read_metrics(self.output_dir, "train") if (self.output_dir / "metrics.jsonl").exists() else []
+        return int(rows[-1]["step"]) if rows else 0
 
-        self.cluster.wait_until(is_reached, f"job {self.number} is at step {step}", 300, 0.05)
+    def wait_for_step(self, step: int) -> None:
+        self.cluster.wait_until(lambda: self.last_step >= step, f"job {self.number} is at step {step}", 300, 0.05)
 
     def wait_for_end(self, state: str = "COMPLETED", timeout_s: float = 900) -> None:
         """Wait until it is over; it must end in `state`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 from cluster import Cluster
-from jobs import Job, submit
+from jobs import NUM_STEPS, Job, submit
 
 HANG_TIMEOUT_S = 40  # more than any rank takes to start beside all the other jobs
 ASKED = "a signal to stop"
@@ -36,10 +36,16 @@ def meet_time_limit(cluster: Cluster, folder: Path, settings: tuple[str, ...]) -
     every 30 s only. The ranks are stopped until then.
     """
     options = ("--time=00:30:00", "--signal=B:USR1@60")
-    job = submit(cluster, folder / "run", *settings, "tracking.mode=offline", options=options)
-    with job.paused_at(4):
-        limit_time(job, job.run_minutes + 2)
-        job.wait_for_log(ASKED)
+    for number in range(3):  # on a busy machine, the ranks may be stopped too late
+        job = submit(cluster, folder / f"run{number}", *settings, "tracking.mode=offline", options=options)
+        with job.paused_at(4):
+            is_in_time = job.last_step < NUM_STEPS - 1
+            if is_in_time:
+                limit_time(job, job.run_minutes + 2)
+                job.wait_for_log(ASKED)
+        if is_in_time:
+            break
+        job.wait_for_end()
     job.wait_for_log(AGAIN)
     limit_time(job, 30)
     job.wait_for_end()

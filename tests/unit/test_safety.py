@@ -167,4 +167,4 @@ def test_shards_have_the_user_s_umask_and_nothing_else_is_left(umask: int, tmp_p
     subprocess.run([*command, "--samples-per-shard", "5"], cwd=REPOSITORY, umask=umask, check=True, timeout=120)
     assert other_modes(tmp_path / "out", umask) == {}
     names = {path.name.partition("-")[0] for path in (tmp_path / "out" / "shards").iterdir()}
-    assert names == {"train", "val", "index.json", "build.json", "rejected.jsonl", "notes.jsonl"}
+    assert names == {"train", "val", "index.json", "build.json", "rejected.jsonl", "notes.jsonl", "README.md"}
