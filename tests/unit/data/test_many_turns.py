@@ -67,6 +67,7 @@ def turns_of_epoch(dataset: GroundingDataset, epoch: int) -> Counter[tuple[str, 
     return turns_in([batch for step in steps for batch in step])
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 9), st.data())
 def test_every_turn_is_in_one_part_and_no_part_has_too_many(most: list[int], limit: int, data: st.DataObject) -> None:
     parts = split_photos(np.array(most), limit)
@@ -146,6 +147,7 @@ def test_a_part_that_gets_nothing_weighs_nothing(shards: Path, tokenizer: CogVLM
     assert 0 < num_empty < len(dataset.parts) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_resumed_anywhere_sees_what_it_would_have_seen(
     shards: Path, tokenizer: CogVLMTokenizer, world_size: int

@@ -70,6 +70,7 @@ def boxes_of(record: Record) -> list[Box]:
     return [box for target in record.targets for box in target.boxes_xyxy]
 
 
+@pytest.mark.slow
 @given(records(), st.sampled_from(RESIZES), st.integers(0, 9))
 def test_a_crop_keeps_every_box_of_every_target_whole(record: Record, resize: str, epoch: int) -> None:
     """Keep boxes of all targets, not only of one question."""
@@ -85,6 +86,7 @@ def test_a_crop_keeps_every_box_of_every_target_whole(record: Record, resize: st
         assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
 
 
+@pytest.mark.slow
 @given(records(), st.sampled_from(RESIZES), st.sampled_from(["box", "steps", "detection"]), st.integers(0, 9))
 def test_box_text_is_about_the_moved_boxes(record: Record, resize: str, wording: str, epoch: int) -> None:
     """Train on the moved record's boxes, within one bin (and clamped to the last pixel)."""
@@ -161,6 +163,7 @@ def test_left_and_right_are_seen_in_any_chinese_text(before: str, after: str, si
     assert not frame.mirrored
 
 
+@pytest.mark.slow
 @given(records(plain=True), st.sampled_from(["box", "description", "steps", "conversation"]), st.integers(0, 3))
 def test_photos_that_nothing_speaks_against_are_mirrored_and_recoloured(
     record: Record, wording: str, epoch: int
@@ -307,6 +310,7 @@ def test_nothing_changes_where_all_is_off(shards: Path, tokenizer: CogVLMTokeniz
         assert torch.equal(plain[Item(0, i, 1.0)].pixel_values, off[Item(0, i, 1.0)].pixel_values)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_what_is_answered_is_where_it_is_seen(tokenizer: CogVLMTokenizer, data: st.DataObject) -> None:

@@ -23,6 +23,7 @@ from cogvlm_ft.doctor.examination import (
 from cogvlm_ft.launch.doctor import main
 
 
+@pytest.mark.slow
 def test_nothing_is_red_where_all_is_well_and_nothing_is_left(run_checks: Examine, tmp_path: Path) -> None:
     num_red, said = run_checks(list(CHECKS))
     assert num_red == 0 and "red " not in said

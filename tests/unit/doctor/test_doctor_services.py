@@ -53,6 +53,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     wandb.teardown()
 
 
+@pytest.mark.slow
 def test_wandb_answers_and_knows_the_key(
     run_checks: Examine, server: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

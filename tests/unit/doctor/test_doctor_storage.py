@@ -32,6 +32,7 @@ def test_a_disk_that_takes_no_more(run_checks: Examine, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_examination_left_is_removed(run_checks: Examine, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     old, young = (tmp_path / "run" / f".tmp-doctor-{name}" for name in ("old", "young"))
@@ -42,6 +43,7 @@ def test_what_a_killed_examination_left_is_removed(run_checks: Examine, tmp_path
     assert list((tmp_path / "run").iterdir()) == [young]
 
 
+@pytest.mark.slow
 def test_no_room_for_the_checkpoints(run_checks: Examine) -> None:
     num_red, said = run_checks([FOLDER, DISK, LEFTOVERS], "checkpoint.keep_last=1000000000")
     assert num_red == 1 and "red     disk: " in said and "1000000002 more checkpoints take" in said

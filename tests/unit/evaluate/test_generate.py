@@ -238,6 +238,7 @@ def uncached_ids(model: CogVLMForCausalLM, prompt_ids: list[int], image: Tensor,
     return new_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends_early", [False, True], ids=["whole", "eos"])
 def test_ids_are_those_of_decoding_one_by_one_without_a_cache(
     model: CogVLMForCausalLM, ids_only: IdTokenizer, pixels: Tensor, ends_early: bool

@@ -137,6 +137,7 @@ def test_the_former_option_still_works(checkpoint: Path, tmp_path: Path, capsys:
     assert (tmp_path / "exported" / "proof.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_the_weights_is_found(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     export_checkpoint(checkpoint, out, torch.float32)
@@ -217,6 +218,7 @@ def change_the_tokenizer(folder: Path) -> str:
     return "tokenizer.model differs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

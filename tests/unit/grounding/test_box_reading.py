@@ -80,6 +80,7 @@ def test_expected_coordinate(digits: str, probs: list[list[float]], wanted: floa
     assert expected_coordinate(digits, probs) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_a_bell_around_the_edge_is_read_between_the_bins() -> None:
     """A model whose belief about a coordinate is a bell of 2 bins around it: digits by digits, as it would write them.
 

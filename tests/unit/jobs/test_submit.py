@@ -64,6 +64,7 @@ def test_a_chain_and_what_comes_after(arguments: list[str], capsys: pytest.Captu
     assert "--time=48" not in after, "it has a limit of its own"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_an_array(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("- {name: a, settings: [train.lr=1e-4]}\n- {name: b, settings: [train.micro_batch_size=2]}")
@@ -74,6 +75,7 @@ def test_a_sweep_is_an_array(arguments: list[str], tmp_path: Path, capsys: pytes
     assert "--dependency=aftercorr:JOB1" in after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -99,6 +99,7 @@ def published_loss(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, pixels:
     return torch.stack(losses).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template_version", ["base", "chat", "vqa"])
 @pytest.mark.parametrize("apart", [separate_loss, published_loss])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

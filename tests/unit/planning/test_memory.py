@@ -172,6 +172,7 @@ def small_batch(sequences: MicroBatchShape) -> dict[str, Tensor]:
     )
 
 
+@pytest.mark.slow
 def test_recomputing_keeps_less_and_takes_no_more_at_work() -> None:
     kept = {}
     for which in ("none", "vision", "language", "2", "all"):

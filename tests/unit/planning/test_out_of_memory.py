@@ -47,6 +47,7 @@ def test_a_smaller_micro_batch_is_named_where_it_would_have_fitted(tiny_model: C
     assert peak_gib(config_of(int(largest)), tiny_model) < (small + large) / 2
 
 
+@pytest.mark.slow
 def test_what_takes_less_is_named_where_it_should_have_fitted(tiny_model: CogVLMForCausalLM) -> None:
     config = config_of(64)
     text = explain_out_of_memory(
@@ -57,6 +58,7 @@ def test_what_takes_less_is_named_where_it_should_have_fitted(tiny_model: CogVLM
     assert float(less) < float(peak)
 
 
+@pytest.mark.slow
 def test_no_setting_that_fits(tiny_model: CogVLMForCausalLM) -> None:
     config = config_of(1, "bf16")
     text = explain_out_of_memory("x", config, tiny_model.config, cluster_of(1e-6), one_turn(config))

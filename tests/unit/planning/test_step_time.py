@@ -54,6 +54,7 @@ def step_of(planner: Planner, **speeds: float) -> StepTime:
     return time_step(planner, estimate, MicroBatchShape(), Speeds(**{"tflops": 989.0, **speeds}))
 
 
+@pytest.mark.slow
 def test_time_follows_the_speeds(planner_17b: Planner) -> None:
     usual = step_of(planner_17b)
     assert usual.num_micro_batches == 4 and usual.num_tokens == 32 * (1225 + 3 + 240)

@@ -151,6 +151,7 @@ def test_another_seed_makes_another_split(photos: Path, tmp_path: Path) -> None:
     assert len({tuple(each) for each in keys}) > 1 and all(len(each) == 2 for each in keys)
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     (photos / "big.jpg").write_bytes(image_bytes(800, 600))
     lines = [{**dog("big.jpg"), "key": f"k{i:03d}"} for i in range(300)]

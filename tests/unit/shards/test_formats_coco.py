@@ -26,6 +26,7 @@ def test_a_path_of_windows(tmp_path: Path) -> None:
     assert found.boxes == {"train/a.jpg": {"dog": ((1, 2, 21, 12),)}} and not found.problems
 
 
+@pytest.mark.slow
 def test_outlines_are_not_kept(tmp_path: Path) -> None:
     annotation = CONTENT["annotations"][0]
     many = [{**annotation, "segmentation": [[0.125] * 500]} for _ in range(1000)]

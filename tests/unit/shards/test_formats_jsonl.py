@@ -103,6 +103,7 @@ def test_a_pair_with_the_same_key_twice_is_a_problem(tmp_path: Path) -> None:
     assert found.reasons == [("turn", "bad_field")] and "once" in found.problems[0].detail
 
 
+@pytest.mark.slow
 def test_a_long_label_of_brackets_takes_no_time(tmp_path: Path) -> None:
     found = read(tmp_path, *({**PAIR, "Label": piece * 30_000} for piece in ("[[", "[[1,", "<ref>", "(1", "* [ ")))
     assert len(found.turns) + len(found.problems) == 5 and ("turn", "bad_box_text") in found.reasons

@@ -80,6 +80,7 @@ SAME = [
 ]
 
 
+@pytest.mark.slow
 @needs_data
 def test_nothing_of_the_photo_in_refcoco() -> None:
     """Looked up without our lists: no class of COCO, under any name, is in an absent phrase and in the photo."""

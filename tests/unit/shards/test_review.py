@@ -183,6 +183,7 @@ def test_stated_size(size: tuple[int, int], kinds: dict[str, int], photos: Path,
     assert Reviewed(out).kinds() == kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("upright", "kinds"), [(True, {}), (False, {"exif_rotated": 1})])
 def test_shards_say_which_way_up_their_boxes_are(
     upright: bool, kinds: dict[str, int], photos: Path, tmp_path: Path
@@ -408,6 +409,7 @@ def test_out_that_is_a_file(photos: Path, tmp_path: Path) -> None:
         review(iter(()), "nothing", tmp_path / "file")
 
 
+@pytest.mark.slow
 @needs_data
 def test_raccoons(tmp_path: Path) -> None:
     """Four pairs of identical photos with different boxes, and nothing else."""

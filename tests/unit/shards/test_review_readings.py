@@ -83,12 +83,14 @@ def judged(photos: list[tuple[Boxes, tuple[int, int]]], meaning: str) -> set[str
     return {kind for kind, _, _, _ in judge_readings(tally)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("meaning", MEANINGS)
 @pytest.mark.parametrize("seed", range(5))
 def test_made_boxes(meaning: str, seed: int) -> None:
     assert judged(random_photos(seed), meaning) == MEANINGS[meaning][2]
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("meaning", MEANINGS)
 def test_real_boxes(meaning: str) -> None:
@@ -112,6 +114,7 @@ def test_two_boxes_are_too_few_to_judge_a_source() -> None:
     assert judged([(np.array([[300.0, 3, 9, 25], [200, 100, 50, 50]]), (400, 300))], "good") == set()
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_page_shows_examples_and_says_why(tmp_path: Path) -> None:
     lines = []

@@ -45,6 +45,7 @@ def test_a_new_level_is_not_called_a_spike_for_ever() -> None:
     assert found == list(range(50, 50 + LossSpikes.LEAST))
 
 
+@pytest.mark.slow
 def test_memory_that_really_grows_is_told_again_and_again_but_not_at_every_step() -> None:
     memory, kept, told = CreepingMemory("process memory"), [], []
     for step in range(420):
