@@ -104,9 +104,9 @@ def record_from_json(data: bytes, key: str) -> Record:
         detail = f'the record: found {found}; expected "targets" or "turns" with at least one entry'
         if {"caption", "url"} <= fields.keys():
             detail += (
-                ". These are captions as img2dataset downloads them, without boxes: annotate the images with boxes"
+                ". These are captions as img2dataset downloads them, without boxes: annotate the images with boxes "
+                "and write shards with shards/build.py"
             )
-            detail += " and write shards with shards/build.py"
         raise BadSampleError(key, "no_targets", detail)
     return Record(
         key=key,

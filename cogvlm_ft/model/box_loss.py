@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cogvlm_ft.errors import ConfigError
@@ -20,6 +21,7 @@ from cogvlm_ft.settings import BOX_LOSSES, TrainConfig
 _DIGIT, _COMMA = 1, 2
 _BOX = [_DIGIT, _DIGIT, _DIGIT, _COMMA] * 3 + [_DIGIT] * 3
 _PLACES = [[4 * coordinate + place for place in range(3)] for coordinate in range(4)]
+_VALUES = (100.0, 10.0, 1.0)
 _EDGE = 1000.0  # coordinates are thousandths of the image
 
 
@@ -28,6 +30,13 @@ class TokenTypes(NamedTuple):
 
     digits: Tensor
     is_comma: Tensor
+
+
+class Places(NamedTuple):
+    """Where the digits of N boxes are. rows, columns: i64[N, 4, 3], of coordinates and their places."""
+
+    rows: Tensor
+    columns: Tensor
 
 
 def token_types(tokenizer: CogVLMTokenizer) -> TokenTypes:
@@ -51,44 +60,44 @@ class BoxLoss:
     kind: str = BOX_LOSSES[0]
     place_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
 
-    def positions(self, labels: Tensor) -> Tensor:
-        """Return i64[N, 2], (row, first position) of every box in labels i64[B, L]; other values are negative."""
-        known = labels.clamp(min=0)
-        is_labelled = labels >= 0
-        kinds = torch.zeros_like(labels)
-        kinds[is_labelled & (self.types.digits.to(labels.device)[known] >= 0)] = _DIGIT
-        kinds[is_labelled & self.types.is_comma.to(labels.device)[known]] = _COMMA
-        if labels.shape[1] < len(_BOX):
-            return labels.new_zeros((0, 2))
-        pattern = torch.tensor(_BOX, device=labels.device)
-        found = (kinds.unfold(1, len(_BOX), 1) == pattern).all(-1)
-        beside = torch.nn.functional.pad(kinds == _DIGIT, (1, 1))
-        return (found & ~beside[:, : found.shape[1]] & ~beside[:, len(_BOX) + 1 :]).nonzero()
+    def loss_sum(self, scores: Tensor, log_probs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the weighted cross entropy and of the distance.
 
-    def token_weights(self, labels: Tensor) -> Tensor:
+        scores, log_probs: float[M, V] of the labelled positions of labels i64[B, L], in their order.
+        """
+        places = self.places(labels)
+        is_labelled = labels >= 0
+        token_losses = F.nll_loss(log_probs, labels[is_labelled], reduction="none")
+        loss_sum = (token_losses * self.token_weights(labels, places)[is_labelled]).sum()
+        return loss_sum + self.distance(scores, labels, places) if self.weight else loss_sum
+
+    def places(self, labels: Tensor) -> Places:
+        """Find the digits of every box in labels i64[B, L]; labels below 0 are of no answer."""
+        digits, is_comma = (each.to(labels.device) for each in self.types)
+        known, is_labelled = labels.clamp(min=0), labels >= 0
+        kinds = torch.zeros_like(labels)
+        kinds[is_labelled & (digits[known] >= 0)] = _DIGIT
+        kinds[is_labelled & is_comma[known]] = _COMMA
+        kinds = F.pad(kinds, (1, len(_BOX)))  # so that each position has a window, and one beside it
+        windows = kinds.unfold(1, len(_BOX) + 2, 1)
+        is_box = (windows[..., 1:-1] == torch.tensor(_BOX, device=labels.device)).all(-1)
+        is_longer = (windows[..., 0] == _DIGIT) | (windows[..., -1] == _DIGIT)
+        rows, firsts = (is_box & ~is_longer).nonzero(as_tuple=True)
+        columns = firsts[:, None, None] + torch.tensor(_PLACES, device=labels.device)
+        return Places(rows[:, None, None].expand_as(columns), columns)
+
+    def token_weights(self, labels: Tensor, places: Places) -> Tensor:
         """Return float32[B, L], the factor of each token's cross entropy."""
         weights = torch.ones(labels.shape, device=labels.device)
-        for row, first in self.positions(labels).tolist():
-            for coordinate in _PLACES:
-                weights[row, [first + place for place in coordinate]] = weights.new_tensor(self.place_weights)
+        weights[places] = weights.new_tensor(self.place_weights).expand(places.rows.shape)
         return weights
 
-    def distance(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the weighted sum over the labelled boxes.
-
-        scores: float[M, V] of the labelled positions of labels i64[B, L], in their order.
-        """
-        positions = self.positions(labels)
-        if not self.weight or not len(positions):
-            return scores.sum() * 0.0
+    def distance(self, scores: Tensor, labels: Tensor, places: Places) -> Tensor:
+        """Return the weighted sum over the boxes. scores: as of `loss_sum`."""
         numbers = torch.full_like(labels, -1)
         numbers[labels >= 0] = torch.arange(len(scores), device=labels.device)
-        places = torch.tensor(_PLACES, device=labels.device)
-        columns = positions[:, 1, None, None] + places
-        rows = positions[:, 0, None, None].expand_as(columns)
-        expected = self._expected(scores[numbers[rows, columns]])
-        scale = torch.tensor([100, 10, 1], device=labels.device)
-        true = (self.types.digits.to(labels.device)[labels[rows, columns]] * scale).sum(-1).to(expected.dtype)
+        expected = self._expected(scores[numbers[places]])
+        true = self.types.digits.to(labels.device)[labels[places]].to(expected.dtype) @ expected.new_tensor(_VALUES)
         if self.kind == "giou":
             return self.weight * (1 - _giou(expected, true)).sum()
         return self.weight * (expected - true).abs().sum() / _EDGE
@@ -99,7 +108,7 @@ class BoxLoss:
         tokens = (digits >= 0).nonzero()[:, 0]
         probs = scores[..., tokens].softmax(-1)
         means = (probs * digits[tokens].to(probs.dtype)).sum(-1)
-        return means @ means.new_tensor([100.0, 10.0, 1.0])
+        return means @ means.new_tensor(_VALUES)
 
 
 def build_box_loss(train: TrainConfig, tokenizer: CogVLMTokenizer) -> BoxLoss | None:

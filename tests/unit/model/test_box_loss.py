@@ -32,11 +32,12 @@ def test_every_labelled_box_is_found_and_nothing_else(tokenizer: CogVLMTokenizer
     labels = labels_of(tokenizer, list(ANSWERS))
     loss = BoxLoss(token_types(tokenizer))
     found: dict[int, list[tuple[int, ...]]] = {row: [] for row in range(len(ANSWERS))}
-    for row, first in loss.positions(labels).tolist():
+    places = loss.places(labels)
+    for row, first in zip(places.rows[:, 0, 0].tolist(), places.columns[:, 0, 0].tolist(), strict=True):
         text = tokenizer.decode(labels[row, first : first + 15].tolist())
         found[row].append(tuple(map(int, text.split(","))))
     assert list(found.values()) == list(ANSWERS.values())
-    assert not len(loss.positions(torch.full_like(labels, -100)))
+    assert not len(loss.places(torch.full_like(labels, -100)).rows)
 
 
 def scores_of(tokenizer: CogVLMTokenizer, labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -52,7 +53,7 @@ def test_the_gradient_is_that_of_finite_differences(kind: str, tokenizer: CogVLM
     base = scores_of(tokenizer, labels)
 
     def of_digits(digits: torch.Tensor) -> torch.Tensor:
-        return loss.distance(base.index_copy(1, tokens, digits), labels)
+        return loss.distance(base.index_copy(1, tokens, digits), labels, loss.places(labels))
 
     assert torch.autograd.gradcheck(of_digits, base[:, tokens].clone().requires_grad_(), atol=1e-6)
 
@@ -63,9 +64,10 @@ def test_the_distance_is_that_of_the_expected_coordinates(tokenizer: CogVLMToken
     scores = torch.full((int((labels >= 0).sum()), len(tokenizer)), -50.0)
     for position, token in enumerate(answer):
         scores[position, token] = 50.0
-    assert BoxLoss(token_types(tokenizer), 2.0).distance(scores, labels).item() == pytest.approx(2 * 0.003)
-    of_giou = BoxLoss(token_types(tokenizer), 1.0, "giou").distance(scores, labels).item()
-    assert of_giou == pytest.approx(1 - 197 / 200, abs=1e-5)
+    expected, giou = BoxLoss(token_types(tokenizer), 2.0), BoxLoss(token_types(tokenizer), 1.0, "giou")
+    places = expected.places(labels)
+    assert expected.distance(scores, labels, places).item() == pytest.approx(2 * 0.003)
+    assert giou.distance(scores, labels, places).item() == pytest.approx(1 - 197 / 200, abs=1e-5)
 
 
 def test_turns_of_one_image_have_the_loss_that_they_have_apart(
@@ -103,7 +105,7 @@ def test_weights_of_digits_have_a_mean_of_1(tokenizer: CogVLMTokenizer) -> None:
     labels = labels_of(tokenizer, list(ANSWERS))
     loss = build_box_loss(TrainConfig(digit_weights=[4.0, 2.0, 1.0]), tokenizer)
     assert loss is not None
-    weights = loss.token_weights(labels)
+    weights = loss.token_weights(labels, loss.places(labels))
     changed = weights[weights != 1]
     assert len(changed) == 3 * 4 * 3 and float(changed.mean()) == pytest.approx(1)
     assert changed[:3].tolist() == pytest.approx([12 / 7, 6 / 7, 3 / 7])
