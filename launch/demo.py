@@ -31,7 +31,6 @@ CONFIG = "demo"  # configs/demo.yaml
 NUM_SCENES = 13000
 IMAGE_SIZE = 32
 VAL_FRACTION = 0.02
-VOCAB_SIZE = 420  # small enough to keep colours and kinds separate tokens, in Chinese too
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,34 +68,22 @@ def make_shards(scenes: Path, num_scenes: int, shards: Path) -> None:
 
 def make_start_model(scenes: Path, config: Config) -> None:
     """Save a random CogVLM of the published architecture, with 2 million parameters, and a tokenizer for it."""
-    import torch
-
     from cogvlm_ft.data.record import record_from_json
-    from cogvlm_ft.grounding.turns import build_turns
     from cogvlm_ft.grounding.wording import load_wording
-    from cogvlm_ft.model import CogVLMTokenizer
-    from cogvlm_ft.model.demo_model import build_demo_model
-    from cogvlm_ft.model.tokenizer import MODEL_FILE, train_tokenizer
+    from cogvlm_ft.rehearsal.tiny_model import save_tiny_model, texts_of
 
     folder = config.model.folder
     if (folder / "model.safetensors").exists():
         return
     say(f"3. creating a tiny CogVLM in {folder}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    wording, size = load_wording(config.data.wording), (IMAGE_SIZE, IMAGE_SIZE)
-    texts = []
+    records = []
     for line in (scenes / "annotations.jsonl").read_text(encoding="utf-8").splitlines()[:500]:
         scene = json.loads(line)
         targets = [{**target, "boxes_xyxy": target["boxes"]} for target in scene["targets"]]
-        record = record_from_json(json.dumps({"targets": targets, "image_size_px": size}).encode(), scene["image"])
-        turns = build_turns(record.targets, size, wording, seed=0, epoch=0, key=record.key)
-        texts += [text for turn in turns for text in (turn.prompt, turn.answer)]
-    train_tokenizer(texts, scenes / MODEL_FILE, VOCAB_SIZE)
-    tokenizer = CogVLMTokenizer.from_folder(scenes)
-    tokenizer.save(folder)
-    torch.manual_seed(0)
-    model = build_demo_model(len(tokenizer), IMAGE_SIZE)
-    model.save_pretrained(folder)
+        fields = {"targets": targets, "image_size_px": (IMAGE_SIZE, IMAGE_SIZE)}
+        records.append(record_from_json(json.dumps(fields).encode(), scene["image"]))
+    texts = texts_of(records, load_wording(config.data.wording), seed=0, num_epochs=1)
+    save_tiny_model(folder, texts, IMAGE_SIZE)
 
 
 def train(settings: list[str]) -> None:

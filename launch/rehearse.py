@@ -68,9 +68,10 @@ def rehearse(args: argparse.Namespace) -> int:
         return code
     say(f"\n3/5 a tiny model for {args.num_photos} of the photos", flush=True)
     with fast_imports():
+        from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE
         from cogvlm_ft.rehearsal.training import prepare, train
     chosen = prepare(shards, args.out, config, args.num_photos, args.seed)
-    say(f"{chosen.num_photos} photos at {chosen.image_size} px, {chosen.num_parameters / 1e6:.1f} million parameters")
+    say(f"{chosen.num_photos} photos at {IMAGE_SIZE} px, {chosen.num_parameters / 1e6:.1f} million parameters")
     say(f"\n4/5 training for {args.steps} steps", flush=True)
     if code := train(chosen, args.out, args.steps, args.processes, ["--config", args.config, *args.settings]):
         return code

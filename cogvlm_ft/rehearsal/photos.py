@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.data.index import ShardIndex, load_index
-from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.reader import Sample, ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
@@ -22,7 +22,7 @@ STORED_SIDES = 4
 """Photos are stored at this many times the side of the model's input: they are decoded again for every step."""
 
 
-def draw_photos(shards: Path, number: int, seed: int) -> list[tuple[ShardReader, int]]:
+def draw_photos(shards: Path, number: int, seed: int) -> list[Sample]:
     """Draw photos with something to find, from all splits; fewer than `number` if there are not more.
 
     The order depends on the seed and the keys alone. Raises DataError if there are none.
@@ -31,34 +31,35 @@ def draw_photos(shards: Path, number: int, seed: int) -> list[tuple[ShardReader,
     places = [(reader.index.key(i), reader, i) for reader in readers for i in range(len(reader))]
     places.sort(key=lambda place: place[0])
     random.Random(f"rehearsal {seed}").shuffle(places)
-    drawn: list[tuple[ShardReader, int]] = []
+    drawn: list[Sample] = []
     for _, reader, i in places:
         if len(drawn) == number:
             break
-        if _has_answers(reader, i):
-            drawn.append((reader, i))
+        sample = _with_answers(reader, i)
+        if sample:
+            drawn.append(sample)
     if not drawn:
         raise DataError(f"{shards}: found no photo with a box or a turn; expected at least one. Check the review")
     return drawn
 
 
-def write_chosen(drawn: list[tuple[ShardReader, int]], image_size: int, out: Path) -> list[Record]:
-    """Build `out`/shards with the drawn photos as its only split, train. Return their records."""
+def lines_of(records: list[Record]) -> str:
+    """Return the records as lines of the builder's own format."""
+    rows = (_line(record, _image_name(number)) for number, record in enumerate(records))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_chosen(samples: list[Sample], image_size: int, out: Path) -> None:
+    """Build `out`/shards with the drawn photos as its only split, train."""
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    records, lines = [], []
-    for number, (reader, i) in enumerate(drawn):
-        sample = reader.read(i)
-        name = f"{number:02d}.png"
-        sample.image.save(images / name)
-        records.append(sample.record)
-        lines.append(json.dumps(_line(sample.record, name), ensure_ascii=False) + "\n")
-    write_text(out / LINES, "".join(lines))
+    for number, sample in enumerate(samples):
+        sample.image.save(images / _image_name(number))
+    write_text(out / LINES, lines_of([sample.record for sample in samples]))
     settings = BuildSettings(
         "jsonl", images, out / LINES, val_fraction=0.0, split="random", max_side=STORED_SIDES * image_size
     )
     build(settings, out / "shards", num_workers=1, overwrite=True)
-    return records
 
 
 def _indexes(shards: Path) -> Iterator[ShardIndex]:
@@ -70,12 +71,18 @@ def _indexes(shards: Path) -> Iterator[ShardIndex]:
                 raise
 
 
-def _has_answers(reader: ShardReader, i: int) -> bool:
+def _with_answers(reader: ShardReader, i: int) -> Sample | None:
+    """Read a sample; None without a box or a turn, or if it cannot be used."""
     try:
-        record = reader.read(i).record
+        sample = reader.read(i)
     except BadSampleError:
-        return False
-    return bool(record.turns) or any(target.boxes_xyxy for target in record.targets)
+        return None
+    record = sample.record
+    return sample if record.turns or any(target.boxes_xyxy for target in record.targets) else None
+
+
+def _image_name(number: int) -> str:
+    return f"{number:02d}.png"
 
 
 def _line(record: Record, image: str) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import Any
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.plain_files import read_bytes
-from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, write_chosen
+from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, lines_of, write_chosen
 from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
-from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import AugmentConfig, Config
 
 MICRO_BATCH_SIZE = 8
@@ -38,24 +37,21 @@ class Chosen:
     """What a rehearsal trains on."""
 
     num_photos: int
-    image_size: int
     num_parameters: int
 
 
 def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int) -> Chosen:
     """Write `out`/chosen and `out`/start: shards of drawn photos, and a random model.
 
-    Raises ConfigError where `out` holds a run on other photos.
+    Raises ConfigError where `out` holds a rehearsal of other photos.
     """
     drawn = draw_photos(shards, num_photos, seed)
-    lines = out / "chosen" / LINES
-    former = read_bytes(lines, MAX_LINES_BYTES) if lines.exists() else b""
-    records = write_chosen(drawn, IMAGE_SIZE, out / "chosen")
-    if former not in (b"", read_bytes(lines, MAX_LINES_BYTES)) and RunFolder(out / "run").config.exists():
-        lines.write_bytes(former)
+    records, former = [sample.record for sample in drawn], out / "chosen" / LINES
+    if former.exists() and read_bytes(former, MAX_LINES_BYTES).decode() != lines_of(records):
         raise ConfigError(f"--out {out}: found a rehearsal of other photos; expected a new folder, or the same photos")
+    write_chosen(drawn, IMAGE_SIZE, out / "chosen")
     texts = texts_of(records, load_wording(config.data.wording), config.seed)
-    return Chosen(len(records), IMAGE_SIZE, save_tiny_model(out / "start", texts))
+    return Chosen(len(records), save_tiny_model(out / "start", texts))
 
 
 def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:
@@ -67,7 +63,7 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "output_dir": out / "run",
         "deepspeed": "zero3_tiny",
         "model.path": out / "start",
-        "model.image_size": chosen.image_size,
+        "model.image_size": IMAGE_SIZE,
         "model.freeze": "[]",
         "model.gradient_checkpointing": "none",
         "model.compile": "false",
