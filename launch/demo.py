@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,14 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(lambda: run(args))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     config = load_config(CONFIG, args.settings)
     scenes = config.output_path.parent / "scenes"
     make_shards(scenes, args.num_scenes, Path(config.data.shards))
     make_start_model(scenes, config)
     start = time.perf_counter()
-    train(args.settings)
+    if code := train(args.settings):
+        return code
     show(config, time.perf_counter() - start)
+    return 0
 
 
 def make_shards(scenes: Path, num_scenes: int, shards: Path) -> None:
@@ -86,20 +86,15 @@ def make_start_model(scenes: Path, config: Config) -> None:
     save_tiny_model(folder, texts, IMAGE_SIZE)
 
 
-def train(settings: list[str]) -> None:
-    """Run the command that a user would type."""
+def train(settings: list[str]) -> int:
+    """Run the command that a user would type, on all GPUs or on two processes; return its exit code."""
     import torch
 
-    if torch.cuda.is_available():
-        ranks, environment = torch.cuda.device_count(), dict(os.environ)
-    else:
-        ranks, environment = 2, {**os.environ, "DS_ACCELERATOR": "cpu"}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    program = ["--module", "cogvlm_ft.launch.train", "--config", CONFIG]
-    command = [launcher, "--num_accelerators", ranks, *program, *settings]
-    say("4. training:", *command[1:], flush=True)
-    subprocess.run([str(part) for part in command], env=environment, check=True)
+    from cogvlm_ft.rehearsal.training import start_training
+
+    num_gpus = torch.cuda.device_count()
+    say("4. training:", "launch/train.py", "--config", CONFIG, *settings, flush=True)
+    return start_training(["--config", CONFIG, *settings], num_gpus or 2, on_cpu=not num_gpus)
 
 
 def show(config: Config, seconds: float) -> None:

@@ -16,6 +16,7 @@ from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.plain_files import read_bytes
 from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, lines_of, write_chosen
 from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
+from cogvlm_ft.runtime.ports import free_port
 from cogvlm_ft.settings import AugmentConfig, Config
 
 MICRO_BATCH_SIZE = 8
@@ -88,12 +89,18 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "evaluate.probe": "null",
         "tracking.mode": "disabled",
     }
-    program = ["cogvlm_ft.launch.train", *arguments, *(f"{key}={value}" for key, value in settings.items())]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    if num_processes == 1:
-        command = [sys.executable, "-m", *program]
-    else:
+    return start_training([*arguments, *(f"{key}={value}" for key, value in settings.items())], num_processes)
+
+
+def start_training(arguments: Sequence[str], num_processes: int, *, on_cpu: bool = True) -> int:
+    """Run launch/train.py in a process of its own, or in several of this machine; return its exit code."""
+    environment = dict(os.environ)
+    if on_cpu:
+        environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command = [launcher, "--num_accelerators", str(num_processes), "--module", *program]
-    return subprocess.run(command, env=environment, check=False).returncode
+    if num_processes == 1:
+        command = [sys.executable, "-m", "cogvlm_ft.launch.train"]
+    else:
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_processes)]
+        command += ["--master_port", str(free_port()), "--module", "cogvlm_ft.launch.train"]
+    return subprocess.run([*command, *arguments], env=environment, check=False).returncode
