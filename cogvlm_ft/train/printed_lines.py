@@ -18,7 +18,6 @@ def step_line(step: int, last_step: int, values: Mapping[str, float]) -> str:
 
     left: of the steps, without evaluations.
     """
-    minutes = round((last_step - step) * values["step_s"] / 60)
     lost = (("num_bad", "bad"), ("num_cut_boxes", "boxes cut"), ("num_skipped", "skipped"))
     parts = [
         f"step {step}/{last_step}",
@@ -28,10 +27,18 @@ def step_line(step: int, last_step: int, values: Mapping[str, float]) -> str:
         f"{values['images_per_s']:.3g} images/s",
         f"wait {values['data_wait_fraction']:.0%}",
         f"{values['memory_gib']:.1f} GiB",
-        f"left {minutes // 60}:{minutes % 60:02d}h",
+        f"left {_duration((last_step - step) * values['step_s'])}",
         *(f"{name} {values[key]:.0f}" for key, name in lost if values[key]),
     ]
     return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Return about how long that is: `44 h 27 min`, `7 min`, `40 s`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def evaluation_line(
