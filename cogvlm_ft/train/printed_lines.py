@@ -34,11 +34,10 @@ def step_line(step: int, last_step: int, values: Mapping[str, float]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return about how long that is: `44 h 27 min`, `7 min`, `40 s`."""
+    """Return about how long that is: `44.4 h`, `7 min`, `40 s`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def evaluation_line(
