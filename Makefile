@@ -19,6 +19,7 @@ setup: $(STAMP) ## create .venv with the tested versions; update it when setup.p
 $(STAMP): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "python: found none with venv; expected Python 3.10 to 3.13. Run: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "pip>=25.1"  # the pip of Python 3.11 takes a minute and a half longer to resolve
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
 	@$(BIN)/python -m compileall -q -j 0 -x '/(tests|transformers/models)/' .venv/lib/python3.*/site-packages >/dev/null 2>&1 || true  # on all cores, pip uses one
 	touch $@
