@@ -117,9 +117,22 @@ def _merge_arguments(merged: Any, overrides: Sequence[str]) -> Any:
             )
         with _naming(f"command line {override}"):
             argument = _read_argument(override)
+            for settings in (merged, typed):
+                _clear_mappings(settings, argument, override.partition("=")[0].strip())
             merged.merge_with(argument)  # in place: a copy of all settings for each argument is slow
         typed.merge_with(argument)
     return OmegaConf.to_container(typed, resolve=False)
+
+
+def _clear_mappings(settings: Any, argument: Any, key: str) -> None:
+    """Clear the settings for which the argument gives a mapping, such as `train.lr_scale={}`: it replaces theirs.
+
+    key: of the argument. A key inside a mapping, such as `train.monitor.mean_iou`, changes that entry alone.
+    """
+    given = OmegaConf.to_container(argument, resolve=False)
+    for name, _, _ in settings_of(Config()):
+        if isinstance(value_at(given, name), dict) and not key.startswith(f"{name}."):
+            OmegaConf.update(settings, name, {}, merge=False)
 
 
 def _as_text(written: Any) -> Any:

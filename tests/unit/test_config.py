@@ -247,6 +247,19 @@ def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml", ["train.lr=1"]).train.lr == 1
 
 
+def test_a_mapping_given_later_replaces_an_earlier_one(tmp_path: Path) -> None:
+    """It is not merged with it, so that `{}` clears; a key inside a mapping changes that entry alone."""
+    file = tmp_path / "a.yaml"
+    file.write_text("train:\n  lr_scale: {lm_head.*: 0.0}\n  monitor: {mean_iou: 1, not_found_acc: 1}\n")
+    assert load_config(file, [*MANDATORY, "train.lr_scale={}"]).train.lr_scale == {}
+    twice = load_config(file, [*MANDATORY, "train.lr_scale={a*: 2}", "train.lr_scale={b*: 3}", "train.lr=1"])
+    assert twice.train.lr_scale == {"b*": 3} and twice.train.monitor == {"mean_iou": 1, "not_found_acc": 1}
+    section = load_config(file, [*MANDATORY, "train={lr_scale: {c*: 4}, monitor: {mean_iou: 2}}"]).train
+    assert (section.lr_scale, section.monitor) == ({"c*": 4}, {"mean_iou": 2})
+    inside = load_config(file, [*MANDATORY, "train.monitor.mean_iou=3"]).train
+    assert inside.monitor == {"mean_iou": 3, "not_found_acc": 1}
+
+
 def test_the_hash_is_of_the_resolved_settings(tmp_path: Path) -> None:
     config = load_config(None, MANDATORY)
     save_config(config, tmp_path / "config.yaml")
