@@ -106,6 +106,10 @@ class RunFolder:
         """Return the folder of the evaluation at a step."""
         return self.evaluations / step_name(step)
 
+    def averaged_evaluation(self, step: int) -> Path:
+        """Return the folder of the evaluation of the averaged weights (`train.ema`) at a step."""
+        return self.evaluation(step) / "ema"
+
     def skipped_step(self, step: int) -> Path:
         """Return the file of a skipped step."""
         return self.skipped_steps / f"{step_name(step)}.json"

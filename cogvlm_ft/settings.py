@@ -241,6 +241,13 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW's beta 2.", least=0, below=1)
     eps: float = setting(1e-8, "AdamW's epsilon.", above=0)
     max_grad_norm: float = setting(1.0, "Norm to which gradients are clipped. 0: no clipping.", least=0)
+    ema: Optional[float] = setting(
+        None,
+        "Decay of a running average of the weights, such as 0.999; it is evaluated beside them, and exported by "
+        "`launch/export.py --weights-of ema`. null: none.",
+        above=0,
+        below=1,
+    )
     precision: str = setting(
         "fp32", "`fp32`, or `bf16` with fp32 master weights and optimizer states.", choices=PRECISIONS
     )

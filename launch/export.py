@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--prove", type=int, metavar="N", help="0 skips the comparison of the weights")
     parser.add_argument("--adapter", action="store_true", help="write the adapters alone, in the files of peft")
+    parser.add_argument(
+        "--weights-of", choices=("trained", "ema"), default="trained", help="ema: the running averages of train.ema"
+    )
     parser.add_argument("--blend", type=float, metavar="F", help="write F x checkpoint + (1 - F) x --start")
     parser.add_argument("--start", type=Path, help="for --blend: the model folder that training started from")
     args = parser.parse_args(argv)
@@ -59,14 +62,15 @@ def run(args: argparse.Namespace) -> int:
         from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
     checkpoint = best_checkpoint(args.checkpoint) if is_run(args.checkpoint) else args.checkpoint
+    averaged = args.weights_of == "ema"
     if args.adapter:
-        num_tensors = export_adapter(checkpoint, args.out)
+        num_tensors = export_adapter(checkpoint, args.out, averaged=averaged)
         say(f"exported {num_tensors} tensors of adapters to {args.out}, for peft's PeftModel.from_pretrained")
         return 0
     say(f"comparing {checkpoint} with its manifest", flush=True)
     blend = None if args.start is None else Blend(args.blend, args.start)
     dtype = getattr(torch, DTYPES[args.dtype])
-    proof = export_checkpoint(checkpoint, args.out, dtype, verify=args.prove != 0, blend=blend)
+    proof = export_checkpoint(checkpoint, args.out, dtype, verify=args.prove != 0, blend=blend, averaged=averaged)
     if proof:
         say(proof.summary("blend" if blend else "checkpoint"), file=sys.stderr if proof.problems else sys.stdout)
     if proof and proof.problems:

@@ -13,14 +13,15 @@ from cogvlm_ft.checkpoints.manifest import find_damage
 from cogvlm_ft.checkpoints.slices import open_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import POSITION_TABLE, Assign, StoredTensor, check_keys, interpolate_position_embedding
+from cogvlm_ft.runtime.partitions import AVERAGE
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.terminal import progress_bar
 
 
-def open_weights(checkpoint: Path) -> dict[str, StoredTensor]:
+def open_weights(checkpoint: Path, *, averaged: bool = False) -> dict[str, StoredTensor]:
     """Return every parameter by name, read when accessed; CheckpointError if the checkpoint is not intact.
 
-    Adapters are merged into their base.
+    Adapters are merged into their base. averaged: the running averages of `train.ema` in place of the trained weights.
     """
     damage = find_damage(checkpoint)
     if damage:
@@ -28,9 +29,20 @@ def open_weights(checkpoint: Path) -> dict[str, StoredTensor]:
             f"{checkpoint} cannot be used; expected an intact folder such as runs/x/checkpoints/step-00000100:\n  "
             + "\n  ".join(damage)
         )
-    stored: dict[str, StoredTensor] = {**open_slices(checkpoint)}
+    stored = open_last_or_average(checkpoint, averaged=averaged)
     record = AdapterRecord.load(checkpoint)
     return stored if record is None else merge_adapters(checkpoint, record, stored)
+
+
+def open_last_or_average(checkpoint: Path, *, averaged: bool) -> dict[str, StoredTensor]:
+    """Return the tensors that a checkpoint holds. averaged: where there is a running average, that one."""
+    averages = open_slices(checkpoint, AVERAGE) if averaged else {}
+    if averaged and not averages:
+        raise CheckpointError(
+            f"--weights-of ema: {checkpoint}: found no running averages; expected a checkpoint of a run with "
+            "train.ema. Leave --weights-of out, or choose another checkpoint"
+        )
+    return {**open_slices(checkpoint), **averages}
 
 
 def assign_weights(checkpoint: Path, expected: dict[str, tuple[int, ...]], assign: Assign) -> None:

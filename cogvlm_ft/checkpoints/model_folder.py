@@ -31,9 +31,12 @@ def build_meta_model(config: CogVLMConfig) -> CogVLMForCausalLM:
         return CogVLMForCausalLM(config).eval().requires_grad_(False)
 
 
-def open_contents(checkpoint: Path) -> dict[str, Weight]:
-    """Return every tensor of the model folder by its published name; CheckpointError if the checkpoint is damaged."""
-    weights = open_weights(checkpoint)
+def open_contents(checkpoint: Path, *, averaged: bool = False) -> dict[str, Weight]:
+    """Return every tensor of the model folder by its published name; CheckpointError if the checkpoint is damaged.
+
+    averaged: as in `open_weights`.
+    """
+    weights = open_weights(checkpoint, averaged=averaged)
     model = build_meta_model(load_config(checkpoint / MODEL_FOLDER))
     shapes = parameter_shapes(model.named_parameters())
     check_keys(checkpoint, shapes, {name: tuple(stored.shape) for name, stored in weights.items()})

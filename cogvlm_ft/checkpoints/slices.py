@@ -1,6 +1,7 @@
 """The training state in slices: each rank's part of every parameter and of Adam's two moments.
 
-    ranks/rank-00000.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME: float32, flat, without ZeRO-3's padding
+    ranks/rank-00000.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME, and average/NAME with train.ema:
+                                    float32, flat, without ZeRO-3's padding
     layout.json                     world size, shapes, Adam's step count
 
 The slices of a tensor, in the order of the ranks, are the flattened tensor. Any number of ranks can cut their own
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.checkpoints.reading import read_again
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.adapters import checkpointed
 from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.distributed import world_size
 from cogvlm_ft.runtime.partitions import (
+    AVERAGE,
     MOMENTS,
+    has_averages,
     local_moment,
     local_range,
     local_weight,
@@ -35,6 +38,7 @@ from cogvlm_ft.runtime.partitions import (
     reset_moments,
     set_local_moment,
     set_local_weight,
+    start_averages,
 )
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.safetensors_io import TensorFile, TensorSpec
@@ -107,9 +111,11 @@ def local_slices(engine: Any) -> Iterator[Tensor]:
 
 def _held(engine: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """Yield (name, parameter, kinds of its slices), always in the same order."""
-    has_moments = optimizer_step(engine) > 0
+    kinds: tuple[str, ...] = (WEIGHT,)
+    if optimizer_step(engine) > 0:
+        kinds = (WEIGHT, *MOMENTS, AVERAGE) if has_averages(engine) else (WEIGHT, *MOMENTS)
     for name, parameter in held_parameters(engine).items():
-        yield name, parameter, (WEIGHT, *MOMENTS) if has_moments and parameter.requires_grad else (WEIGHT,)
+        yield name, parameter, kinds if parameter.requires_grad else (WEIGHT,)
 
 
 class SlicedTensor:
@@ -139,7 +145,7 @@ class SlicedTensor:
 
 
 def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
-    """Return every tensor of a kind by parameter name; moments exist only for parameters that were trained."""
+    """Return every tensor of a kind by parameter name; all but weights exist only for parameters that were trained."""
     layout = Layout.load(checkpoint)
     paths = [checkpoint / rank_file(number) for number in range(layout.world_size)]
     files = [read_again(partial(TensorFile, path)) for path in paths]
@@ -151,6 +157,15 @@ def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]
     }
 
 
+def check_averages_kept(checkpoint: Path, ema: float | None) -> None:
+    """Raise ConfigError if a run without `train.ema` would resume from a checkpoint that holds running averages."""
+    if ema is None and open_slices(checkpoint, AVERAGE):
+        raise ConfigError(
+            f"train.ema: found null; expected a decay, such as 0.999: the running averages in {checkpoint} would be "
+            "lost. Set train.ema, or take another output_dir"
+        )
+
+
 def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True) -> None:
     """Read this rank's slices of the checkpoint, whatever number of ranks wrote it. Collective."""
     parameters = held_parameters(engine)
@@ -160,6 +175,8 @@ def assign_slices(engine: Any, checkpoint: Path, *, with_optimizer: bool = True)
             set_local_weight(parameters[name], _padded(tensor, parameters[name]))
         if with_optimizer:
             _assign_moments(engine, checkpoint)
+        if has_averages(engine):
+            _assign_averages(engine, checkpoint)
 
 
 def _assign_moments(engine: Any, checkpoint: Path) -> None:
@@ -173,6 +190,15 @@ def _assign_moments(engine: Any, checkpoint: Path) -> None:
         for name, tensor in open_slices(checkpoint, moment).items():
             if parameters[name].requires_grad:
                 set_local_moment(parameters[name], _padded(tensor, parameters[name]), moment)
+
+
+def _assign_averages(engine: Any, checkpoint: Path) -> None:
+    """Read the running averages; those that the checkpoint does not hold start at the weights just read."""
+    start_averages(engine)
+    parameters = held_parameters(engine)
+    for name, tensor in open_slices(checkpoint, AVERAGE).items():
+        if parameters[name].requires_grad:
+            set_local_moment(parameters[name], _padded(tensor, parameters[name]), AVERAGE)
 
 
 def _padded(tensor: SlicedTensor, parameter: Any) -> Tensor:

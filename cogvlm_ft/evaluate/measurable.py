@@ -15,7 +15,7 @@ from cogvlm_ft.evaluate.evaluate import score_turn
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.questions import Question, source_of
 from cogvlm_ft.grounding.breakdown import summarize_predictions
-from cogvlm_ft.grounding.metrics import PRESENT
+from cogvlm_ft.grounding.metrics import AVERAGED, PRESENT
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.protocols import PROTOCOLS
 from cogvlm_ft.grounding.targets import Turn
@@ -44,6 +44,8 @@ def monitor_problem(config: Config, reader: ShardReader, wording: Wording, model
     """Return why the validation images cannot produce `train.monitor`, "" if they can. Reads records."""
     monitor = config.train.monitor
     needed = {monitor} if isinstance(monitor, str) else set(monitor)
+    if config.train.ema:  # of averaged weights there are the same metrics, but not by group
+        needed = {name if "/" in name else name.removeprefix(AVERAGED) for name in needed}
     always = COUNTS | (PROBE if config.evaluate.probe is not None else frozenset())
     total = min(len(reader), config.evaluate.max_samples or len(reader))
     # The names of sources depend on how many there are, so all are needed for them.

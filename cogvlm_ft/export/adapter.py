@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from cogvlm_ft.checkpoints.adapters import AdapterRecord
+from cogvlm_ft.checkpoints.consolidate import open_last_or_average
 from cogvlm_ft.checkpoints.manifest import find_damage
-from cogvlm_ft.checkpoints.slices import open_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.adapters import name_in_peft_file, peft_config
 from cogvlm_ft.model.loading import read_whole
@@ -20,8 +20,11 @@ from cogvlm_ft.settings import AdapterConfig
 WEIGHTS_FILE = "adapter_model.safetensors"  # peft's name
 
 
-def export_adapter(checkpoint: Path, out: Path) -> int:
-    """Write `out` for `PeftModel.from_pretrained(model, out)`; return the number of tensors. At once or not at all."""
+def export_adapter(checkpoint: Path, out: Path, *, averaged: bool = False) -> int:
+    """Write `out` for `PeftModel.from_pretrained(model, out)`; return the number of tensors. At once or not at all.
+
+    averaged: the running averages of `train.ema`, in place of the weights.
+    """
     if out.exists():
         raise CheckpointError(f"--out {out} exists; expected a new folder. Choose another name")
     damage = find_damage(checkpoint)
@@ -37,7 +40,7 @@ def export_adapter(checkpoint: Path, out: Path) -> int:
     config = peft_config(adapter, Path(record.base).name)
     config.inference_mode = True
     config.save_pretrained(partial)
-    factors = open_slices(checkpoint)
+    factors = open_last_or_average(checkpoint, averaged=averaged)
     specs = [TensorSpec(name_in_peft_file(name), tuple(factor.shape)) for name, factor in factors.items()]
     write_tensors(partial / WEIGHTS_FILE, specs, (read_whole(each, torch.float32) for each in factors.values()))
     sync_tree(partial)

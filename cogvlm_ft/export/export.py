@@ -29,13 +29,20 @@ _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, dtype: torch.dtype, *, verify: bool = True, blend: Blend | None = None
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype,
+    *,
+    verify: bool = True,
+    blend: Blend | None = None,
+    averaged: bool = False,
 ) -> Verification | None:
     """Write `out` (config, tokenizer, safetensors, README.md) under a temporary name, verify it, then rename it.
 
     Return the result of the verification, which is also in proof.json; None without one. An export that fails the
     verification is kept as `rejected_path(out)`. One tensor is in memory at a time. blend: what to
-    write instead of the checkpoint's own weights.
+    write instead of the checkpoint's own weights. averaged: the running averages of `train.ema`, in place of the
+    weights.
     """
     if blend:
         check_fraction(blend.fraction)
@@ -45,7 +52,7 @@ def export_checkpoint(
         raise CheckpointError(f"--checkpoint {checkpoint}: no such folder. {_available_checkpoints(checkpoint)}")
     partial = out.with_name(f".tmp-{out.name}")
     with _explained_disk_errors(checkpoint, out), _removed_on_failure(partial):
-        contents = open_contents(checkpoint)
+        contents = open_contents(checkpoint, averaged=averaged)
         contents = blended(contents, blend) if blend else contents
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -57,7 +64,7 @@ def export_checkpoint(
         result = verify_export(partial, checkpoint / MODEL_FOLDER, contents, dtype) if verify else None
         if result:
             result.save(partial)
-        write_model_card(partial, checkpoint, _run_config(checkpoint), name=out.name, blend=blend)
+        write_model_card(partial, checkpoint, _run_config(checkpoint), name=out.name, blend=blend, averaged=averaged)
         sync_tree(partial)
         if result and result.problems:
             shutil.rmtree(rejected_path(out), ignore_errors=True)

@@ -121,12 +121,18 @@ transformers, pad the photo first.
 
 
 def write_model_card(
-    folder: Path, checkpoint: Path, config: Config | None, *, name: str, blend: Blend | None = None
+    folder: Path,
+    checkpoint: Path,
+    config: Config | None,
+    *,
+    name: str,
+    blend: Blend | None = None,
+    averaged: bool = False,
 ) -> None:
     """Write the card, as the last file of the folder, since it states the folder's fingerprint.
 
     config: of the run; None if it is not known. proof.json of the folder is quoted; the checkpoint's
-    scores are not those of its blend.
+    scores are not those of its blend. averaged: whether the checkpoint's weights are its running averages.
     """
     verification = Verification.load(folder)
     state, model = read_state(checkpoint), load_config(folder)
@@ -157,7 +163,7 @@ def write_model_card(
         "training_code": _code_version(run.get("code")),
         "code": _code_version(vars(git_state()) if git_state() else None),
         "fingerprint": fingerprint(folder),
-        "evaluation": _blend_text(blend) if blend else _evaluation(checkpoint, state),
+        "evaluation": _blend_text(blend, averaged) if blend else _evaluation(checkpoint, state, averaged),
         "verification": _verification_text(verification, "blend" if blend else "checkpoint"),
         "question": question,
         "letterbox": _LETTERBOX if resize_of(model) == "letterbox" else "",
@@ -205,9 +211,10 @@ def _run_facts(checkpoint: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _blend_text(blend: Blend) -> str:
+def _blend_text(blend: Blend, averaged: bool) -> str:
+    which = "the running averages (train.ema) of the checkpoint" if averaged else "those of the checkpoint"
     return (
-        f"Not measured. These weights are {blend.fraction:g} x those of the checkpoint + {1 - blend.fraction:g} x "
+        f"Not measured. These weights are {blend.fraction:g} x {which} + {1 - blend.fraction:g} x "
         f"those of the model `{plain_value(blend.start.name)}` that training started from."
     )
 
@@ -223,9 +230,11 @@ def _code_version(state: Mapping[str, Any] | None) -> str:
     return f"commit {state['commit']}{', changed since' if state['dirty'] else ''}" if state else UNKNOWN
 
 
-def _evaluation(checkpoint: Path, state: TrainState) -> str:
+def _evaluation(checkpoint: Path, state: TrainState, averaged: bool) -> str:
     """Return a short table of the metrics at this step."""
-    path = RunFolder.containing(checkpoint).evaluation(state.step) / METRICS_FILE
+    folder = RunFolder.containing(checkpoint)
+    about = "These weights are running averages over the steps of training (train.ema).\n\n" if averaged else ""
+    path = (folder.averaged_evaluation if averaged else folder.evaluation)(state.step) / METRICS_FILE
     try:
         metrics: Mapping[str, Any] = read_json(path)
         rows = [(name, metrics[name]) for name in SHOWN_METRICS if isinstance(metrics.get(name), (int, float))]
@@ -233,7 +242,7 @@ def _evaluation(checkpoint: Path, state: TrainState) -> str:
     except (OSError, ValueError, AttributeError):
         rows = []
     if not rows:
-        return "None at this step."
+        return f"{about}None at this step."
     table = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in rows)
     title = f"On held-out photos (split {plain_value(split)}), with the prompts of training and greedy decoding:"
-    return f"{title}\n\n| | |\n|---|---|\n{table}"
+    return f"{about}{title}\n\n| | |\n|---|---|\n{table}"

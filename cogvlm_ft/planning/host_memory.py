@@ -36,12 +36,13 @@ def pinned_tensors(
     parts: Sequence[tuple[int, bool]],
     groups: Sequence[Sequence[int]],
     *,
-    copies: bool,
+    copies: int,
 ) -> PinnedTensors:
     """List a rank's pinned tensors, as DeepSpeed's stage3.py and checkpoints/saver.py allocate them.
 
     element: bytes of a weight. parts: elements of each parameter's partition, and whether it is trained. groups: those
-    of each sub-group of each parameter group. copies: whether checkpoints are copied first.
+    of each sub-group of each parameter group. copies: tensors of a trained
+    parameter that are copied for a checkpoint; 0 if none is.
     """
     kept: list[int] = []
     freed: list[int] = []
@@ -55,5 +56,5 @@ def pinned_tensors(
         kept += [element * numel for numel, trained in parts if not trained]
         freed += [element * numel for numel, trained in parts if trained]
     on_gpu = copies and not zero.offload_optimizer  # what is in host memory already is copied into plain memory
-    copied = [4 * numel for numel, trained in parts for _ in range(3 if trained else 1)] if on_gpu else []
+    copied = [4 * numel for numel, trained in parts for _ in range(copies if trained else 1)] if on_gpu else []
     return PinnedTensors(kept, freed, copied)

@@ -30,7 +30,7 @@ from cogvlm_ft.settings import Config
 GIB = 2**30
 ROUNDING_WORTH_REPORTING = 0.05  # of the host memory
 PHASES = ("training", "evaluation")
-ADAM_BYTES, MASTER_BYTES = 8, 4  # fp32 moments; fp32 weights
+ADAM_BYTES, MASTER_BYTES, AVERAGE_BYTES = 8, 4, 4  # fp32 moments; fp32 weights; their running averages
 CUDA_BYTES = int(1.5 * GIB)  # the CUDA context, cuBLAS and NCCL of a process; an estimate
 PROCESS_BYTES, WORKER_BYTES = 3 * GIB, GIB // 2  # host memory of a rank and of a loader process; estimates
 FRAGMENTED_FRACTION = 0.05  # of a GPU's memory, that the caching allocator cannot use; an estimate
@@ -197,6 +197,7 @@ class Planner:
             "gradients": (gradients, optimizer_away),
             "master weights": (trained * MASTER_BYTES if has_master else 0, optimizer_away),
             "Adam": (trained * ADAM_BYTES, optimizer_away),
+            "averages": (trained * AVERAGE_BYTES if self.config.train.ema else 0, optimizer_away),
         }
 
     def _gathered_bytes(self) -> int:
@@ -265,12 +266,13 @@ class Planner:
         return {"weights": weights, **kinds}
 
     def _slices_bytes(self, num_ranks: int) -> int:
-        """Return the bytes that a rank writes to a checkpoint: fp32 weights, and Adam's moments of trained ones.
+        """Return the bytes that a rank writes to a checkpoint: fp32 weights; of trained ones, moments and averages.
 
         With adapters, these are all that it holds.
         """
         weights = self._partition_numel(num_ranks, trained_only=bool(self.config.adapter.rank)) * MASTER_BYTES
-        return weights + self._partition_numel(num_ranks, trained_only=True) * ADAM_BYTES
+        per_trained = ADAM_BYTES + (AVERAGE_BYTES if self.config.train.ema else 0)
+        return weights + self._partition_numel(num_ranks, trained_only=True) * per_trained
 
     def _sub_groups(self) -> Iterator[list[int]]:
         """Yield for each parameter group the elements of a rank in each of its sub-groups, as DeepSpeed forms them."""
@@ -302,8 +304,8 @@ class Planner:
         if self.cluster.on_cpu:
             return PinnedTensors([], [], [])
         parts = [(-(-numel // self.cluster.num_gpus), trained) for numel, trained in self._numels]
-        copies = self.config.checkpoint.background
-        return pinned_tensors(self.zero, element_bytes(self.config), parts, list(self._sub_groups()), copies=copies)
+        num_copies = (4 if self.config.train.ema else 3) if self.config.checkpoint.background else 0
+        return pinned_tensors(self.zero, element_bytes(self.config), parts, list(self._sub_groups()), copies=num_copies)
 
 
 def _has_same_model(ours: Config, theirs: Config) -> bool:

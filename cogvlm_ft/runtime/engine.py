@@ -31,7 +31,7 @@ from cogvlm_ft.runtime.distributed import (
     world_size,
 )
 from cogvlm_ft.runtime.param_gathering import attach_offload
-from cogvlm_ft.runtime.partitions import local_range
+from cogvlm_ft.runtime.partitions import local_range, start_averages
 from cogvlm_ft.runtime.tf32 import allow_tf32
 from cogvlm_ft.runtime.trained_parameters import freeze, log_groups, parameter_groups
 from cogvlm_ft.runtime.watchdog import progress
@@ -242,6 +242,8 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if offload == "none":
         share_fp32_weights(engine.optimizer)
+    if train.ema:
+        start_averages(engine)
     attach_offload(model, engine)
     apply_timeout()
     return engine

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,11 +20,12 @@ from cogvlm_ft.checkpoints.checkpoint import (
     remove_leftovers,
 )
 from cogvlm_ft.checkpoints.saver import CheckpointSaver
+from cogvlm_ft.checkpoints.slices import check_averages_kept
 from cogvlm_ft.config import config_sha256, written_settings
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
 from cogvlm_ft.evaluate.probe import run_probe
-from cogvlm_ft.grounding.metrics import LOWER_IS_BETTER
+from cogvlm_ft.grounding.metrics import AVERAGED, LOWER_IS_BETTER
 from cogvlm_ft.report.preview.inputs import try_preview
 from cogvlm_ft.report.report import try_report
 from cogvlm_ft.report.wandb_media import save_pictures, show_evaluation
@@ -35,6 +38,7 @@ from cogvlm_ft.runtime.distributed import (
     shared_errors_of_main,
     world_size,
 )
+from cogvlm_ft.runtime.partitions import averages_as_weights, update_averages
 from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
 from cogvlm_ft.runtime.trained_parameters import settings_of_rates
 from cogvlm_ft.tracking.auxiliary import failures_as_warnings, print_line
@@ -100,6 +104,8 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
                 stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
             except StopRequested:  # the data of some rank cannot be read
                 continue
+            if run.config.train.ema and not stats.is_skipped:
+                update_averages(run.engine, run.config.train.ema)
             before, state = state, advance(run, state)
             with stop_request.failing(DataError):  # too many samples that cannot be used, known to all ranks
                 log.add(before, state, batches, stats, lr=lr, data_wait_s=data_wait_s)
@@ -131,6 +137,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
             f"{folder}: checkpoints of an earlier run; expected resume=true to continue, or another output_dir"
         )
     check_same_adapters(newest, run.adapters)
+    check_averages_kept(newest, run.config.train.ema)
     state = load_checkpoint(run.engine, newest, is_checked=True)
     computed_by_main(lambda: discard_later_evaluations(folder, state.step))
     if state.data_sha256 != fresh.data_sha256:
@@ -213,7 +220,22 @@ def is_patience_over(run: Run, state: TrainState) -> bool:
 
 def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_request: StopRequest) -> TrainState:
     """Evaluate, save the results and update the best value. Collective. Raises StopRequested."""
-    folder = run.folder.evaluation(state.step)
+    result = measure(run, state, run.folder.evaluation(state.step), stop_request)
+    if run.config.train.ema:
+        averaged = measure_averages(run, state, stop_request) if state.step else result.metrics
+        of_averages = {AVERAGED + name: value for name, value in averaged.items() if "/" not in name}
+        result = dataclasses.replace(result, metrics=result.metrics | of_averages)
+    train, value = run.config.train, monitor_value(result.metrics, run.config.train.monitor)
+    best = updated_best(state.best, value, state.step, train)
+    if value is None and is_main():
+        logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
+    if tracker:
+        report_evaluation(run, state, result, best, tracker)
+    return dataclasses.replace(state, evaluated_step=state.step, best=best)
+
+
+def measure(run: Run, state: TrainState, folder: Path, stop_request: StopRequest) -> Evaluation:
+    """Ask and score the model as it is now; answers of the probe go to `folder`. Collective. Raises StopRequested."""
     is_untouched = state.step == 0
     probed = run_probe(
         run.config, run.model, run.tokenizer, folder, is_untouched=is_untouched, stop_request=stop_request
@@ -229,14 +251,18 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
         stop_request=stop_request,
     )
     release_unused_memory()  # generation's, whose shapes are others than those of training
-    result = dataclasses.replace(result, metrics=result.metrics | probed)
-    train, value = run.config.train, monitor_value(result.metrics, run.config.train.monitor)
-    best = updated_best(state.best, value, state.step, train)
-    if value is None and is_main():
-        logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
-    if tracker:
-        report_evaluation(run, state, result, best, tracker)
-    return dataclasses.replace(state, evaluated_step=state.step, best=best)
+    return dataclasses.replace(result, metrics=result.metrics | probed)
+
+
+def measure_averages(run: Run, state: TrainState, stop_request: StopRequest) -> Mapping[str, float]:
+    """Measure the averaged weights, and save the results beside those of the weights. Collective."""
+    folder = run.folder.averaged_evaluation(state.step)
+    with averages_as_weights(run.engine):
+        result = measure(run, state, folder, stop_request)
+    if is_main():
+        with failures_as_warnings("results of evaluations", Exception):
+            save_evaluation(result, folder)
+    return result.metrics
 
 
 def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:

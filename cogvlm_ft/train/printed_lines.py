@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
+from cogvlm_ft.grounding.metrics import AVERAGED
 from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.run_folder import RunFolder, step_name
 
@@ -43,8 +44,12 @@ def _duration(seconds: float) -> str:
 def evaluation_line(
     epoch: float, step: int, metrics: Mapping[str, float], before: Mapping[str, float], monitored: str
 ) -> str:
-    """Return the line of one evaluation: five numbers, the monitored one first, and their change."""
-    names = [name for name in dict.fromkeys((monitored, *SHOWN_METRICS)) if name in metrics][:NUM_SHOWN]
+    """Return the line of one evaluation: five numbers, the monitored one first, and their change.
+
+    Of averaged weights it has the monitored one alone.
+    """
+    first = (monitored, AVERAGED + monitored)
+    names = [name for name in dict.fromkeys((*first, *SHOWN_METRICS)) if name in metrics][:NUM_SHOWN]
     parts = [f"epoch {epoch:.3g} (step {step})"]
     for name in names:
         change = f" ({metrics[name] - before[name]:+.2f})" if name in before else ""

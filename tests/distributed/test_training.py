@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,23 +16,27 @@ from peft import PeftModel, get_peft_model
 from ranks import read_metrics, run, started, wait_for_step
 from reference import NUM_STEPS, VOLATILE, reference_settings
 from run_states import assert_same_end
+from safetensors.torch import load_file
 from tiny import short_run_settings
 
 from cogvlm_ft.checkpoints.adapters import AdapterRecord, check_same_adapters
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
-from cogvlm_ft.checkpoints.slices import open_slices
+from cogvlm_ft.checkpoints.slices import WEIGHT, check_averages_kept, open_slices
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, read_steps
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.export.adapter import export_adapter
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.evaluate.evaluate import METRICS_FILE
+from cogvlm_ft.export.adapter import WEIGHTS_FILE, export_adapter
 from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
-from cogvlm_ft.model.adapters import peft_config
+from cogvlm_ft.model.adapters import add_adapters, is_adapter, name_in_peft_file, peft_config
 from cogvlm_ft.model.loading import read_whole
+from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.runtime.partitions import AVERAGE
 from cogvlm_ft.train.schedule import lr_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared runs")]
@@ -211,6 +216,9 @@ def test_parts_with_rates_of_their_own_and_frozen_parts(shards: Path, start_mode
         assert "train.lr_scale, train.vision_layer_decay: found [['vision_layer_decay', 0.8]]" in ranks.output()
 
 
+DECAY = 0.75
+
+
 @pytest.fixture(scope="module")
 def adapted_run(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Return a run folder and its settings: adapters on all parts, trained by two ranks."""
@@ -219,7 +227,7 @@ def adapted_run(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPa
         "adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision,bridge]"
     )
     changes = ["adapter.rank=4", "adapter.alpha=8", targets, "train.lr=0.01", "train.max_steps=4"]
-    changes += ["checkpoint.every_steps=1", "checkpoint.keep_last=9"]
+    changes += ["checkpoint.every_steps=1", "checkpoint.keep_last=9", f"train.ema={DECAY}"]
     settings = short_run_settings(shards, start_model, folder / "run", *changes)
     run(["launch/train.py", *settings], 2, folder / "logs")
     return folder / "run", settings
@@ -259,12 +267,16 @@ def test_adapters_resume_on_another_number_of_ranks_and_on_their_base_only(
     adapted_run: tuple[Path, list[str]], start_model: Path, tmp_path: Path
 ) -> None:
     folder, settings = adapted_run
-    whole = {name: read_whole(value, torch.float32) for name, value in open_slices(newest(folder)).items()}
+    whole = {
+        kind: {name: read_whole(value, torch.float32) for name, value in open_slices(newest(folder), kind).items()}
+        for kind in (WEIGHT, AVERAGE)
+    }
     for name in ("step-00000003", "step-00000004"):
         shutil.rmtree(folder / "checkpoints" / name)
     assert "resuming from" in run(["launch/train.py", *settings], 1, tmp_path / "logs")
-    for name, value in open_slices(newest(folder)).items():
-        torch.testing.assert_close(read_whole(value, torch.float32), whole[name], atol=1e-6, rtol=0)
+    for kind, expected in whole.items():
+        for name, value in open_slices(newest(folder), kind).items():
+            torch.testing.assert_close(read_whole(value, torch.float32), expected[name], atol=1e-6, rtol=0)
 
     ours = AdapterRecord.load(newest(folder))
     assert ours is not None
@@ -276,6 +288,32 @@ def test_adapters_resume_on_another_number_of_ranks_and_on_their_base_only(
     ):
         with pytest.raises(CheckpointError, match=message):
             check_same_adapters(newest(folder), other)
+
+
+def test_averages_are_those_of_the_weights_and_are_evaluated_and_exported(
+    adapted_run: tuple[Path, list[str]], start_model: Path, tmp_path: Path
+) -> None:
+    """They equal the plain running average to the bit; a run that has them does not resume without."""
+    folder, settings = adapted_run
+    model = load_model(start_model)
+    add_adapters(model, load_config(None, settings).adapter, seed=0)
+    averages = {name: value.detach().clone() for name, value in model.named_parameters() if is_adapter(name)}
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        stored = open_slices(checkpoint, AVERAGE)
+        for name, weight in open_slices(checkpoint).items():
+            averages[name].mul_(DECAY).add_(read_whole(weight, torch.float32), alpha=1 - DECAY)
+            assert torch.equal(read_whole(stored[name], torch.float32), averages[name]), name
+
+    rows = read_metrics(folder, "val")
+    measured = json.loads((RunFolder(folder).averaged_evaluation(rows[-1]["step"]) / METRICS_FILE).read_text())
+    assert rows[-1]["ema_mean_iou"] == measured["mean_iou"] and rows[0]["ema_mean_iou"] == rows[0]["mean_iou"]
+
+    assert export_adapter(newest(folder), tmp_path / "alone", averaged=True) == len(averages)
+    alone = load_file(tmp_path / "alone" / WEIGHTS_FILE)
+    assert all(torch.equal(alone[name_in_peft_file(name)], values) for name, values in averages.items())
+    check_averages_kept(newest(folder), DECAY)
+    with pytest.raises(ConfigError, match="train.ema: found null; expected a decay"):
+        check_averages_kept(newest(folder), None)
 
 
 def newest(folder: Path) -> Path:
