@@ -47,7 +47,7 @@ from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.early_stopping import is_out_of_patience, monitor_name, monitor_value, updated_best
 from cogvlm_ft.train.printed_lines import BAR_WITH_END, evaluation_line, metrics_before
 from cogvlm_ft.train.schedule import lr_at
-from cogvlm_ft.train.step import train_step
+from cogvlm_ft.train.step import StepStats, train_step
 from cogvlm_ft.train.step_log import StepLog
 from cogvlm_ft.train.step_reader import StepReader
 
@@ -104,8 +104,7 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
                 stats = train_step(run.engine, batches, lr=lr, seed=run.config.seed, step=state.step)
             except StopRequested:  # the data of some rank cannot be read
                 continue
-            if run.config.train.ema and not stats.is_skipped:
-                update_averages(run.engine, run.config.train.ema)
+            average_weights(run, stats)
             before, state = state, advance(run, state)
             with stop_request.failing(DataError):  # too many samples that cannot be used, known to all ranks
                 log.add(before, state, batches, stats, lr=lr, data_wait_s=data_wait_s)
@@ -115,6 +114,12 @@ def train(run: Run, stop_request: StopRequest) -> TrainState:
     finish_tracking(run, state, tracker)
     stop_request.raise_error()
     return state
+
+
+def average_weights(run: Run, stats: StepStats) -> None:
+    """Add the weights after a step to their running averages."""
+    if run.config.train.ema and not stats.is_skipped:
+        update_averages(run.engine, run.config.train.ema)
 
 
 def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:

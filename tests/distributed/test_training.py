@@ -312,7 +312,7 @@ def test_averages_are_those_of_the_weights_and_are_evaluated_and_exported(
     alone = load_file(tmp_path / "alone" / WEIGHTS_FILE)
     assert all(torch.equal(alone[name_in_peft_file(name)], values) for name, values in averages.items())
     check_averages_kept(newest(folder), DECAY)
-    with pytest.raises(ConfigError, match="train.ema: found null; expected a decay"):
+    with pytest.raises(ConfigError, match=r"train\.ema: found null; expected a decay"):
         check_averages_kept(newest(folder), None)
 
 
