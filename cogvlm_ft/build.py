@@ -42,7 +42,7 @@ from cogvlm_ft.model.loading import (
     whole_assign,
 )
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import computed_by_main, device, is_main, world_size
+from cogvlm_ft.runtime.distributed import computed_by_main, device, is_main, shared_errors, world_size
 from cogvlm_ft.runtime.engine import (
     build_engine,
     build_inference_engine,
@@ -158,10 +158,11 @@ def build_run(config: Config, val_reader: ShardReader | None = None, data: Train
 
 def open_training_data(config: Config, val_reader: ShardReader) -> TrainingData:
     """Open the training split, and plan its order. Collective. Raises DataError and ConfigError."""
-    train_index = open_split(config, config.data.train_split).index
+    with shared_errors():
+        train_index = open_split(config, config.data.train_split).index
+        wording = load_wording(config.data.wording)
     if config.data.val_shards is not None:
         _report_shared_shards(train_index, val_reader.index)
-    wording = load_wording(config.data.wording)
     parts = split_index(train_index, wording, config.data.max_turns_per_image)
     if parts is not None:  # a position in these sequences means nothing in others
         train_index = replace(train_index, data_sha256=f"{train_index.data_sha256}-{parts.sha256}")

@@ -59,16 +59,27 @@ def run(config: Config, args: argparse.Namespace) -> None:
         from cogvlm_ft.model.fingerprint import fingerprint
         from cogvlm_ft.planning.preflight import check_scoring
         from cogvlm_ft.report.report import try_report
-        from cogvlm_ft.runtime.distributed import computed_by_main, init_distributed, is_main, shut_down
+        from cogvlm_ft.runtime.agreement import check_agreement, comparable_settings
+        from cogvlm_ft.runtime.distributed import (
+            computed_by_main,
+            init_distributed,
+            is_main,
+            shared_errors,
+            shut_down,
+        )
         from cogvlm_ft.tracking.provenance import without_passwords
 
     init_distributed()
     prepare_output(args.out)
-    weights, data = choose_weights(config, args), config.data
+    data = config.data
     split = args.split or data.val_split
-    reader = open_split(config, split)
-    trained = None if "data.wording" in typed_keys(args) else trained_wording(weights)
-    wording = trained or load_wording(data.wording)
+    with shared_errors():
+        weights = choose_weights(config, args)
+        reader = open_split(config, split)
+        trained = None if "data.wording" in typed_keys(args) else trained_wording(weights)
+        wording = trained or load_wording(data.wording)
+    read = {f"split {split}": reader.index.data_sha256, "--checkpoint": str(weights)}
+    check_agreement(comparable_settings(config) | read)
     check_scoring(config, weights)
     if is_main():
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards

@@ -55,6 +55,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
     with fast_imports():
         from cogvlm_ft.planning.out_of_memory import memory_errors_explained
         from cogvlm_ft.planning.preflight import check_fits
+        from cogvlm_ft.runtime.agreement import check_agreement, comparable_settings
         from cogvlm_ft.runtime.distributed import (
             any_rank,
             init_distributed,
@@ -74,6 +75,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
     start_logging(level)
     if config.tracking.tensorboard:
         check_tensorboard()
+    check_agreement(comparable_settings(config))
     check_fits(config)
     folder = config.output_path
     with (

@@ -13,8 +13,9 @@ COMMAND = "pipe:"
 
 _USER = re.compile(r"//[^/@\s]*@")
 _QUERY = re.compile(r"\?[^\s'\")]+")
-_TAR = re.compile(r".*\.(tar|tgz|tbz2?|txz|tar\.\w+)", re.IGNORECASE)
-_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+)", re.IGNORECASE)
+_PACKED = r"tgz|tbz2?|txz|tzst|tar\.(gz|bz2?|xz|lzma|lz4?|lzo|zst|br|z|sz)"
+_TAR = re.compile(rf".*\.(tar|{_PACKED})", re.IGNORECASE)
+_COMPRESSED = re.compile(rf".*\.({_PACKED})", re.IGNORECASE)
 
 
 def is_command(path: str) -> bool:
@@ -77,6 +78,11 @@ def is_tar(location: str) -> bool:
 def is_compressed(location: str) -> bool:
     """Return whether the name is that of a compressed tar."""
     return _COMPRESSED.fullmatch(name_of(location)) is not None
+
+
+def unpacked_name(location: str) -> str:
+    """Return a path or address without what compression adds to it: a.tgz and a.tar.gz become a.tar."""
+    return re.sub(rf"\.({_PACKED})$", ".tar", location, flags=re.IGNORECASE)
 
 
 def local_path(location: str) -> str:

@@ -14,7 +14,7 @@ from cogvlm_ft.data.findings import explain_losses, repeated_keys, report_findin
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard import Shard
 from cogvlm_ft.data.shard_sets import SplitChoice, load_source
-from cogvlm_ft.data.sources import SEPARATOR, shard_sources
+from cogvlm_ft.data.sources import SEPARATOR, check_once, shard_sources
 from cogvlm_ft.data.tars import Loss
 from cogvlm_ft.data.whole_files import Cache
 from cogvlm_ft.errors import DataError
@@ -79,6 +79,7 @@ def load_index(
     sources = shard_sources(shards, choice.setting)
     cache = Cache(Path(cache_dir).expanduser(), int(cache_gib * 2**30)) if cache_dir else None
     found = [load_source(source.path, split, cache, choice) for source in sources]
+    check_once(choice.setting, [_address_of(shard) for source in found for shard in source])
     found = [explain_losses(shards) for shards in found]
     index = _join(split, [source.path for source in sources], [source.weight for source in sources], found)
     report_findings(split, found)
@@ -88,6 +89,10 @@ def load_index(
         where = ", ".join(shown(source.path) for source in sources)
         raise DataError(f"{where}: split {split!r}: found no samples; expected at least one. {hint}")
     return index
+
+
+def _address_of(shard: Shard) -> str:
+    return shard.path.url if isinstance(shard.path, RemoteShard) else str(shard.path)
 
 
 def _join(split: str, names: list[str], weights: list[float], sources: list[list[Shard]]) -> ShardIndex:

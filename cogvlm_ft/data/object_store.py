@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from cogvlm_ft.errors import DataError
 STORES = {"s3": "s3", "gs": "gcs"}
 """Scheme -> the extra of setup.py that reads it."""
 
-_CHECK_EVERY_S = 60.0
+_MAX_OPEN_FILES = 256
 _FAILING_CODES = (408, 429, 500, 502, 503, 504)  # of gcsfs
 _AWAY = {
     ("botocore", "HTTPClientError"),
@@ -26,7 +26,7 @@ _AWAY = {
 }
 """Package and name of errors of the stores' libraries, which need not be installed."""
 
-_checked_at: dict[str, float] = {}
+_generations: dict[str, str] = {}  # of files in gs://, as they were read first
 
 T = TypeVar("T")
 
@@ -38,25 +38,68 @@ def reads_ranges(url: str) -> bool:
 
 def size_of(url: str) -> int:
     """Return the bytes of a file. Raises OSError if another attempt may help, else DataError."""
-    info = _asked(url, lambda files: files.info(url))
-    _checked_at[url] = time.monotonic()
-    check_same(url, (str(info.get("ETag") or info.get("etag") or info.get("generation") or ""),))
-    return int(info["size"])
+    return _checked(url, _asked(url, lambda files: files.info(url)))
 
 
-def read_range(url: str, offset: int, num_bytes: int) -> bytes:
-    """Return a part of a file. Raises OSError if another attempt may help, else DataError."""
-    _check_same(url)
-    data: bytes = _asked(url, lambda files: files.cat_file(url, start=offset, end=offset + num_bytes))
+def read_range(url: str, offset: int, num_bytes: int, total: int) -> bytes:
+    """Return a part of a file of `total` bytes. Raises OSError if another attempt may help, else DataError.
+
+    The store is asked for the content that was read first: a replaced file is noticed by the read itself.
+    """
+    read = _read_same_s3 if scheme_of(url) == "s3" else _read_same_gs
+    data = read(url, offset, num_bytes, total)
     if len(data) != num_bytes:
         raise OSError(f"{len(data)} of {num_bytes} bytes")
     return data
 
 
-def _check_same(url: str) -> None:
-    """Raise DataError if the file was replaced; it is asked about now and then, because this is another request."""
-    if time.monotonic() - _checked_at.get(url, float("-inf")) > _CHECK_EVERY_S:
+def _checked(url: str, info: dict[str, Any], total: int | None = None) -> int:
+    """Return the bytes of a file by what the store states. Raises DataError if it was replaced, or has other bytes."""
+    check_same(url, (str(info.get("ETag") or info.get("etag") or info.get("generation") or ""),))
+    size = int(info["size"])
+    if total is not None and size != total:
+        raise DataError(
+            f"{shown(url)}: found {size} bytes; expected {total}. Check that the tar and its index.json are from the "
+            "same build"
+        )
+    return size
+
+
+def _read_same_s3(url: str, offset: int, num_bytes: int, total: int) -> bytes:
+    """Read from an opened file: s3fs asks for its content by ETag (`If-Match`)."""
+    try:
+        file = _opened(url, total, os.getpid(), threading.get_ident())
+        file.seek(offset)
+        data: bytes = _asked(url, lambda _: file.read(num_bytes))
+    except OSError as error:
+        _opened.cache_clear()
+        if type(error).__name__ == "FileExpired":
+            size_of(url)
+        raise
+    return data
+
+
+@lru_cache(maxsize=_MAX_OPEN_FILES)
+def _opened(url: str, total: int, _pid: int, _thread: int) -> Any:
+    """Return an opened file, which forked processes and threads do not share."""
+    file = _asked(url, lambda files: files.open(url, "rb", cache_type="none"))
+    _checked(url, file.details, total)
+    return file
+
+
+def _read_same_gs(url: str, offset: int, num_bytes: int, total: int) -> bytes:
+    """Read the generation that was read first; one that is gone was replaced."""
+    if url not in _generations:
+        info = _asked(url, lambda files: files.info(url))
+        _checked(url, info, total)
+        _generations[url] = str(info.get("generation") or "")
+    same = {"generation": _generations[url]} if _generations[url] else {}
+    try:
+        data: bytes = _asked(url, lambda files: files.cat_file(url, start=offset, end=offset + num_bytes, **same))
+    except DataError:
         size_of(url)
+        raise
+    return data
 
 
 def exists(url: str) -> bool:

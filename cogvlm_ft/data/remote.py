@@ -92,7 +92,7 @@ class RangeFile(io.RawIOBase):
 def read_range(url: str, offset: int, size: int, total: int) -> bytes:
     """Return a part of a file of `total` bytes. Raises DataError."""
     if object_store.reads_ranges(url):
-        return retried(url, lambda: object_store.read_range(url, offset, size))
+        return retried(url, lambda: object_store.read_range(url, offset, size, total))
     return retried(url, lambda: _http_range(url, offset, size, total))
 
 
@@ -118,7 +118,7 @@ def _read_all(url: str) -> bytes:
     if object_store.reads_ranges(url):
         size = object_store.size_of(url)
         _check_small(url, size)
-        return object_store.read_range(url, 0, size)
+        return object_store.read_range(url, 0, size, size)
     if url.startswith(("http://", "https://")):
         return b"".join(_http_chunks(url))
     return b"".join(stream(url, _MAX_JSON_BYTES))

@@ -25,7 +25,7 @@ from cogvlm_ft.data.addresses import (
 from cogvlm_ft.data.object_store import exists, matching, reads_ranges
 from cogvlm_ft.data.remote import RangeFile, RemoteShard, fetch_json, size_by_range
 from cogvlm_ft.data.shard import Shard, load_shard, shard_of_offsets, shard_of_scan
-from cogvlm_ft.data.sources import locations, tars_of_split
+from cogvlm_ft.data.sources import check_once, locations, means_same, split_of_name, tars_of_split
 from cogvlm_ft.data.tars import Loss, scan_file
 from cogvlm_ft.data.whole_files import Cache, cached_tar, starts_compressed
 from cogvlm_ft.errors import DataError
@@ -278,6 +278,8 @@ def _paths_by_name(folder: Path, split: str, cache: Cache | None) -> list[Path]:
             "Decompress it, or set data.cache_dir to a local folder with room for it"
         )
     if paths:
+        check_once(str(folder), list(map(str, paths)))
+        _report_others(folder, split)
         return paths
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:10]) or "nothing"
@@ -290,6 +292,29 @@ def _paths_by_name(folder: Path, split: str, cache: Cache | None) -> list[Path]:
     raise DataError(
         f"{folder}: found {found}{' ...' if len(names) > 10 else ''}; expected shards named {split}-*.tar{others}"
     )
+
+
+def _report_others(folder: Path, split: str) -> None:
+    """Warn of tars that belong to no split. Raises DataError for those of the same split with other names."""
+    tars = [path.name for path in sorted(folder.iterdir()) if is_tar(path.name) and not path.name.startswith(".")]
+    words = {name: split_of_name(name, split) for name in tars}
+    same = [name for name in tars if means_same(words[name], split) and not name.startswith(f"{split}-")]
+    if same:
+        raise DataError(
+            f"{folder / same[0]}: found beside tars named {split}-; expected names of the split {split!r} that all "
+            f"begin with {split}-. Rename it, move it away, or name the tars themselves in data.shards"
+        )
+    others = [name for name in tars if not words[name]]
+    if others:
+        _log.warning(
+            "%s: %d tars are not read, such as %s: names of the split %r begin with %s-. Rename "
+            "them, or name tars themselves in data.shards",
+            folder,
+            len(others),
+            others[0],
+            split,
+            split,
+        )
 
 
 def read_json_file(path: Path) -> Any:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from cogvlm_ft.data.addresses import check_url, is_command, is_tar, is_url, local_path, name_of, scheme_of, shown
+from cogvlm_ft.data.addresses import (
+    check_url,
+    is_command,
+    is_tar,
+    is_url,
+    local_path,
+    name_of,
+    scheme_of,
+    shown,
+    unpacked_name,
+)
 from cogvlm_ft.data.object_store import matching
 from cogvlm_ft.errors import ConfigError, DataError
 
@@ -17,6 +29,7 @@ SEPARATOR = "::"  # between locations, as in WebDataset
 
 _MAX_LOCATIONS = 1_000_000
 _SPLIT_WORD = re.compile(r"(train|training|val|valid|validation|dev|test|testing)[-_.]")
+_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "dev"}, {"test", "testing"})
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,19 @@ def locations(path: str) -> list[str]:
     if is_command(path):
         return [path]
     found = [each for part in path.split(SEPARATOR) for each in _expanded(local_path(part))]
-    if len(set(found)) < len(found):
-        twice = next(each for each in found if found.count(each) > 1)
-        raise DataError(f"{shown(path)}: {shown(twice)} is named twice; expected every tar once")
+    check_once(path, found)
     return found
+
+
+def check_once(source: str, found: Sequence[str]) -> None:
+    """Raise DataError if a location is named twice: by two names of one file, or beside its compressed copy."""
+    first: dict[str, str] = {}
+    for each in found:
+        file = each if is_url(each) else str(Path(each).expanduser().resolve())
+        other = first.setdefault(unpacked_name(file), each)
+        if other is not each:
+            what = "is named twice" if other == each else f"is {shown(other)} again"
+            raise DataError(f"{shown(source)}: {shown(each)} {what}; expected every tar once. Keep or name one of them")
 
 
 def _expanded(part: str) -> list[str]:
@@ -81,8 +103,7 @@ def _matching(pattern: str) -> list[str]:
             return [pattern]
         found = matching(pattern)
     elif re.search(r"[*?\[]", pattern):
-        path = Path(pattern).expanduser()
-        found = sorted(str(each) for each in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        found = sorted(map(str, _matching_paths(Path(pattern).expanduser())))
     else:
         return [pattern]
     if not found:
@@ -90,21 +111,73 @@ def _matching(pattern: str) -> list[str]:
     return found
 
 
+def _matching_paths(pattern: Path) -> list[Path]:
+    """Return what matches a pattern with * ? [ ] as in a shell: hidden files are left out.
+
+    Raises DataError if a folder cannot be read, whose tars would be missing in silence.
+    """
+    if not re.search(r"[*?\[]", str(pattern)):
+        return [pattern] if pattern.exists() else []
+    if "**" in pattern.parts:
+        return [path for path in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))) if _is_shown(path)]
+    found: list[Path] = []
+    for folder in _matching_paths(pattern.parent):
+        try:
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        except OSError as error:
+            raise DataError(f"{folder}: {error.strerror}; expected a folder that can be read. Check it") from None
+        found += [folder / name for name in fnmatch.filter(names, pattern.name) if _is_shown(Path(name))]
+    return found
+
+
+def _is_shown(path: Path) -> bool:
+    """Return whether a file is not hidden, as what macOS and interrupted copies leave: ._train-0.tar, .train-0.tar."""
+    return not path.name.startswith(".")
+
+
+def split_of_name(location: str, split: str) -> str:
+    """Return the split that a name begins with, such as `train` in train-000000.tar; "" if none.
+
+    What means the same as `split` is `split`: validation_0.tar belongs to `val`. Raises nothing.
+    """
+    name = name_of(location)
+    if re.match(rf"{re.escape(split)}[-_.]", name):
+        return split
+    found = _SPLIT_WORD.match(name)
+    return found[1] if found else ""
+
+
+def means_same(word: str, split: str) -> bool:
+    """Return whether two words name the same split."""
+    return word == split or any({word, split} <= group for group in _SYNONYMS)
+
+
 def tars_of_split(tars: list[str], split: str, *, by_name_only: bool) -> list[str]:
     """Return the tars of a split: by their names, as in a folder, else all of them.
 
     by_name_only: tars without a split in their names belong to another one. Raises DataError if none belong to it, or
-    if only some have a split in their names.
+    if it is not certain which do.
     """
-    named = [tar for tar in tars if name_of(tar).startswith(f"{split}-")]
-    of_others = [tar for tar in tars if tar not in named and _SPLIT_WORD.match(name_of(tar))]
-    if named and len(named) + len(of_others) == len(tars):
-        return named
-    if named or 0 < len(of_others) < len(tars):
-        example = next(tar for tar in tars if tar not in named)
+    words = [split_of_name(tar, split) for tar in tars]
+    named = [tar for tar, word in zip(tars, words, strict=True) if means_same(word, split)]
+    if any(words) and not all(words):
+        example = next(tar for tar, word in zip(tars, words, strict=True) if (not word) == bool(named))
         raise DataError(
             f"{shown(example)}: found beside tars of other splits; expected names that all begin with a split, such as "
             f"{split}-, or none. Name the tars of one split only"
+        )
+    kinds = sorted({word for word in words if means_same(word, split)})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{shown(named[0])}: found tars of {' and of '.join(kinds)}; expected one of them for the split {split!r}. "
+            "Name the tars of one split only"
+        )
+    if named:
+        return named
+    if len(set(words)) > 1:
+        raise DataError(
+            f"{shown(tars[0])}: found tars of {', '.join(sorted(set(words)))}; expected some of the split {split!r}, "
+            f"whose names begin with {split}-. Name the tars of one split only"
         )
     if by_name_only:
         raise DataError(

@@ -30,7 +30,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import parameters_gathered
-from cogvlm_ft.runtime.stop_signals import StopRequest
+from cogvlm_ft.runtime.stop_signals import StopRequest, stopping_together
 from cogvlm_ft.settings import Config, EvaluateConfig
 from cogvlm_ft.tracking.auxiliary import failures_as_warnings
 
@@ -52,9 +52,13 @@ class ProbeQuestion:
 def load_probe(path: Path) -> list[ProbeQuestion]:
     """Load all questions. Raises DataError with the line, also for an unreadable image, before any rank asks."""
     if not path.is_file():
-        raise DataError(f"evaluate.probe={path}: no such file")
+        raise DataError(f"evaluate.probe={path}: no such file; expected JSON lines, on every node. Check the path")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    except ValueError as error:
+        raise DataError(f"evaluate.probe={path}: {error}; expected JSON lines in UTF-8. Save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             questions.append(_question(line, path, f"evaluate.probe={path}, line {number}"))
     if not questions:
@@ -102,10 +106,10 @@ def ask_probe(
     answers: list[tuple[int, str]] = []
     with inference(model), parameters_gathered(model, settings.gather):
         for start in range(0, -(-len(questions) // world_size()), settings.batch_size):
-            if stop_request:
-                stop_request.check()
             numbers = mine[start : start + settings.batch_size]
-            pixels = [_pixels(model, questions[i]) for i in numbers] or [torch.zeros(3, *2 * [model.config.image_size])]
+            with stopping_together(stop_request, DataError, OSError):  # images may be gone by now, on one node alone
+                pixels = [_pixels(model, questions[i]) for i in numbers]
+            pixels = pixels or [torch.zeros(3, *2 * [model.config.image_size])]
             prompts = [[questions[i].prompt] for i in numbers] or [["?"]]
             found = generate_answers(model, tokenizer, torch.stack(pixels).to(device()), prompts, limit)
             answers += [(i, answer.text) for i, [answer] in zip(numbers, found, strict=False)]
@@ -158,7 +162,8 @@ def run_probe(
     """
     if config.evaluate.probe is None:
         return {}
-    questions = load_probe(Path(config.evaluate.probe).expanduser())
+    with stopping_together(stop_request, DataError, OSError):
+        questions = load_probe(Path(config.evaluate.probe).expanduser())
     answers = ask_probe(model, tokenizer, questions, config.evaluate, stop_request)
     untouched_file = RunFolder(config.output_path).untouched_probe
     if is_main():

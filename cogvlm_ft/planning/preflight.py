@@ -26,7 +26,7 @@ from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, UNCERTAINTY, Cluster, Mem
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
 from cogvlm_ft.runtime.cores import node_id
-from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main
+from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, shared_errors
 from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,9 @@ def check_fits(config: Config) -> None:
     """Refuse a run that cannot fit, before anything is loaded, unless `plan` says otherwise. Collective."""
     if config.plan == "ignore":
         return
-    _, _, verdict = judge_start(config, this_cluster())
+    cluster = this_cluster()
+    with shared_errors():
+        _, _, verdict = judge_start(config, cluster)
     level = logging.INFO if verdict.status == "fits" else logging.WARNING
     logger.log(level, "memory: %s: %s", verdict.status, verdict.why)
 

@@ -33,15 +33,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Launchers set the same three numbers under different names; the first launcher whose names are set is used.
+# Launchers set the same three numbers under different names.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LAUNCHERS = {
-    "torchrun, deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "torchrun, deepspeed": TORCHRUN,
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
     "Intel MPI, MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+LOCAL_RANKS = ("LOCAL_RANK", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID")  # where a launcher does not set its own
 DEFAULT_TIMEOUT_S = 1800
+SHARED_ERRORS = (OSError, ConfigError, DataError, CheckpointError, ServerError)
 WATCHED_TIMEOUT_S = 7 * 86400  # of collectives under the watchdog, which knows whether the others make progress
 
 _timeout_s = DEFAULT_TIMEOUT_S
@@ -53,7 +57,7 @@ def _fill_environment() -> None:
     Raises ConfigError if a launcher started several ranks, but their address is unknown: each would train alone.
     """
     found = ranks_of_launcher(os.environ)
-    os.environ.update(zip(LAUNCHERS["torchrun, deepspeed"], map(str, found), strict=True))
+    os.environ.update(zip(TORCHRUN, map(str, found._replace(local_rank=found.local_rank or 0)), strict=True))
     if found.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -62,39 +66,52 @@ def _fill_environment() -> None:
 
 
 class LauncherRanks(NamedTuple):
+    """local_rank: None where the launcher does not state it."""
+
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int | None
 
 
 def ranks_of_launcher(environment: Mapping[str, str]) -> LauncherRanks:
     """Read rank, number of ranks and rank on the node from the variables of the launcher, if there is one.
 
-    Raises ConfigError if there are several ranks without MASTER_ADDR and MASTER_PORT.
+    Of launchers within each other, such as mpirun in the shell that Slurm started for salloc, the one with the most
+    ranks counts; RANK and WORLD_SIZE count before all. Raises ConfigError if there are several ranks without
+    MASTER_ADDR and MASTER_PORT.
     """
-    for launcher, names in LAUNCHERS.items():
-        if not all(environment.get(name, "").isdigit() for name in names[:2]):
-            continue
-        number, size = (int(environment[name]) for name in names[:2])
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-        if size > 1 and missing:
-            raise ConfigError(
-                f"{launcher} started {size} ranks ({names[1]}={size}): found no {' and no '.join(missing)}; expected "
-                "the address of rank 0 and a free port, the same on all ranks. Export them, or use slurm/train.sbatch, "
-                "torchrun or deepspeed"
-            )
-        local = environment.get(names[2], "")
-        return LauncherRanks(number, size, int(local) if local.isdigit() else 0)
-    return LauncherRanks(0, 1, 0)
+    found = {
+        launcher: int(environment[names[1]])
+        for launcher, names in LAUNCHERS.items()
+        if all(environment.get(name, "").isdigit() for name in names[:2])
+    }
+    if not found:
+        return LauncherRanks(0, 1, 0)
+    launcher = next(iter(LAUNCHERS)) if next(iter(LAUNCHERS)) in found else max(found, key=lambda name: found[name])
+    names, size = LAUNCHERS[launcher], found[launcher]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if size > 1 and missing:
+        raise ConfigError(
+            f"{launcher} started {size} ranks ({names[1]}={size}): found no {' and no '.join(missing)}; expected "
+            "the address of rank 0 and a free port, the same on all ranks. Export them, or use slurm/train.sbatch, "
+            "torchrun or deepspeed"
+        )
+    local = next((environment[name] for name in (names[2], *LOCAL_RANKS) if environment.get(name, "").isdigit()), None)
+    return LauncherRanks(int(environment[names[0]]), size, int(local) if local else 0 if size == 1 else None)
 
 
-def device_index(local_rank: int, num_devices: int) -> int:
+def device_index(local_rank: int | None, num_devices: int) -> int:
     """Return the number of this rank's GPU among those it sees: all of the node, or only its own.
 
-    Raises ConfigError if it sees several, but not one for each rank.
+    Raises ConfigError if it sees several, but not one for each rank, or if its rank on the node is not known.
     """
     if num_devices == 1:
         return 0  # CUDA_VISIBLE_DEVICES or --gpus-per-task hides the GPUs of other ranks
+    if local_rank is None:
+        raise ConfigError(
+            f"LOCAL_RANK: found none, and {num_devices} GPUs; expected this rank's number on its node, from 0. Export "
+            "LOCAL_RANK on every rank, or use torchrun, deepspeed or srun"
+        )
     if local_rank >= num_devices:
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES: rank {local_rank} of its node sees {num_devices} GPUs; expected one GPU per rank, "
@@ -273,16 +290,32 @@ def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 @contextlib.contextmanager
-def shared_errors_of_main() -> Iterator[None]:
-    """Raise on every rank what rank 0 raises in the block, which only rank 0 executes. Collective.
+def shared_errors() -> Iterator[None]:
+    """Raise on every rank the first error that any rank raises in the block. Collective, but nothing in the block is.
 
-    Applies to files that cannot be read or written, and to a user's mistake found there: with the error on rank 0
-    alone, the others would wait for it in the next collective.
+    Applies to files that cannot be read or written, perhaps on one node alone, and to a user's mistake found there:
+    with the error on one rank alone, the others would wait for it in the next collective.
     """
     problem: Exception | None = None
     try:
         yield
-    except (OSError, ConfigError, DataError, CheckpointError, ServerError) as error:
+    except SHARED_ERRORS as error:
+        problem = error
+    if any_rank(problem is not None):
+        found = gather_to_main(problem)
+        raise from_main(next(each for each in found if each is not None) if found is not None else None)
+
+
+@contextlib.contextmanager
+def shared_errors_of_main() -> Iterator[None]:
+    """Raise on every rank what rank 0 raises in the block, which only rank 0 executes. Collective.
+
+    The kinds of errors are those of `shared_errors`.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except SHARED_ERRORS as error:
         if not is_main():
             raise
         problem = error

@@ -102,10 +102,13 @@ class StopRequest:
 def stopping_together(stop_request: StopRequest | None, *kinds: type[Exception]) -> Iterator[None]:
     """Raise StopRequested on every rank after the block if any was asked to stop, or an error of these kinds ended it.
 
-    Collective, unless stop_request is None.
+    Collective, but nothing in the block is. With a stop_request of None every rank raises the error itself.
     """
     if stop_request is None:
-        yield
+        from cogvlm_ft.runtime.distributed import shared_errors
+
+        with shared_errors():
+            yield
         return
     with stop_request.failing(*kinds):
         yield

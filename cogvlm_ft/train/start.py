@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from cogvlm_ft.build import Run, TrainingData, build_run, last_step_of, open_training_data
 from cogvlm_ft.checkpoints.checkpoint import TrainState, list_checkpoints, read_state
 from cogvlm_ft.checkpoints.manifest import has_all_files
 from cogvlm_ft.config import config_sha256
-from cogvlm_ft.data.reader import open_split
+from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.evaluate.measurable import check_monitor
-from cogvlm_ft.model import model_config_of
+from cogvlm_ft.evaluate.probe import load_probe
+from cogvlm_ft.model import CogVLMConfig, model_config_of
+from cogvlm_ft.model.fingerprint import fingerprint
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import computed_by_main
+from cogvlm_ft.runtime.agreement import check_agreement, is_first_of_node
+from cogvlm_ft.runtime.distributed import computed_by_main, shared_errors
 from cogvlm_ft.settings import Config
 from cogvlm_ft.train.early_stopping import is_out_of_patience
 
@@ -31,11 +37,31 @@ def build_checked_run(config: Config) -> Run | FinishedRun:
 
     Of a finished run no weights are loaded. Collective. Raises ConfigError.
     """
-    val_reader = open_split(config, config.data.val_split)
-    check_monitor(config, val_reader, model_config_of(config))
+    with shared_errors():
+        val_reader = open_split(config, config.data.val_split)
+        model_config = model_config_of(config)
+        if config.evaluate.probe is not None:
+            load_probe(Path(config.evaluate.probe).expanduser())
+    check_monitor(config, val_reader, model_config)
     data = open_training_data(config, val_reader)
+    check_agreement(facts_of_files(config, data, val_reader, model_config))
     finished = computed_by_main(lambda: find_finished(config, data))
     return build_run(config, val_reader, data) if finished is None else finished
+
+
+def facts_of_files(
+    config: Config, data: TrainingData, val_reader: ShardReader, model_config: CogVLMConfig
+) -> dict[str, Any]:
+    """Return what identifies the files that every rank reads; the weights once per node."""
+    with shared_errors():
+        weights = fingerprint(config.model.folder) if is_first_of_node() else None
+    return {
+        "data.shards": data.index.data_sha256,
+        f"data.shards, split {config.data.val_split}": val_reader.index.data_sha256,
+        "data.wording": hashlib.sha256(repr(data.wording).encode("utf-8", "backslashreplace")).hexdigest(),
+        "config.json of model.path": hashlib.sha256(model_config.to_json_string().encode()).hexdigest(),
+        "model.path": weights,
+    }
 
 
 def find_finished(config: Config, data: TrainingData) -> FinishedRun | None:

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch.distributed import distributed_c10d
 
 from cogvlm_ft.build import Run
 from cogvlm_ft.config import load_config
-from cogvlm_ft.errors import ServerError
+from cogvlm_ft.data.reader import Sample, open_split
+from cogvlm_ft.errors import ConfigError, DataError, ServerError
+from cogvlm_ft.evaluate.evaluate import evaluate
+from cogvlm_ft.runtime.agreement import check_agreement, comparable_settings
 from cogvlm_ft.runtime.distributed import (
     barrier,
     computed_by_main,
@@ -28,6 +32,7 @@ from cogvlm_ft.runtime.distributed import (
     init_distributed,
     is_main,
     leave_hangs_to_watchdog,
+    rank,
     shut_down,
 )
 from cogvlm_ft.runtime.stop_signals import StopRequest
@@ -56,10 +61,10 @@ def fill_disk() -> None:
     loop.save_evaluation = save_evaluation
 
 
-def lose_server(out: Path, settings: list[str]) -> None:
+def lose_server(out: Path, url: str, settings: list[str]) -> None:
     """Train until the server has been away for longer than data.retry_s; print what every rank says of it."""
     own = [f"output_dir={out / 'outage'}", "data.retry_s=0.2", "train.global_batch_size=4", "train.epochs=4"]
-    run = build_checked_run(load_config(None, [*settings, *own]))
+    run = build_checked_run(load_config(None, [*settings, *own, f"data.shards={url}"]))
     assert isinstance(run, Run)
     real, errors = loop.train_step, []
 
@@ -74,14 +79,35 @@ def lose_server(out: Path, settings: list[str]) -> None:
     except ServerError as error:
         errors.append(str(error))
     loop.train_step = real
-    try:  # what rank 0 alone cannot read
-        computed_by_main(lambda: (out / "absent").read_bytes())
-    except FileNotFoundError as error:
-        errors.append(str(error))
+    for action in (
+        lambda: computed_by_main(lambda: (out / "absent").read_bytes()),
+        lambda: evaluate_with_one_disk(run, settings),
+        lambda: build_checked_run(load_config(None, [*settings, *own, f"data.shards={out / f'of-{rank()}'}"])),
+        lambda: check_agreement(comparable_settings(load_config(None, [*settings, f"train.epochs={rank() + 1}"]))),
+    ):  # what one rank alone cannot read, or knows differently
+        try:
+            action()
+        except (OSError, DataError, ConfigError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
     everywhere = gather_to_main(errors)
     if everywhere is not None:
         print(json.dumps({"errors": everywhere}), flush=True)
     run.engine.destroy()
+
+
+def evaluate_with_one_disk(run: Run, settings: list[str]) -> None:
+    """Evaluate as launch/evaluate.py does; rank 1 cannot read its second image."""
+    reader = open_split(load_config(None, settings), "val")
+    real = reader.read
+
+    def read(index: int) -> Sample:
+        if index == 3 and rank() == 1:
+            raise DataError("val-000000.tar: the disk of rank 1 is gone")
+        return real(index)
+
+    reader.read = read  # type: ignore[method-assign]
+    options = replace(run.config.evaluate, max_samples=4, batch_size=1)
+    evaluate(run.model, run.tokenizer, reader, run.dataset.wording, options, seed=0)
 
 
 def main() -> None:
@@ -94,7 +120,7 @@ def main() -> None:
         shutil.copytree(model, out / "model")
         (out / "hpz.json").write_text(json.dumps(hpz))
     barrier()
-    lose_server(out, [*settings, f"data.shards={url}"])
+    lose_server(out, url, settings)
     for batch_size, max_steps in ATTEMPTS:
         own = [f"train.global_batch_size={batch_size}", f"train.max_steps={'null' if max_steps is None else max_steps}"]
         own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]

@@ -47,15 +47,18 @@ def attempts(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathF
     return out / "run", output.split("--- rank 1")[0]
 
 
-def test_an_outage_longer_than_retry_s_saves_and_ends_all_ranks(attempts: tuple[Path, str]) -> None:
+def test_what_one_rank_cannot_read_saves_and_ends_all_ranks(attempts: tuple[Path, str]) -> None:
     folder, output = attempts
     [found] = [json.loads(line)["errors"] for line in output.splitlines() if line.startswith('{"errors"')]
     assert found[0] == found[1]
-    outage, absent = found[0]
+    outage, absent, unreadable, missing, other = found[0]
     assert re.match(
         r"http://.*/train-\d+\.tar: HTTP 503; gave up after \d+ attempts? in \d s\. Start again when", outage
     )
     assert absent.endswith("absent'")
+    assert unreadable == "DataError: val-000000.tar: the disk of rank 1 is gone"
+    assert re.match(r"DataError: .*/of-0: found nothing; expected a folder", missing)
+    assert re.match(r"ConfigError: train\.epochs: found 2 on rank 1 \(.*\), 1 on rank 0 .*; expected the same", other)
     last = read_state(list_checkpoints(folder.with_name("outage") / "checkpoints")[-1])
     rows = [row["step"] for row in read_metrics(folder.with_name("outage"), "train")]
     assert last.step >= 3 and rows == list(range(1, last.step + 1))

@@ -9,7 +9,7 @@ import json
 import logging
 import lzma
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def test_names_with_braces_and_brackets_that_exist_are_names(tmp_path: Path) -> 
         ("{}/x*.tar", r"x\*\.tar: found nothing that matches"),
         ("{}/{{0..1.tar", "unbalanced braces"),
         ("{}/00000.tar::{}/*.tar", r"00000\.tar is named twice"),
+        ("{}/00000.tar::{}/../tars/00000.tar", r"00000\.tar is .*00000\.tar again; expected every tar once"),
         ("{}/00009.tar", r"00009\.tar: found nothing; expected a tar"),
         ("{}", r"expected shards named train-\*\.tar\. Tars with other names .*/00000\.tar or .*/\*\.tar"),
         ("{}/..", r"expected shards named train-\*\.tar\. Tars in the folders below .*/\.\./\*/\*\.tar"),
@@ -115,6 +116,40 @@ def test_what_cannot_be_found_is_said(tars: Path, written: str, words: str) -> N
         load_index(written.format(tars, tars), "train")
 
 
+def test_what_a_pattern_matches_is_what_a_shell_would(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("._00000.tar", ".00001.tar", "00000.tar.md5", "00000.tar.idx"):
+        (tars / name).write_bytes(b"no tar")
+    assert [Path(each).name for each in locations(f"{tars}/*.tar")] == [f"{number:05d}.tar" for number in range(4)]
+    assert [Path(each).name for each in locations(f"{tars}/../**/*0.tar")] == ["00000.tar"]
+    (tars / "00001.tar.gz").write_bytes(gzip.compress(tar_bytes("x")))
+    with pytest.raises(DataError, match=r"00001\.tar\.gz is .*00001\.tar again; expected every tar once"):
+        locations(f"{tars}/00001.tar*")
+    entries = Path.iterdir
+
+    def unreadable(folder: Path) -> Iterator[Path]:
+        if folder == tars:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return entries(folder)
+
+    monkeypatch.setattr(Path, "iterdir", unreadable)
+    with pytest.raises(DataError, match="tars: Permission denied; expected a folder that can be read"):
+        locations(f"{tars.parent}/*/*.tar")
+
+
+def test_tars_of_a_folder_that_are_not_taken_are_reported(tars: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train-0.tar", "val-0.tar", "train-0.tar.idx"):
+        (tars / name).write_bytes(tar_bytes("k"))
+    assert len(load_index(tars, "train")) == 1
+    assert "4 tars are not read, such as 00000.tar: names of the split 'train' begin with train-" in caplog.text
+    (tars / "training_1.tar").write_bytes(tar_bytes("c"))
+    with pytest.raises(DataError, match=r"training_1\.tar: found beside tars named train-; expected names"):
+        load_index(tars, "train")
+    (tars / "training_1.tar").unlink()
+    (tars / "train-0.tgz").write_bytes(gzip.compress(tar_bytes("c")))
+    with pytest.raises(DataError, match=r"train-0\.tgz is .*train-0\.tar again; expected every tar once"):
+        load_index(tars, "train", cache_dir=tars / "cache")
+
+
 @pytest.mark.parametrize(
     ("names", "split", "by_name_only", "expected"),
     [
@@ -125,6 +160,12 @@ def test_what_cannot_be_found_is_said(tars: Path, written: str, words: str) -> N
         (["00000.tar"], "val", True, "Set data.val_shards"),
         (["00000.tar", "val-0.tar"], "train", False, "beside tars of other splits"),
         (["00000.tar", "train-0.tar"], "train", False, "beside tars of other splits"),
+        (["train_0.tar", "val_0.tar"], "train", False, ["train_0.tar"]),
+        (["training.0.tar", "validation.0.tar"], "val", True, ["validation.0.tar"]),
+        (["train-0.tar", "training-1.tar"], "train", False, "found tars of train and of training"),
+        (["dev-0.tar", "train-0.tar", "val-0.tar"], "val", True, "found tars of dev and of val"),
+        (["test-0.tar", "val-0.tar"], "train", False, "found tars of test, val; expected some of the split 'train'"),
+        (["val-0.tar"], "train", False, ["val-0.tar"]),
     ],
 )
 def test_which_tars_belong_to_a_split(names: list[str], split: str, by_name_only: bool, expected: Any) -> None:

@@ -37,10 +37,14 @@ INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
         pytest.param({**SRUN, **TORCHRUN, **ADDRESS}, (3, 4, 1), id="torchrun in srun"),
         pytest.param({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0), id="in the batch script, without srun"),
         pytest.param({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0), id="srun --pty"),
+        pytest.param({**SRUN, **OPEN_MPI, "SLURM_STEP_NUM_TASKS": "1", **ADDRESS}, (2, 4, 0), id="mpirun in salloc"),
+        pytest.param({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8", **ADDRESS}, (5, 8, 1), id="srun --mpi=pmi2"),
+        pytest.param({"PMI_RANK": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", **ADDRESS}, (5, 8, 1), id="PALS"),
+        pytest.param({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}, (1, 2, None), id="local rank unknown"),
         pytest.param({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0), id="one rank needs no address"),
     ],
 )
-def test_ranks_of_a_launcher(environment: dict[str, str], expected: tuple[int, int, int]) -> None:
+def test_ranks_of_a_launcher(environment: dict[str, str], expected: tuple[int, int, int | None]) -> None:
     assert ranks_of_launcher(environment) == expected
 
 
@@ -59,14 +63,18 @@ def test_ranks_that_would_train_alone_are_refused(environment: dict[str, str], n
         ranks_of_launcher(environment)
 
 
-@pytest.mark.parametrize(("local_rank", "num_devices", "expected"), [(0, 8, 0), (7, 8, 7), (0, 1, 0), (5, 1, 0)])
-def test_the_gpu_of_a_rank(local_rank: int, num_devices: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("local_rank", "num_devices", "expected"), [(0, 8, 0), (7, 8, 7), (0, 1, 0), (5, 1, 0), (None, 1, 0)]
+)
+def test_the_gpu_of_a_rank(local_rank: int | None, num_devices: int, expected: int) -> None:
     assert device_index(local_rank, num_devices) == expected
 
 
 def test_too_few_gpus_for_the_ranks() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES: rank 4 of its node sees 4 GPUs"):
         device_index(4, 4)
+    with pytest.raises(ConfigError, match="LOCAL_RANK: found none, and 8 GPUs; expected this"):
+        device_index(None, 8)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
