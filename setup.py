@@ -106,6 +106,7 @@ setup(
             "cogvlm-doctor = cogvlm_ft.launch.doctor:main",
             "cogvlm-predict = cogvlm_ft.launch.predict:main",
             "cogvlm-export = cogvlm_ft.launch.export:main",
+            "cogvlm-blend = cogvlm_ft.launch.blend:main",
             "cogvlm-report = cogvlm_ft.launch.report:main",
             "cogvlm-best = cogvlm_ft.launch.best:main",
             "cogvlm-submit = cogvlm_ft.launch.submit:main",

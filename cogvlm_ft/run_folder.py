@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "evaluations"
 
     @property
+    def blends(self) -> Path:
+        """Scores of blends with the model at the start, by `launch/blend.py`."""
+        return self.path / "blends.json"
+
+    @property
     def sample_losses(self) -> Path:
         """One file per rank: the loss of every training sample."""
         return self.path / "sample_losses"

@@ -61,6 +61,7 @@ class Report:
     """All that the page shows. former: the evaluation before, if there is one. rows: of metrics.jsonl.
 
     high_losses: training samples; None = not recorded. facts: other facts of the run, by name.
+    blends: scores of blends with the model at the start, by fraction.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Report:
     high_losses: list[HighLoss] | None = None
     config: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    blends: list[Row] = field(default_factory=list)
 
 
 def find_evaluation(folder: Path, step: int | None = None) -> Path:
@@ -109,7 +111,19 @@ def load_report(folder: Path, run_folder: Path | None = None) -> Report:
         high_losses=find_high_losses(losses, NUM_SUSPECTS) if len(losses) > 1 else None,
         config=without_passwords(run.config.read_text(encoding="utf-8")[:_MAX_CONFIG]) if run.config.exists() else "",
         facts=_run_facts(run),
+        blends=_read_blends(run.blends),
     )
+
+
+def _read_blends(path: Path) -> list[Row]:
+    """Read the scores of blends; none where there is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        rows = [{name: float(value) for name, value in row.items()} for row in read_json(path)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: {error!r}; expected the scores of launch/blend.py. Delete it") from None
+    return list[Row](rows)
 
 
 def _run_facts(run: RunFolder) -> dict[str, Any]:

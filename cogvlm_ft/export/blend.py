@@ -56,21 +56,27 @@ def blended(contents: Mapping[str, Weight], blend: Blend) -> dict[str, Weight]:
 
     Raises CheckpointError where the folder's weights are those of another model.
     """
-    if not (blend.start / "config.json").is_file():
+    pairs = pair_with_start(contents, blend.start)
+    return {
+        name: BlendedTensor(*pairs[name], blend.fraction) if name in pairs else weight
+        for name, weight in contents.items()
+    }
+
+
+def pair_with_start(contents: Mapping[str, Weight], start: Path) -> dict[str, tuple[Weight, Weight]]:
+    """Return each stored tensor of a checkpoint after that of the model folder. Raises CheckpointError."""
+    if not (start / "config.json").is_file():
         raise CheckpointError(
-            f"--start {blend.start}: no config.json found; expected the model folder that training started from"
+            f"--start {start}: no config.json found; expected the model folder that training started from"
         )
-    stored: dict[str, Weight] = {**open_tensors(blend.start)}
+    stored: dict[str, Weight] = {**open_tensors(start)}
     trained = {name: weight for name, weight in contents.items() if not isinstance(weight, Tensor)}
     found = {name: tuple(weight.shape) for name, weight in stored.items() if not name.endswith(".inv_freq")}
-    check_keys(blend.start, {name: tuple(weight.shape) for name, weight in trained.items()}, found)
+    check_keys(start, {name: tuple(weight.shape) for name, weight in trained.items()}, found)
     if POSITION_TABLE in trained and found[POSITION_TABLE] != tuple(trained[POSITION_TABLE].shape):
         table = read_whole(stored[POSITION_TABLE], torch.float32)
         stored[POSITION_TABLE] = interpolate_position_embedding(table, trained[POSITION_TABLE].shape[0])
-    return {
-        name: BlendedTensor(stored[name], weight, blend.fraction) if name in trained else weight
-        for name, weight in contents.items()
-    }
+    return {name: (stored[name], weight) for name, weight in trained.items()}
 
 
 def check_fraction(fraction: float) -> None:

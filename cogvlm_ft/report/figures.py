@@ -80,6 +80,17 @@ def curve_panels(rows: Sequence[Row], ceiling: float | None) -> list[Panel]:
     return [panel for panel in panels if panel.chart]
 
 
+def blend_panels(blends: Sequence[Row]) -> list[Panel]:
+    """Draw what blends of the model at the start and the fine-tuned one scored, if they were scored."""
+    series = [
+        Series(metric_title(name), [(x, value / scale) for x, value in _points(blends, "fraction", name)])
+        for name, scale in (("mean_iou", 1), ("acc@0.5", 1), ("probe_chrf", 100))
+    ]
+    drawn = chart([each for each in series if each.points], "scores of blends", y_range=UNIT)
+    note = both("0: the model at the start; 1: fine-tuned", "横轴：0 为训练起点的模型，1 为微调后的模型")
+    return [Panel(("Blends with the start", "与训练起点的融合"), drawn, note)] if drawn else []
+
+
 def _points(rows: Sequence[Row], x: str, y: str) -> list[Point]:
     return [(float(row[x]), float(row[y])) for row in rows if row.get(x) is not None and row.get(y) is not None]
 

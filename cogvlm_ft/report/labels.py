@@ -20,6 +20,7 @@ METRICS: dict[str, Words] = {
     "truncated": ("answers cut at the token limit", "达到词元上限而被截断的回答"),
     "chrf": ("chrF of descriptions", "描述的 chrF"),
     "probe_same": ("general questions answered as before", "通用问题的回答与训练前一致的比例"),
+    "probe_chrf": ("general questions, chrF / 100", "通用问题的 chrF / 100"),
     "text_exact": ("free answers that match exactly", "自由回答完全一致"),
 }
 COLUMNS: dict[str, Words] = {

@@ -13,7 +13,7 @@ from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.evaluate.results import Report, choose_answers
 from cogvlm_ft.html_page import load_page
 from cogvlm_ft.report.cards import gallery_cards, suspect_cards
-from cogvlm_ft.report.figures import curve_panels, evaluation_panels
+from cogvlm_ft.report.figures import blend_panels, curve_panels, evaluation_panels
 from cogvlm_ft.report.labels import SECTIONS
 from cogvlm_ft.report.scores import ceilings_of, confusions_of, phrase_table, tables_of, tiles_of
 from cogvlm_ft.report.thumbnails import Photos
@@ -35,7 +35,7 @@ def render_page(report: Report, photos: Photos, train_photos: Photos, num_photos
         "epoch": _epoch_of(report),
         "has_ceiling": "" in ceilings,
         "tiles": tiles_of(report, ceilings),
-        "curves": curve_panels(report.rows, ceilings.get("")),
+        "curves": [*curve_panels(report.rows, ceilings.get("")), *blend_panels(report.blends)],
         "phrases": phrase_table(report.results),
         "confusions": confusions_of(report.results),
         "groups": tables_of(report.results, ceilings),

@@ -24,6 +24,7 @@ from cogvlm_ft.checkpoints.slices import check_averages_kept
 from cogvlm_ft.config import config_sha256, written_settings
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate, save_evaluation
+from cogvlm_ft.evaluate.monitor import monitor_name, monitor_value
 from cogvlm_ft.evaluate.probe import run_probe
 from cogvlm_ft.grounding.metrics import AVERAGED, LOWER_IS_BETTER
 from cogvlm_ft.report.preview.inputs import try_preview
@@ -44,7 +45,7 @@ from cogvlm_ft.runtime.trained_parameters import settings_of_rates
 from cogvlm_ft.tracking.auxiliary import failures_as_warnings, print_line
 from cogvlm_ft.tracking.provenance import provenance
 from cogvlm_ft.tracking.tracker import Tracker
-from cogvlm_ft.train.early_stopping import is_out_of_patience, monitor_name, monitor_value, updated_best
+from cogvlm_ft.train.early_stopping import is_out_of_patience, updated_best
 from cogvlm_ft.train.printed_lines import BAR_WITH_END, evaluation_line, metrics_before
 from cogvlm_ft.train.schedule import lr_at
 from cogvlm_ft.train.step import StepStats, train_step

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from ranks import read_metrics, run, started, wait_for_step
 from reference import NUM_STEPS, VOLATILE, reference_settings
 from run_states import assert_same_end
@@ -314,6 +315,25 @@ def test_averages_are_those_of_the_weights_and_are_evaluated_and_exported(
     check_averages_kept(newest(folder), DECAY)
     with pytest.raises(ConfigError, match=r"train\.ema: found null; expected a decay"):
         check_averages_kept(newest(folder), None)
+
+
+def test_blends_with_the_start_are_scored_in_memory_and_drawn(
+    adapted_run: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """The model at the start is the reference of the probe; the best blend is named, and the report has the curve."""
+    folder, _ = adapted_run
+    Image.new("RGB", (60, 40), (90, 40, 200)).save(tmp_path / "0.png")
+    probe = tmp_path / "probe.jsonl"
+    probe.write_text(json.dumps({"image": "0.png", "prompt": "what?"}) + "\n")
+    arguments = ["launch/blend.py", "--config", folder / "config.yaml", f"evaluate.probe={probe}"]
+    output = run(arguments, 1, tmp_path / "logs")
+    rows = json.loads(RunFolder(folder).blends.read_text())
+    assert [row["fraction"] for row in rows] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] and rows[0]["probe_same"] == 1
+    measured = [row for row in read_metrics(folder, "val") if row["step"] in (0, 4)]
+    for row, expected in zip((rows[0], rows[-1]), measured, strict=True):
+        assert row["mean_iou"] == pytest.approx(expected["mean_iou"], abs=1e-6)
+    assert "best of those that keep 0.98 of the start's probe score: blend 0." in output
+    assert "Blends with the start" in RunFolder(folder).report.read_text(encoding="utf-8")
 
 
 def newest(folder: Path) -> Path:

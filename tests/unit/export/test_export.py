@@ -20,7 +20,9 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
 from cogvlm_ft.checkpoints.model_folder import open_contents
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.export.blend import pair_with_start
+from cogvlm_ft.export.blend_scores import PROBE, BlendScore, best_blend, held, set_blend
 from cogvlm_ft.export.export import check_free_space, export_checkpoint, rejected_path
 from cogvlm_ft.export.verification import Verification, compare_tensors, verify_export
 from cogvlm_ft.launch.export import main
@@ -104,6 +106,9 @@ def test_a_blend_is_between_the_start_and_the_checkpoint(
     found = load_file(tmp_path / "blended" / SINGLE_FILE)
     for name, tuned in model.named_parameters():
         torch.testing.assert_close(found[name], tuned.data * 0.6 + rounded[name] * 0.4, rtol=0, atol=1e-6)
+    in_memory = load_model(start_model)
+    set_blend(in_memory, held(pair_with_start(open_contents(checkpoint), start)), 0.6)
+    assert all(torch.equal(found[name], values) for name, values in in_memory.named_parameters())
     card = (tmp_path / "blended" / "README.md").read_text()
     assert "0.6 x those of the checkpoint + 0.4 x those of the model `before`" in card and "mean_iou" not in card
     assert "equal those of the blend bit for bit" in card and "of the blend bit" in capsys.readouterr().out
@@ -117,6 +122,16 @@ def test_a_blend_is_between_the_start_and_the_checkpoint(
         assert export(checkpoint, tmp_path / "other", "--blend", fraction, "--start", at) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_the_best_blend_is_the_best_of_those_that_forget_little() -> None:
+    found = [(0.0, 0.1, 80.0), (0.4, 0.5, 79.0), (0.8, 0.7, 60.0), (1.0, 0.6, 20.0)]
+    scores = [BlendScore(f, {"mean_iou": iou, "unreadable": 1 - iou, PROBE: probe}) for f, iou, probe in found]
+    for monitor in ("mean_iou", "unreadable", {"mean_iou": 1.0, "unreadable": 0.5}):
+        chosen = [best_blend(scores, monitor, keep).fraction for keep in (0.0, 0.5, 0.98, 1.0)]
+        assert chosen == [0.8, 0.8, 0.4, 0.0]
+    with pytest.raises(ConfigError, match="found no value"):
+        best_blend(scores, "chrf", 0.0)
 
 
 def test_a_proof_of_a_former_version_is_read(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from cogvlm_ft.checkpoints.checkpoint import Best
 from cogvlm_ft.config import load_config, save_config
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.evaluate.monitor import monitor_name, monitor_value
 from cogvlm_ft.settings import TrainConfig
-from cogvlm_ft.train.early_stopping import monitor_name, monitor_value, updated_best
+from cogvlm_ft.train.early_stopping import updated_best
 
 METRICS = {"mean_iou": 0.5, "not_found_acc": 0.8, "unreadable": 0.1, "chrf": 40.0, "acc@0.5/size=small": 0.25}
 
