@@ -26,12 +26,15 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 
 
-def values_of_yaml(text: str) -> dict[str, Any]:
-    """Return the settings in a YAML text, sections as dicts. Raises ConfigError or YamlError."""
+def values_of_yaml(text: str, kind: Any = Config) -> dict[str, Any]:
+    """Return the settings in a YAML text, sections as dicts. Raises ConfigError or YamlError.
+
+    kind: the dataclass whose fields they are.
+    """
     root = compose_yaml(text)
     if root is None or _is_null(root):
         return {}
-    value = _value(root, Config)
+    value = _value(root, kind)
     if not isinstance(value, dict):
         raise ConfigError(f"found {str(value)[:80]!r}; expected settings, such as train: {{lr: 1e-5}}")
     return value

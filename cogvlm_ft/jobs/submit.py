@@ -18,13 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 from cogvlm_ft.config import find_preset
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.pinned_memory import rounded_up_to
+from cogvlm_ft.plain_files import read_bytes
 from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.evaluation_time import EvaluationTime, time_evaluation
 from cogvlm_ft.planning.memory import Cluster
 from cogvlm_ft.planning.preflight import count_images, judge_start
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, StepTime, number_format, time_step
 from cogvlm_ft.settings import Config
-from cogvlm_ft.yaml_text import read_yaml
+from cogvlm_ft.written_values import values_of_yaml
+from cogvlm_ft.yaml_text import MAX_BYTES, decode_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,12 @@ def load_cluster(path: Path, overrides: Mapping[str, object]) -> SlurmCluster:
         raise ConfigError(f"--cluster {path}: no such file")
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        written = OmegaConf.create(read_yaml(path) or {})
-        if isinstance(OmegaConf.select(written, "time"), int):
-            raise ConfigError(f"--cluster {path}: time needs quotes: YAML reads 48:00:00 as {48 * 3600}, a number")
-        merged = OmegaConf.merge(OmegaConf.structured(SlurmCluster), written, given)
+        written = values_of_yaml(decode_yaml(read_bytes(path, MAX_BYTES)), SlurmCluster)
+        merged = OmegaConf.merge(OmegaConf.structured(SlurmCluster), OmegaConf.create(written), given)
         cluster: SlurmCluster = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"--cluster {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"--cluster {path}: {error}") from error
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "signal_s", "gpu_memory_gib"):
         if not getattr(cluster, name) > 0:

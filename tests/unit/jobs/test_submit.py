@@ -148,7 +148,7 @@ def test_without_slurm(
     ("text", "message"),
     [
         ("node: 2", "node"),
-        ("time: 48:00:00", "time needs quotes"),
+        ("[]", "found '\\[\\]'; expected settings"),
         ("nodes: two", "nodes"),
         ("nodes: [", "not valid YAML"),
     ],
@@ -158,6 +158,15 @@ def test_mistakes_about_the_cluster(tmp_path: Path, text: str, message: str) -> 
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_cluster(path, {})
+
+
+def test_text_about_the_cluster_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    """YAML 1.1 would read an octal number, a bool and seconds."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text("account: 0123\nqos: no\npartition: null\ntime: 12:30:00\nnodes: 4\noptions: [0123, --mem=0]\n")
+    found = load_cluster(path, {"signal_s": 90})
+    assert (found.account, found.qos, found.partition, found.time) == ("0123", "no", None, "12:30:00")
+    assert (found.nodes, found.signal_s, found.options) == (4, 90, ["0123", "--mem=0"])
 
 
 def test_the_best_checkpoint(
