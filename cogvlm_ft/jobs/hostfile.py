@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime.stop_signals import STOP_SIGNALS, is_ignored
 from cogvlm_ft.terminal import say
 
 MAX_NODES = 1024  # that pdsh starts at the same time
@@ -196,7 +197,7 @@ def stop_passed_on(file: Path, pdsh: subprocess.Popen[bytes]) -> Iterator[None]:
         stop_file(file).touch()
         os.write(2, b"stopping: the ranks save after the current step and end (Ctrl-C again leaves them alone)\n")
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = [number for number in (signal.SIGINT, *STOP_SIGNALS) if not is_ignored(number)]
     former = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield

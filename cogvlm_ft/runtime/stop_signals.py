@@ -1,5 +1,7 @@
-"""Requests to stop: SIGTERM, SIGUSR1, or the end of the launcher; all ranks answer together, between steps or batches.
+"""Requests to stop: a signal, or the end of the launcher; all ranks answer together, between steps or batches.
 
+The signals are those of batch systems before they end a job (SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU), and of a terminal
+that is closed (SIGHUP, unless nohup ignores it).
 A launcher that ends, or is killed, may leave its ranks running: `deepspeed` does after SIGTERM. Such ranks save and end
 instead of holding the GPUs and the port of the next run.
 """
@@ -16,7 +18,7 @@ from typing import ClassVar
 
 import psutil
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate", "mpirun", "mpiexec", "orterun"}
 LAUNCHER_MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
 
@@ -73,7 +75,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         StopRequest._active = self
         for number in STOP_SIGNALS:
-            self._former[number] = signal.signal(number, self._note)
+            if not is_ignored(number):
+                self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -119,6 +122,11 @@ def is_stop_requested() -> bool:
     """Return whether this process was asked from outside to stop, as a rank in a `StopRequest`."""
     active = StopRequest._active
     return active is not None and active.is_from_outside
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Return whether nohup has this process outlive its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
