@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from cogvlm_ft.data.addresses import is_command, is_url, name_of, scheme_of, shown
 from cogvlm_ft.data.object_store import STORES
-from cogvlm_ft.data.opener import NO_OPENER, NO_PROGRAM, OFFLINE
+from cogvlm_ft.data.opener import ABSENT, NO_OPENER, NO_PROGRAM, OFFLINE
 from cogvlm_ft.data.patience import retried
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.plain_files import open_new
@@ -168,8 +168,13 @@ def _raise_failure(location: str, status: int) -> None:
     if status == OFFLINE:
         raise DataError(
             f"{shown(location)}: the hub cannot be reached from here; expected a connection to huggingface.co. "
-            "Download the data set where there is one (hf download --repo-type dataset), and set data.shards to its "
-            "folder"
+            "Download the data set where there is one (hf download --repo-type dataset): it is then read from the "
+            "cache of huggingface_hub (HF_HUB_CACHE)"
+        )
+    if status == ABSENT and scheme == "hf":
+        raise DataError(
+            f"{shown(location)}: the hub has no such file, or not for this account; expected one. Check the address, "
+            "or log in with `hf auth login`"
         )
     if status == NO_PROGRAM:
         what = f"opens {scheme}://" if scheme else "the command names"

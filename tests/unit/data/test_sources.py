@@ -246,6 +246,21 @@ def test_a_build_on_a_server_may_need_a_query(tars: Path) -> None:
             load_index(f"{server.url}/sub", "train")
 
 
+def test_a_data_set_of_the_hub_is_read_offline_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is as huggingface_hub lays it out."""
+    repository = tmp_path / "hub" / "datasets--org--photos"
+    for folder in ("refs", "snapshots/c0ffee"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    (repository / "snapshots" / "c0ffee" / "train-0.tar").write_bytes(tar_bytes("a", "b"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    index = load_index("hf://datasets/org/photos/train-0.tar", "train", cache_dir=tmp_path / "cache")
+    assert phrases(index) == ["a", "b"]
+    with pytest.raises(DataError, match=r"the hub cannot be reached from here; .*hf download --repo-type dataset"):
+        load_index("hf://datasets/org/photos@v2/train-0.tar", "train", cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
