@@ -20,6 +20,7 @@ from cogvlm_ft.data.index import ShardIndex
 from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
 from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_photos
 from cogvlm_ft.data.reader import ShardReader, open_split
+from cogvlm_ft.data.tiling import plan_tiles
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.grounding.wording import WORDING_FILE, Wording, load_wording, save_wording
 from cogvlm_ft.model import (
@@ -163,7 +164,7 @@ def open_training_data(config: Config, val_reader: ShardReader) -> TrainingData:
         wording = load_wording(config.data.wording)
     if config.data.val_shards is not None:
         _report_shared_shards(train_index, val_reader.index)
-    parts = split_index(train_index, wording, config.data.max_turns_per_image)
+    parts = split_index(train_index, wording, config)
     if parts is not None:  # a position in these sequences means nothing in others
         train_index = replace(train_index, data_sha256=f"{train_index.data_sha256}-{parts.sha256}")
     plan = plan_samples(
@@ -205,11 +206,15 @@ def build_dataset(
         max_sequence_length=config.data.max_sequence_length,
         augment=config.data.augment,
         parts=parts,
+        tiles=config.data.tiles,
     )
 
 
-def split_index(index: ShardIndex, wording: Wording, max_turns: int | None) -> PhotoParts | None:
-    """Return which images are split into several sequences, or None if no image is. Collective."""
+def split_index(index: ShardIndex, wording: Wording, config: Config) -> PhotoParts | None:
+    """Return which images are split into several sequences or shown in tiles, or None if no image is. Collective."""
+    max_turns, tiles = config.data.max_turns_per_image, config.data.tiles
+    if tiles.side_px is not None:
+        return computed_by_main(lambda: plan_tiles(ShardReader(index), wording, tiles, max_turns, config.seed))
     if max_turns is None:
         return None
     most_turns = computed_by_main(lambda: most_turns_of(ShardReader(index), wording))

@@ -12,6 +12,10 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from cogvlm_ft.setting_rules import Rules as Rules
+from cogvlm_ft.setting_rules import setting
+from cogvlm_ft.tile_settings import TilesConfig
+
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 ADAPTER_TARGETS = (
@@ -26,31 +30,6 @@ ON_ERRORS = ("stop", "continue")
 PLANS = ("refuse", "warn", "ignore")
 PROTOCOLS = ("ours", "cogvlm_authors", "qwen_vl", "internvl", "shikra", "grec_official")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a setting means, and which values it takes; null is always allowed where the type is optional.
-
-    least, most: allowed themselves; above, below: not. choices: all there are; empty: any value of the type.
-    """
-
-    description: str
-    unit: str = ""
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-    is_path: bool = False
-
-
-def setting(default: Any, description: str, **rules: Any) -> Any:
-    """Declare a setting with its `Rules`."""
-    metadata = {"rules": Rules(description, **rules)}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -183,6 +162,7 @@ class DataConfig:
         "pixels slightly different from those of evaluation.",
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tiles: TilesConfig = field(default_factory=TilesConfig)
 
 
 @dataclass

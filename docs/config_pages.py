@@ -62,6 +62,7 @@ TITLES_ZH = {
     "DataConfig": "数据 `data`",
     "AdapterConfig": "LoRA 适配器 `adapter`",
     "AugmentConfig": "数据增强 `data.augment`",
+    "TilesConfig": "切块 `data.tiles`",
     "TrainConfig": "训练 `train`",
     "BoxLossConfig": "边界框损失 `train.box_loss`",
     "EvaluateConfig": "评估 `evaluate`",

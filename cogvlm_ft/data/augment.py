@@ -53,15 +53,22 @@ def augments(settings: AugmentConfig) -> bool:
 def draft_side(data: DataConfig, image_size: int) -> int | None:
     """Return the fewest pixels per side to which a training JPEG may be decoded; None decodes it in full.
 
-    The smallest crop then still fills the model's input.
+    The smallest crop then still fills the model's input. Tiles are cut from photos in full.
     """
-    if not data.jpeg_draft:
+    if not data.jpeg_draft or data.tiles.side_px is not None:
         return None
     return math.ceil(image_size / (data.augment.min_crop if data.augment.crop else 1))
 
 
 def choose_look(
-    record: Record, turns: Sequence[Turn], settings: AugmentConfig, resize: str, *, seed: int, epoch: int
+    record: Record,
+    turns: Sequence[Turn],
+    settings: AugmentConfig,
+    resize: str,
+    *,
+    seed: int,
+    epoch: int,
+    tile: Frame | None = None,
 ) -> tuple[Frame, Colours]:
     """Choose the frame and the colours in which an image is shown.
 
@@ -69,13 +76,14 @@ def choose_look(
 
     turns: those about the whole image. If the record has turns of its own (`record.turns`), the image is neither
         cropped nor mirrored, because their texts may refer to any place in it.
+    tile: the part of the image that is shown, which is not cropped further.
     """
     rng = random.Random(f"look:{seed}:{epoch}:{record.key}")
     crops, flips, log_fraction = rng.random() < settings.crop, rng.random() < settings.flip, rng.random()
     changes = [rng.uniform(-1, 1) for _ in range(4)]
     texts = _texts(record, turns)
-    frame = whole_frame(record, "squash")
-    if crops and not record.turns and not any(map(mentions_place, texts)):
+    frame = whole_frame(record, "squash") if tile is None else tile
+    if crops and tile is None and not record.turns and not any(map(mentions_place, texts)):
         boxes = [box for target in record.targets for box in target.boxes_xyxy]
         frame = crop(frame, boxes, settings.min_crop**log_fraction, rng)
     if flips and not record.turns and not any(map(mentions_side, texts)):

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogvlm_ft.data.collate import BadSample, Batch, Example, collate
 from cogvlm_ft.data.encode import encode_turns
-from cogvlm_ft.data.look import build_look
+from cogvlm_ft.data.look import Look, build_look
 from cogvlm_ft.data.patience import start_loader_process
 from cogvlm_ft.data.plan import Item, PhotoParts, SamplePlan, TurnsPart, rank_items
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.data.tiling import show_tile
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import ConfigError, DataError, ServerError
 from cogvlm_ft.grounding.turns import most_turns
@@ -30,6 +31,7 @@ from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import AugmentConfig
 from cogvlm_ft.terminal import progress_bar
+from cogvlm_ft.tile_settings import TilesConfig
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
 
@@ -57,7 +59,7 @@ def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
 class GroundingDataset(Dataset):
     """Item -> Example. A pure function, so that a resumed run gets identical examples.
 
-    parts: which images are split into several sequences; None: none are.
+    parts: which images are split into several sequences or shown in tiles; None: none are.
     """
 
     reader: ShardReader
@@ -68,6 +70,7 @@ class GroundingDataset(Dataset):
     max_sequence_length: int
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     parts: PhotoParts | None = None
+    tiles: TilesConfig = field(default_factory=TilesConfig)
 
     def __getitem__(self, item: Item) -> Example:
         """Return the item's sample; an unusable one is reported in `bad` and replaced by a neighbour of weight 0.
@@ -93,18 +96,17 @@ class GroundingDataset(Dataset):
             "expected usable samples. Fix the annotations and build the shards again"
         )
 
+    def look(self, record: Record, part: TurnsPart, epoch: int) -> Look:
+        """Return what the model sees of an image, or of the tile that the part names, and all turns about it."""
+        shown, tile = show_tile(record, part.tile, self.tiles, seed=self.seed, epoch=epoch)
+        resize = resize_of(self.config)
+        return build_look(shown, self.wording, self.augment, resize, seed=self.seed, epoch=epoch, tile=tile)
+
     def _encode(self, index: int, part: TurnsPart, item: Item) -> Example:
         sample = self.reader.read(index)
         key = sample.record.key
         try:
-            look = build_look(
-                sample.record,
-                self.wording,
-                self.augment,
-                resize_of(self.config),
-                seed=self.seed,
-                epoch=item.epoch,
-            )
+            look = self.look(sample.record, part, item.epoch)
             turns, weight = look.turns, item.weight
             if part.number >= max(1, len(turns)):  # fewer turns than the maximum: this part is empty
                 turns, weight = turns[:1], 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from cogvlm_ft.data.augment import Colours, augments, choose_look
-from cogvlm_ft.data.frames import Frame, move_record, whole_frame
+from cogvlm_ft.data.frames import Frame, fit, move_record, whole_frame
 from cogvlm_ft.data.record import Record
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.turns import build_turns
@@ -28,15 +28,27 @@ class Look:
         return self.colours.apply(self.frame.apply_image(image, image_size))
 
 
-def build_look(record: Record, wording: Wording, augment: AugmentConfig, resize: str, *, seed: int, epoch: int) -> Look:
+def build_look(
+    record: Record,
+    wording: Wording,
+    augment: AugmentConfig,
+    resize: str,
+    *,
+    seed: int,
+    epoch: int,
+    tile: Frame | None = None,
+) -> Look:
     """Choose the frame and the colours of an image, and build the turns about what the model sees.
+
+    tile: the part of the image that is shown; the record holds what is asked about it then.
 
     Raises BadSampleError (boxes_in_turns) if boxes move and turns of the record hold boxes as text.
     """
-    frame, colours, turns = whole_frame(record, resize), Colours(), None
+    frame = whole_frame(record, resize) if tile is None else fit(tile, resize)
+    colours, turns = Colours(), None
     if augments(augment):  # what may change depends on the texts
         turns = turns_of(record, wording, seed=seed, epoch=epoch)
-        frame, colours = choose_look(record, turns, augment, resize, seed=seed, epoch=epoch)
+        frame, colours = choose_look(record, turns, augment, resize, seed=seed, epoch=epoch, tile=tile)
     if turns is None or not frame.is_whole_photo:  # build them for the boxes in the frame
         turns = turns_of(move_record(record, frame), wording, seed=seed, epoch=epoch)
     return Look(frame, colours, turns)

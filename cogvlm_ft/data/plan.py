@@ -46,11 +46,19 @@ class Item:
     weight: float
 
 
+WHOLE = -1
+"""In place of the number of a tile: the whole image."""
+
+
 class TurnsPart(NamedTuple):
-    """Every num_parts-th turn of an image, starting at turn `number`; each turn is in exactly one part."""
+    """Every num_parts-th turn of an image, starting at turn `number`; each turn is in exactly one part.
+
+    tile: number of the part of the image that is shown, or WHOLE.
+    """
 
     number: int
     num_parts: int
+    tile: int = WHOLE
 
     @property
     def cut(self) -> slice:
@@ -63,9 +71,13 @@ class PhotoParts:
     """The number of sequences of each image. Sequences are numbered: those of image 0, then those of image 1, ...
 
     starts: int64[images + 1], the first sequence of every image, then the total number.
+    views: int32[sequences, 3], the `TurnsPart` of each if images are shown in tiles too; None: the whole image in all.
+    rules: the settings that decide what is asked in tiles.
     """
 
     starts: NDArray[np.int64]
+    views: NDArray[np.int32] | None = None
+    rules: str = ""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -77,6 +89,8 @@ class PhotoParts:
 
     def part(self, photo: int, number: int) -> TurnsPart:
         """Return part `number` of this image's turns."""
+        if self.views is not None:
+            return TurnsPart(*self.views[self.starts[photo] + number].tolist())
         return TurnsPart(number, int(self.starts[photo + 1] - self.starts[photo]))
 
     def source_sizes(self, num_photos: Sequence[int]) -> tuple[int, ...]:
@@ -86,7 +100,10 @@ class PhotoParts:
     @property
     def sha256(self) -> str:
         """Identifies this division into sequences."""
-        return hashlib.sha256(self.starts.astype("<i8").tobytes()).hexdigest()
+        digest = hashlib.sha256(self.starts.astype("<i8").tobytes())
+        if self.views is not None:
+            digest.update(self.views.astype("<i4").tobytes() + self.rules.encode())
+        return digest.hexdigest()
 
 
 def split_photos(most_turns: NDArray[np.int64], max_turns: int) -> PhotoParts:
@@ -96,6 +113,13 @@ def split_photos(most_turns: NDArray[np.int64], max_turns: int) -> PhotoParts:
     """
     counts = np.maximum(1, -(-most_turns // max_turns))
     return PhotoParts(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+def view_photos(views: Sequence[Sequence[TurnsPart]], rules: str) -> PhotoParts:
+    """Number the sequences of images that are shown in tiles too, at least one for each image."""
+    assert all(views)
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in views])]).astype(np.int64)
+    return PhotoParts(starts, np.array([view for row in views for view in row], dtype=np.int32).reshape(-1, 3), rules)
 
 
 @dataclass(frozen=True)

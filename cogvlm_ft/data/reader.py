@@ -83,6 +83,23 @@ class ShardReader:
         data = self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_num_bytes[i]))
         return record_from_json(data, key)
 
+    def read_size(self, i: int) -> tuple[int, int]:
+        """Return (width, height) of the image of sample i, from its record or else from the header of its file.
+
+        Raises BadSampleError.
+        """
+        record = self.read_record(i)
+        if record.image_size_px is not None:
+            return record.image_size_px
+        index, key = self.index, self.index.key(i)
+        place = int(index.image_offset[i]), int(index.image_num_bytes[i])
+        data = self._read_bytes(key, int(index.shard_number[i]), *place)
+        try:
+            with open_image(data) as image:
+                return upright_size(image.size, orientation_of(image) if record.upright else 1)
+        except Exception as error:
+            raise bad_image(key, data, error) from None
+
     def _read_bytes(self, key: str, shard: int, offset: int, size: int) -> bytes:
         path = self.index.shard_paths[shard]
         try:

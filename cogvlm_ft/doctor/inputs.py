@@ -17,6 +17,7 @@ from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard_sets import read_json_file
+from cogvlm_ft.data.tiling import plan_tiles
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 from cogvlm_ft.evaluate.measurable import monitor_problem
@@ -118,7 +119,9 @@ def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset 
     data, model = examination.config.data, examination.config.model
     wording = load_wording(data.wording)
     parts: PhotoParts | None = None
-    if data.max_turns_per_image is not None:
+    if data.tiles.side_px is not None:
+        parts = plan_tiles(reader, wording, data.tiles, data.max_turns_per_image, examination.config.seed)
+    elif data.max_turns_per_image is not None:
         if (reader.index.num_targets < 0).any():
             return None
         parts = split_photos(most_turns_of(reader, wording), data.max_turns_per_image)

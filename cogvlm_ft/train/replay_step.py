@@ -89,7 +89,7 @@ def open_replay(file: Path, model_folder: Path | None = None, out: Path | None =
     data = config.data
     index = open_split(config, data.train_split).index
     wording = load_wording(data.wording)
-    parts = split_index(index, wording, data.max_turns_per_image)
+    parts = split_index(index, wording, config)
     dataset = build_dataset(config, index, wording, parts, tokenizer, model.config)
     return Replay(weights, model, dataset, tokenizer, step, out or file.with_suffix(""))
 

@@ -18,7 +18,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 FLOORS: tuple[set[str], ...] = (
     {
         *("errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"),
-        *("pinned_memory", "terminal", "plain_files", "yaml_text", "written_values"),
+        *("pinned_memory", "terminal", "plain_files", "yaml_text", "written_values", "setting_rules"),
+        "tile_settings",
     },
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},
@@ -33,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     room: set().union(*FLOORS[:number]) for number, floor in enumerate(FLOORS) for room in floor
 } | {
     **{room: {"errors"} for room in FLOORS[0] - {"errors"}},
+    "tile_settings": {"setting_rules"},
+    "settings": {"errors", "setting_rules", "tile_settings"},
     "config": {"errors", "settings", "run_folder", "terminal", "plain_files", "written_values"},
     "written_values": {"errors", "settings", "yaml_text"},
     "yaml_text": {"errors", "plain_files"},

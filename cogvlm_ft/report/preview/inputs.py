@@ -13,7 +13,7 @@ from markupsafe import Markup
 from cogvlm_ft.build import Run
 from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.data.loader import GroundingDataset
-from cogvlm_ft.data.look import build_look, describe_changes
+from cogvlm_ft.data.look import describe_changes
 from cogvlm_ft.data.plan import Item, SamplePlan, TurnsPart
 from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import DataError
@@ -113,14 +113,7 @@ def see_input(dataset: GroundingDataset, item: Item, thumbnails: Thumbnails) -> 
     key, side = dataset.reader.index.key(index), dataset.config.image_size
     try:
         sample = dataset.reader.read(index)
-        look = build_look(
-            sample.record,
-            dataset.wording,
-            dataset.augment,
-            resize_of(dataset.config),
-            seed=dataset.seed,
-            epoch=item.epoch,
-        )
+        look = dataset.look(sample.record, part, item.epoch)
     except DataError as error:
         return Seen(key, Markup(), problem=str(error))
     turns = look.turns[part.cut] or look.turns[:1]

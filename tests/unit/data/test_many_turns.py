@@ -18,7 +18,7 @@ from cogvlm_ft.data.collate import BadSample, Batch
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, Item, most_turns_of, read_steps
 from cogvlm_ft.data.look import turns_of
-from cogvlm_ft.data.plan import SamplePlan, plan_samples, split_photos
+from cogvlm_ft.data.plan import SamplePlan, TurnsPart, plan_samples, split_photos
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer
@@ -93,7 +93,7 @@ def test_the_sequences_of_a_source_stand_together(most: list[int], data: st.Data
 
 def test_photos_within_the_limit_are_one_sequence_each() -> None:
     parts = split_photos(np.array([0, 7, 300]), 300)
-    assert [parts.find(i) for i in range(len(parts))] == [(i, (0, 1)) for i in range(3)]
+    assert [parts.find(i) for i in range(len(parts))] == [(i, TurnsPart(0, 1)) for i in range(3)]
 
 
 @pytest.mark.slow

@@ -1,0 +1,31 @@
+"""How a setting is declared: its default beside what it means, its unit and its bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a setting means, and which values it takes; null is always allowed where the type is optional.
+
+    least, most: allowed themselves; above, below: not. choices: all there are; empty: any value of the type.
+    """
+
+    description: str
+    unit: str = ""
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    is_path: bool = False
+
+
+def setting(default: Any, description: str, **rules: Any) -> Any:
+    """Declare a setting with its `Rules`."""
+    metadata = {"rules": Rules(description, **rules)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
