@@ -86,7 +86,9 @@ def run(config: Config, args: argparse.Namespace) -> None:
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
     model, tokenizer = build_scored_model(config, weights)
     about = {"checkpoint": str(weights), "checkpoint_sha256": computed_by_main(lambda: fingerprint(weights))}
-    result = evaluate(model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about)
+    result = evaluate(
+        model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about, tiles=data.tiles
+    )
     result.metrics.update(run_probe(config, model, tokenizer, args.out))
     writes = is_main()
     shut_down()  # before files are written: no rank waits for one that cannot write

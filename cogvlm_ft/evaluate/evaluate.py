@@ -15,21 +15,18 @@ import torch
 from PIL import Image
 
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.record import detect_language
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
-from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, in_pixels, read_questions, truth_boxes
+from cogvlm_ft.evaluate.looks import Look, LookReader
+from cogvlm_ft.evaluate.questions import asks_for_boxes
+from cogvlm_ft.evaluate.scoring import MergeFacts, score_looks, summarize_merging
 from cogvlm_ft.evaluate.survey import Survey, choose_limit, survey_questions
-from cogvlm_ft.grounding.boxes import read_boxes
 from cogvlm_ft.grounding.breakdown import summarize_predictions
-from cogvlm_ft.grounding.descriptions import text_without_boxes
 from cogvlm_ft.grounding.grammar import BoxGrammar
-from cogvlm_ft.grounding.metrics import score_answer
 from cogvlm_ft.grounding.prediction import Prediction, is_right
 from cogvlm_ft.grounding.protocols import PROTOCOLS, Protocol
-from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
@@ -40,6 +37,7 @@ from cogvlm_ft.runtime.param_gathering import free_bytes, parameters_gathered
 from cogvlm_ft.runtime.stop_signals import StopRequest, stopping_together
 from cogvlm_ft.settings import EvaluateConfig
 from cogvlm_ft.terminal import progress_bar
+from cogvlm_ft.tile_settings import TilesConfig
 
 logger = logging.getLogger(__name__)
 
@@ -82,46 +80,49 @@ def evaluate(
     seed: int,
     about: Mapping[str, Any] | None = None,
     stop_request: StopRequest | None = None,
+    tiles: TilesConfig | None = None,
 ) -> Evaluation:
     """Score `model` (the module inside the engine) on the reader's first `max_samples` images. Collective.
 
     Every rank takes every world_size-th image and runs the same number of batches; no image is scored twice.
+    tiles: asks about the tiles of large photos too (`side_px` is not None).
     about: facts of the caller about the weights, recorded with the results. stop_request: checked at every batch, and
     asked to stop where shards cannot be read; raises StopRequested.
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
-    mine = range(rank(), num_samples, world_size())
-    num_bad = 0
-    answered: list[tuple[int, list[Prediction]]] = []
+    tiles = tiles if tiles is not None and tiles.side_px is not None else None
+    answered: dict[int, list[tuple[Look, list[Answer]]]] = {}
     grammar = build_grammar(tokenizer, wording, settings.decoding, settings.min_boxes)
-    survey = survey_questions(reader, num_samples, wording, tokenizer, model.config, seed, stop_request)
+    survey = survey_questions(reader, num_samples, wording, tokenizer, model.config, seed, stop_request, tiles)
     limit = choose_limit(survey, model.config, settings.max_new_tokens, grammar.least_tokens if grammar else 1)
     if grammar:
         grammar.start(limit)  # here, on every rank: perhaps only one rank asks such a question
-    asking = _Asking(wording, PROTOCOLS[settings.protocol], grammar, limit)
+    mine, looks = survey.places(rank(), world_size()), LookReader(reader, wording, seed, resize_of(model.config), tiles)
     with inference(model), parameters_gathered(model, settings.gather):
         size = choose_pass(model, survey, limit, settings.batch_size)
-        batches = [mine[start : start + size.num_images] for start in range(0, len(mine), size.num_images)]
-        num_batches = -(-num_samples // (world_size() * size.num_images))
-        for batch in progress_bar(range(num_batches), desc="evaluate", unit="batch", is_shown=is_main()):
-            indices = batches[batch] if batch < len(batches) else mine[:0]
+        passes = survey.passes(size, world_size())
+        for batch in progress_bar(range(len(passes)), desc="evaluate", unit="batch", is_shown=is_main()):
+            places = mine[batch * size.num_images : (batch + 1) * size.num_images]
             with stopping_together(stop_request, DataError, ServerError):
-                questions = list(read_questions(reader, indices, wording, seed, resize_of(model.config)))
-            num_bad += len(indices) - len(questions)
-            num_passes = survey.num_passes(batch, size, world_size())
-            answered += _answer(model, tokenizer, questions, asking, size.num_turns, num_passes)
-    gathered = gather_to_main((answered, num_bad))
+                shown = list(looks.read(places))
+            rows = _answer(model, tokenizer, shown, wording, grammar, limit, size.num_turns, passes[batch])
+            for look, row in zip(shown, rows, strict=False):  # a blank image has answers too
+                answered.setdefault(look.question.index, []).append((look.without_image(), row))
+    protocol = PROTOCOLS[settings.protocol]
+    scored = {photo: _score(given, wording, protocol, model.config.num_patches) for photo, given in answered.items()}
+    gathered = gather_to_main((scored, looks.num_bad))
     if gathered is None:
         return Evaluation(from_main(None), [], [])
-    by_index = sorted((pair for part, _ in gathered for pair in part), key=lambda pair: pair[0])
+    found = sorted((pair for part, _ in gathered for pair in part.items()), key=lambda pair: pair[0])
+    by_index = [(photo, part) for photo, (part, _) in found]
     predictions = [prediction for _, part in by_index for prediction in part]
-    summary = summarize_predictions(predictions, model.config.num_patches, PROTOCOLS[settings.protocol])
+    summary = summarize_predictions(predictions, model.config.num_patches, protocol)
     metrics = {**summary.metrics, "num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
-    metrics |= _count_left_out(predictions)
+    metrics |= _count_left_out(predictions) | summarize_merging([each for _, (_, each) in found if each])
     facts = {**_about(model.config, reader, wording, settings, seed, predictions), "max_new_tokens": limit}
-    facts |= about or {}
-    shown = list(_shown(reader, by_index[: settings.num_pictures]))
-    return Evaluation(from_main(metrics), predictions, shown, summary.curves, facts)
+    facts |= {**({"tiles": asdict(tiles)} if tiles else {}), **(about or {})}
+    drawn = list(_shown(reader, by_index[: settings.num_pictures]))
+    return Evaluation(from_main(metrics), predictions, drawn, summary.curves, facts)
 
 
 def _shown(reader: ShardReader, answered: Sequence[tuple[int, list[Prediction]]]) -> Iterator[Shown]:
@@ -184,17 +185,7 @@ def choose_pass(model: Any, survey: Survey, limit: int, batch_size: int) -> Pass
     memory = GenerationMemory(model.config, model.lm_head.weight.element_size(), survey.prompt_tokens, limit)
     free = gather_to_main(free_bytes())
     num_free: int = from_main(min(free) if free else None)
-    return memory.choose_pass(survey.num_turns, batch_size, num_free, world_size())
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """How all questions are asked and their answers are read. limit: of new tokens."""
-
-    wording: Wording
-    protocol: Protocol
-    grammar: BoxGrammar | None
-    limit: int
+    return memory.choose_pass([n for row in survey.num_turns for n in row], batch_size, num_free, world_size())
 
 
 @dataclass(frozen=True)
@@ -210,87 +201,47 @@ class _Asked:
 def _answer(
     model: Any,
     tokenizer: CogVLMTokenizer,
-    questions: Sequence[Question],
-    asking: _Asking,
+    looks: Sequence[Look],
+    wording: Wording,
+    grammar: BoxGrammar | None,
+    limit: int,
     turns_per_pass: int,
     num_passes: int,
-) -> list[tuple[int, list[Prediction]]]:
-    """Answer and score a batch. Collective: a rank without questions asks about a blank image, so all calls match."""
-    size, wording = model.config.image_size, asking.wording
-    asked = [_ask(question, size, wording, asking.grammar) for question in questions]
+) -> list[list[Answer]]:
+    """Answer a batch. Collective: a rank without looks asks about a blank image, so all calls match."""
+    size = model.config.image_size
+    asked = [_ask(look, size, wording, grammar) for look in looks]
     asked = asked or [_Asked(torch.zeros(3, size, size), ["?"], [()], [None])]
-    answers = generate_answers(
+    return generate_answers(
         model,
         tokenizer,
         torch.stack([each.pixels for each in asked]).to(device()),
         [each.prompts for each in asked],
-        asking.limit,
+        limit,
         [each.histories for each in asked],
         not_found=wording.not_found_sentences,
         grammars=[each.grammars for each in asked],
         turns_per_pass=turns_per_pass,
         num_passes=num_passes,
     )
-    return [
-        (question.index, [score_turn(question, i, answer, wording, asking.protocol) for i, answer in enumerate(row)])
-        for question, row in zip(questions, answers, strict=False)  # the blank image has answers but no question
-    ]
 
 
-def _ask(question: Question, size: int, wording: Wording, grammar: BoxGrammar | None) -> _Asked:
-    """Prepare the turns of a question; the grammar applies where a good answer holds boxes."""
-    frame_px, not_found = question.frame.size_px, wording.not_found_sentences
+def _score(
+    given: Sequence[tuple[Look, list[Answer]]], wording: Wording, protocol: Protocol, num_patches: int
+) -> tuple[list[Prediction], MergeFacts | None]:
+    """Score all that was answered about a photo."""
+    return score_looks([look for look, _ in given], [row for _, row in given], wording, protocol, num_patches)
+
+
+def _ask(look: Look, size: int, wording: Wording, grammar: BoxGrammar | None) -> _Asked:
+    """Prepare the turns about a look; the grammar applies where a good answer holds boxes."""
+    frame_px, not_found = look.question.frame.size_px, wording.not_found_sentences
     return _Asked(
-        pixels=model_input(question.image, question.frame, size),
-        prompts=[turn.prompt for turn in question.turns],
-        histories=[turn.history for turn in question.turns],
-        grammars=[grammar if asks_for_boxes(turn, frame_px, not_found) else None for turn in question.turns],
+        pixels=model_input(look.question.image, look.frame, size),
+        prompts=[turn.prompt for turn in look.turns],
+        histories=[turn.history for turn in look.turns],
+        grammars=[grammar if asks_for_boxes(turn, frame_px, not_found) else None for turn in look.turns],
     )
-
-
-def score_turn(question: Question, number: int, answer: Answer, wording: Wording, protocol: Protocol) -> Prediction:
-    """Score an answer in the frame, where a pixel is as large as in the original image."""
-    turn, frame, size = question.turns[number], question.frame, question.frame.size_px
-    not_found = wording.not_found_sentences
-    truth = truth_boxes(turn, size, not_found)
-    closed = answer.readable()
-    read = read_boxes(closed.text, closed.digit_probs)
-    boxes = protocol.read(closed.text.strip(), size)
-    score = score_answer(closed.text, truth, size, not_found, turn.answer, turn.num_cut_boxes, protocol)
-    return Prediction(
-        key=question.key,
-        turn=number,
-        prompt=turn.prompt,
-        answer=answer.text,
-        truth=turn.answer,
-        boxes_xyxy=None if boxes is None else list(frame.invert_boxes(boxes)),
-        truth_boxes_xyxy=None if truth is None else list(frame.invert_boxes(truth)),
-        image_size_px=frame.photo_px,
-        score=score if turn.scored and protocol.takes(truth) else None,
-        history=turn.history,
-        num_cut_boxes=turn.num_cut_boxes,
-        confidences=None if read is None else [round(box.confidence, 4) for box in read],
-        expected_boxes_xyxy=None
-        if read is None
-        else list(frame.invert_boxes(in_pixels([box.expected for box in read], size))),
-        not_found_prob=None if answer.not_found_prob is None else round(answer.not_found_prob, 4),
-        described=_is_described(turn, truth),
-        language=turn.target.language if turn.target else detect_language(turn.prompt + turn.answer),
-        source=question.source,
-        style=turn.style,
-        frame_px=size,
-        phrase=turn.target.phrase if turn.target else "",
-        truncated=answer.truncated,
-    )
-
-
-def _is_described(turn: Turn, truth: Sequence[Box] | None) -> bool:
-    """Decide whether the true answer describes the target, beyond the sentence around its boxes."""
-    if not turn.scored or truth is None:
-        return True
-    if turn.target is None:
-        return bool(truth and text_without_boxes(turn.answer))
-    return bool(turn.target.description and turn.target.description in turn.answer)
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:

@@ -11,9 +11,9 @@ from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import ConfigError, DataError
-from cogvlm_ft.evaluate.evaluate import score_turn
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.questions import Question, source_of
+from cogvlm_ft.evaluate.scoring import score_turn
 from cogvlm_ft.grounding.breakdown import summarize_predictions
 from cogvlm_ft.grounding.metrics import AVERAGED, PRESENT
 from cogvlm_ft.grounding.prediction import Prediction

@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.evaluate.generate import FIRST_TEXT_POSITION
+from cogvlm_ft.evaluate.looks import LookPlace, can_ask_in_tiles, split_turns
+from cogvlm_ft.evaluate.questions import asks_for_boxes
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.turns import build_turns, group_size
 from cogvlm_ft.grounding.wording import Wording
@@ -23,6 +26,7 @@ from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.stop_signals import StopRequest, stopping_together
 from cogvlm_ft.runtime.watchdog import progress
+from cogvlm_ft.tile_settings import TilesConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +38,27 @@ NUM_DRAWN = 24  # the sentences of a wording are drawn at random
 
 @dataclass(frozen=True)
 class Survey:
-    """What will be asked. num_turns, answer_tokens: of every image, 0 for one whose record cannot be used.
+    """What will be asked. num_turns: about each look at every image; (0,) for one whose record cannot be used.
 
-    answer_tokens: of its longest true answer, with eos. prompt_tokens: of the longest prompt, its history included.
+    answer_tokens: of every image's longest true answer, with eos. prompt_tokens: of the longest prompt, its history
+    included.
     """
 
-    num_turns: tuple[int, ...]
+    num_turns: tuple[tuple[int, ...], ...]
     answer_tokens: tuple[int, ...]
     prompt_tokens: int
 
-    def num_passes(self, batch: int, size: Pass, num_ranks: int) -> int:
-        """Return the passes for a batch: as many as the image with the most turns on any rank needs."""
-        num_images = size.num_images * num_ranks
-        most = max([1, *self.num_turns[batch * num_images : (batch + 1) * num_images]])
-        return -(-most // size.num_turns)
+    def places(self, of_rank: int, num_ranks: int) -> list[LookPlace]:
+        """Return the looks of a rank, which takes every num_ranks-th image."""
+        photos = range(of_rank, len(self.num_turns), num_ranks)
+        return [LookPlace(photo, number) for photo in photos for number in range(len(self.num_turns[photo]))]
+
+    def passes(self, size: Pass, num_ranks: int) -> list[int]:
+        """Return the passes of every batch, the same on all ranks: as many as the look with the most turns needs."""
+        turns = [[self.num_turns[p][n] for p, n in self.places(each, num_ranks)] for each in range(num_ranks)]
+        most = [max(row, default=0) for row in zip_longest(*turns, fillvalue=0)]
+        batches = (most[start : start + size.num_images] for start in range(0, len(most), size.num_images))
+        return [-(-max([1, *batch]) // size.num_turns) for batch in batches]
 
 
 def survey_questions(
@@ -58,6 +69,7 @@ def survey_questions(
     config: CogVLMConfig,
     seed: int,
     stop_request: StopRequest | None = None,
+    tiles: TilesConfig | None = None,
 ) -> Survey:
     """Read the records of the first `num_samples` images, without the images. Collective: each rank reads its part.
 
@@ -67,9 +79,11 @@ def survey_questions(
     with stopping_together(stop_request, DataError, ServerError):
         for index in range(rank(), num_samples, world_size()):
             progress()
-            mine.append((index, *_measure(reader, index, wording, tokenizer, config, seed)))
+            mine.append((index, *_measure(reader, index, wording, tokenizer, config, seed, tiles)))
     parts = gather_to_main(mine)
-    rows: list[tuple[int, int, int, int]] = from_main(sorted(row for part in parts for row in part) if parts else None)
+    rows: list[tuple[int, tuple[int, ...], int, int]] = from_main(
+        sorted(row for part in parts for row in part) if parts else None
+    )
     return Survey(
         num_turns=tuple(turns for _, turns, _, _ in rows),
         answer_tokens=tuple(answer for _, _, answer, _ in rows),
@@ -78,18 +92,28 @@ def survey_questions(
 
 
 def _measure(
-    reader: ShardReader, index: int, wording: Wording, tokenizer: CogVLMTokenizer, config: CogVLMConfig, seed: int
-) -> tuple[int, int, int]:
-    """Return the number of turns, and the tokens of the longest answer and the longest prompt."""
+    reader: ShardReader,
+    index: int,
+    wording: Wording,
+    tokenizer: CogVLMTokenizer,
+    config: CogVLMConfig,
+    seed: int,
+    tiles: TilesConfig | None,
+) -> tuple[tuple[int, ...], int, int]:
+    """Return the number of turns about each look, and the tokens of the longest answer and the longest prompt."""
     try:
         record = reader.read_record(index)
-        record = replace(record, image_size_px=record.image_size_px or SIZE_PX)
+        size_px = record.image_size_px or (SIZE_PX if tiles is None else reader.read_size(index))
+        record = replace(record, image_size_px=size_px)
         turns = [turn for turn in turns_of(record, wording, seed=seed, epoch=0) if turn.prompt.strip()]
     except DataError:  # reported when the image is read
-        return 0, 0, 0
+        return (0,), 0, 0
     answers = [len(tokenizer.encode(turn.answer)) + 1 for turn in turns]
     prompts = [len(encode_prompt(turn.prompt, tokenizer, config.template_version, turn.history)) for turn in turns]
-    return len(turns), max(answers, default=0), max(prompts, default=0)
+    not_found = wording.not_found_sentences
+    in_tiles = [asks_for_boxes(turn, size_px, not_found) and can_ask_in_tiles(turn) for turn in turns]
+    looks = tuple(len(numbers) for _, numbers in split_turns(size_px, in_tiles, tiles)) if turns else (0,)
+    return looks, max(answers, default=0), max(prompts, default=0)
 
 
 def answer_limit(longest: int, prompt_tokens: int, config: CogVLMConfig) -> int:

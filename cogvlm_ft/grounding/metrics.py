@@ -98,6 +98,18 @@ def score_answer(
         return AnswerScore(TEXT, exact=answer == truth_text.strip())
     said_not_found = answer in {sentence.strip() for sentence in not_found}
     boxes = None if said_not_found else protocol.read(answer, image_size_px)
+    return score_boxes(boxes, said_not_found, truth_boxes_xyxy, num_cut_boxes, protocol, image_size_px)
+
+
+def score_boxes(
+    boxes: Sequence[Box] | None,
+    said_not_found: bool,
+    truth_boxes_xyxy: Sequence[Box],
+    num_cut_boxes: int = 0,
+    protocol: Protocol = OURS,
+    image_size_px: tuple[int, int] = (1, 1),
+) -> AnswerScore:
+    """Score the boxes that an answer was read as, in pixels. None: it was unreadable, or said "not found"."""
     readable = said_not_found or boxes is not None
     truth = protocol.truth(truth_boxes_xyxy, image_size_px)
     if truth:

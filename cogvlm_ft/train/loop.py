@@ -255,6 +255,7 @@ def measure(run: Run, state: TrainState, folder: Path, stop_request: StopRequest
         seed=run.config.seed,
         about=about_weights(run, state),
         stop_request=stop_request,
+        tiles=run.config.data.tiles,
     )
     release_unused_memory()  # generation's, whose shapes are others than those of training
     return dataclasses.replace(result, metrics=result.metrics | probed)

@@ -23,9 +23,9 @@ from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.data.transforms import resize_of
-from cogvlm_ft.evaluate.evaluate import score_turn
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.questions import read_questions
+from cogvlm_ft.evaluate.scoring import score_turn
 from cogvlm_ft.grounding.boxes import bins_from_box, boxes_from_bins
 from cogvlm_ft.grounding.metrics import match_iou
 from cogvlm_ft.grounding.protocols import OURS
