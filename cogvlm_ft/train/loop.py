@@ -149,8 +149,8 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
     if state.data_sha256 != fresh.data_sha256:
         raise CheckpointError(
             f"{newest} was trained on other shards than data.shards holds now, or "
-            "with another data.max_turns_per_image, data.tiles or wording for it; its position in them means nothing here. "
-            "Take another output_dir"
+            "with another data.max_turns_per_image, data.tiles or wording for it; its position in them means nothing "
+            "here. Take another output_dir"
         )
     if state.rates != fresh.rates:
         raise ConfigError(
