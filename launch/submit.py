@@ -63,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
     start_logging(logging.WARNING, "%(levelname)s: %(message)s")
-    return exit_code(lambda: run(args))
+    environment = dict(os.environ)  # of the jobs: what this process sets for itself is not for them
+    return exit_code(lambda: run(args, environment))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     """Check the settings, submit or start the run, and print the commands."""
     if args.print_script:
         from cogvlm_ft.jobs.submit import script
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     file = find_preset(args.cluster, "slurm/*.yaml", "--cluster ")
     if args.hostfile:
-        return start_on_nodes(args, config, file)
+        return start_on_nodes(args, config, file, environment)
     cluster = load_cluster(file, {name: getattr(args, name) for name in OF_SLURM[:6]})
     configs = [load_entry(args.config, args.settings, entry) for entry in entries] if entries else [config]
     for summary in dict.fromkeys(check_plan(one, cluster) for one in configs):
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         num_tasks=len(entries) if entries else None,
         chain=args.chain,
         after=args.after,
+        environment=environment,
     )
     is_masked = False
     for line in submit(submission, dry_run=args.dry_run):
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def start_on_nodes(args: argparse.Namespace, config: Config, cluster_file: Path) -> int:
+def start_on_nodes(args: argparse.Namespace, config: Config, cluster_file: Path, environment: dict[str, str]) -> int:
     """Run the training on the nodes of the hostfile, and return its exit code."""
     from cogvlm_ft.jobs.hostfile import HostfileStart, check_start, read_hostfile, run_on_nodes
     from cogvlm_ft.jobs.submit import check_plan, load_cluster
@@ -130,6 +132,7 @@ def start_on_nodes(args: argparse.Namespace, config: Config, cluster_file: Path)
         master_port=args.master_port or free_port(),
         output_dir=config.output_path,
         arguments=[*(["--config", args.config] if args.config else []), *args.settings],
+        environment=environment,
     )
     if args.dry_run:
         say(shlex.join(start.command(f"{config.output_dir}/.deepspeed_env-....sh")))

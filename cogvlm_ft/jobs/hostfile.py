@@ -62,13 +62,17 @@ exit
 
 @dataclass(frozen=True)
 class HostfileStart:
-    """A start over ssh. nodes: name -> number of GPUs; arguments: of launch/train.py."""
+    """A start over ssh. nodes: name -> number of GPUs; arguments: of launch/train.py.
+
+    environment: of the shell that starts it; None: that of this process.
+    """
 
     nodes: dict[str, int]
     master_addr: str
     master_port: int
     output_dir: Path
     arguments: list[str]
+    environment: Mapping[str, str] | None = None
 
     def command(self, file: Path | str) -> list[str]:
         """Return the command that runs the file on every node; pdsh replaces %n, and %% by %."""
@@ -149,7 +153,8 @@ def script_of(start: HostfileStart, environment: Mapping[str, str], folder: Path
 
 def run_on_nodes(start: HostfileStart) -> int:
     """Run the training on all nodes and return the exit code. A signal to stop is passed on: all ranks save and end."""
-    environment = environment_of_nodes(os.environ, [Path.home(), Path.cwd()])
+    given = os.environ if start.environment is None else start.environment
+    environment = environment_of_nodes(given, [Path.home(), Path.cwd()])
     with environment_file(start.output_dir, script_of(start, environment, Path.cwd())) as file:
         command = start.command(file)
         say(shlex.join(command), flush=True)

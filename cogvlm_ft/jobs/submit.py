@@ -118,7 +118,11 @@ def _whole_run(config: Config, time: StepTime, evaluation: EvaluationTime) -> st
 
 @dataclass(frozen=True)
 class Submission:
-    """Jobs to submit. arguments: of launch/train.py; num_tasks: entries of the sweep; chain: consecutive jobs."""
+    """Jobs to submit. arguments: of launch/train.py; num_tasks: entries of the sweep; chain: consecutive jobs.
+
+    environment: of the jobs, for Slurm hands on that of sbatch; what this process has set for itself, such as
+    DS_ACCELERATOR=cpu on a login node, is not for them. None: that of this process.
+    """
 
     cluster: SlurmCluster
     arguments: list[str]
@@ -127,6 +131,7 @@ class Submission:
     num_tasks: int | None = None
     chain: int = 1
     after: bool = False
+    environment: Mapping[str, str] | None = None
 
 
 def submit(submission: Submission, *, dry_run: bool) -> Iterator[str]:
@@ -138,7 +143,7 @@ def submit(submission: Submission, *, dry_run: bool) -> Iterator[str]:
     numbers: list[str] = []
     for command in commands_of(submission, numbers):
         yield shlex.join(command)
-        numbers.append(f"JOB{len(numbers) + 1}" if dry_run else run_sbatch(command, queued=numbers))
+        numbers.append(f"JOB{len(numbers) + 1}" if dry_run else run_sbatch(command, submission.environment, numbers))
         if not dry_run:
             yield f"job {numbers[-1]}"
 
@@ -176,7 +181,7 @@ def sbatch_options(submission: Submission, *, is_training: bool = True) -> list[
     return [*options, *cluster.options]
 
 
-def run_sbatch(command: Sequence[str], queued: Sequence[str] = ()) -> str:
+def run_sbatch(command: Sequence[str], environment: Mapping[str, str] | None = None, queued: Sequence[str] = ()) -> str:
     """Submit a job and return its number. queued: jobs that were submitted before it, for the message."""
     before = ""
     if queued:
@@ -186,7 +191,7 @@ def run_sbatch(command: Sequence[str], queued: Sequence[str] = ()) -> str:
             "only what is missing"
         )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     except OSError as error:
         reason = "there is no sbatch here" if isinstance(error, FileNotFoundError) else f"sbatch: {error}"
         raise ConfigError(

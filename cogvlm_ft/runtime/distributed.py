@@ -170,12 +170,19 @@ def release_unused_memory() -> None:
 
 
 def check_gpus(devices: Path = Path("/dev")) -> None:
-    """Raise ConfigError if the machine has NVIDIA GPUs and torch sees none: training on the CPU is not what is meant.
+    """Raise ConfigError if the machine has NVIDIA GPUs and torch or DeepSpeed does not use them.
 
-    An empty CUDA_VISIBLE_DEVICES says that it is.
+    An empty CUDA_VISIBLE_DEVICES says that the CPU is meant.
     """
+    if torch.cuda.is_available():
+        if os.environ.get("DS_ACCELERATOR") == "cpu":
+            raise ConfigError(
+                "DS_ACCELERATOR=cpu: found a GPU, on which DeepSpeed would not train; expected the variable unset. "
+                "Run unset DS_ACCELERATOR, or train on the CPU with CUDA_VISIBLE_DEVICES="
+            )
+        return
     found = sorted(devices.glob("nvidia[0-9]*"))
-    if not found or torch.cuda.is_available():
+    if not found:
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles"):
         return

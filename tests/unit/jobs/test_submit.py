@@ -200,8 +200,13 @@ def test_a_refused_chain_names_the_jobs_that_are_queued(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     takes_two = f"echo x >>{tmp_path}/jobs; n=$(wc -l <{tmp_path}/jobs); [ $n -gt 2 ] && {{ echo limit >&2; exit 1; }}"
-    fake_sbatch(tmp_path, monkeypatch, f"{takes_two}; echo $((4000 + n))")
+    fake_sbatch(tmp_path, monkeypatch, f"{takes_two}; env >{tmp_path}/environment; echo $((4000 + n))")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("OF_THE_SHELL", "1")
     assert submit([*arguments[1:], "--chain", "5"]) == 2
+    handed_on = (tmp_path / "environment").read_text()
+    assert "OF_THE_SHELL=1" in handed_on
+    assert "DS_ACCELERATOR" not in handed_on, "set by this process for a login node; jobs would train on the CPU"
     said = capsys.readouterr()
     assert "\njob 4001\n" in said.out and "--dependency=afterany:4001 " in said.out and "\njob 4002\n" in said.out
     assert "sbatch refused: limit; the command: sbatch" in said.err and "--dependency=afterany:4002" in said.err

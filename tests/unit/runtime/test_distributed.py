@@ -13,7 +13,7 @@ import torch
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime.cores import NODE_NUMBERS, THREADS_VARIABLE, node_id, threads_of
-from cogvlm_ft.runtime.distributed import device_index, init_distributed, ranks_of_launcher, share_cores
+from cogvlm_ft.runtime.distributed import check_gpus, device_index, init_distributed, ranks_of_launcher, share_cores
 from cogvlm_ft.runtime.engine import ranks_of_each
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
 from cogvlm_ft.runtime.ports import PORTS, free_port
@@ -68,6 +68,15 @@ def test_ranks_that_would_train_alone_are_refused(environment: dict[str, str], n
 )
 def test_the_gpu_of_a_rank(local_rank: int | None, num_devices: int, expected: int) -> None:
     assert device_index(local_rank, num_devices) == expected
+
+
+def test_deepspeed_would_not_use_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    check_gpus()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ConfigError, match="DS_ACCELERATOR=cpu: found a GPU, on which DeepSpeed would not train"):
+        check_gpus()
 
 
 def test_too_few_gpus_for_the_ranks() -> None:
