@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from torch.utils.cpp_extension import get_default_build_root
 
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
+from cogvlm_ft.runtime.compiled_extensions import build_root, problem_of
 
 STALE_AFTER_S = 600  # a build takes one minute; on a shared home directory it may run on another node
 
@@ -28,10 +26,6 @@ class Lock(NamedTuple):
     @property
     def is_stale(self) -> bool:
         return self.maker is None and self.age_s > STALE_AFTER_S
-
-
-def build_root() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def read_locks(examination: Examination) -> list[Lock]:
@@ -70,13 +64,11 @@ def judge_locks(_: Examination, readings: list[Reading]) -> list[Finding]:
 def _judge_root() -> list[Finding]:
     """Report a folder of compiled extensions that cannot be written, as with a read-only or missing HOME."""
     root = build_root()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return []
-    except OSError as error:
-        found = f"{root} cannot be written ({error.strerror}): optimizer offload compiles its Adam there"
-        return [yellow(found, "set TORCH_EXTENSIONS_DIR to a folder that every node can write")]
+    problem = problem_of(root)
+    if not problem:
+        return []
+    found = f"{root} cannot be written ({problem}): optimizer offload compiles its Adam in a temporary folder instead"
+    return [yellow(found, "set TORCH_EXTENSIONS_DIR to a folder that every node can write")]
 
 
 def _judge_lock(lock: Lock) -> Finding:

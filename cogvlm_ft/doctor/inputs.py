@@ -202,7 +202,7 @@ def read_wording(examination: Examination) -> str:
     config = examination.config
     load_wording(config.data.wording)
     probe = config.evaluate.probe
-    if probe is not None and not Path(probe).is_file():
+    if probe is not None and not Path(probe).expanduser().is_file():
         raise ConfigError(f"evaluate.probe={probe}: no such file")
     return f"data.wording={config.data.wording}" + (f", evaluate.probe={probe}" if probe else "")
 

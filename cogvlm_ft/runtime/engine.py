@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import read_json
+from cogvlm_ft.runtime.compiled_extensions import use_writable_folder
 from cogvlm_ft.runtime.cores import node_id
 from cogvlm_ft.runtime.distributed import (
     apply_timeout,
@@ -28,6 +29,7 @@ from cogvlm_ft.runtime.distributed import (
     gather_to_main,
     is_main,
     share_cores,
+    shared_errors,
     world_size,
 )
 from cogvlm_ft.runtime.param_gathering import attach_offload
@@ -236,6 +238,8 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]) -> 
     offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and device().type == "cuda":
         share_cores("optimizer on the CPU")
+        with shared_errors():
+            use_writable_folder()
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
     else:  # also for offloading without a GPU: torch's optimizer needs no compiler
         optimizer = torch.optim.AdamW(groups, fused=device().type == "cuda", **kwargs)
