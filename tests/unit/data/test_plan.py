@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cogvlm_ft.data.plan import SamplePlan, plan_samples, rank_items
+from cogvlm_ft.data.plan import SamplePlan, most_bad, plan_samples, rank_items
 from cogvlm_ft.errors import ConfigError
 
 SIZES = list(itertools.product([1, 2, 7, 16, 100], [1, 4, 12, 128]))
@@ -197,3 +197,10 @@ def test_a_mixed_run_resumed_anywhere_sees_what_it_would_have_seen() -> None:
 
 def test_a_mixed_order_never_changes() -> None:
     assert epochs_of(mixed([3, 4], [2.0, 0.5], seed=0), 2) == [[1, 0, 1, 4, 2, 5, 0, 2], [6, 1, 0, 0, 3, 2, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_samples", "most"), [(0.01, 34, 1), (0.01, 1000, 10), (0.0, 34, 0), (1, 5, 5)]
+)
+def test_one_unusable_sample_does_not_end_a_small_set(fraction: float, num_samples: int, most: int) -> None:
+    assert most_bad(fraction, num_samples) == most
