@@ -12,6 +12,7 @@ from PIL import Image
 
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.resample import resize_square
 from cogvlm_ft.settings import RESIZES
 
 GRID_PX = 8
@@ -61,7 +62,7 @@ class Frame:
             image = framed
         if self.mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        return resize_square(image, image_size)
 
     def apply_boxes(self, boxes: Iterable[Box]) -> tuple[Box, ...]:
         """Map boxes from pixels of the image to pixels of the frame."""

@@ -19,7 +19,7 @@ FLOORS: tuple[set[str], ...] = (
     {
         *("errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"),
         *("pinned_memory", "terminal", "plain_files", "yaml_text", "written_values", "setting_rules"),
-        "tile_settings",
+        *("tile_settings", "resample"),
     },
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},

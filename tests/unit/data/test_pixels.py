@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,7 +173,8 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
 
 def test_8_bit_images_are_those_of_pillow() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+    by_version = [] if PIL.__version__ < "13" else ["YCbCr"]  # Pillow 12 cannot read what it writes
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", *by_version):
         image = Image.fromarray(rgb).convert(mode)
         buffer = io.BytesIO()
         image.save(buffer, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG")
