@@ -47,7 +47,7 @@ PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: setup ## all tests but those that need a GPU: side by side, then those that measure time one by one
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not serial"
-	$(BIN)/python -m pytest -m "serial and not gpu"
+	$(BIN)/python -m pytest -m "serial and not gpu" $$(grep -rl "mark.serial" tests)
 
 test-fast: setup ## the tests that take seconds
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not serial"

@@ -10,7 +10,7 @@ SETTINGS = (
     "data.num_workers=0",
     "train.epochs=10",
     "train.global_batch_size=8",
-    "train.micro_batch_size=2",
+    "train.micro_batch_size=4",
     "train.lr=1e-3",
     # The gradient of a key bias is zero but for rounding noise (softmax does not see it). At eps 1e-8 Adam would turn
     # that noise into full steps, with another sign in every summation order.
@@ -28,7 +28,7 @@ def run_settings(shards: Path, model: Path, output_dir: Path, *changes: str) -> 
 
 def short_run_settings(shards: Path, model: Path, output_dir: Path, *changes: str) -> list[str]:
     """Return the settings of two steps and two validation samples."""
-    short = ["train.max_steps=2", "train.global_batch_size=4", "evaluate.max_samples=2"]
+    short = ["train.max_steps=2", "train.global_batch_size=4", "train.micro_batch_size=2", "evaluate.max_samples=2"]
     return run_settings(shards, model, output_dir, *short, *changes)
 
 

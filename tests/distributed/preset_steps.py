@@ -71,7 +71,7 @@ def main() -> None:
     model, shards, out, *presets = sys.argv[1:]
     init_distributed()
     settings = [f"model.path={model}", f"data.shards={shards}", f"output_dir={out}", "train.eps=1e-6"]
-    settings += ["train.global_batch_size=4", "train.micro_batch_size=1", "evaluate.max_samples=2"]
+    settings += ["train.global_batch_size=4", f"train.micro_batch_size={4 // world_size()}", "evaluate.max_samples=2"]
     settings += ["evaluate.max_new_tokens=2"]
     for name in presets:
         own_name, *changes = name.split("+")

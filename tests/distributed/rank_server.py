@@ -126,7 +126,7 @@ def become(request: dict[str, Any], set_by_imports: dict[str, str]) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
     program = Path(sys.argv[0])
-    sys.path[0] = str(program.resolve().parent)
+    sys.path[:1] = [str(program.resolve().parent), str(Path(__file__).parents[1])]  # as PYTHONPATH in ranks.py
     runpy.run_path(str(program), run_name="__main__")
 
 

@@ -63,7 +63,8 @@ def fill_disk() -> None:
 
 def lose_server(out: Path, url: str, settings: list[str]) -> None:
     """Train until the server has been away for longer than data.retry_s; print what every rank says of it."""
-    own = [f"output_dir={out / 'outage'}", "data.retry_s=0.2", "train.global_batch_size=4", "train.epochs=4"]
+    own = [f"output_dir={out / 'outage'}", "data.retry_s=0.2", "train.epochs=4"]
+    own += ["train.global_batch_size=4", "train.micro_batch_size=2"]
     run = build_checked_run(load_config(None, [*settings, *own, f"data.shards={url}"]))
     assert isinstance(run, Run)
     real, errors = loop.train_step, []
@@ -122,7 +123,8 @@ def main() -> None:
     barrier()
     lose_server(out, url, settings)
     for batch_size, max_steps in ATTEMPTS:
-        own = [f"train.global_batch_size={batch_size}", f"train.max_steps={'null' if max_steps is None else max_steps}"]
+        own = [f"train.global_batch_size={batch_size}", "train.micro_batch_size=2"]
+        own += [f"train.max_steps={'null' if max_steps is None else max_steps}"]
         own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]
         run = build_checked_run(load_config(None, [*settings, *own]))
         assert isinstance(run, Run)

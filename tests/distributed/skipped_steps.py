@@ -54,7 +54,7 @@ def main() -> None:
     model, shards, out, bad, *cases = sys.argv[1:]
     init_distributed()
     common = [f"model.path={model}", f"data.shards={shards}", f"output_dir={out}", "train.eps=1e-6"]
-    common += ["train.global_batch_size=8", "train.micro_batch_size=2"]
+    common += ["train.global_batch_size=8", "train.micro_batch_size=4"]
     for case in cases:
         name, *settings = case.split(";")
         found, reported = train([*common, *settings], None)

@@ -29,8 +29,10 @@ def preset(folder: Path, **changes: object) -> Path:
 def both(
     size: str, num_images: int, precision: str, checkpointing: str, deepspeed: Path, num_ranks: int, logs: Path
 ) -> tuple[dict[str, int], Planner]:
-    """Return what rank 0 measured and the planner that estimates it."""
-    output = run([PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs, fresh=True)
+    """Return what rank 0 measured and the planner that estimates it; resident memory only in a new interpreter."""
+    output = run(
+        [PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs, fresh=size == "middle"
+    )
     measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"measured"')))["measured"]
     config = settings(num_images, precision, checkpointing, str(deepspeed), num_ranks)
     return measured, Planner(config, SIZES[size], Cluster(1, num_ranks, on_cpu=True))

@@ -30,5 +30,6 @@ def test_the_message_names_a_smaller_micro_batch(shards: Path, start_model: Path
     [fitting] = re.findall(r"What would fit: train\.micro_batch_size=(\d+)", output)
     assert 1 < int(fitting) < 512
     # Address space is more than memory (stacks of threads, arenas): what just fits by the arithmetic may not do here.
-    settings = settings_of(shards, start_model, tmp_path / "again", "train.micro_batch_size=16")
+    smaller = ("train.micro_batch_size=16", "train.global_batch_size=16")
+    settings = settings_of(shards, start_model, tmp_path / "again", *smaller)
     run([PROGRAM, "AS", LIMIT_BYTES, *settings], 1, tmp_path / "logs", fresh=True)

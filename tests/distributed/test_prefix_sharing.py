@@ -23,8 +23,9 @@ NUM_STEPS = 2
 
 def train(shards: Path, start_model: Path, folder: Path, num_sequences: int, *settings: str) -> list[dict]:
     """Train with the whole split in every step, so that both ways see the same in each."""
-    changes = [f"train.epochs={NUM_STEPS}", f"train.global_batch_size={num_sequences + num_sequences % 2}"]
-    changes += ["train.micro_batch_size=1", "evaluate.before_training=false", f"evaluate.every_epochs={NUM_STEPS}"]
+    of_each_rank = -(-num_sequences // 2)
+    changes = [f"train.global_batch_size={2 * of_each_rank}", f"train.micro_batch_size={of_each_rank}"]
+    changes += [f"train.epochs={NUM_STEPS}", "evaluate.before_training=false", f"evaluate.every_epochs={NUM_STEPS}"]
     changes += ["evaluate.max_samples=2", "evaluate.max_new_tokens=2", *settings]
     changes += ["train.box_loss.weight=1.0", "train.digit_weights=[4,2,1]"]  # exact too
     arguments = run_settings(shards, start_model, folder / "run", *changes)

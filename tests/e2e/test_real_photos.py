@@ -69,7 +69,7 @@ def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
         "train.max_steps=20",
         "train.epochs=10",
         "train.global_batch_size=8",
-        "train.micro_batch_size=2",
+        "train.micro_batch_size=4",
         "train.lr=1e-3",
         "train.log_every=2",
         "checkpoint.every_steps=10",
@@ -108,7 +108,13 @@ def test_from_own_lines_in_chinese_to_an_answer(start_model: Path, tmp_path: Pat
     """One rank, four steps: the other source, and phrases of two languages in one photo."""
     shards = pack_raccoons(tmp_path, tmp_path / "shards")
     assert num_samples(shards) == 200
-    few = ["train.max_steps=4", "train.global_batch_size=2", "train.log_every=1", "evaluate.before_training=false"]
+    few = [
+        "train.max_steps=4",
+        "train.global_batch_size=2",
+        "train.micro_batch_size=2",
+        "train.log_every=1",
+        "evaluate.before_training=false",
+    ]
     program("launch/train.py", *settings(shards, start_model, tmp_path / "run"), *few)
     assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2, 3, 4]
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")

