@@ -25,14 +25,18 @@ import psutil
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import open_new, read_json, sync_open
-from cogvlm_ft.runtime.distributed import from_main, is_main
+from cogvlm_ft.runtime.distributed import from_main, is_main, shared_errors
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
+from cogvlm_ft.runtime.watchdog import progress
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 MISSED_HEARTBEATS = 6
 """The number after which an owner on another host is taken for dead."""
+SHOWN_AFTER_S = 60.0
+"""How long a file of another node may stay unseen: NFS keeps the names of a folder for up to a minute."""
+POLL_S = 0.5
 LOST_EXIT_CODE = 1
 
 
@@ -94,44 +98,67 @@ def is_on_this_machine(owner: Owner) -> bool:
 
 @contextlib.contextmanager
 def owned_run_folder(folder: Path) -> Iterator[None]:
-    """Own the folder on rank 0 meanwhile. Collective. Raises ConfigError on all ranks if another training owns it."""
+    """Own the folder on rank 0 meanwhile. Collective.
+
+    Raises ConfigError on all ranks if another training owns it, or if it is another folder on another node.
+    """
     with contextlib.ExitStack() as stack:
-        problem = None
+        problem, lock = None, None
         if is_main():
             try:
-                stack.enter_context(run_lock(folder))
+                lock = stack.enter_context(run_lock(folder))
             except (ConfigError, OSError) as error:
                 problem = str(error)
-        problem = from_main(problem)
+        problem, lock = from_main((problem, lock))
         if problem:
             raise ConfigError(problem)
+        with shared_errors():
+            _check_shared(folder, *lock)
         yield
 
 
+def _check_shared(folder: Path, name: str, owner: Owner) -> None:
+    """Raise ConfigError if rank 0's lock is not seen here: each rank would write its part of a checkpoint elsewhere."""
+    end_s = time.monotonic() + SHOWN_AFTER_S
+    while _read(folder / name) != owner:
+        if time.monotonic() > end_s:
+            raise ConfigError(
+                f"output_dir={folder}: found another folder on {socket.gethostname()} than on {owner.host}, where rank "
+                "0 is; expected the same on all nodes. Choose one on a file system that all nodes share"
+            )
+        progress()
+        time.sleep(POLL_S)
+        with contextlib.suppress(OSError):
+            list(folder.iterdir())  # makes NFS ask its server
+
+
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Own the folder meanwhile; create it if necessary. Raises ConfigError if another training owns it.
+def run_lock(folder: Path) -> Iterator[tuple[str, Owner]]:
+    """Own the folder meanwhile; create it if necessary. Yields the name of the lock file and its content.
+
+    Raises ConfigError if another training owns it.
 
     Waits up to a minute to find out whether an owner on another host is alive.
     """
-    path = _acquire(folder)
+    me = this_process()
+    path = _acquire(folder, me)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="run lock")
     heart.start()
     try:
-        yield
+        yield path.name, me
     finally:
         ended.set()
         heart.join()
         with contextlib.suppress(OSError):
-            _replace(path, this_process(), is_released=True)
+            _replace(path, me, is_released=True)
 
 
-def _acquire(folder: Path) -> Path:
+def _acquire(folder: Path, me: Owner) -> Path:
     """Return the lock file that makes this process the owner."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _become_owner(folder, this_process())
+        return _become_owner(folder, me)
     except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"output_dir={folder}: {error.strerror} ({error.filename}); expected a folder that this account may write. "

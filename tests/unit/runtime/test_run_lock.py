@@ -17,7 +17,7 @@ import pytest
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.runtime import run_lock as module
-from cogvlm_ft.runtime.run_lock import Owner, run_lock, this_process
+from cogvlm_ft.runtime.run_lock import Owner, owned_run_folder, run_lock, this_process
 
 NUM_STARTS = 100
 FORK = multiprocessing.get_context("fork")
@@ -190,3 +190,19 @@ def test_two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_for_people() -> None:
     assert str(Owner("node1", "m", 3, 0.0, None, 0)) == "process 3 on node1"
     assert str(Owner("node1", "m", 3, 0.0, "12", 0)) == "process 3 on node1, Slurm job 12"
+
+
+def test_a_folder_that_another_node_does_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a lock of the same number, of an earlier run on that node."""
+    monkeypatch.setattr(module, "SHOWN_AFTER_S", 0.1)
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    with run_lock(own):
+        pass
+    with run_lock(shared) as lock:
+        monkeypatch.setattr(module, "is_main", lambda: False)
+        monkeypatch.setattr(module, "from_main", lambda _: (None, lock))
+        with owned_run_folder(shared):
+            pass
+        with pytest.raises(ConfigError, match=f"output_dir={own}: found another folder on "), owned_run_folder(own):
+            pass
