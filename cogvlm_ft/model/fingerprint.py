@@ -9,13 +9,15 @@ ENDINGS = (".safetensors", ".json", ".model", ".pt")
 BLOCK_BYTES, NUM_BLOCKS = 2**16, 64
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, pattern: str = "**/*") -> str:
     """Hash a model folder or a training checkpoint (sha256): names, sizes, and blocks spread over every file.
+
+    pattern: of the files that count.
 
     Training changes the whole of a file, so a part of it distinguishes two runs. Corruption may go unnoticed.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file()):
+    for path in sorted(path for path in folder.glob(pattern) if path.suffix in ENDINGS and path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

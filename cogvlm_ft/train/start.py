@@ -54,7 +54,7 @@ def facts_of_files(
 ) -> dict[str, Any]:
     """Return what identifies the files that every rank reads; the weights once per node."""
     with shared_errors():
-        weights = fingerprint(config.model.folder) if is_first_of_node() else None
+        weights = fingerprint(config.model.folder, "*.safetensors") if is_first_of_node() else None
     return {
         "data.shards": data.index.data_sha256,
         f"data.shards, split {config.data.val_split}": val_reader.index.data_sha256,
