@@ -15,6 +15,8 @@ from cogvlm_ft.data.pixels import PILLOW_FORMATS, UnsupportedPixelsError, kind_o
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard_sets import SplitChoice
+from cogvlm_ft.data.versions import check_indexed
+from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.settings import Config
 
@@ -126,9 +128,20 @@ class ShardReader:
         if shard not in self._files:
             if len(self._files) >= _MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._files[shard] = _open_indexed(path)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def _open_indexed(path: Path) -> int:
+    """Return a file descriptor. Raises DataError if the tar was replaced."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        check_indexed(path, os.fstat(file))
+    except DataError:
+        os.close(file)
+        raise
+    return file
 
 
 def open_split(config: Config, split: str, *, draft_side: int | None = None) -> ShardReader:

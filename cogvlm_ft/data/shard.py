@@ -22,6 +22,7 @@ from cogvlm_ft.data.tars import (
     Scan,
     scan_tar,
 )
+from cogvlm_ft.data.versions import note_indexed
 
 _UNKNOWN = (-1, -1)
 
@@ -46,7 +47,9 @@ class Shard(NamedTuple):
 
 def load_shard(path: Path) -> Shard:
     """Load a local tar by its offsets file if that matches, else by a scan."""
-    size = path.stat().st_size
+    status = path.stat()
+    note_indexed(path, status)
+    size = status.st_size
     offsets_path = path.with_suffix(".json")
     if offsets_path.is_file():
         try:

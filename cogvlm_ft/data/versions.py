@@ -1,11 +1,15 @@
-"""Notice files on a server that are replaced while a run reads them: their offsets are those of the first content."""
+"""Notice tars that are replaced while a run reads them: the offsets of their samples are those of the first content."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 from cogvlm_ft.data.addresses import shown
 from cogvlm_ft.errors import DataError
 
 _first: dict[str, tuple[str, ...]] = {}  # by address; a loader process inherits those of its rank
+_indexed: dict[Path, os.stat_result] = {}  # of local tars, when they were indexed; inherited too
 
 
 def check_same(url: str, marks: tuple[str, ...]) -> None:
@@ -20,4 +24,21 @@ def check_same(url: str, marks: tuple[str, ...]) -> None:
         raise DataError(
             f"{shown(url)}: found another file ({now}) than when it was read first ({first}); expected the same tar "
             "until the run ends. Put it back, or start a run with another output_dir"
+        )
+
+
+def note_indexed(path: Path, status: os.stat_result) -> None:
+    """Note the state of a local tar for which offsets are about to be read."""
+    _indexed[path] = status
+
+
+def check_indexed(path: Path, status: os.stat_result) -> None:
+    """Raise DataError if a local tar is no longer the one that was indexed: a later one of another size or inode."""
+    first = _indexed.get(path)
+    if first is None or first.st_mtime_ns == status.st_mtime_ns:
+        return  # `touch` alone, against the clean-up of a scratch disk, changes no content
+    if (first.st_ino, first.st_size) != (status.st_ino, status.st_size):
+        raise DataError(
+            f"{path}: found another file ({status.st_size} bytes) than when it was indexed ({first.st_size} bytes); "
+            "expected the same tar until the run ends. Put it back, or start a run with another output_dir"
         )

@@ -26,6 +26,7 @@ from cogvlm_ft.data.reader import (
     upright_size,
 )
 from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.errors import DataError
 
 ROOT = Path(__file__).parents[3]
 PHOTOS = ROOT.parent / "shared" / "data"
@@ -236,6 +237,7 @@ def test_random_damage_gives_a_picture_or_a_bad_sample_error(tmp_path: Path, ima
 def test_a_shard_that_shrinks_or_vanishes_after_indexing(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, (picture(), GOOD), (picture(), GOOD))
     path = tmp_path / "train-0.tar"
+    assert reader.read(0).record.key == "s0"
     os.truncate(path, int(reader.index.json_offset[1]) + 3)
     with pytest.raises(BadSampleError, match="short_read"):
         reader.read(1)
@@ -243,6 +245,20 @@ def test_a_shard_that_shrinks_or_vanishes_after_indexing(tmp_path: Path) -> None
     path.unlink()
     with pytest.raises(BadSampleError, match="unreadable_shard"):
         ShardReader(reader.index).read(0)
+
+
+def test_a_local_tar_that_is_replaced_after_indexing_is_reported(tmp_path: Path) -> None:
+    index = reader_of(tmp_path, (picture(), GOOD), (picture(), GOOD)).index
+    path, other = tmp_path / "train-0.tar", tmp_path / "other.tar"
+    os.utime(path)
+    assert ShardReader(index).read(0).record.key == "s0", "touch alone changes no content"
+    other.write_bytes(path.read_bytes())
+    other.rename(path)
+    reader = ShardReader(index)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train-0\.tar: found another file .* than when it was indexed"):
+            reader.read(0)
+    assert ShardReader(load_index(tmp_path, "train")).read(0).record.key == "s0"
 
 
 def test_the_number_of_open_files_is_bounded(tmp_path: Path) -> None:
