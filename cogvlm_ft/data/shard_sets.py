@@ -240,6 +240,15 @@ def _rows_by_index(folder: Path, split: str) -> list[_Row] | None:
             f"{folder}: missing shards: {len(missing)} of {len(rows)}, such as {missing[0]}; expected all shards that "
             "index.json names. Copy them here, or build the shards again"
         )
+    known = {row.name for row in rows}
+    others = sorted(path.name for path in folder.glob(f"{split}-*") if is_tar(path.name) and path.name not in known)
+    if others:
+        _log.warning(
+            "%s: tars that are not read: %d, such as %s: index.json does not name them. Move them to another folder",
+            folder,
+            len(others),
+            others[0],
+        )
     return rows
 
 
@@ -307,7 +316,7 @@ def _report_others(folder: Path, split: str) -> None:
     others = [name for name in tars if not words[name]]
     if others:
         _log.warning(
-            "%s: %d tars are not read, such as %s: names of the split %r begin with %s-. Rename "
+            "%s: tars that are not read: %d, such as %s: names of the split %r begin with %s-. Rename "
             "them, or name tars themselves in data.shards",
             folder,
             len(others),

@@ -157,6 +157,12 @@ def test_a_split_that_is_not_there(built: Path, split: str, words: str) -> None:
         load_index(built, split)
 
 
+def test_a_tar_that_the_index_does_not_name_is_reported(built: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (built / "train-000009.tar").write_bytes((built / "train-000002.tar").read_bytes())
+    load_index(built, "train")
+    assert "tars that are not read: 1, such as train-000009.tar: index.json does not name them" in caplog.text
+
+
 def test_a_missing_shard_is_named(built: Path) -> None:
     (built / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"missing shards: 1 of 3, such as train-000002\.tar"):
