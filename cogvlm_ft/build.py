@@ -14,6 +14,7 @@ from cogvlm_ft.checkpoints.adapters import AdapterRecord
 from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.checkpoints.choice import is_checkpoint, model_files
 from cogvlm_ft.checkpoints.consolidate import assign_weights
+from cogvlm_ft.checkpoints.peft_files import open_peft_adapter, put_into
 from cogvlm_ft.config import save_settings, written_settings
 from cogvlm_ft.data.augment import draft_side
 from cogvlm_ft.data.index import ShardIndex
@@ -31,7 +32,7 @@ from cogvlm_ft.model import (
     load_config,
     model_config_of,
 )
-from cogvlm_ft.model.adapters import add_adapters
+from cogvlm_ft.model.adapters import add_adapters, of_base
 from cogvlm_ft.model.box_loss import build_box_loss
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import (
@@ -233,11 +234,20 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     load_weights(config.model.folder, parameter_shapes(parameters), partition_assign(parameters))
     if config.adapter.rank:
         add_adapters(model, config.adapter, config.seed)
+        if config.adapter.start:
+            start_adapters(model, config)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     model.box_loss = build_box_loss(config.train, tokenizer)
     if config.model.compile:
         compile_elementwise()
     return build_engine(model, config, settings), tokenizer
+
+
+def start_adapters(model: CogVLMForCausalLM, config: Config) -> None:
+    """Overwrite new adapters by those in the folder `adapter.start`. Raises CheckpointError if they do not fit."""
+    folder, parameters = Path(config.adapter.start or "").expanduser(), list(model.named_parameters())
+    adapter = open_peft_adapter(folder, config.model.folder, of_base(parameter_shapes(parameters).items()))
+    put_into(model, adapter, config.adapter, partition_assign(parameters))
 
 
 def load_tokenizer(folder: Path, model_config: CogVLMConfig) -> CogVLMTokenizer:

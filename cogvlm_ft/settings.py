@@ -22,6 +22,7 @@ ADAPTER_TARGETS = (
     *("attention.language", "attention.vision_expert", "mlp.language", "mlp.vision_expert"),
     *("vision", "bridge"),
 )
+FULL_PARTS = ("bridge",)
 RESIZES = ("squash", "letterbox")
 BOX_LOSSES = ("expected", "giou")
 GATHERS = ("auto", "once", "layerwise")
@@ -74,6 +75,10 @@ class AdapterConfig:
     targets: list[str] = setting(
         list(ADAPTER_TARGETS[:4]),
         "Parts of the model that get adapters: " + ", ".join(f"`{name}`" for name in ADAPTER_TARGETS) + ".",
+    )
+    full: list[str] = setting([], "Parts trained in full beside the adapters: `bridge`.")
+    start: Optional[str] = setting(
+        None, "Folder of an adapter in the files of peft to start from. null: new adapters.", is_path=True
     )
 
 

@@ -6,6 +6,7 @@ with the checkpoint, bit by bit. What bf16 changes in the answers is measured by
 
 Examples:
   python launch/export.py --checkpoint runs/grounding/checkpoints/step-00000100 --out exported --dtype bf16
+  python launch/export.py --checkpoint adapter --base models/cogvlm --out merged --dtype bf16
   python launch/export.py --checkpoint runs/grounding --out blended --blend 0.6 --start models/cogvlm
 """
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights-of", choices=("trained", "ema"), default="trained", help="ema: the running averages of train.ema"
     )
+    parser.add_argument("--base", type=Path, help="if --checkpoint is an adapter of peft: the model folder under it")
     parser.add_argument("--blend", type=float, metavar="F", help="write F x checkpoint + (1 - F) x --start")
     parser.add_argument("--start", type=Path, help="for --blend: the model folder that training started from")
     args = parser.parse_args(argv)
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("found --adapter and --blend; expected one of them: a blend is of whole models")
     if (args.blend is None) != (args.start is None):
         parser.error("found one of --blend and --start; expected both, such as --blend 0.6 --start models/cogvlm")
+    others = [f"--{name}" for name in ("adapter", "blend") if getattr(args, name)]
+    if args.base is not None and others:
+        parser.error(f"found --base and {others[0]}; expected one of them. Leave {others[0]} out")
     if args.prove is not None and args.prove < 0:
         parser.error(f"--prove {args.prove}: expected 0 or more")
     if args.prove:
@@ -57,19 +62,23 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from cogvlm_ft.checkpoints.choice import best_checkpoint, is_run
-        from cogvlm_ft.export.adapter import export_adapter
+        from cogvlm_ft.export.adapter import export_adapter, export_merged
         from cogvlm_ft.export.blend import Blend
         from cogvlm_ft.export.export import export_checkpoint, rejected_path
 
     checkpoint = best_checkpoint(args.checkpoint) if is_run(args.checkpoint) else args.checkpoint
     averaged = args.weights_of == "ema"
+    dtype = getattr(torch, DTYPES[args.dtype])
+    if args.base is not None:
+        num_tensors = export_merged(checkpoint, args.base, args.out, dtype)
+        say(f"merged {checkpoint} into {args.base}: {num_tensors} tensors in {args.out}")
+        return 0
     if args.adapter:
         num_tensors = export_adapter(checkpoint, args.out, averaged=averaged)
         say(f"exported {num_tensors} tensors of adapters to {args.out}, for peft's PeftModel.from_pretrained")
         return 0
     say(f"comparing {checkpoint} with its manifest", flush=True)
     blend = None if args.start is None else Blend(args.blend, args.start)
-    dtype = getattr(torch, DTYPES[args.dtype])
     proof = export_checkpoint(checkpoint, args.out, dtype, verify=args.prove != 0, blend=blend, averaged=averaged)
     if proof:
         say(proof.summary("blend" if blend else "checkpoint"), file=sys.stderr if proof.problems else sys.stdout)

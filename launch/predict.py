@@ -115,6 +115,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help=f"ask again on a crop for boxes under PATCHES vision patches (without a number: {ZOOM_PATCHES:.0f})",
     )
     group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    group.add_argument("--adapter", type=Path, help="folder of an adapter in the files of peft, merged into --model")
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -134,7 +135,7 @@ def predict(args: argparse.Namespace) -> int:
     questions = [] if args.serve else read_questions(args.image, args.prompt, args.targets, in_steps=args.steps)
     if args.format:
         check_questions(questions, args.format)
-    names = ("image_size", "resize", "dtype", "decoding", "min_boxes", "max_new_tokens", "reading")
+    names = ("adapter", "image_size", "resize", "dtype", "decoding", "min_boxes", "max_new_tokens", "reading")
     settings = {name: getattr(args, name) for name in names}
     asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, **settings)
     predictor = load_predictor(args.model, asking)

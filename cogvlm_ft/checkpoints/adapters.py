@@ -1,6 +1,6 @@
 """Checkpoints of adapters: they hold no weights of the model under them, but its folder and fingerprint.
 
-model/adapter.json    the base's folder and fingerprint; rank, alpha, dropout, targets
+model/adapter.json    the base's folder and fingerprint; rank, alpha, dropout, targets, parts in full
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from cogvlm_ft.checkpoints.reading import read_again
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.adapters import FACTORS, factor_name
+from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.fingerprint import fingerprint
 from cogvlm_ft.model.loading import (
     POSITION_TABLE,
@@ -42,10 +43,16 @@ class AdapterRecord:
     alpha: float
     dropout: float
     targets: list[str]
+    full: list[str] = field(default_factory=list)
 
     @classmethod
     def of_run(cls, folder: Path, adapter: AdapterConfig) -> AdapterRecord:
-        return cls(str(folder.resolve()), fingerprint(folder), **asdict(adapter))
+        settings = adapter.rank or 0, adapter.alpha, adapter.dropout, adapter.targets, adapter.full
+        return cls(str(folder.resolve()), fingerprint(folder), *settings)
+
+    @property
+    def settings(self) -> AdapterConfig:
+        return AdapterConfig(self.rank, self.alpha, self.dropout, self.targets, self.full)
 
     @classmethod
     def load(cls, checkpoint: Path) -> AdapterRecord | None:
@@ -79,7 +86,7 @@ def check_same_adapters(checkpoint: Path, ours: AdapterRecord | None) -> None:
             f"{stored.base_sha256[:12]}, on which the adapters of {checkpoint} were trained. Set model.path to it, or "
             "take another output_dir"
         )
-    for name in ("rank", "alpha", "targets"):
+    for name in ("rank", "alpha", "targets", "full"):
         found, expected = getattr(ours, name), getattr(stored, name)
         if found != expected:
             raise CheckpointError(
@@ -104,7 +111,7 @@ class MergedTensor:
     def read(self, start: int, stop: int) -> Tensor:
         width, rank = math.prod(self.shape[1:]), self.inner.shape[0]
         first, last = start // width, -(-stop // width)
-        outer = self.outer.read(first * rank, last * rank).reshape(-1, rank)
+        outer = self.outer.read(first * rank, last * rank).reshape(-1, rank).float()
         change = (outer @ read_whole(self.inner, torch.float32)).reshape(-1)
         return self.base.read(start, stop).float() + self.scale * change[start - first * width : stop - first * width]
 
@@ -128,7 +135,7 @@ def merge_adapters(
 ) -> dict[str, StoredTensor]:
     """Return every parameter of the model with its adapters merged, read when accessed.
 
-    Raises CheckpointError if the base is not where it was, or is another model now.
+    factors: what the checkpoint holds. Raises CheckpointError if the base is not where it was, or is another model now.
     """
     base = Path(record.base)
     found = fingerprint(base) if base.is_dir() else "no such folder"
@@ -137,15 +144,23 @@ def merge_adapters(
             f"{checkpoint}: its base {base}: found {found[:14]}; expected the model with fingerprint "
             f"{record.base_sha256[:12]}. Put it, or a link to it, back there"
         )
+    return merged_with_base(base, factors, record.alpha / record.rank, load_config(checkpoint / "model"))
+
+
+def merged_with_base(
+    base: Path, factors: Mapping[str, StoredTensor], scale: float, config: CogVLMConfig
+) -> dict[str, StoredTensor]:
+    """Return every parameter of a model folder with adapters merged, and with the parts that were trained in full."""
     weights: dict[str, StoredTensor] = {
         name: tensor for name, tensor in open_tensors(base).items() if not name.endswith(".inv_freq")
     }
-    num_positions = load_config(checkpoint / "model").vision["num_positions"]
+    num_positions = config.vision["num_positions"]
     if weights[POSITION_TABLE].shape[0] != num_positions:
         table = read_whole(weights[POSITION_TABLE], torch.float32)
         weights[POSITION_TABLE] = HeldTensor(interpolate_position_embedding(table, num_positions))
     for name, weight in list(weights.items()):
         inner, outer = (factors.get(factor_name(name, factor)) for factor in FACTORS)
         if inner is not None and outer is not None:
-            weights[name] = MergedTensor(weight, inner, outer, record.alpha / record.rank)
+            weights[name] = MergedTensor(weight, inner, outer, scale)
+        weights[name] = factors.get(name, weights[name])
     return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ import torch
 from PIL import Image
 from transformers import initialization
 
-from cogvlm_ft.checkpoints.adapters import ADAPTER_FILE
+from cogvlm_ft.checkpoints.adapters import ADAPTER_FILE, merged_with_base
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.manifest import read_manifest
+from cogvlm_ft.checkpoints.peft_files import open_peft_adapter
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, load_config
 from cogvlm_ft.model.decoder import inverse_frequencies
-from cogvlm_ft.model.loading import Weight, check_keys, parameter_shapes, save_weights
+from cogvlm_ft.model.loading import INDEX_FILE, Weight, check_keys, parameter_shapes, save_weights
 from cogvlm_ft.model.preprocess import MEAN, STD
 from cogvlm_ft.plain_files import copy_regular, read_json, write_text
 from cogvlm_ft.settings import RESIZES
 
 CONFIG_FILE = "config.json"
+_OF_WEIGHTS = (INDEX_FILE, "proof.json")
 
 
 def build_meta_model(config: CogVLMConfig) -> CogVLMForCausalLM:
@@ -41,9 +44,12 @@ def open_contents(checkpoint: Path, *, averaged: bool = False) -> dict[str, Weig
     shapes = parameter_shapes(model.named_parameters())
     check_keys(checkpoint, shapes, {name: tuple(stored.shape) for name, stored in weights.items()})
     contents: dict[str, Weight] = {name: weights[name] for name in shapes}
-    for name, buffer in model.named_buffers():  # the rotary buffers that published files carry
-        contents[name] = inverse_frequencies(2 * len(buffer))
-    return contents
+    return contents | _rotary_buffers(model)
+
+
+def _rotary_buffers(model: CogVLMForCausalLM) -> dict[str, Weight]:
+    """Return the buffers that published files carry."""
+    return {name: inverse_frequencies(2 * len(buffer)) for name, buffer in model.named_buffers()}
 
 
 def write_model_folder(checkpoint: Path, contents: Mapping[str, Weight], folder: Path, dtype: torch.dtype) -> None:
@@ -55,6 +61,31 @@ def write_model_folder(checkpoint: Path, contents: Mapping[str, Weight], folder:
     for name in sorted(read_manifest(checkpoint)):
         if Path(name).parent == Path(MODEL_FOLDER) and name != ADAPTER_FILE:
             copy_regular(checkpoint / name, folder / Path(name).name, follow=False)
+    write_weights(folder, contents, dtype)
+
+
+def open_merged(folder: Path, base: Path) -> dict[str, Weight]:
+    """Return every tensor of the model folder `base` with an adapter of peft merged, by its published name."""
+    config = load_config(base)
+    model = build_meta_model(config)
+    shapes = parameter_shapes(model.named_parameters())
+    adapter = open_peft_adapter(folder, base, shapes)
+    weights = merged_with_base(base, adapter.tensors, adapter.scale, config)
+    check_keys(base, shapes, {name: tuple(stored.shape) for name, stored in weights.items()})
+    return {**{name: weights[name] for name in shapes}, **_rotary_buffers(model)}
+
+
+def write_merged_folder(base: Path, contents: Mapping[str, Weight], folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json, tokenizer and the other model files of the folder `base`, then the weights in `dtype`."""
+    folder.mkdir()
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".model", ".py") and path.name not in _OF_WEIGHTS:
+            shutil.copyfile(path, folder / path.name)
+    write_weights(folder, contents, dtype)
+
+
+def write_weights(folder: Path, contents: Mapping[str, Weight], dtype: torch.dtype) -> None:
+    """Complete config.json, and write the weights in `dtype`."""
     config = load_config(folder)
     config.dtype = dtype
     config.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ TARGETS = {
     "bridge": r"model\.vision\.linear_proj\.(linear_proj|dense_h_to_4h|gate_proj|dense_4h_to_h)",
 }
 """Groups of `adapter.targets`, as patterns of whole module names."""
+FULL = {"bridge": "model.vision.linear_proj"}
+"""Parts of `adapter.full`: modules that are trained in full."""
 FACTORS = ("lora_A", "lora_B")
 _NAME = "default"  # peft's, of a model's first adapter
+_PEFT_PREFIX = "base_model.model."
 
 
 def peft_config(adapter: AdapterConfig, base: str) -> Any:
@@ -33,26 +37,36 @@ def peft_config(adapter: AdapterConfig, base: str) -> Any:
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # it only divides; a fraction is right too
         lora_dropout=adapter.dropout,
         target_modules="|".join(f"({TARGETS[name]})" for name in adapter.targets),
+        modules_to_save=[FULL[name].removeprefix("model.") for name in adapter.full] or None,
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
 
 
 def add_adapters(model: nn.Module, adapter: AdapterConfig, seed: int) -> None:
-    """Put adapters into the model, and train nothing else. The first factor is random, the second is zero.
+    """Put adapters into the model, and train nothing but them and `adapter.full`.
 
-    The weights of the model may be partitioned by ZeRO-3; those of the adapters are whole.
+    The first factor of each is random, the second is zero. The weights of the model may be partitioned by ZeRO-3; those
+    of the adapters are whole.
     """
     from peft import inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(peft_config(adapter, ""), model, _NAME)
+        inject_adapter_in_model(peft_config(replace(adapter, full=[]), ""), model, _NAME)
+    for name, parameter in model.named_parameters():
+        if is_in_full(name, adapter.full):
+            parameter.requires_grad_(True)
 
 
 def is_adapter(name: str) -> bool:
     """Return whether a parameter is part of an adapter."""
     return any(f".{factor}." in name for factor in FACTORS)
+
+
+def is_in_full(name: str, full: Iterable[str]) -> bool:
+    """Return whether a parameter is in one of the parts of `adapter.full`."""
+    return name.startswith(tuple(f"{FULL[part]}." for part in full))
 
 
 def of_base(parameters: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -66,12 +80,20 @@ def factor_name(weight: str, factor: str) -> str:
 
 
 def name_in_peft_file(name: str) -> str:
-    """Return the name that peft gives a parameter of an adapter in its files."""
-    return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"
+    """Return the name that peft gives a parameter of an adapter, or of a part in full, in its files."""
+    return f"{_PEFT_PREFIX}{name.replace(f'.{_NAME}.', '.')}"
+
+
+def name_from_peft_file(name: str) -> str:
+    """Return the parameter name of a tensor in a file of peft."""
+    for factor in FACTORS:
+        name = name.replace(f".{factor}.weight", f".{factor}.{_NAME}.weight")
+    return name.removeprefix(_PEFT_PREFIX)
 
 
 def checkpointed(parameters: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return what a checkpoint holds: the adapters of a model that has some, else all parameters."""
+    """Return what a checkpoint holds: of a model with adapters these and what else is trained, else all parameters."""
     found = dict(parameters)
-    adapters = {name: parameter for name, parameter in found.items() if is_adapter(name)}
-    return adapters or found
+    if not any(map(is_adapter, found)):
+        return found
+    return {name: parameter for name, parameter in found.items() if is_adapter(name) or parameter.requires_grad}

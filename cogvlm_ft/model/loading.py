@@ -195,10 +195,15 @@ def open_tensors(folder: Path) -> dict[str, FileTensor]:
     """Open all tensors of a model folder by name, buffers included; raise CheckpointError for a damaged file."""
     tensors = {}
     for path in weight_files(folder):
-        with _open(path) as file:
-            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        tensors.update({name: FileTensor(path, name, shape) for name, shape in shapes.items()})
+        tensors.update(open_file(path))
     return tensors
+
+
+def open_file(path: Path) -> dict[str, FileTensor]:
+    """Open the tensors of one safetensors file by name; raise CheckpointError if it is damaged."""
+    with _open(path) as file:
+        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {name: FileTensor(path, name, shape) for name, shape in shapes.items()}
 
 
 def read_whole(weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -237,7 +237,9 @@ class Planner:
         temporary = 8 if self.cluster.on_cpu else 0  # two more fp32 tensors: torch's AdamW on CPU is not fused
         per_element = 4 + (zero.grad_bytes if zero.grad_bytes != 4 else 0) + temporary
         bucket = min(zero.reduce_bucket, self._partition_numel(1, trained_only=True)) * element_bytes(self.config)
-        return largest * per_element + bucket + self.gathered.persistent * element_bytes(self.config)
+        is_whole = self.cluster.num_gpus == 1 and not zero.offload_param  # then nothing is gathered
+        kept = 0 if is_whole else self.gathered.persistent * element_bytes(self.config)
+        return largest * per_element + bucket + kept
 
     def _evaluation(self, sequences: MicroBatchShape, persistent: int) -> tuple[Pass, dict[str, int]]:
         """Estimate an evaluation within a training run: the pass that it chooses, and bytes by kind."""

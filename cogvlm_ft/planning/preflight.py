@@ -267,6 +267,8 @@ def as_text(preflight: Preflight) -> str:
         f"{preflight.verdict.status}: {preflight.verdict.why}",
     ]
     lines += [f"  would fit: {change}" for change in preflight.changes]
+    if cluster.num_gpus == 1 and config.deepspeed == Config.deepspeed and preflight.verdict.status == "fits":
+        lines.append("deepspeed=single_gpu suits one GPU: its weights are neither gathered nor released")
     limits = preflight.limits
     lines.append(
         f"largest that fit, each alone: train.micro_batch_size={limits.micro_batch_size}, "

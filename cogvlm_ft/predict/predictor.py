@@ -14,6 +14,7 @@ from PIL import Image
 
 from cogvlm_ft.build import load_whole_model
 from cogvlm_ft.checkpoints.choice import find_weights, model_files, trained_wording
+from cogvlm_ft.checkpoints.peft_files import merge_into, open_peft_adapter
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
@@ -29,6 +30,7 @@ from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.generation_memory import GenerationMemory
+from cogvlm_ft.model.loading import parameter_shapes
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.param_gathering import free_bytes
 from cogvlm_ft.runtime.tf32 import allow_tf32
@@ -54,6 +56,7 @@ class Asking:
     in_steps: questions in several steps, which need a wording that has them.
     max_new_tokens: None: room for as many boxes as the wording allows.
     reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
+    adapter: a folder in the files of peft, merged into the model.
     """
 
     image_size: int | None = None
@@ -66,6 +69,7 @@ class Asking:
     max_new_tokens: int | None = None
     reading: str = "centre"
     zoom_patches: float = 0.0
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,10 @@ def load_predictor(path: Path, asking: Asking) -> Predictor:
     tokenizer = CogVLMTokenizer.from_folder(model_files(weights))
     allow_tf32(False)
     dtype = torch.bfloat16 if asking.dtype == "bf16" else torch.float32
-    return Predictor(load_whole_model(weights, dtype, asking.image_size), tokenizer, asking, wording, weights)
+    model = load_whole_model(weights, dtype, asking.image_size)
+    if asking.adapter is not None:
+        merge_into(model, open_peft_adapter(asking.adapter, weights, parameter_shapes(model.named_parameters())))
+    return Predictor(model, tokenizer, asking, wording, weights)
 
 
 def choose_wording(asking: Asking, trained: Wording | None) -> Wording:

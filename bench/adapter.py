@@ -1,0 +1,192 @@
+"""Compare adapters with full fine-tuning: gain in mean IoU, trained parameters, time of a step, peak memory.
+
+    python bench/adapter.py [--photos 16] [--steps 300] [--rank 16]
+
+A tiny model learns scenes of some colours by heart: the start. From there it learns scenes of other colours, once in
+full and once by adapters beside frozen weights (with adapter.full=[bridge]). Scores are on the photos that it learns,
+as few photos are learned in minutes on one core; photos that it has not seen would need the whole demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.data.record import record_from_json
+from cogvlm_ft.export.export import export_checkpoint
+from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.rehearsal.tiny_model import save_tiny_model, texts_of
+from cogvlm_ft.rehearsal.training import SCHEDULE, start_training
+from cogvlm_ft.shards.build import main as build
+from cogvlm_ft.shards.demo_scenes import COLOURS, write_scenes
+from cogvlm_ft.tracking.metrics_log import read_rows
+
+IMAGE_PX = 32
+WORDING = "configs/demo_wording.yaml"
+TARGETS = "adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision]"
+OLD, NEW = ("red", "green", "blue"), ("yellow", "black", "white")  # colours of the start's scenes, and of the new ones
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Shards of both sets of scenes, and the model that has learned the old ones."""
+
+    old: Path
+    new: Path
+    start: Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run. step_s: median; memory_gib: peak of the process."""
+
+    folder: Path
+    iou: float
+    step_s: float
+    memory_gib: float
+
+    @property
+    def checkpoint(self) -> Path:
+        return list_checkpoints(self.folder / "checkpoints")[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        made = prepare(folder, args.photos, args.steps)
+        full = train(folder / "full", made.new, made.start, args.photos, args.steps)
+        lora = train(folder / "lora", made.new, made.start, args.photos, args.steps, *adapter_settings(args.rank))
+        before = first_iou(full.folder)
+        print(f"start: IoU {before:.3f} on the new scenes")
+        for name, each in (("full", full), ("LoRA", lora)):
+            print(f"{name}: IoU {each.iou:.3f}, step {1000 * each.step_s:.0f} ms, peak {each.memory_gib:.2f} GiB")
+        gain = (lora.iou - before) / max(full.iou - before, 1e-9)
+        percent = 100 * num_elements(lora.checkpoint) / num_elements(full.checkpoint)
+        speed, memory = full.step_s / lora.step_s, lora.memory_gib / full.memory_gib
+        print(
+            f"LoRA: {gain:.2f} of the full gain with {percent:.1f} % of the parameters, step {speed:.2f} x as fast, "
+            f"peak {memory:.2f} x"
+        )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options that decide how long it takes."""
+    parser.add_argument("--photos", type=int, default=16, help="of each set of scenes (default: 16)")
+    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
+
+
+def adapter_settings(rank: int) -> list[str]:
+    return [f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", TARGETS, "adapter.full=[bridge]", "train.lr=4e-3"]
+
+
+def prepare(folder: Path, num_photos: int, num_steps: int) -> Prepared:
+    """Draw both sets of scenes, and train the start on the old one."""
+    old, new = (make_shards(folder / colours[0], colours, num_photos) for colours in (OLD, NEW))
+    wording = load_wording(WORDING)
+    records = [
+        record_from_json(json.dumps(row).encode(), row["image"]) for shards in (old, new) for row in rows_of(shards)
+    ]
+    save_tiny_model(folder / "random", texts_of(records, wording, seed=0), IMAGE_PX)
+    run = train(folder / "before", old, folder / "random", num_photos, num_steps)
+    print(f"start: IoU {run.iou:.3f} on its own scenes", flush=True)
+    export(run.checkpoint, folder / "start")
+    return Prepared(old, new, folder / "start")
+
+
+def export(checkpoint: Path, out: Path, **options: Any) -> Path:
+    """Write a model folder and return it."""
+    import torch
+
+    export_checkpoint(checkpoint, out, torch.float32, verify=False, **options)
+    return out
+
+
+def make_shards(folder: Path, colours: tuple[str, ...], num_photos: int) -> Path:
+    """Build shards of scenes whose targets have these colours alone, and all are present."""
+    words = [word for colour in colours for word in (colour, COLOURS[colour][0])]
+    annotations = write_scenes(folder / "scenes", 4 * num_photos, IMAGE_PX, seed=len(colours[0]))
+    kept: list[dict[str, Any]] = []
+    for line in annotations.read_text(encoding="utf-8").splitlines():
+        scene = json.loads(line)
+        targets = [each for each in scene["targets"] if each["boxes"] and any(word in each["phrase"] for word in words)]
+        if targets and len(kept) < num_photos:
+            kept.append({"image": scene["image"], "targets": targets})
+    annotations.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    arguments = ["--format", "jsonl", "--images", folder / "scenes", "--annotations", annotations]
+    assert build([str(each) for each in (*arguments, "--out", folder / "shards", "--val-fraction", 0)]) == 0
+    return folder / "shards"
+
+
+def rows_of(shards: Path) -> list[dict[str, Any]]:
+    """Return the scenes of a set as records."""
+    lines = (shards.parent / "scenes" / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["image_size_px"] = (IMAGE_PX, IMAGE_PX)
+        row["targets"] = [{**target, "boxes_xyxy": target["boxes"]} for target in row["targets"]]
+    return rows
+
+
+def settings_of(shards: Path, model: Path, num_photos: int, num_steps: int, num_evaluations: int = 1) -> dict[str, Any]:
+    """Return the settings of a run that learns the photos of these shards by heart."""
+    epochs = -(-num_steps // num_evaluations)
+    return {
+        **SCHEDULE,
+        "deepspeed": "zero3_tiny",
+        "model.path": model,
+        "model.gradient_checkpointing": "none",
+        "data.shards": json.dumps([{"path": str(shards), "weight": float(epochs)}]),
+        "data.val_split": "train",
+        "data.wording": WORDING,
+        "data.num_workers": 0,
+        "train.epochs": num_evaluations,
+        "train.global_batch_size": num_photos,
+        "train.micro_batch_size": min(16, num_photos),
+        "evaluate.batch_size": 32,
+        "evaluate.num_pictures": 0,
+        "tracking.mode": "disabled",
+    }
+
+
+def train(out: Path, shards: Path, model: Path, num_photos: int, num_steps: int, *changes: str) -> Trained:
+    """Run launch/train.py in one process, and return what it logged."""
+    settings = settings_of(shards, model, num_photos, num_steps)
+    arguments = [f"output_dir={out}", *(f"{key}={value}" for key, value in settings.items()), *changes]
+    if start_training(arguments, 1):
+        raise SystemExit(f"training in {out} failed")
+    rows = read_rows(out / "metrics.jsonl")
+    steps = [row for row in rows if row["kind"] == "train"]
+    return Trained(
+        out,
+        float([row for row in rows if row["kind"] == "val"][-1]["mean_iou"]),
+        statistics.median(float(row["step_s"]) for row in steps),
+        max(float(row["memory_gib"]) for row in steps),
+    )
+
+
+def first_iou(run: Path) -> float:
+    """Return the mean IoU before the first step."""
+    return float(next(row["mean_iou"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "val"))
+
+
+def num_elements(checkpoint: Path) -> int:
+    """Return the elements of the tensors that a checkpoint holds."""
+    import math
+
+    from cogvlm_ft.checkpoints.slices import open_slices
+
+    return sum(math.prod(tensor.shape) for tensor in open_slices(checkpoint).values())
+
+
+if __name__ == "__main__":
+    main()
