@@ -72,7 +72,8 @@ def open_merged(folder: Path, base: Path) -> dict[str, Weight]:
     adapter = open_peft_adapter(folder, base, shapes)
     weights = merged_with_base(base, adapter.tensors, adapter.scale, config)
     check_keys(base, shapes, {name: tuple(stored.shape) for name, stored in weights.items()})
-    return {**{name: weights[name] for name in shapes}, **_rotary_buffers(model)}
+    contents: dict[str, Weight] = {name: weights[name] for name in shapes}
+    return contents | _rotary_buffers(model)
 
 
 def write_merged_folder(base: Path, contents: Mapping[str, Weight], folder: Path, dtype: torch.dtype) -> None:

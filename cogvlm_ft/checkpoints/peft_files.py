@@ -130,7 +130,7 @@ def put_into(model: nn.Module, adapter: PeftAdapter, settings: AdapterConfig, as
             parameters[name].data.copy_(read_whole(tensor, torch.float32))
         else:
             whole = read_whole(tensor, torch.float32)
-            assign(name, lambda start, stop, rows=whole: rows[start:stop], tensor.shape[0])
+            assign(name, lambda start, stop, rows=whole: rows[start:stop], tensor.shape[0])  # type: ignore[misc]
 
 
 def _first(names: list[str]) -> str:
