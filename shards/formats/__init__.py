@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from cogvlm_ft.errors import DataError
@@ -14,6 +16,7 @@ from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_box
 from cogvlm_ft.shards.formats.csv_columns import describe_missing
 from cogvlm_ft.shards.formats.csv_text import first_line
 from cogvlm_ft.shards.formats.cvat import read_cvat, recognise_cvat
+from cogvlm_ft.shards.formats.folders import files_below
 from cogvlm_ft.shards.formats.jsonl import read_jsonl, recognise_jsonl
 from cogvlm_ft.shards.formats.label_studio import read_label_studio, recognise_label_studio
 from cogvlm_ft.shards.formats.labelme import read_labelme, recognise_labelme
@@ -27,6 +30,9 @@ from cogvlm_ft.shards.formats.voc import read_voc, recognise_voc
 from cogvlm_ft.shards.formats.yolo import read_yolo, recognise_yolo
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
+_MAX_COUNTED = 1000
+_ANNOTATION_ENDINGS = (".txt", ".json", ".jsonl", ".xml", ".csv")
+
 
 @dataclass(frozen=True)
 class Format:
@@ -35,12 +41,14 @@ class Format:
     read: (annotations, images folder) -> candidates, and problems that belong to none of them.
         Raises DataError if the annotations are of another format.
     recognise: what was recognised, for people, or None for another format. Inspects names and the ends of files only.
+    has_corners: boxes are written as the corners x0, y0, x1, y1, perhaps in an open unit.
     has_open_units: candidates may leave the unit of their boxes to be decided over the whole source.
     """
 
     read: Callable[[Path, Path], Iterator[Candidate | Problem]]
     recognise: Callable[[Path], str | None]
     has_open_units: bool = False
+    has_corners: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -49,14 +57,14 @@ FORMATS: dict[str, Format] = {
     "label-studio": Format(read_label_studio, recognise_label_studio),
     "yolo": Format(read_yolo, recognise_yolo),
     "labelme": Format(read_labelme, recognise_labelme),
-    "csv": Format(read_csv_boxes, recognise_csv_boxes, has_open_units=True),
+    "csv": Format(read_csv_boxes, recognise_csv_boxes, has_open_units=True, has_corners=True),
     "refcoco": Format(read_refcoco, recognise_refcoco),
     "mdetr": Format(read_mdetr, recognise_mdetr, has_open_units=True),
-    "odvg": Format(read_odvg, recognise_odvg, has_open_units=True),
+    "odvg": Format(read_odvg, recognise_odvg, has_open_units=True, has_corners=True),
     "cogvlm-sft": Format(read_cogvlm_sft, recognise_cogvlm_sft),
-    "swift": Format(read_swift, recognise_swift, has_open_units=True),
+    "swift": Format(read_swift, recognise_swift, has_open_units=True, has_corners=True),
     "coco": Format(read_coco, recognise_coco, has_open_units=True),
-    "jsonl": Format(read_jsonl, recognise_jsonl, has_open_units=True),
+    "jsonl": Format(read_jsonl, recognise_jsonl, has_open_units=True, has_corners=True),
 }
 """By the value of --format."""
 
@@ -92,10 +100,13 @@ def recognise_format(annotations: Path) -> tuple[str, str]:
 def _describe(annotations: Path) -> str:
     """Describe for people what the path contains."""
     if annotations.is_dir():
-        endings = Counter(path.suffix or "no ending" for path in annotations.iterdir() if path.is_file())
+        names = list(islice(files_below(annotations, ""), _MAX_COUNTED))
+        endings = Counter(posixpath.splitext(name)[1] or "no ending" for name in names)
+        kinds = [f"{count} x {ending}" for ending, count in endings.most_common(5)] or ["no files"]
         folders = sum(path.is_dir() for path in annotations.iterdir())
-        kinds = [f"{count} x {ending}" for ending, count in endings.most_common(5)]
-        return ", ".join([*kinds, f"{folders} folders"])
+        first = next((name for name in names if name.lower().endswith(_ANNOTATION_ENDINGS)), None)
+        begins = f"; {first} begins with {read_head(annotations / first, 40)!r}" if first else ""
+        return ", ".join([*kinds, f"{folders} folders"]) + begins
     if not annotations.is_file():
         return "no file or folder"
     if annotations.suffix.lower() == ".csv" and annotations.stat().st_size:

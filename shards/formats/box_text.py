@@ -26,7 +26,7 @@ _NAMES = re.compile(r"\[\[[A-Za-z]\w*(?:,[A-Za-z]\w*){3}\]\]")  # prompts ask fo
 _WIDE_NAMES = re.compile(r"[\[［【]{2}\s*([A-Za-z]\w*)" + r"\s*[,，、]\s*([A-Za-z]\w*)" * 3 + r"\s*[\]］】]{2}")
 _TAGS = re.compile(
     r"</?(?:box|bbox|quad|ref|ref-object)>|<\|(?:box|quad|object_ref)_(?:start|end)\|>|<loc_?[0-9]+>"
-    r"|<\|/?(?:ref|det)\|>|<patch_index_[0-9]+>|\"(?:bbox(?:_2d)?|box_2d|point_2d)\""
+    r"|<\|/?(?:ref|det)\|>|<\|(?:begin|end)_of_box\|>|<patch_index_[0-9]+>|\"(?:bbox(?:_2d)?|box_2d|point_2d)\""
 )
 
 _OPENING, _CLOSING = "[(<{（［【〔「『〖〈《｛﹝﹙", "])>}）］】〕」』〗〉》｝﹞﹚"

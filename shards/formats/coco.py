@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.shards.formats.coco_bboxes import Bbox, check_sizes
 from cogvlm_ft.shards.formats.coco_files import coco_files, listed_photos, lists_in, recognised_files, without_repeats
 from cogvlm_ft.shards.formats.coco_json import ById, box_of, is_crowd, load_coco
 from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
@@ -97,6 +99,7 @@ def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem
         are_fractions(_boxes(annotations)),
         problems,
     )
+    check_sizes(_bboxes(annotations, content.images), path)
     for i, annotation in enumerate(annotations):
         _add_annotation(annotation, f"annotations[{i}]", content)
     _add_notes(content)
@@ -112,6 +115,15 @@ def _boxes(annotations: list[Any]) -> Iterator[Box]:
             yield box_of(annotation)[0]
         except (Rejected, AttributeError):  # the latter: it is not an object
             continue
+
+
+def _bboxes(annotations: list[Any], images: ById[_Image | None]) -> Iterator[Bbox]:
+    for annotation in annotations:
+        bbox, number = (annotation.get("bbox"), annotation.get("image_id")) if isinstance(annotation, dict) else (0, 0)
+        image = images.get(_hashable(number))
+        if isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite_number, bbox)):
+            size_px = image.stated_size_px if image else None
+            yield Bbox(tuple(bbox), size_px, annotation.get("area"), annotation.get("bbox_mode"))
 
 
 def _category_names(categories: list[Any], problems: list[Problem]) -> ById[str]:
@@ -188,7 +200,7 @@ def _add_annotation(annotation: Any, source: str, content: _Content) -> None:
             problems.append(_crowd_as_object(annotation, name, source, content))
         boxes = image.boxes[name]
         boxes.append(None)
-        box, is_of_outline = box_of(annotation)
+        box, is_around = box_of(annotation)
         if not content.in_fractions and are_fractions([box], _DOUBTFUL):
             detail = f"{list(box)} of {name!r} could be fractions of the photo; other boxes of the file are in pixels"
             raise Rejected("box", "ambiguous_unit", detail)
@@ -196,8 +208,9 @@ def _add_annotation(annotation: Any, source: str, content: _Content) -> None:
             boxes.pop()
             raise Rejected("box", "same_box", f"{list(box)} of {name!r} is in the file before, for the same photo")
         boxes[-1] = box
-        if is_of_outline:
-            problems.append(Problem("note", "box_around_outline", f"{name!r} has no bbox: {list(box)}", source))
+        if is_around:
+            detail = f"{name!r} {'has no bbox' if is_around == 'outline' else 'has a rotated bbox'}: {list(box)}"
+            problems.append(Problem("note", f"box_around_{is_around}", detail, source))
     except Rejected as rejected:
         problems.append(rejected.problem(source))
 

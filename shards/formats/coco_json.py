@@ -13,11 +13,13 @@ from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.plain_files import read_file
+from cogvlm_ft.shards.formats.shapes import box_around_rotated
 from cogvlm_ft.shards.packing.candidates import four_numbers
 
 _LISTS = ("images", "annotations", "categories")
 _OUTLINE_BOX = "outline box"
 """Key of the box around an outline, in place of the outline."""
+_ROTATION = "rotation"
 _MAX_SIDE = 10**6
 _MAX_RUN_BITS = 45
 _FALSE = ("", "0", "0.0", "false", "none", "null")
@@ -46,6 +48,10 @@ class ById(Generic[Value]):
     def values(self) -> Iterator[Value]:
         """Yield the values in the order of their ids in the file."""
         return iter(self._values.values())
+
+    def get(self, number: Any) -> Value | None:
+        """Return the value of exactly this id, or None."""
+        return self._values.get(number)
 
     def find(self, number: Any) -> Value:
         """Return the value of this id, or of the only one with the same text. Raises KeyError."""
@@ -88,13 +94,24 @@ def is_crowd(annotation: dict[str, Any]) -> bool:
     return flag.strip().lower() not in _FALSE if isinstance(flag, str) else bool(flag)
 
 
-def box_of(annotation: dict[str, Any]) -> tuple[Box, bool]:
-    """Return (corners, whether they are those of the outline). Raises Rejected."""
+def box_of(annotation: dict[str, Any]) -> tuple[Box, str | None]:
+    """Return (corners, what they are around if not the bbox itself: "outline" or "rotated"). Raises Rejected."""
     outline = annotation.get(_OUTLINE_BOX)
     if outline is not None:
-        return outline, True
+        return outline, "outline"
     x, y, width, height = four_numbers(_as_numbers(annotation.get("bbox")), "[x, y, width, height]")
-    return (x, y, x + width, y + height), False
+    box = x, y, x + width, y + height
+    degrees = _rotation(annotation)
+    if not degrees % 360:
+        return box, None
+    return box_around_rotated(box, degrees, (x + width / 2, y + height / 2)), "rotated"
+
+
+def _rotation(annotation: dict[str, Any]) -> float:
+    """Return the degrees by which CVAT's bbox is rotated around its center, clockwise; 0 for an upright one."""
+    attributes = annotation.get("attributes")
+    degrees = attributes.get(_ROTATION) if isinstance(attributes, dict) else None
+    return float(degrees) if is_finite_number(degrees) else 0.0
 
 
 def _text_of(number: Any) -> str:
@@ -115,6 +132,8 @@ def _as_numbers(bbox: Any) -> Any:
 def _without_outline(value: dict[str, Any]) -> dict[str, Any]:
     outline = value.pop("segmentation", None)
     bbox = value.get("bbox")
+    if outline and isinstance(value.get("attributes"), dict):
+        value["attributes"].pop(_ROTATION, None)  # the bbox is around the outline of the rotated box
     if outline and (not isinstance(bbox, list) or not any(bbox)):
         box = _box_around(outline)
         if box:

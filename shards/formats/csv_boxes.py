@@ -234,7 +234,10 @@ def _candidate(image: str, rows: list[_Row], source: _Source) -> Candidate:
 
 
 def _box(cells: list[str], layout: Layout) -> Box:
-    numbers = [number(layout.cell(cells, name), name) for name in CORNERS]
+    texts = [layout.cell(cells, name) for name in CORNERS]
+    if layout.delimiter != ",":
+        texts = [text.replace(",", ".") for text in texts]  # decimal commas
+    numbers = [number(text, name) for name, text in zip(CORNERS, texts, strict=True)]
     meaning = "x, y, width, height" if layout.has_sizes else "left, top, right, bottom"
     x, y, right, bottom = four_numbers(numbers, meaning)
     return (x, y, x + right, y + bottom) if layout.has_sizes else (x, y, right, bottom)
@@ -242,7 +245,7 @@ def _box(cells: list[str], layout: Layout) -> Box:
 
 def _words(cells: list[str], source: _Source) -> tuple[str, str]:
     """Return (phrase, language or None). Line breaks and repeated blanks become one blank."""
-    phrase = " ".join(source.layout.cell(cells, "question").split())
+    phrase = " ".join(source.layout.phrase(cells).split())
     if not phrase:
         raise Rejected("target", "empty_phrase", "the phrase is empty")
     if source.layout.has_codes:

@@ -47,12 +47,14 @@ class Layout:
 
     columns: numbers from 0 by our names; num_columns: of every line. has_sizes: right and bottom are width and height.
     has_codes: the phrases are codes of OpenImages, whose boxes are fractions.
+    other_phrases: columns that may have the phrase too, where the first one has the number of a class.
     is_vertex: the cells are those of `vertex_cells`, fractions too.
     """
 
     columns: dict[str, int]
     num_columns: int
     delimiter: str
+    other_phrases: tuple[int, ...] = ()
     has_head: bool = True
     has_sizes: bool = False
     has_codes: bool = False
@@ -66,6 +68,14 @@ class Layout:
     def cell(self, cells: list[str], name: str) -> str:
         """Return the text of a column, empty if the column does not exist."""
         return cells[self.columns[name]].strip() if name in self.columns else ""
+
+    def phrase(self, cells: list[str]) -> str:
+        """Return the phrase; of a class with number and name, as predictions of YOLO have them, the name."""
+        found = self.cell(cells, "question")
+        if not found.isdigit():
+            return found
+        others = (cells[number].strip() for number in self.other_phrases)
+        return next((text for text in others if text and not text.isdigit()), found)
 
 
 def layout_of(line: str) -> Layout | None:
@@ -113,7 +123,8 @@ def _named(cells: list[str], delimiter: str) -> Layout | None:
         if name and name not in box:
             found[ours] = name
     columns = {ours: names.index(name) for ours, name in found.items()}
-    return Layout(columns, len(names), delimiter, has_sizes=sizes is not None, has_codes=code is not None)
+    others = tuple(names.index(name) for name in _PHRASE if name in names and name not in (phrase, image))
+    return Layout(columns, len(names), delimiter, others, has_sizes=sizes is not None, has_codes=code is not None)
 
 
 def _without_head(delimiter: str, cells: list[str]) -> Layout | None:

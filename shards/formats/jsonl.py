@@ -26,6 +26,14 @@ from cogvlm_ft.shards.packing.candidates import (
     require,
 )
 
+_XYXY, _PIXELS = ("xyxy", "pascal_voc", "corners"), ("pixel", "pixels", "px", "real")
+_FORMS = {
+    **dict.fromkeys(("format", "box_format", "bbox_format", "mode", "bbox_mode"), (*_XYXY, *_PIXELS)),
+    **dict.fromkeys(("unit", "units", "box_unit", "bbox_type"), _PIXELS),
+}
+"""Fields that other formats have about their boxes, and the values that agree with ours."""
+_PIXELS_XYXY = "boxes [x0, y0, x1, y1] in pixels. Convert them, or leave the field out if they are"
+
 
 def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per line, or one per image for Prompt/Label pairs. Raises DataError if no line is usable."""
@@ -92,6 +100,11 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
 def _target(value: Any, source: str, problems: list[Problem]) -> Target | None:
     try:
         require(isinstance(value, dict), "target", "the target", value, 'an object with "phrase" and "boxes"')
+        require(
+            not {"boxes", "boxes_xyxy"} <= value.keys(), "target", "the target", value, "boxes or boxes_xyxy, not both"
+        )
+        for form in _FORMS.keys() & value.keys():
+            require(str(value[form]).lower() in _FORMS[form], "target", f'"{form}"', value[form], _PIXELS_XYXY)
         name = "boxes_xyxy" if "boxes_xyxy" in value else "boxes"
         raw_boxes = value.get(name)
         expected = "a list of boxes (empty = absent from the image)"

@@ -288,6 +288,10 @@ def _address(data: dict[str, Any], regions: list[_Region]) -> str:
     if len(found) > 1 and names[0] not in (about, "image"):
         raise Rejected("sample", "ambiguous_image", f"the task has {', '.join(found)}; expected one photo per task")
     if not names:
+        several = next((name for name, value in data.items() if isinstance(value, list) and len(value) > 1), None)
+        if several:
+            detail = f'"{several}" of the task is a list of photos; expected one photo per task. Split the tasks.'
+            raise Rejected("sample", "several_images", detail)
         raise Rejected("sample", "bad_field", f"the data of the task is {shown(data)}; expected the address of a photo")
     return found[names[0]]
 

@@ -37,6 +37,7 @@ _SLOT = re.compile(r"\"<bbox>\"|<bbox>|<ref-object>")
 _FENCE = re.compile(r"```(?:json)?")
 _BOX_KEYS = ("bbox_2d", "bbox")
 _LABEL_KEYS = ("label", "name", "category", "class", "phrase", "ref", "object")
+_SIZE = ("width", "height")
 _MAX_STARTS = 5  # of JSON in a text
 
 
@@ -87,6 +88,7 @@ class Objects:
         if isinstance(value, str):  # older files hold JSON in a string
             value = _loads(value)
         value = {} if value is None else value
+        self.size_px: tuple[int, int] | None = None
         self.in_pairs = isinstance(value, list)
         if self.in_pairs:
             for one in value:
@@ -99,6 +101,7 @@ class Objects:
             require(isinstance(value, dict), "sample", '"objects"', value, 'an object with "ref" and "bbox"')
             self.refs, self.boxes, numbers = (list_in(value, name) for name in ("ref", "bbox", "image_id"))
             types = {str(value.get("bbox_type") or "real")}
+            self.size_px = _size_of_image(value)
         require(not any(numbers), "sample", '"image_id"', numbers, "one image per conversation")
         is_known = len(types) == 1 and types <= set(_UNITS)
         require(is_known, "sample", '"bbox_type"', sorted(types), f"one of {list(_UNITS)}")
@@ -229,6 +232,13 @@ def _inline_boxes(text: str) -> list[Any]:
         return [text]
     several = isinstance(value, list) and bool(value) and all(isinstance(box, list) for box in value)
     return value if several else [value]
+
+
+def _size_of_image(objects: dict[str, Any]) -> tuple[int, int] | None:
+    """Return "width" and "height" of the image for which the boxes were made, if they are stated."""
+    sides = [found[0] if isinstance(found := objects.get(name), list) and found else found for name in _SIZE]
+    width, height = (side if type(side) is int and side > 0 else 0 for side in sides)
+    return (width, height) if width and height else None
 
 
 def _without_images(text: str) -> str:

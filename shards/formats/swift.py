@@ -98,6 +98,7 @@ def _candidate(row: dict[str, Any], source: str) -> Candidate:
         source=source,
         targets=tuple(_targets(regions_of, source, problems)),
         turns=tuple(turns),
+        stated_size_px=objects.size_px if units == "pixels" else None,
         units=units,
         unit_basis=unit_basis,
         problems=tuple(problems),

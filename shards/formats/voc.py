@@ -6,7 +6,7 @@
 
 The challenge counted pixels from 1; today's tools mostly count from 0, and no file states which. The numbers are kept:
 at worst a box is one pixel too far right and down. The rotated boxes of roLabelImg (<robndbox>: centre, size, angle in
-radians) become the upright box around them.
+radians) and CVAT (<bndbox> and the attribute "rotation" in degrees) become the upright box around them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cogvlm_ft.shards.formats.claims import ImageClaims, OwnImage, Stated
 from cogvlm_ft.shards.formats.encodings import decode_xml
 from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
 from cogvlm_ft.shards.formats.rows import read_head
+from cogvlm_ft.shards.formats.shapes import box_around_rotated
 from cogvlm_ft.shards.formats.sizes import SizePx, clip_to_size, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
@@ -46,6 +47,7 @@ _ROOT = re.compile(r"<annotation[\s>/]")
 _HEAD_BYTES = 4096
 _MAX_INSPECTED = 100
 _MAX_BYTES = 8 * 2**20
+_ATTRIBUTE, _ROTATION = ["object", "attributes", "attribute"], "rotation"
 _MAX_DEPTH = 4
 """Depth of the elements used: annotation, object, bndbox, xmin."""
 
@@ -97,6 +99,7 @@ def _parse(text: str) -> _Annotation:
     annotation = _Annotation()
     path: list[str] = []
     parts: list[str] = []
+    attribute: list[str] = []
 
     def start(tag: str, _: dict[str, str]) -> None:
         path.append(tag)
@@ -108,7 +111,12 @@ def _parse(text: str) -> _Annotation:
             annotation.repeated.append("")
 
     def end(_: str) -> None:
-        if 1 < len(path) <= _MAX_DEPTH:
+        if path[1:4] == _ATTRIBUTE and annotation.objects:
+            if path[4:] == ["name"]:
+                attribute[:] = ["".join(parts).strip()]
+            elif path[4:] == ["value"] and attribute == [_ROTATION]:
+                annotation.objects[-1][_ROTATION] = "".join(parts).strip()
+        elif 1 < len(path) <= _MAX_DEPTH:
             fields, where = (annotation.objects[-1], path[2:]) if path[1] == "object" else (annotation.fields, path[1:])
             name = "/".join(where)
             if name in fields and name in _ONCE and path[1] == "object":
@@ -128,7 +136,8 @@ def _parse(text: str) -> _Annotation:
     try:
         parser.Parse(text.encode(), True)
     except (expat.ExpatError, ValueError) as error:
-        raise Rejected("sample", "bad_xml", str(error)) from None
+        hint = ". Write & as &amp; and < as &lt; in names." if re.search(r"&(?![#\w]+;)", text) else ""
+        raise Rejected("sample", "bad_xml", f"{error}{hint}") from None
     return annotation
 
 
@@ -147,6 +156,9 @@ def _candidate(annotation: _Annotation, source: str, own: OwnImage, notes: tuple
                 detail = f"<{annotation.repeated[i]}> is there twice; expected one name and one box per <object>"
                 raise Rejected("box", "bad_field", detail)
             boxes[-1] = _box(found, size_px)
+            if _degrees(found) % 180:
+                detail = f"{found['name']!r}: {list(boxes[-1])}"
+                problems.append(Problem("note", "box_around_rotated", detail, f"{source} object[{i}]"))
         except Rejected as rejected:
             problems.append(rejected.problem(f"{source} object[{i}]"))
     return Candidate(
@@ -163,8 +175,26 @@ def _box(found: dict[str, str], size_px: SizePx | None) -> Box:
     """Return the box of an object. Raises Rejected."""
     if _ROTATED[0] in found and _CORNERS[0] not in found:
         return _box_around_rotated([number(found.get(name), f"<{name}>") for name in _ROTATED], size_px)
+    if len(found) > 1 and not any(name in found for name in _CORNERS):
+        parts = ", ".join(dict.fromkeys(f"<{name.partition('/')[0]}>" for name in found if name)) or "nothing"
+        detail = f"the object has no <bndbox> with xmin, ymin, xmax, ymax; found {parts}. Export boxes, or COCO."
+        raise Rejected("box", "bad_field", detail)
     corners = [number(found.get(name), f"<{name}>") for name in _CORNERS]
-    return four_numbers(corners, "[xmin, ymin, xmax, ymax]")
+    box = four_numbers(corners, "[xmin, ymin, xmax, ymax]")
+    degrees = _degrees(found)
+    if not degrees % 360:
+        return box
+    center = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return clip_to_size(box_around_rotated(box, degrees, center), size_px)
+
+
+def _degrees(found: dict[str, str]) -> float:
+    """Return the clockwise rotation of a box of CVAT around its center, 0 for others."""
+    try:
+        degrees = float(found.get(_ROTATION, 0))
+    except ValueError:  # another attribute of this name
+        return 0.0
+    return degrees if math.isfinite(degrees) else 0.0
 
 
 def _box_around_rotated(values: list[float], size_px: SizePx | None) -> Box:

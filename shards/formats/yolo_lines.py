@@ -24,6 +24,7 @@ _BOX, _BOX_AND_ONE, _BOX_AND_TWO, _TWO_MORE_POINTS = 5, 6, 7, 9
 _TRAILING = "Export labels rather than predictions, or without save_conf=True and track ids."
 _OUTLINES = "If they are outlines, write `task: segment` into data.yaml."
 _NEARLY_ALL = 0.9
+_LARGEST = 2
 _OUTSIDE = 0.05
 """How far a keypoint may be outside its box, as a fraction of the image."""
 
@@ -59,7 +60,7 @@ class LabelLines:
         if num_columns == _BOX:
             return _box(columns)
         if num_columns == _BOX_AND_ONE:
-            self._check_confidence(columns[5])
+            self._check_confidence(columns[5], outlines=outlines)
             self.num_confidences += 1
             return _box(columns)
         if num_keypoint_columns is not None:
@@ -72,7 +73,16 @@ class LabelLines:
             self._check_outline(texts, columns)
         return _box_around(columns)
 
-    def _check_confidence(self, value: float) -> None:
+    def _check_confidence(self, value: float, *, outlines: bool) -> None:
+        if outlines:
+            expected = "an outline, as task in data.yaml says"
+            advice = "Export four corners rather than a box with an angle, or correct task."
+            raise Rejected("box", "ambiguous_columns", f"6 columns; expected {expected}. {advice}")
+        if self._seen.confidence_is_first:
+            detail = (
+                "6 columns, of which the first after the class seems to be a confidence: the last four fit as a box"
+            )
+            raise Rejected("box", "ambiguous_columns", f"{detail}; expected class x y width height. {_TRAILING}")
         if 0 <= value <= 1 and not self._seen.sixth_is_no_confidence:
             return
         found = (
@@ -126,6 +136,7 @@ class _Seen:
         self._num_ids = 0
         self._has_id_above_1 = False
         self._num_like_poses = 0
+        self._num_sixes = self._num_first = self._num_first_only = 0
 
     def add(self, columns: list[str]) -> None:
         """Count a line. One that is not of numbers counts for nothing."""
@@ -135,6 +146,7 @@ class _Seen:
         if num_columns == _BOX_AND_ONE:
             self.has_confidences = True
             self.sixth_is_no_confidence |= not 0 <= ends[1] <= 1
+            self._add_six(_numbers(columns) or [])
             return
         if num_columns % 2 == 0:
             return
@@ -144,6 +156,20 @@ class _Seen:
         self._has_id_above_1 |= _may_end_with_id(columns) and ends[1] > 1
         if len(self._num_outlines) == 1:
             self._num_like_poses += _is_like_pose(_numbers(columns) or [])
+
+    def _add_six(self, numbers: list[float]) -> None:
+        """Count in which places the box of a line with one more number may be."""
+        if not numbers:
+            return
+        is_first = 0 <= numbers[1] <= 1 and _is_inside(numbers[2:])
+        self._num_sixes += 1
+        self._num_first += is_first
+        self._num_first_only += is_first and not _is_inside(numbers[1:5])
+
+    @property
+    def confidence_is_first(self) -> bool:
+        """Return whether the last four numbers are a box in all lines, and the four after the class not in all."""
+        return self._num_first_only > 0 and self._num_first == self._num_sixes
 
     @property
     def has_ids(self) -> bool:
@@ -163,14 +189,32 @@ def _numbers(columns: Iterable[str]) -> list[float] | None:
         return None
 
 
+def _is_inside(box: list[float]) -> bool:
+    """Return whether x y width height is a box inside the image."""
+    x, y, width, height = box
+    sides = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    return min(width, height) > 0 and min(sides) >= -_OUTSIDE and max(sides) <= 1 + _OUTSIDE
+
+
+def _check_fractions(values: Iterable[float]) -> None:
+    """Raise Rejected for values that are far from fractions."""
+    largest = max(values, key=abs, default=0.0)
+    if math.isfinite(largest) and abs(largest) > _LARGEST:
+        expected = "fractions of the photo, from 0 to 1. Divide pixels by its width and height"
+        raise Rejected("box", "box_outside_image", f"a value is {largest:g}; expected {expected}.")
+
+
 def _box(columns: list[float]) -> Box:
     x, y, width, height = four_numbers(columns[1:5], "x y width height")
-    return four_numbers([x - width / 2, y - height / 2, x + width / 2, y + height / 2], "of corners")
+    box = four_numbers([x - width / 2, y - height / 2, x + width / 2, y + height / 2], "of corners")
+    _check_fractions(columns[1:5])
+    return box
 
 
 def _box_around(columns: list[float]) -> Box:
     if not all(map(math.isfinite, columns)):
         raise Rejected("box", "not_finite", "a point of the outline is not finite")
+    _check_fractions(columns[1:])
     xs, ys = columns[1::2], columns[2::2]
     return four_numbers([min(xs), min(ys), max(xs), max(ys)], "of corners")
 

@@ -27,6 +27,7 @@ _YAML_ENDINGS = (".yaml", ".yml")
 _FOLDERS_ABOVE = 2
 _MAX_BYTES = 2**20
 _NUMBER = re.compile("[0-9]{1,6}")
+_NUMBERED = re.compile(r"([0-9]{1,6})(?:\s*[:=,;.)]\s*|\s+)(\S.*)")
 _HAS_NAMES = re.compile(rb"""^[ \t]*["']?names["']?[ \t]*:""", re.M)
 _MAX_SHOWN = 5
 _OUTLINE_TASKS = ("segment", "obb")
@@ -119,7 +120,7 @@ def _all_in(place: Path, patterns: tuple[str, ...], *, strict: bool) -> Iterator
         try:
             yield _of_list(path, data) if path.suffix not in _YAML_ENDINGS else _of_yaml(path, data)
         except DataError:
-            if strict and _HAS_NAMES.search(data):
+            if strict and (path.suffix not in _YAML_ENDINGS or _HAS_NAMES.search(data)):
                 raise
 
 
@@ -130,8 +131,29 @@ def _of_list(path: Path, data: bytes) -> LabelSettings:
         decoded = decode_text(data)
     except Rejected:  # the names that are not UTF-8 are reported with their targets
         decoded = Decoded(data.decode("utf-8", "surrogateescape"))
-    names = {i: line.strip() for i, line in enumerate(decoded.text.split("\n")) if line.strip()}
-    return LabelSettings(path, names, notes=decoded.notes(path.name))
+    lines = [line.strip() for line in decoded.text.rstrip().split("\n")]
+    numbered = [_NUMBERED.fullmatch(line) for line in lines]
+    if len(lines) > 1 and all(numbered):
+        lines = _without_numbers(path, [(int(match[1]), match[2]) for match in numbered if match])
+    if "" in lines and any(lines):
+        raise DataError(
+            f"{path}: line {lines.index('') + 1} is empty; expected a class name per line, as its number is that of "
+            "its line. Remove the line, or write the name."
+        )
+    return LabelSettings(path, {i: line for i, line in enumerate(lines) if line}, notes=decoded.notes(path.name))
+
+
+def _without_numbers(path: Path, lines: list[tuple[int, str]]) -> list[str]:
+    """Return the names of lines like "0 cat"; other names may begin with a number too. Raises DataError."""
+    numbers = [number for number, _ in lines]
+    if numbers == list(range(len(lines))):
+        return [name for _, name in lines]
+    if numbers == list(range(1, len(lines) + 1)):
+        raise DataError(
+            f"{path}: its lines are numbered from 1, classes of YOLO from 0; expected a class name per line. "
+            "Remove the numbers if the first line is class 0."
+        )
+    return [f"{number} {name}" for number, name in lines]
 
 
 def _of_yaml(path: Path, data: bytes) -> LabelSettings:

@@ -16,6 +16,7 @@ from cogvlm_ft.data.record import BOX_TOLERANCE_PX
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.box_text import is_unpadded_box, num_padded_boxes
+from cogvlm_ft.shards.packing.box_corners import CornerEvidence
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, UnitBasis, Units, box_in_pixels
 from cogvlm_ft.shards.packing.photo_headers import MAX_PHOTOS, PhotoHeaders
 
@@ -58,12 +59,15 @@ class Evidence:
     example: tuple[Box, str, str, tuple[int, int]] | None = None
     log_odds: float = 0.0
     reach: dict[Units, list[float]] = field(default_factory=dict)
+    corners: CornerEvidence = field(default_factory=CornerEvidence)
 
     def add(self, candidate: Candidate, sizes: list[tuple[int, int]]) -> None:
         """Add the boxes of an image; sizes: as stored and as its EXIF orientation turns it, empty if unknown."""
         num_sized, num_outside = self.num_sized, self.num_outside
+        places = [*sizes, (1000, 1000)] if sizes and candidate.units == "thousandths" else sizes
         for target in candidate.targets:
             for box in target.boxes_xyxy:
+                self.corners.add(box, target.phrase, places)
                 if box[0] < box[2] and box[1] < box[3]:  # others are invalid in every unit
                     self._add_box(box, candidate, target.phrase, sizes)
         if self.num_sized > num_sized:
@@ -176,10 +180,14 @@ class BoxUnits:
 
 
 class UnitSurvey:
-    """The evidence of a source, gathered while it is read. headers: of its photos, for sizes that are not stated."""
+    """The evidence of a source, gathered while it is read.
 
-    def __init__(self, headers: PhotoHeaders) -> None:
+    headers: of its photos, for sizes that are not stated. has_corners: its format writes the corners of boxes.
+    """
+
+    def __init__(self, headers: PhotoHeaders, *, has_corners: bool = False) -> None:
         self._headers = headers
+        self._has_corners = has_corners
         self._num_opened = 0
         self._stated: set[Units] = set()
         self._groups: dict[Group, Evidence] = {}
@@ -201,6 +209,10 @@ class UnitSurvey:
         """Return the decision; box_unit: of the user, or "auto". Raises DataError."""
         if box_unit != "thousandth":
             self._texts.check(annotations)
+        for evidence in self._groups.values() if self._has_corners else ():
+            found = evidence.corners.describe_sizes()
+            if found:
+                raise UnclearUnitError(f"{annotations.name}: {found}")
         if box_unit != "auto":
             return self._as_told(box_unit, annotations)
         units_of: dict[Group, Units] = {}
@@ -239,10 +251,10 @@ class UnitSurvey:
         return [header.size_px, turned] if header.orientation >= 5 else [header.size_px]
 
 
-def survey_units(parts: Iterable[Candidate | Problem], images: Path) -> UnitSurvey:
-    """Return the evidence of all parts of a source."""
+def survey_units(parts: Iterable[Candidate | Problem], images: Path, *, has_corners: bool = False) -> UnitSurvey:
+    """Return the evidence of all parts of a source; has_corners: its format writes the corners of boxes."""
     headers = PhotoHeaders(images)
-    survey = UnitSurvey(headers)
+    survey = UnitSurvey(headers, has_corners=has_corners)
     for part in headers.ahead(parts):
         survey.add(part)
     return survey

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from cogvlm_ft.data.record import detect_language, is_finite_number
 from cogvlm_ft.grounding.targets import Box, Target, Turn
@@ -16,6 +19,7 @@ from cogvlm_ft.grounding.targets import Box, Target, Turn
 Units = Literal["pixels", "unit", "thousandths"]
 UnitBasis = Literal["stated", "documented", "unknown"]
 
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_SHOWN = 80
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel = 4
@@ -126,9 +130,13 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def image_path(value: Any, field: str) -> str:
-    """Return the normalised path, also from Windows; raises Rejected if it is not a path."""
+    """Return the normalised path, also from Windows or of an address; raises Rejected if it is not a path."""
     require(isinstance(value, str) and bool(value.strip()), "sample", field, value, "the path of an image")
-    return posixpath.normpath(value.replace("\\", "/"))
+    path = value.replace("\\", "/")
+    if _ADDRESS.match(path):
+        with suppress(ValueError):
+            path = unquote(urlsplit(path).path).lstrip("/") or path
+    return posixpath.normpath(path)
 
 
 def four_numbers(box: Any, meaning: str) -> Box:

@@ -53,7 +53,7 @@ def check_candidate(
             _fit_target(target, candidate.units, candidate.source, image_size_px, problems)
             for target in candidate.targets
         ]
-        kept = tuple(target for target in targets if target)
+        kept = _without_contradictions([target for target in targets if target], candidate, problems)
         if not kept and not candidate.turns and not is_background:
             raise Rejected("sample", "no_targets_left", f"all targets of {candidate.image} were rejected")
     except Rejected as rejected:
@@ -116,6 +116,16 @@ def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int], sto
     if candidate.stated_size_px not in (None, image_size_px, stored_px):
         detail = f"the annotation is for {candidate.stated_size_px}, {candidate.image} has {image_size_px} pixels"
         raise Rejected("sample", "size_mismatch", detail)
+
+
+def _without_contradictions(targets: list[Target], candidate: Candidate, problems: list[Problem]) -> tuple[Target, ...]:
+    """Return the targets without those that are absent and present in one image, also if that box was rejected."""
+    absent = {target.phrase for target in targets if not target.boxes_xyxy}
+    both = absent and absent & {target.phrase for target in candidate.targets if target.boxes_xyxy}
+    for phrase in sorted(both):
+        detail = f"{phrase!r:.200} is present and absent in this image; expected one of both. Correct the annotation."
+        problems.append(Problem("target", "contradiction", detail, candidate.source))
+    return tuple(target for target in targets if target.phrase not in both)
 
 
 def _is_fraction(box: Box, units: Units) -> str | None:

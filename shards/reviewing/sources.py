@@ -68,7 +68,7 @@ def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = 
     """
     annotated = FORMATS[name]
     first_pass = with_photos(annotated.read(annotations, images), images) if annotated.has_open_units else ()
-    found_units = survey_units(first_pass, images)
+    found_units = survey_units(first_pass, images, has_corners=annotated.has_corners)
     try:
         box_units = found_units.decide(box_unit, annotations)
     except UnclearUnitError as error:
