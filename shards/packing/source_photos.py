@@ -1,7 +1,7 @@
 """Which photo an image file is a copy of, by its name: augmented copies belong into one split with their photo.
 
-IMG_8_jpg.rf.8f4ff31e.jpg (Roboflow), IMG_8_aug.jpg, IMG_8_augmented_3.png, IMG_8_hflip.jpg and aug_3_IMG_8.jpg are
-copies of IMG_8. Copies with another name are found by their content (`packing/split_plan.py`).
+IMG_8_jpg.rf.8f4ff31e.jpg (Roboflow), IMG_8_aug.jpg, IMG_8_augmented_3.png, IMG_8_hflip.jpg, IMG_8_blur.jpg and
+aug_3_IMG_8.jpg are copies of IMG_8. Copies with another name are found by their content (`packing/split_plan.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _COPY = (
     re.compile(rf".+_original_(?P<name>.+?)\.(?:{_ENDINGS})_[0-9a-f-]{{8,}}", re.IGNORECASE),  # Augmentor
     re.compile(r"(?P<name>.+?)(?:[-_. ]aug(?:ment(?:ed|ation)?)?(?:[-_. ]?[0-9a-z]+)*)", re.IGNORECASE),
     re.compile(
-        r"(?P<name>.+?)(?:[-_. ](?:[hv]?flip(?:ped)?|mirror(?:ed)?|rotated|rot(?:ate)?[-_]?(?:90|180|270)))"
+        r"(?P<name>.+?)(?:[-_. ](?:[hv]?flip(?:ped)?|mirror(?:ed)?|rotated|rot(?:ate)?[-_]?(?:90|180|270)"
+        r"|bright(?:ness|er|ened)?|dark(?:er|ened)?|contrast|blur(?:red)?|noise|noisy|gaussian|jitter))"
         r"(?:[-_. ]?[0-9]+)?",
         re.IGNORECASE,
     ),
