@@ -17,10 +17,14 @@ _NUMBER = rb"-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?"
 _DOTA_LINE = re.compile(rb"(%s[ ,]+){8}[A-Za-z][\w-]*[ ,]+[0-2]\s*" % _NUMBER)
 _KITTI_LINE = re.compile(rb"[A-Za-z][\w-]* (%s ){13,14}%s\s*" % (_NUMBER, _NUMBER))
 _MOT_LINE = re.compile(rb"[0-9]+,-?[0-9]+(,%s){5,8}\s*" % _NUMBER)
-_VERTEX_LINE = re.compile(rb"(TRAIN|TRAINING|VALIDATION|TEST|UNASSIGNED)?,?gs://[^,]+,.*,,.*\s*")
+_VERTEX_LINE = re.compile(rb"(TRAIN|TRAINING|VALIDATION|TEST|UNASSIGNED)?,?gs://[^,]+(,[^,]*){5,9}\s*")
 _DATUMARO = "Convert it to COCO with Datumaro: datum convert -if {0} -i FOLDER -f coco -o OUT -- --save-media"
 
 _AS_CSV = "as a CSV with the columns image, x, y, w, h, label (docs/formats.md)."
+_DOTA_ADVICE = (
+    "Write the box around the four points of each line as a CSV with the columns image, left, top, right, bottom, "
+    "label (docs/formats.md)."
+)
 
 
 class _Unread(NamedTuple):
@@ -72,7 +76,10 @@ _UNREAD = (
         f"Write left, top, width, height of each box {_AS_CSV}",
     ),
     _Unread(
-        "V7 Darwin's JSON", (".json",), (b'"bounding_box"', b'"dataset"'), "Export COCO or Pascal VOC from V7 instead."
+        "V7 Darwin's JSON",
+        (".json",),
+        (b'"bounding_box"', b'"dataset"'),
+        "Convert it with darwin-py: darwin convert coco FOLDER OUT.",
     ),
     _Unread("VoTT's JSON", (".json", ".vott"), (b'"regions"', b'"asset'), "In VoTT: export Pascal VOC or CSV."),
     _Unread("Vertex AI's JSON lines", (".jsonl", ".json"), (b'"imageGcsUri"',), "Write jsonl of docs/formats.md."),
@@ -120,7 +127,7 @@ class _Lines(NamedTuple):
 
 
 _LINES = (
-    _Lines("DOTA's rotated boxes", (".txt",), _DOTA_LINE, _DATUMARO.format("dota")),
+    _Lines("DOTA's rotated boxes", (".txt",), _DOTA_LINE, _DOTA_ADVICE),
     _Lines("KITTI's labels", (".txt",), _KITTI_LINE, _DATUMARO.format("kitti")),
     _Lines("MOT's tracks", (".txt",), _MOT_LINE, _DATUMARO.format("mot_seq")),
     _Lines("Vertex AI's CSV", (".csv",), _VERTEX_LINE, "Pass this file itself as --annotations."),
