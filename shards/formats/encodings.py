@@ -15,6 +15,7 @@ _KNOWN = re.compile("utf_8|utf_16|gb|hz|big5|shift_jis|cp[0-9]|euc_|iso8859|lati
 _GUESS = "gb18030"
 _CERTAIN = re.compile("[\u0800-\U0010ffff]")
 """Three or more bytes of UTF-8 are not valid by chance."""
+_BETWEEN_LETTERS = re.compile(r"(?:[A-Za-z]+[^\x00-\x7f])+[A-Za-z]+")
 _BETWEEN_WORDS = re.compile(r"""[\r\n\t,;:\[\]{}()'"<>|=/#-]+""")
 
 
@@ -51,6 +52,10 @@ def decode_text(data: bytes, stated: str | None = None) -> Decoded:
     if utf8 is not None and not _is_doubtful(utf8):
         return Decoded(utf8)
     guessed = _decoded(data, _GUESS)
+    if guessed is not None and _is_latin(guessed):
+        raise Rejected(
+            "sample", "not_utf8", f"{_first_foreign(guessed)!r:.80} in GBK, perhaps Latin-1. Convert the file to UTF-8."
+        )
     if guessed is not None:
         return Decoded(guessed, _GUESS)
     if utf8 is not None:
@@ -83,6 +88,34 @@ def _decoded(data: bytes, codec: str) -> str | None:
         return data.decode(codec)
     except (UnicodeError, LookupError):
         return None
+
+
+def _words(text: str) -> list[str]:
+    """Return the words that are not ASCII."""
+    return [word for part in _BETWEEN_WORDS.split(text) for word in part.split() if not word.isascii()]
+
+
+def _is_latin(text: str) -> bool:
+    """Return whether text read as GBK is more likely Latin-1: Mädchen becomes M鋎chen, with rare characters.
+
+    All its Chinese is inside words of ASCII letters, and most of it is outside GB2312 or one character between letters.
+    """
+    words = _words(text)
+    foreign = [char for word in words for char in word if not char.isascii()]
+    num_common = sum(_encodes(char, "gb2312") for char in foreign)
+    has_letters = all(any(char.isascii() and char.isalpha() for char in word) for word in words)
+    return has_letters and (2 * num_common < len(foreign) or all(map(_BETWEEN_LETTERS.fullmatch, words)))
+
+
+def _first_foreign(text: str) -> str:
+    return next(iter(_words(text)), "")
+
+
+def _encodes(char: str, codec: str) -> bool:
+    try:
+        return bool(char.encode(codec))
+    except UnicodeError:
+        return False
 
 
 def _is_doubtful(text: str) -> bool:

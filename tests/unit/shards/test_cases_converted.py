@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats.coco_bboxes import Bbox, check_sizes
+from cogvlm_ft.shards.formats.encodings import decode_text
+from cogvlm_ft.shards.packing.candidates import Rejected
 from tests.unit.shards.case_files import Built, build_case, write_photo
 
 _YAML = "names: [cat, dog]\n"
@@ -169,3 +171,14 @@ def test_sizes_where_corners_are_expected_are_refused(build: Any) -> None:
     assert built.code == 2 and "2 of 3 are not possible as corners" in built.printed
     built = build({"y.csv": "image,xmin,ymin,xmax,ymax,class\na.jpg,5,5,60,50,dog\na.jpg,70,50,99,1,dog\n"}, "y.csv")
     assert built.boxes == {"a": {"dog": ((5, 5, 60, 50),)}} and built.reasons == ["inverted_box"]
+
+
+@pytest.mark.parametrize("word", ["Mädchen", "école", "Größe", "grüne Äpfel"])
+def test_latin_is_not_read_as_chinese(word: str) -> None:
+    with pytest.raises(Rejected, match="Latin-1"):
+        decode_text(f"<name>{word}</name>".encode("latin-1"))
+
+
+@pytest.mark.parametrize("word", ["狗", "镕", "堃", "綠燈", "person狗", "车 car"])
+def test_rare_and_mixed_words_of_gbk(word: str) -> None:
+    assert decode_text(f"<name>{word}</name>".encode("gbk")).text == f"<name>{word}</name>"
