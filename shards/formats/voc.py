@@ -175,10 +175,10 @@ def _box(found: dict[str, str], size_px: SizePx | None) -> Box:
     """Return the box of an object. Raises Rejected."""
     if _ROTATED[0] in found and _CORNERS[0] not in found:
         return _box_around_rotated([number(found.get(name), f"<{name}>") for name in _ROTATED], size_px)
-    if len(found) > 1 and not any(name in found for name in _CORNERS):
+    if not any(name in found for name in _CORNERS):
         parts = ", ".join(dict.fromkeys(f"<{name.partition('/')[0]}>" for name in found if name)) or "nothing"
         detail = f"the object has no <bndbox> with xmin, ymin, xmax, ymax; found {parts}. Export boxes, or COCO."
-        raise Rejected("box", "bad_field", detail)
+        raise Rejected("box", "not_numeric", detail)
     corners = [number(found.get(name), f"<{name}>") for name in _CORNERS]
     box = four_numbers(corners, "[xmin, ymin, xmax, ymax]")
     degrees = _degrees(found)
