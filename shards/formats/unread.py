@@ -23,7 +23,7 @@ _DATUMARO = "Convert it to COCO with Datumaro: datum convert -if {0} -i FOLDER -
 _AS_CSV = "as a CSV with the columns image, x, y, w, h, label (docs/formats.md)."
 _DOTA_ADVICE = (
     "Write the box around the four points of each line as a CSV with the columns image, left, top, right, bottom, "
-    "label (docs/formats.md)."
+    "label (docs/formats.md), or as COCO."
 )
 
 
