@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
-NUM_PHOTOS, NUM_STEPS, ABSENT = 16, 300, 0.2
+NUM_PHOTOS, NUM_STEPS, ABSENT = 16, 160, 0.2
 REAL_MODEL = "models/cogvlm-grounding-generalist"
 
 

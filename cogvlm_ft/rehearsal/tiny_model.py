@@ -30,14 +30,17 @@ def texts_of(records: Iterable[Record], wording: Wording, seed: int, num_epochs:
     ]
 
 
-def save_tiny_model(folder: Path, texts: Sequence[str], image_size: int = IMAGE_SIZE) -> int:
-    """Save a model with random parameters and a tokenizer trained on the texts. Return its number of parameters."""
+def save_tiny_model(folder: Path, texts: Sequence[str], image_size: int = IMAGE_SIZE, *, small: bool = False) -> int:
+    """Save a model with random parameters and a tokenizer trained on the texts. Return its number of parameters.
+
+    small: half the parameters, enough to learn a few photos by heart.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, folder / MODEL_FILE, VOCAB_SIZE)
     tokenizer = CogVLMTokenizer.from_folder(folder)
     tokenizer.save(folder)
     torch.manual_seed(0)
     longest = max(len(tokenizer.encode(text)) for text in texts)
-    model = build_demo_model(len(tokenizer), image_size, max_positions=max(256, 4 * longest))
+    model = build_demo_model(len(tokenizer), image_size, max_positions=max(256, 4 * longest), small=small)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -19,8 +19,9 @@ from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
 from cogvlm_ft.runtime.ports import free_port
 from cogvlm_ft.settings import AugmentConfig, Config
 
-MICRO_BATCH_SIZE = 8
-NUM_EPOCHS = 3  # in each, every photo is seen many times; each ends with an evaluation
+MICRO_BATCH_SIZE = 4  # small, because sequences are padded to the longest, and photos differ in their number of boxes
+MAX_SEQUENCE_LENGTH = 1 << 16  # the tiny tokenizer needs more tokens than that of the real model
+NUM_EPOCHS = 2  # in each, every photo is seen many times; each ends with an evaluation
 SCHEDULE: dict[str, Any] = {  # of a tiny model that learns a few photos by heart
     "train.lr": 2e-3,
     "train.beta2": 0.98,
@@ -52,7 +53,7 @@ def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int)
         raise ConfigError(f"--out {out}: found a rehearsal of other photos; expected a new folder, or the same photos")
     write_chosen(drawn, IMAGE_SIZE, out / "chosen")
     texts = texts_of(records, load_wording(config.data.wording), config.seed)
-    return Chosen(len(records), save_tiny_model(out / "start", texts))
+    return Chosen(len(records), save_tiny_model(out / "start", texts, small=True))
 
 
 def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:
@@ -75,8 +76,12 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "data.train_split": "train",
         "data.val_split": "train",
         "data.num_workers": 0,
+        "data.max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "data.tiles.side_px": "null",
         "train.precision": "fp32",
+        "train.lr_scale": "{}",
         "train.vision_layer_decay": 1,
+        "train.ema": "null",
         "train.epochs": NUM_EPOCHS,
         "train.max_steps": num_steps,
         "train.global_batch_size": batch_size,
@@ -84,7 +89,7 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "evaluate.before_training": "false",
         "evaluate.every_epochs": 1,
         "evaluate.max_samples": "null",
-        "evaluate.batch_size": 2 * MICRO_BATCH_SIZE,
+        "evaluate.batch_size": 4 * MICRO_BATCH_SIZE,
         "evaluate.num_pictures": chosen.num_photos,
         "evaluate.probe": "null",
         "tracking.mode": "disabled",
