@@ -22,11 +22,12 @@ from cogvlm_ft.data.plan import Item, PhotoParts, SamplePlan, TurnsPart, rank_it
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.data.tiling import show_tile
-from cogvlm_ft.data.transforms import model_input, resize_of
+from cogvlm_ft.data.transforms import resize_of
 from cogvlm_ft.errors import ConfigError, DataError, ServerError
 from cogvlm_ft.grounding.turns import most_turns
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
+from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import AugmentConfig
@@ -104,7 +105,7 @@ class GroundingDataset(Dataset):
 
     def _encode(self, index: int, part: TurnsPart, item: Item) -> Example:
         sample = self.reader.read(index)
-        key = sample.record.key
+        key, size = sample.record.key, self.config.image_size
         try:
             look = self.look(sample.record, part, item.epoch)
             turns, weight = look.turns, item.weight
@@ -127,7 +128,7 @@ class GroundingDataset(Dataset):
         return Example(
             key=key,
             item=item,
-            pixel_values=model_input(sample.image, look.frame, self.config.image_size, look.colours.apply),
+            pixel_values=preprocess_image(look.draw(sample.image, size), size),
             sequences=sequences,
             weight=weight,
             num_turns=len(turns),

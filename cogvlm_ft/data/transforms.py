@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from PIL import Image
 from torch import Tensor
 
@@ -13,15 +11,12 @@ from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.settings import RESIZES
 
 
-def model_input(
-    image: Image.Image, frame: Frame, image_size: int, recolour: Callable[[Image.Image], Image.Image] | None = None
-) -> Tensor:
+def model_input(image: Image.Image, frame: Frame, image_size: int) -> Tensor:
     """Return float32[3, S, S]: what the model sees of an image (RGB, or its exact half, quarter or eighth) in a frame.
 
-    recolour: changes the S x S image before it is normalised.
+    In training, `Look.draw` changes the colours too.
     """
-    seen = frame.apply_image(image, image_size)
-    return preprocess_image(recolour(seen) if recolour else seen, image_size)
+    return preprocess_image(frame.apply_image(image, image_size), image_size)
 
 
 def resize_of(config: CogVLMConfig) -> str:

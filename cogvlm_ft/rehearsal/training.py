@@ -22,6 +22,7 @@ from cogvlm_ft.settings import AugmentConfig, Config
 MICRO_BATCH_SIZE = 4  # small, because sequences are padded to the longest, and photos differ in their number of boxes
 MAX_SEQUENCE_LENGTH = 1 << 16  # the tiny tokenizer needs more tokens than that of the real model
 NUM_EPOCHS = 2  # in each, every photo is seen many times; each ends with an evaluation
+NO_GPUS = ("CUDA_VISIBLE_DEVICES", "")
 SCHEDULE: dict[str, Any] = {  # of a tiny model that learns a few photos by heart
     "train.lr": 2e-3,
     "train.beta2": 0.98,
@@ -98,14 +99,19 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
 
 
 def start_training(arguments: Sequence[str], num_processes: int, *, on_cpu: bool = True) -> int:
-    """Run launch/train.py in a process of its own, or in several of this machine; return its exit code."""
-    environment = dict(os.environ)
+    """Run launch/train.py in a process of its own, or in several of this machine; return its exit code.
+
+    on_cpu: leave the machine's GPUs alone.
+    """
+    environment, program = dict(os.environ), [sys.executable, "-m", "cogvlm_ft.launch.train"]
     if on_cpu:
-        environment["DS_ACCELERATOR"] = "cpu"
+        environment |= {"DS_ACCELERATOR": "cpu", NO_GPUS[0]: NO_GPUS[1]}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     if num_processes == 1:
-        command = [sys.executable, "-m", "cogvlm_ft.launch.train"]
+        command = program
     else:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_processes)]
-        command += ["--master_port", str(free_port()), "--module", "cogvlm_ft.launch.train"]
+        command += ["--master_port", str(free_port()), "--no_python", "--no_local_rank"]
+        # The launcher gives each process a GPU of its own, in CUDA_VISIBLE_DEVICES, on the CPU too.
+        command += [*(["env", "=".join(NO_GPUS)] if on_cpu else []), *program]
     return subprocess.run([*command, *arguments], env=environment, check=False).returncode
