@@ -21,6 +21,7 @@ try:
     from cogvlm_ft.grounding.boxes import READINGS
     from cogvlm_ft.settings import DECODINGS, RESIZES
     from cogvlm_ft.terminal import say
+    from cogvlm_ft.tile_settings import TilesConfig
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -114,8 +115,24 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         metavar="PATCHES",
         help=f"ask again on a crop for boxes under PATCHES vision patches (without a number: {ZOOM_PATCHES:.0f})",
     )
+    group.add_argument(
+        "--tiles",
+        type=int,
+        metavar="SIDE",
+        help="ask about overlapping tiles of SIDE px of larger photos too, as data.tiles does, and merge the answers",
+    )
+    group.add_argument("--overlap", type=float, default=0.2, help="of --tiles, as a fraction of SIDE (default: 0.2)")
     group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     group.add_argument("--adapter", type=Path, help="folder of an adapter in the files of peft, merged into --model")
+
+
+def choose_tiles(args: argparse.Namespace) -> TilesConfig:
+    """Return the tiles of --tiles and --overlap. Raises ConfigError."""
+    if args.tiles is not None and args.tiles < 16:
+        raise ConfigError(f"--tiles: found {args.tiles}; expected at least 16 px")
+    if not 0 <= args.overlap <= 0.9:
+        raise ConfigError(f"--overlap: found {args.overlap}; expected 0 to 0.9")
+    return TilesConfig(side_px=args.tiles, overlap=args.overlap)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -137,7 +154,8 @@ def predict(args: argparse.Namespace) -> int:
         check_questions(questions, args.format)
     names = ("adapter", "image_size", "resize", "dtype", "decoding", "min_boxes", "max_new_tokens", "reading")
     settings = {name: getattr(args, name) for name in names}
-    asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, **settings)
+    tiles = choose_tiles(args)
+    asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, tiles=tiles, **settings)
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if args.serve:

@@ -45,10 +45,13 @@ class Look:
 
 
 def can_ask_in_tiles(turn: Turn) -> bool:
-    """Return whether a question means the same about a part of a photo: it follows no other and names no place."""
+    """Return whether a question means the same about a part of a photo.
+
+    It follows no other, names no place, and its answer is one list of boxes, not one for each of several phrases.
+    """
     target = turn.target
     texts = [target.phrase, *(words for _, words in target.names)] if target else [turn.prompt]
-    return turn.scored and not turn.history and not any(map(mentions_place, texts))
+    return turn.scored and not turn.history and turn.style != "steps" and not any(map(mentions_place, texts))
 
 
 def split_turns(

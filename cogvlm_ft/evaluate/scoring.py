@@ -21,6 +21,7 @@ from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.protocols import Protocol
 from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.tile_answers import MergedAnswer, TileAnswer, merge_answers
+from cogvlm_ft.grounding.tiles import Window
 from cogvlm_ft.grounding.wording import Wording
 
 _BOXES = re.compile(r"\[\[[0-9,;]*\]\]")
@@ -94,16 +95,20 @@ def _tile_answer(frame: Frame, answer: Answer, wording: Wording, protocol: Proto
     boxes = None if not_found else protocol.read(text, frame.size_px)
     read = read_boxes(closed.text, closed.digit_probs)
     known = read is not None and boxes is not None and len(read) == len(boxes)
-    window = frame.window_px
-    shown = (max(0, window[0]), max(0, window[1]), *(min(frame.photo_px[i], window[i + 2]) for i in (0, 1)))
     return TileAnswer(
-        window=(shown[0], shown[1], shown[2], shown[3]),
+        window=shown_window(frame),
         boxes=None if boxes is None else [clip_box(box, frame.photo_px) for box in frame.invert_boxes(boxes)],
         confidences=[box.confidence for box in read] if read and known else [1.0] * len(boxes or ()),
         patch_px=(frame.size_px[0] / side, frame.size_px[1] / side),
         not_found=not_found,
         not_found_prob=answer.not_found_prob,
     )
+
+
+def shown_window(frame: Frame) -> Window:
+    """Return what a frame shows of the photo, without the grey beyond its edges."""
+    (x0, y0, x1, y1), (width, height) = frame.window_px, frame.photo_px
+    return max(0, x0), max(0, y0), min(width, x1), min(height, y1)
 
 
 def merged_text(text: str, merged: MergedAnswer, size_px: tuple[int, int]) -> str:

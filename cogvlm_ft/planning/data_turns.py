@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cogvlm_ft.data.reader import open_split
+from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.turns import most_turns
 from cogvlm_ft.grounding.wording import load_wording
@@ -11,6 +12,7 @@ from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.settings import Config
 
 BOX_TOKENS = len("ddd,ddd,ddd,ddd;")  # each character is a token
+NUM_RECORDS = 200  # read to estimate the tiles of an image
 SENTENCE_TOKENS = 60  # of an answer, around its boxes; an estimate
 
 
@@ -22,6 +24,24 @@ def most_turns_of(config: Config, split: str) -> int | None:
     except (ConfigError, DataError, OSError):
         return None
     return max(1, worded + max(0, int(index.num_turns.max(initial=0))))
+
+
+def mean_looks(config: Config) -> float:
+    """Return how many times an evaluation shows an image on average: once, and once for each of its tiles.
+
+    By records that are spread over the validation split; 1 if they cannot be read from here.
+    """
+    tiles, counts = config.data.tiles, list[int]()
+    if tiles.side_px is None:
+        return 1.0
+    try:
+        reader = open_split(config, config.data.val_split)
+        for i in range(0, len(reader), -(-len(reader) // NUM_RECORDS)):
+            num_tiles = len(photo_tiles(reader.read_size(i), tiles))
+            counts.append(num_tiles + (tiles.whole or not num_tiles))
+    except (ConfigError, DataError, OSError):
+        return 1.0
+    return sum(counts) / len(counts)
 
 
 def largest_pass(config: Config, model: CogVLMConfig) -> MicroBatchShape:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cogvlm_ft.planning.activations import MicroBatchShape
-from cogvlm_ft.planning.data_turns import longest_answer
+from cogvlm_ft.planning.data_turns import longest_answer, mean_looks
 from cogvlm_ft.planning.memory import MemoryEstimate, Planner, element_bytes
 from cogvlm_ft.planning.step_time import GIGA, Speeds, count_flops
 
@@ -36,7 +37,8 @@ def time_evaluation(
     settings, cluster, element = planner.config.evaluate, planner.cluster, element_bytes(planner.config)
     together, turns = estimate.asked_together, sequences.asked_turns or sequences.turns
     asked = [number for number in (settings.max_samples, num_images) if number is not None]
-    per_rank = -(-min(asked, default=together.num_images * cluster.num_gpus) // cluster.num_gpus)
+    num_looks = math.ceil(min(asked, default=together.num_images * cluster.num_gpus) * mean_looks(planner.config))
+    per_rank = -(-num_looks // cluster.num_gpus)
     batch_size = max(1, min(together.num_images, per_rank))
     num_passes = -(-turns // max(1, together.num_turns))
     forward, _ = count_flops(planner.model, replace(sequences, num_images=batch_size))

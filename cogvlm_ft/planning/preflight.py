@@ -17,7 +17,9 @@ import torch
 from cogvlm_ft.checkpoints.choice import model_files
 from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import open_split
+from cogvlm_ft.data.tiling import plan_tiles
 from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMConfig, load_config, model_config_of
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
@@ -82,12 +84,17 @@ def inspect_run(
 
 
 def count_images(config: Config) -> int | None:
-    """Count the images of a training epoch; None if the shards cannot be read from here."""
+    """Count the images of a training epoch, tiles included; None if the shards cannot be read from here."""
+    data = config.data
     try:
-        index = open_split(config, config.data.train_split).index
+        reader = open_split(config, data.train_split)
+        sizes = reader.index.source_sizes
+        if data.tiles.side_px is not None:
+            wording = load_wording(data.wording)
+            sizes = plan_tiles(reader, wording, data.tiles, data.max_turns_per_image, config.seed).source_sizes(sizes)
     except (DataError, ConfigError):
         return None
-    plan = plan_samples(index.source_sizes, index.source_weights, global_batch_size=1, seed=config.seed)
+    plan = plan_samples(sizes, reader.index.source_weights, global_batch_size=1, seed=config.seed)
     return plan.num_samples
 
 
@@ -306,7 +313,8 @@ def _time_lines(preflight: Preflight) -> list[str]:
     ]
     if preflight.num_images:
         hours = time.epoch_s(preflight.num_images) / 3600
-        lines.append(f"an epoch: {preflight.num_images:,} images, {hours:.2f} h with a checkpoint, without evaluation")
+        what = "images" if config.data.tiles.side_px is None else "images and tiles"
+        lines.append(f"an epoch: {preflight.num_images:,} {what}, {hours:.2f} h with a checkpoint, without evaluation")
     return lines
 
 

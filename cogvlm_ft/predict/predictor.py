@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
 from cogvlm_ft.evaluate.evaluate import build_grammar
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
+from cogvlm_ft.evaluate.looks import can_ask_in_tiles, split_turns
 from cogvlm_ft.evaluate.survey import answer_limit, longest_worded_answer
 from cogvlm_ft.grounding.boxes import boxes_from_bins, close_cut_list, parse_boxes, read_boxes
 from cogvlm_ft.grounding.overlap import pairwise_iou
@@ -31,12 +32,16 @@ from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.generation_memory import GenerationMemory
 from cogvlm_ft.model.loading import parameter_shapes
+from cogvlm_ft.predict.replies import FoundBox, Reply, merge_replies
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.param_gathering import free_bytes
 from cogvlm_ft.runtime.tf32 import allow_tf32
+from cogvlm_ft.tile_settings import TilesConfig
 
 MAX_TURNS = 16
 """Questions about one photo that are answered in one pass; more take several, and so do fewer if memory is short."""
+TILES_PER_PASS = 16
+"""Tiles that are answered together, if memory allows and no more photos are asked about."""
 ZOOM_SHARE = 1 / 4
 """A second look shows the part of the photo of which the target fills this fraction of the width or the height,"""
 ZOOM_MIN_PATCHES = 4
@@ -57,6 +62,7 @@ class Asking:
     max_new_tokens: None: room for as many boxes as the wording allows.
     reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
     adapter: a folder in the files of peft, merged into the model.
+    tiles: of photos that are larger than one; off without a side.
     """
 
     image_size: int | None = None
@@ -70,45 +76,22 @@ class Asking:
     reading: str = "centre"
     zoom_patches: float = 0.0
     adapter: Path | None = None
-
-
-@dataclass(frozen=True)
-class FoundBox:
-    """xyxy: pixels of the photo. confidence: mean probability of its digits, None if unknown.
-
-    phrase: its target, where that is known. zoomed: from a second look.
-    """
-
-    xyxy: Box
-    confidence: float | None = None
-    phrase: str | None = None
-    zoomed: bool = False
-
-
-@dataclass(frozen=True)
-class Reply:
-    """boxes: None if the text holds no readable ones. The text is that of the first look.
-
-    truncated: the text was cut at the limit of new tokens; boxes are those that it had closed.
-    """
-
-    prompt: str
-    text: str
-    boxes: tuple[FoundBox, ...] | None
-    not_found: bool
-    not_found_prob: float | None
-    truncated: bool = False
+    tiles: TilesConfig = field(default_factory=TilesConfig)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """One image that the model sees, and what it is asked about it. free: turns without a grammar."""
+    """One image that the model sees, and what it is asked about it.
+
+    free: turns without a grammar. in_tiles: turns that can be asked about a part of the image too.
+    """
 
     photo: Image.Image
     frame: Frame
     prompts: Sequence[str]
     histories: Sequence[Sequence[tuple[str, str]]]
     free: Sequence[bool]
+    in_tiles: Sequence[bool] = ()
 
 
 def load_predictor(path: Path, asking: Asking) -> Predictor:
@@ -171,7 +154,7 @@ class Predictor:
             numbers = [[i for i, turn in enumerate(row) if len(turn.history) == depth] for row in turns]
             asked = [n for n, row in enumerate(numbers) if row]
             looks = [self._first_look(photos[n], turns[n], numbers[n], replies[n]) for n in asked]
-            for n, row in zip(asked, self._zoom(looks, self._answer(looks)), strict=True):
+            for n, row in zip(asked, self._zoom(looks, self._answer_with_tiles(looks)), strict=True):
                 for i, reply in zip(numbers[n], row, strict=True):
                     replies[n][i] = _name_boxes(reply, turns[n][i])
         return [[row[i] for i in sorted(row)] for row in replies]
@@ -187,6 +170,7 @@ class Predictor:
             [turns[i].prompt for i in numbers],
             [[(replies[j].prompt, replies[j].text) for j in earlier if j in replies] for earlier in before],
             [not turns[i].scored for i in numbers],
+            [can_ask_in_tiles(turns[i]) for i in numbers],
         )
 
     def _answer(self, looks: Sequence[_Look]) -> list[list[Reply]]:
@@ -243,6 +227,27 @@ class Predictor:
             for i, box in enumerate(in_photo)
         )
         return Reply(prompt, answer.text, boxes, *known)
+
+    def _answer_with_tiles(self, looks: Sequence[_Look]) -> list[list[Reply]]:
+        """Answer about whole photos, and about their tiles what can be asked there."""
+        parts, places = list[_Look](), list[tuple[int, tuple[int, ...]]]()
+        for n, look in enumerate(looks):
+            for window, numbers in split_turns(look.photo.size, look.in_tiles, self.asking.tiles):
+                frame = look.frame if window is None else fit(Frame(look.photo.size, window), self._resize)
+                chosen = [[row[i] for i in numbers] for row in (look.prompts, look.histories, look.free)]
+                parts.append(_Look(look.photo, frame, *chosen))
+                places.append((n, numbers))
+        step = max(len(looks), TILES_PER_PASS)
+        rows = [row for start in range(0, len(parts), step) for row in self._answer(parts[start : start + step])]
+        given: dict[tuple[int, int], list[tuple[Frame, Reply]]] = {}
+        for part, (n, numbers), row in zip(parts, places, rows, strict=True):
+            for i, reply in zip(numbers, row, strict=True):
+                given.setdefault((n, i), []).append((part.frame, reply))
+        num_patches = self.model.config.num_patches
+        return [
+            [merge_replies(*zip(*given[n, i], strict=True), num_patches) for i in range(len(look.prompts))]
+            for n, look in enumerate(looks)
+        ]
 
     def _zoom(self, looks: Sequence[_Look], rows: list[list[Reply]]) -> list[list[Reply]]:
         """Replace boxes under `zoom_patches` by the answers about the part of the photo around them.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_loader import SEED, assert_equal, build_dataset
+from test_loader import NUM_SAMPLES, SEED, assert_equal, build_dataset
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.collate import Batch
@@ -17,6 +17,8 @@ from cogvlm_ft.data.tiling import plan_tiles, show_tile, tile_contents
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer
+from cogvlm_ft.planning.data_turns import mean_looks
+from cogvlm_ft.planning.preflight import count_images
 from cogvlm_ft.tile_settings import TilesConfig
 
 TILES = TilesConfig(side_px=32, overlap=0.2, min_visible=0.6, fully_annotated=True, empty=0.2)  # 2 x 2 of 56 px
@@ -123,6 +125,14 @@ def test_every_wording_asks_about_tiles(shards: Path, tokenizer: CogVLMTokenizer
         assert example.weight == 1 and example.num_turns > 0 and example.bad is None
 
 
-def test_the_setting_is_off_by_default() -> None:
-    config = load_config(None, ["output_dir=a", "model.path=b", "data.shards=c"])
-    assert config.data.tiles.side_px is None
+def test_the_plan_of_a_run_counts_tiles_and_without_them_nothing_changes(
+    shards: Path, tokenizer: CogVLMTokenizer
+) -> None:
+    settings = ["output_dir=a", "model.path=b", f"data.shards={shards}", f"seed={SEED}", "data.wording=box"]
+    plain = load_config(None, settings)
+    assert (count_images(plain), mean_looks(plain)) == (NUM_SAMPLES, 1)
+    fields = {**vars(TILES)}
+    config = load_config(None, [*settings, *(f"data.tiles.{name}={value}" for name, value in fields.items())])
+    assert config.data.tiles == TILES
+    parts = tiled(shards, tokenizer).parts
+    assert parts is not None and (count_images(config), mean_looks(config)) == (len(parts), 5)

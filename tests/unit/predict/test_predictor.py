@@ -45,6 +45,7 @@ from cogvlm_ft.predict.predictor import (
     load_predictor,
 )
 from cogvlm_ft.predict.steps import conversation_turns, read_phrases, target_turns
+from cogvlm_ft.tile_settings import TilesConfig
 
 pytestmark = pytest.mark.slow  # some seconds of training before the first test
 
@@ -204,6 +205,23 @@ def test_a_second_look_is_the_question_about_that_part_of_the_photo(folder: Path
     nearest = min(moved, key=lambda box: abs((box[0] + box[2]) / 2 - 496.4))
     assert small.zoomed and small.xyxy == pytest.approx(nearest) and small.xyxy != plain.boxes[1].xyxy
     assert small.confidence == pytest.approx((alone.boxes or ())[moved.index(nearest)].confidence, abs=1e-4)
+
+
+def test_tiles_are_asked_as_photos_of_their_own_and_their_boxes_merged(folder: Path) -> None:
+    """The model answers the same about every part; boxes of tiles that overlap are one."""
+    picture = photo(800, 400)
+    tiles = TilesConfig(side_px=500, overlap=0.2)
+    [[plain, first]] = predictor(folder).ask([picture], [[WHERE_MANY, "the left dog?"]])
+    [[reply, placed]] = predictor(folder, tiles=tiles).ask([picture], [[WHERE_MANY, "the left dog?"]])
+    assert placed == first, "a question that names a place is asked about the whole photo"
+    alone = []
+    for x0 in (0, 300):
+        [[part]] = predictor(folder).ask([picture.crop((x0, 0, x0 + 500, 400))], [[WHERE_MANY]])
+        alone += [(a + x0, b, c + x0, d) for a, b, c, d in (box.xyxy for box in part.boxes or ())]
+    given = len(alone) + len(plain.boxes or ())
+    assert reply.boxes and len(reply.boxes) + reply.num_duplicates == given
+    assert reply.num_duplicates or {box.xyxy for box in reply.boxes} >= set(alone)
+    assert predictor(folder, tiles=TilesConfig(side_px=800)).ask([picture], [[WHERE_MANY]]) == [[plain]]
 
 
 def test_no_second_look_without_a_gain(folder: Path) -> None:
