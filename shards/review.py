@@ -32,6 +32,7 @@ from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, write_atomically
 from cogvlm_ft.shards.reviewing.label_words import names_text
 from cogvlm_ft.shards.reviewing.page import render_page
 from cogvlm_ft.shards.reviewing.settings import ReviewSettings, parse_augment
+from cogvlm_ft.shards.reviewing.small_targets import explain
 from cogvlm_ft.shards.reviewing.sources import Item, annotated_items, shard_items
 from cogvlm_ft.shards.reviewing.statistics import IMAGE_SIZES, PATCH_PX, WEIGHTS_SIZE
 from cogvlm_ft.shards.reviewing.survey import Survey, survey
@@ -66,6 +67,8 @@ def summarize(found: Survey, out: Path) -> str:
         own = ", the weights' own" if best["image_size"] == best["weights_size"] else ""
         fraction = f"{best['share']:.1%} of the boxes are at least one patch wide"
         lines.append(f"recommended image size: {best['image_size']} px{own} ({fraction})")
+    tiles = explain(found.report["small_targets"], best["weights_size"])
+    lines += [tiles] if tiles else []
     rows = {kind: f"  {count:>7} {title_of(kind, 'en')}" for kind, count in suspects.items()}
     lines.append(f"suspects: {found.report['num_suspects'] or 'none'}")
     lines += [row for kind, row in rows.items() if not kind.startswith(NOTE)]

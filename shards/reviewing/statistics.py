@@ -18,6 +18,7 @@ from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.reviewing.photo_rules import PATCH_PX
 from cogvlm_ft.shards.reviewing.photos import Photo
 from cogvlm_ft.shards.reviewing.readings import Tally, boxes_of, in_pixels
+from cogvlm_ft.shards.reviewing.small_targets import compare, count_box, count_photo
 
 IMAGE_SIZES = (224, 490, 756, 980)
 WANTED_SHARE = 0.9
@@ -57,6 +58,7 @@ def count_candidate(candidate: Candidate, photo: Photo | None, split: str | None
     if photo:
         tally["photos",] = 1
         tally["photo side", _bin(max(photo.size_px), SIDE_EDGES_PX)] += 1
+        count_photo(tally, photo.size_px)
         for box in in_pixels(boxes_of(candidate), candidate.units, photo.size_px).tolist():
             if box_defect(box, photo.size_px) is None:
                 _count_box(tally, clip_box(box, photo.size_px), photo.size_px)
@@ -73,6 +75,7 @@ def _count_box(tally: Tally, box: Box, image_size_px: tuple[int, int]) -> None:
     shorter = min(box_width / width, box_height / height)
     for size in IMAGE_SIZES:
         tally["patches", size, _bin(shorter * size / PATCH_PX, PATCH_EDGES)] += 1
+    count_box(tally, box, image_size_px, IMAGE_SIZES)
     iou = best_iou(box, image_size_px)
     group = _bin(root, GROUP_EDGES)
     tally["iou", group, round(iou * _IOU_STEPS)] += 1
@@ -96,6 +99,7 @@ def report_of(tally: Tally, weights_size: int = WEIGHTS_SIZE) -> dict[str, Any]:
         "box_share_of_side": _histogram(tally, SHARE_EDGES, "box share"),
         "image_sizes": {str(size): _at_size(tally, size) for size in IMAGE_SIZES},
         "recommended": recommend(tally, weights_size),
+        "small_targets": compare(tally, weights_size, IMAGE_SIZES),
         "best_iou": {
             "all": _iou_report(tally, range(len(GROUP_EDGES) + 1)),
             **{label: _iou_report(tally, [group]) for group, label in enumerate(edge_labels(GROUP_EDGES))},

@@ -12,9 +12,11 @@ from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.reviewing.page import bars_of
 from cogvlm_ft.shards.reviewing.photos import Photo
 from cogvlm_ft.shards.reviewing.readings import Tally
+from cogvlm_ft.shards.reviewing.small_targets import compare, count_box, count_photo, explain
 from cogvlm_ft.shards.reviewing.sources import Place
 from cogvlm_ft.shards.reviewing.statistics import (
     COUNT_EDGES,
+    IMAGE_SIZES,
     best_iou,
     count_candidate,
     edge_labels,
@@ -65,6 +67,22 @@ def test_nine_of_ten_boxes_decide() -> None:
     large, small = [(0.0, 0.0, 500.0, 300.0)] * 9, [(0.0, 0.0, 20.0, 300.0)]
     assert recommend(tally_of(*large, *small), 224)["image_size"] == 224
     assert recommend(tally_of(*large[1:], *small * 2))["image_size"] == 756
+
+
+def test_resolution_or_tiles() -> None:
+    """In a photo of 4000 x 3000 px, 100 px are 0.9 patches at 490, 1.75 at 980, and 3.6 in tiles of 980 px."""
+    tally: Tally = Counter({("photos",): 1, ("good boxes",): 10})
+    count_photo(tally, (4000, 3000))
+    for number in range(10):
+        count_box(tally, (0, 0, 400 if number else 100, 100), (4000, 3000), IMAGE_SIZES)
+    found = compare(tally, 490, IMAGE_SIZES)
+    shares = {each["setting"]: (each["share"], each["tokens"]) for each in found["options"]}
+    assert shares["model.image_size=490"] == (0, 1227) and shares["data.tiles.side_px=980"] == (1, 21 * 1227)
+    assert shares["model.image_size=980"] == (0.9, 4902) and found["recommended"] == "model.image_size=980"
+    assert not any("224" in setting for setting in shares), "not below the weights' own"
+    small = compare(tally_of((0, 0, 300, 300)), 490, IMAGE_SIZES)
+    assert small["recommended"] == "model.image_size=490" and explain(small, 490) == ""
+    assert "recommended model.image_size=980" in explain(found, 490)
 
 
 def test_no_box_no_advice() -> None:
