@@ -46,7 +46,7 @@ class MergedAnswer:
     """boxes: None if nothing was found and an answer was unreadable. num_duplicates: boxes that merging removed.
 
     not_found: every answer says so. not_found_prob: the lowest of all answers. best: index of the answer that gave the
-    most confident box, or the first one.
+    most confident box; else the first that is not "not found"; else 0.
     """
 
     boxes: list[Box] | None
@@ -94,7 +94,8 @@ def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int]) -> Me
     if not found:
         says_so = all(answer.not_found for answer in answers)
         readable = all(answer.not_found or answer.boxes is not None for answer in answers)
-        return MergedAnswer([] if readable else None, [], says_so, prob, 0, 0)
+        told = [number for number, answer in enumerate(answers) if not answer.not_found]
+        return MergedAnswer([] if readable else None, [], says_so, prob, 0, told[0] if told else 0)
     groups = _group(found)
     groups.sort(key=lambda group: -group.confidence)
     best = max(found, key=lambda each: each.confidence).answer

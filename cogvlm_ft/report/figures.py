@@ -156,11 +156,9 @@ def _iou_by_size(results: Results) -> Panel:
             side = 100 * mean([math.sqrt(area / image_px) for area in areas])
             dots.append((side, each.score.iou))
             ceilings.append((side, ceiling))
-    series = [
-        Series(both("answers", "回答"), dots, "dots"),
-        Series(both("mean", "平均"), _binned(dots)),
-        Series(both("possible", "上限"), _binned(ceilings), "dashed"),
-    ]
+    series = [Series(both("answers", "回答"), dots, "dots"), Series(both("mean", "平均"), _binned(dots))]
+    if not results.about.get("tiles"):  # box text about tiles is finer than about the whole image
+        series.append(Series(both("possible", "上限"), _binned(ceilings), "dashed"))
     note = both("IoU by side of the target, in % of the image side.", "IoU 随目标边长（占图片边长的百分比）的变化。")
     return Panel(("Size and IoU", "尺寸与 IoU"), chart(series, "IoU by size", y_range=UNIT, x_log=True), note)
 

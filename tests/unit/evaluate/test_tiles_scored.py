@@ -13,11 +13,15 @@ from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate import evaluate as evaluation
 from cogvlm_ft.evaluate.evaluate import evaluate
 from cogvlm_ft.evaluate.generate import Answer
+from cogvlm_ft.evaluate.results import Results
+from cogvlm_ft.evaluate.survey import Survey
 from cogvlm_ft.grounding.boxes import format_boxes
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.grounding.tiles import clip_to_window
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
+from cogvlm_ft.model.generation_memory import Pass
+from cogvlm_ft.report.scores import ceilings_of
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.tile_settings import TilesConfig
 
@@ -75,6 +79,16 @@ def test_perfect_answers_about_tiles_are_right_on_the_photo(
     assert found.about["tiles"]["side_px"] == 48
     plain = [each for each in found.predictions if each.truth_boxes_xyxy]
     assert all(each.boxes_xyxy and each.confidences for each in plain)
+    assert ceilings_of(Results(Path(), found.metrics, found.about, {}, found.predictions)) == {}, "of whole images only"
+
+
+def test_all_ranks_run_equally_many_passes() -> None:
+    """Rank 0 has images 0 and 2, rank 1 image 1 alone; each batch has as many passes as its longest look needs."""
+    survey = Survey(((4, 1, 1), (2,), (3,)), (9, 9, 9), 5)
+    assert survey.places(0, 2) == [(0, 0), (0, 1), (0, 2), (2, 0)] and survey.places(1, 2) == [(1, 0)]
+    assert survey.passes(Pass(2, 2), 2) == [2, 2]
+    assert survey.passes(Pass(1, 4), 2) == [1, 1, 1, 1]
+    assert survey.passes(Pass(8, 1), 1) == [4]
 
 
 def test_a_real_model_is_asked_about_every_tile_and_turns_without_boxes_about_the_photo(

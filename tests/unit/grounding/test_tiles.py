@@ -85,4 +85,4 @@ def test_not_found_only_if_every_answer_says_so() -> None:
     unreadable = answer(RIGHT, None, not_found_prob=0.2)
     assert merge_answers([says_so, says_so], PHOTO).not_found
     merged = merge_answers([says_so, unreadable], PHOTO)
-    assert (merged.not_found, merged.boxes, merged.not_found_prob) == (False, None, 0.2)
+    assert (merged.not_found, merged.boxes, merged.not_found_prob, merged.best) == (False, None, 0.2, 1)
