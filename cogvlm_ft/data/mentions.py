@@ -51,6 +51,16 @@ _COLOURS_EN = re.compile(
 _COLOURS_ZH = re.compile(r"[红橙黄绿青蓝紫粉棕褐黑白灰金银米彩色紅黃綠藍銀]")
 
 
+_RANKS_EN = re.compile(
+    _WORD.format(
+        r"(?:larg|bigg|small|tini|tall|short|long|near|clos|furth|farth|high|low|old|young|bright|dark|thick|thin)est"
+        r"|most|least|other|others|another|last"
+    ),
+    re.IGNORECASE,
+)
+_RANKS_ZH = re.compile(r"最|另[一外]|其[他它余]")
+
+
 def mentions_side(text: str) -> bool:
     """Detect what mirroring changes: left, clockwise, east, the second (in a row); 左, 顺时针, 东, 第二."""
     return bool(_SIDES_EN.search(text) or _SIDES_ZH.search(_HARMLESS_ZH.sub("", text)))
@@ -64,3 +74,8 @@ def mentions_place(text: str) -> bool:
 def mentions_colour(text: str) -> bool:
     """Detect the name of a colour, or the word colour itself."""
     return bool(_COLOURS_EN.search(text) or _COLOURS_ZH.search(text))
+
+
+def compares_in_image(text: str) -> bool:
+    """Detect what means another object in a part of the image: a place, or a rank among all, such as the largest."""
+    return mentions_place(text) or bool(_RANKS_EN.search(text) or _RANKS_ZH.search(text))

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cogvlm_ft.data.frames import Frame
-from cogvlm_ft.data.mentions import mentions_place
+from cogvlm_ft.data.mentions import compares_in_image
 from cogvlm_ft.data.plan import WHOLE, PhotoParts, TurnsPart, view_photos
 from cogvlm_ft.data.reader import ShardReader
-from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.data.record import BadSampleError, Record, clip_box
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.tiles import Window, clip_to_window, tile_windows, visible_fractions
@@ -46,14 +46,15 @@ def tile_contents(
     """Decide for every tile what is present, what is certainly absent, and what is neither.
 
     Targets with a word in common are decided together: none of them is asked where a box of one is cut below
-    `min_visible`. A target whose text names a place in the photo is never asked in a tile. Elsewhere means that no
-    part of it is inside; it counts as absent only if no word of what is visible contains a word of it or the reverse.
+    `min_visible`. A target whose text names a place in the photo, or a rank in it, is never asked in a tile. Elsewhere
+    means that no part of it is inside; it counts as absent only if no word of what is visible contains a word of it or
+    the reverse.
     """
     boxes = [box for target in targets for box in target.boxes_xyxy]
     owners = np.array([i for i, target in enumerate(targets) for _ in target.boxes_xyxy], dtype=np.int64)
     fractions = visible_fractions(boxes, windows)
     words = [_words(target) for target in targets]
-    tied = [any(map(mentions_place, (*words[i], target.description or ""))) for i, target in enumerate(targets)]
+    tied = [any(map(compares_in_image, (*words[i], target.description or ""))) for i, target in enumerate(targets)]
     found = []
     for window, inside in zip(windows, fractions, strict=True):
         visible = set(owners[inside > 0].tolist())
@@ -159,7 +160,7 @@ def plan_tiles(
     for i in progress_bar(range(len(reader)), desc="plan tiles", unit="record", is_shown=len(reader) > 1000):
         progress()
         try:
-            record = replace(reader.read_record(i), image_size_px=reader.read_size(i))
+            record = _clipped(reader.read_record(i), reader.read_size(i))
         except BadSampleError:  # reported when it is loaded
             rows.append([TurnsPart(0, 1)])
             continue
@@ -177,6 +178,15 @@ def plan_tiles(
     for i, n in _choose(empty, num_empty, seed):
         rows[i].append(TurnsPart(0, 1, n))
     return view_photos(rows, repr(settings))
+
+
+def _clipped(record: Record, size_px: tuple[int, int]) -> Record:
+    """Return the record as the reader gives it with its image."""
+    targets = (
+        replace(target, boxes_xyxy=tuple(clip_box(box, size_px) for box in target.boxes_xyxy))
+        for target in record.targets
+    )
+    return replace(record, image_size_px=size_px, targets=tuple(targets))
 
 
 def _leaves_out(record: Record, shown: Sequence[TileContent], settings: TilesConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from cogvlm_ft.data.frames import Frame, fit
-from cogvlm_ft.data.mentions import mentions_place
+from cogvlm_ft.data.mentions import compares_in_image
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, read_questions
@@ -47,11 +47,12 @@ class Look:
 def can_ask_in_tiles(turn: Turn) -> bool:
     """Return whether a question means the same about a part of a photo.
 
-    It follows no other, names no place, and its answer is one list of boxes, not one for each of several phrases.
+    It follows no other, names no place and no rank, and its answer is one list of boxes, not one for each of several
+    phrases.
     """
     target = turn.target
     texts = [target.phrase, *(words for _, words in target.names)] if target else [turn.prompt]
-    return turn.scored and not turn.history and turn.style != "steps" and not any(map(mentions_place, texts))
+    return turn.scored and not turn.history and turn.style != "steps" and not any(map(compares_in_image, texts))
 
 
 def split_turns(
