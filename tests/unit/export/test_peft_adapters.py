@@ -21,6 +21,7 @@ from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 from cogvlm_ft.model.adapters import TARGETS, add_adapters, of_base
 from cogvlm_ft.model.loading import parameter_shapes, whole_assign
+from cogvlm_ft.predict.predictor import Asking, load_predictor
 from cogvlm_ft.settings import AdapterConfig
 
 SETTINGS = AdapterConfig(rank=4, alpha=8, targets=["attention.language", "vision"], full=["bridge"])
@@ -55,7 +56,7 @@ def logits_of(model: Any, tokenizer: CogVLMTokenizer) -> Tensor:
 def test_it_starts_a_training_run_and_is_merged(
     adapter: Path, start_model: Path, tokenizer: CogVLMTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Logits are peft's to 1e-5 in fp32, unmerged, merged in memory and merged by an export."""
+    """Logits are peft's to 1e-5 in fp32, unmerged, merged in memory, asked, and merged by an export."""
     expected = logits_of(PeftModel.from_pretrained(load_model(start_model), adapter), tokenizer)
     assert (logits_of(load_model(start_model), tokenizer) - expected).abs().max() > 0.1
     started, merged = load_model(start_model), load_model(start_model)
@@ -67,7 +68,8 @@ def test_it_starts_a_training_run_and_is_merged(
     arguments = ["--checkpoint", adapter, "--base", start_model, "--out", tmp_path / "merged"]
     assert main([str(argument) for argument in arguments]) == 0
     assert "merged" in capsys.readouterr().out
-    for model in (started, merged, load_model(tmp_path / "merged")):
+    asked = load_predictor(start_model, Asking(adapter=adapter)).model
+    for model in (started, merged, asked, load_model(tmp_path / "merged")):
         torch.testing.assert_close(logits_of(model, tokenizer), expected, atol=1e-5, rtol=1e-5)
     assert CogVLMTokenizer.from_folder(tmp_path / "merged").encode("a") == tokenizer.encode("a")
 
