@@ -142,7 +142,7 @@ def settings_of(shards: Path, model: Path, num_photos: int, num_steps: int, num_
     epochs = -(-num_steps // num_evaluations)
     return {
         **SCHEDULE,
-        "deepspeed": "zero3_tiny",
+        "deepspeed": "single_gpu",
         "model.path": model,
         "model.gradient_checkpointing": "none",
         "data.shards": json.dumps([{"path": str(shards), "weight": float(epochs)}]),

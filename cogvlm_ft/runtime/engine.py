@@ -120,6 +120,11 @@ def deepspeed_settings(config: Config, *, of_training: bool = True) -> dict[str,
             f"{path}: zero_optimization.stage: found {zero.get('stage')!r}; expected 3, because model folders are read "
             "into partitioned parameters"
         )
+    if of_training and config.adapter.rank and zero.get("leaf_module"):
+        raise ConfigError(
+            f"{path}: zero_optimization.leaf_module: found modules that are gathered as a whole; expected none with "
+            "adapter.rank, whose gradients DeepSpeed would lose. Remove leaf_module, or use deepspeed=zero3"
+        )
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
             raise ConfigError(

@@ -66,6 +66,12 @@ def test_the_bf16_preset_expects_bf16() -> None:
         settings_for(FOLDER / "zero3_bf16.json", "train.precision=fp32")
 
 
+def test_adapters_refuse_layers_that_are_gathered_as_a_whole() -> None:
+    settings_for(FOLDER / "zero3_tiny.json")
+    with pytest.raises(ConfigError, match=r"leaf_module: found modules .*; expected none with adapter\.rank"):
+        settings_for(FOLDER / "zero3_tiny.json", "adapter.rank=4")
+
+
 def steps_of(output: str) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"preset"')]
     return {row["preset"]: row["losses"] for row in rows}
