@@ -103,17 +103,18 @@ def owned_run_folder(folder: Path) -> Iterator[None]:
     Raises ConfigError on all ranks if another training owns it, or if it is another folder on another node.
     """
     with contextlib.ExitStack() as stack:
-        problem, lock = None, None
+        problem: str | None = None
+        lock: tuple[str, Owner] | None = None
         if is_main():
             try:
                 lock = stack.enter_context(run_lock(folder))
             except (ConfigError, OSError) as error:
                 problem = str(error)
-        problem, lock = from_main((problem, lock))
-        if problem:
-            raise ConfigError(problem)
+        problem_of_main, lock_of_main = from_main((problem, lock))
+        if problem_of_main:
+            raise ConfigError(problem_of_main)
         with shared_errors():
-            _check_shared(folder, *lock)
+            _check_shared(folder, *lock_of_main)
         yield
 
 
