@@ -1,8 +1,8 @@
 """Rehearse a run on your own photos: review, build, train a tiny model on 16 of them, score it, draw the report.
 
-Shows that photos, labels, boxes, wording and settings fit together, on two CPU cores: in about six minutes with one
-target per photo, in more with many. It does not show how good the 17B model becomes. At the end it prints the commands
-of the real run.
+Shows that photos, labels, boxes, wording and settings fit together, on two CPU cores: in minutes with one target per
+photo, in more with many boxes. It does not show how good the 17B model becomes. At the end it prints the commands of
+the real run.
 
 Examples:
   python launch/rehearse.py photos/

@@ -59,7 +59,8 @@ def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int)
 
 def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:
     """Run launch/train.py on the CPU and return its exit code. arguments: of the real run."""
-    batch_size = -(-chosen.num_photos // num_processes) * num_processes
+    micro_batch_size = min(MICRO_BATCH_SIZE, -(-chosen.num_photos // num_processes))
+    per_pass = micro_batch_size * num_processes
     shards = [{"path": str((out / "chosen" / "shards").resolve()), "weight": float(-(-num_steps // NUM_EPOCHS))}]
     settings: dict[str, Any] = {
         **SCHEDULE,
@@ -85,8 +86,8 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "train.ema": "null",
         "train.epochs": NUM_EPOCHS,
         "train.max_steps": num_steps,
-        "train.global_batch_size": batch_size,
-        "train.micro_batch_size": min(MICRO_BATCH_SIZE, batch_size // num_processes),
+        "train.global_batch_size": -(-chosen.num_photos // per_pass) * per_pass,
+        "train.micro_batch_size": micro_batch_size,
         "evaluate.before_training": "false",
         "evaluate.every_epochs": 1,
         "evaluate.max_samples": "null",

@@ -58,3 +58,14 @@ def test_what_the_real_run_says_of_the_17b_model_is_left_out(
     assert (settings.data.tiles.side_px, settings.data.augment.crop, settings.adapter.rank) == (None, 0, None)
     assert settings.model.freeze == [] and settings.data.max_sequence_length > 64
     assert settings.data.wording == "detection", "the user's words are rehearsed"
+
+
+@pytest.mark.parametrize(("num_photos", "num_processes", "size"), [(1, 1, 1), (5, 1, 8), (15, 2, 16), (16, 1, 16)])
+def test_any_number_of_photos_can_be_divided(
+    commands: list[tuple[list[str], dict[str, str]]], num_photos: int, num_processes: int, size: int, tmp_path: Path
+) -> None:
+    train(Chosen(num_photos, num_parameters=1), tmp_path, 10, num_processes, ["--config", "grounding_490"])
+    ((command, _),) = commands
+    found = load_config("grounding_490", [part for part in command if "=" in part and not part.startswith("CUDA")])
+    assert found.train.global_batch_size == size
+    assert size % (found.train.micro_batch_size * num_processes) == 0
