@@ -110,7 +110,7 @@ def box_of(annotation: dict[str, Any]) -> tuple[Box, str | None]:
 def _rotation(annotation: dict[str, Any]) -> float:
     """Return the degrees by which CVAT's bbox is rotated around its center, clockwise; 0 for an upright one."""
     attributes = annotation.get("attributes")
-    degrees = attributes.get(_ROTATION) if isinstance(attributes, dict) else None
+    degrees: Any = attributes.get(_ROTATION) if isinstance(attributes, dict) else None
     return float(degrees) if is_finite_number(degrees) else 0.0
 
 

@@ -155,9 +155,9 @@ def _candidate(annotation: _Annotation, source: str, own: OwnImage, notes: tuple
             if annotation.repeated[i]:
                 detail = f"<{annotation.repeated[i]}> is there twice; expected one name and one box per <object>"
                 raise Rejected("box", "bad_field", detail)
-            boxes[-1] = _box(found, size_px)
+            boxes[-1] = box = _box(found, size_px)
             if _degrees(found) % 180:
-                detail = f"{found['name']!r}: {list(boxes[-1])}"
+                detail = f"{found['name']!r}: {list(box)}"
                 problems.append(Problem("note", "box_around_rotated", detail, f"{source} object[{i}]"))
         except Rejected as rejected:
             problems.append(rejected.problem(f"{source} object[{i}]"))
