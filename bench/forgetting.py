@@ -25,7 +25,7 @@ from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import load_model
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 0.9)
-FROZEN = "model.freeze=[model.vision.*,*.self_attn.*]"
+FROZEN = 'model.freeze=["model.vision.*", "*.self_attn.*"]'
 EARLY = 4  # stopped after this part of the steps
 
 
