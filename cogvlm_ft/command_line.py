@@ -97,7 +97,15 @@ def fast_imports() -> Iterator[None]:
 
 def paste(program: str, *arguments: object) -> str:
     """Return a command line that runs a program of launch/ with this Python, in a checkout and installed alike."""
-    python = Path(sys.executable)
-    if Path.cwd() in python.parents[1:]:
-        python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), "-m", f"cogvlm_ft.launch.{program}", *map(str, arguments)])
+    return shlex.join([_from_here(sys.executable), "-m", f"cogvlm_ft.launch.{program}", *map(str, arguments)])
+
+
+def paste_ranks(program: str, *arguments: object) -> str:
+    """Return a command line that runs a program of launch/ on every GPU of this node."""
+    launcher = _from_here(str(Path(sys.executable).with_name("deepspeed")))
+    return shlex.join([launcher, "--module", f"cogvlm_ft.launch.{program}", *map(str, arguments)])
+
+
+def _from_here(executable: str) -> str:
+    path = Path(executable)
+    return str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents[1:] else path)

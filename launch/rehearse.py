@@ -12,13 +12,12 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste, paste_ranks
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.run_folder import RunFolder
@@ -115,10 +114,18 @@ def show_real_run(args: argparse.Namespace, config: Config) -> None:
     say("\nThe real run, estimated:")
     for line in judge_real_run(config):
         say(f"  {line}")
-    given = [f"model.path={config.model.path}", f"data.shards={config.data.shards}", f"output_dir={config.output_dir}"]
     say("\nIts commands:")
-    say(f"  {shlex.join(['deepspeed', '--module', 'cogvlm_ft.launch.train', '--config', args.config, *given])}")
-    say(f"  {paste('submit', '--nodes', 2, '--config', args.config, *given)}")
+    for command in commands_of_real_run(args, config):
+        say(f"  {command}")
+
+
+def commands_of_real_run(args: argparse.Namespace, config: Config) -> list[str]:
+    """Return the commands for one node and for two, with every setting of this command line."""
+    needed = {"model.path": config.model.path, "data.shards": config.data.shards, "output_dir": config.output_dir}
+    others = [setting for setting in args.settings if setting.partition("=")[0] not in needed]
+    settings = [*(f"{key}={value}" for key, value in needed.items()), *others]
+    options = ["--config", args.config, *settings]
+    return [paste_ranks("train", *options), paste("submit", "--nodes", 2, *options)]
 
 
 if __name__ == "__main__":

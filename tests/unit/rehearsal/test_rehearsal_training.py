@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from cogvlm_ft.config import load_config
+from cogvlm_ft.launch.rehearse import commands_of_real_run, real_config
 from cogvlm_ft.rehearsal.training import Chosen, start_training, train
 from cogvlm_ft.runtime.distributed import check_gpus
 
@@ -69,3 +72,14 @@ def test_any_number_of_photos_can_be_divided(
     found = load_config("grounding_490", [part for part in command if "=" in part and not part.startswith("CUDA")])
     assert found.train.global_batch_size == size
     assert size % (found.train.micro_batch_size * num_processes) == 0
+
+
+def test_the_commands_of_the_real_run_can_be_pasted_and_keep_every_setting(tmp_path: Path) -> None:
+    settings = ["train.lr=3e-4", "model.path=my models/cogvlm"]
+    args = argparse.Namespace(config="grounding_490", settings=settings, out=tmp_path / "photos")
+    config = real_config(args)
+    for command in commands_of_real_run(args, config):
+        program, *options = shlex.split(command)
+        assert Path(program).is_file(), "found without an activated environment"
+        found = load_config("grounding_490", options[options.index("grounding_490") + 1 :])
+        assert found == config
