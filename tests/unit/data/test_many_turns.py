@@ -171,9 +171,14 @@ def test_after_a_resume_with_other_ranks_no_turn_is_missed_or_seen_twice(
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
-def test_weighted_sources_show_every_turn_once_a_pass(shards: Path, tokenizer: CogVLMTokenizer, weight: float) -> None:
+def test_weighted_sources_show_every_turn_once_a_pass(
+    shards: Path, tokenizer: CogVLMTokenizer, weight: float, tmp_path: Path
+) -> None:
     """Draw one pass in two epochs of weight 0.5, two passes in one of weight 2."""
-    index = load_index([{"path": str(shards), "weight": weight}, {"path": str(shards), "weight": 1.0}], "train")
+    shutil.copytree(shards, tmp_path / "again")
+    index = load_index(
+        [{"path": str(shards), "weight": weight}, {"path": str(tmp_path / "again"), "weight": 1.0}], "train"
+    )
     dataset = build_dataset(shards, tokenizer, reader=ShardReader(index), wording=load_wording("conversation"))
     parts = split_photos(most_turns_of(dataset.reader, dataset.wording), MAX_TURNS)
     sizes = parts.source_sizes(index.source_sizes)

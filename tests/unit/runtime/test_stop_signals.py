@@ -14,10 +14,14 @@ from cogvlm_ft.runtime.stop_signals import STOP_SIGNALS, StopRequest, ignore_sto
 def test_signals_of_batch_systems_and_of_a_closed_terminal_ask_to_stop(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with StopRequest() as request:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        assert request.seen and request.is_from_outside
+    former = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert request.seen and request.is_from_outside
+    finally:
+        signal.signal(number, former)
     assert capfd.readouterr().err.count(f"{number.name}: all ranks save") == 1
 
 

@@ -198,7 +198,8 @@ def test_a_copy_in_the_stated_train_goes_where_its_photo_is(tmp_path: Path, caps
     found = built(tmp_path / "out", yolo(tmp_path / "in", **photos, train__images__d=4))
     assert [len(found[split]) for split in ("train", "val", "test")] == [1, 2, 2]
     assert sorted(row["reason"] for row in found["notes"]) == ["moved_to_test", "moved_to_val"]
-    assert "2 photos are copies of photos of another split" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 photos are copies of photos of another split" in printed, printed
 
 
 def test_equal_names_in_two_stated_splits_are_two_photos(tmp_path: Path) -> None:
