@@ -59,7 +59,7 @@ def tile_contents(
     for window, inside in zip(windows, fractions, strict=True):
         visible = set(owners[inside > 0].tolist())
         cut = set(owners[(inside > 0) & (inside < min_visible - 1e-9)].tolist())
-        cut_words = set().union(*(words[i] for i in cut)) if cut else set()
+        cut_words = {word for i in cut for word in words[i]}
         asked = [i for i in sorted(visible) if not tied[i] and not words[i] & cut_words]
         seen = {word for i in visible for word in words[i]}
         absent = [

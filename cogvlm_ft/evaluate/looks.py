@@ -14,6 +14,7 @@ from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, read_questions
 from cogvlm_ft.grounding.targets import Turn
+from cogvlm_ft.grounding.tiles import Window
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.tile_settings import TilesConfig
 
@@ -57,7 +58,7 @@ def can_ask_in_tiles(turn: Turn) -> bool:
 
 def split_turns(
     size_px: tuple[int, int], in_tiles: Sequence[bool], tiles: TilesConfig | None
-) -> list[tuple[tuple[int, int, int, int] | None, tuple[int, ...]]]:
+) -> list[tuple[Window | None, tuple[int, ...]]]:
     """Return the looks at a photo: the window of a tile, or None for the whole photo, and the turns that are asked.
 
     in_tiles: of every turn, whether it can be asked about a tile. The others are asked about the whole photo, even if
@@ -69,7 +70,8 @@ def split_turns(
     if tiles is None or not windows or not asked:
         return [(None, everything)]
     whole = everything if tiles.whole else tuple(number for number in everything if not in_tiles[number])
-    return [*([(None, whole)] if whole else []), *((window, asked) for window in windows)]
+    shown: list[tuple[Window | None, tuple[int, ...]]] = [(window, asked) for window in windows]
+    return [(None, whole), *shown] if whole else shown
 
 
 def looks_at(question: Question, tiles: TilesConfig | None, resize: str, not_found: Sequence[str]) -> list[Look]:

@@ -48,7 +48,7 @@ def score_looks(
     for look, row in zip(looks, answers, strict=True):
         for number, answer in zip(look.numbers, row, strict=True):
             by_turn.setdefault(number, []).append((look, answer))
-    predictions, ious, num_duplicates = [], [], 0
+    predictions, ious, num_duplicates = list[Prediction](), list[tuple[float, float, float]](), 0
     for number, given in sorted(by_turn.items()):
         whole = next((answer for look, answer in given if look.frame == question.frame), None)
         alone = None if whole is None else score_turn(question, number, whole, wording, protocol)

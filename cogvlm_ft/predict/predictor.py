@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -234,18 +235,20 @@ class Predictor:
         for n, look in enumerate(looks):
             for window, numbers in split_turns(look.photo.size, look.in_tiles, self.asking.tiles):
                 frame = look.frame if window is None else fit(Frame(look.photo.size, window), self._resize)
-                chosen = [[row[i] for i in numbers] for row in (look.prompts, look.histories, look.free)]
-                parts.append(_Look(look.photo, frame, *chosen))
+                prompts, histories = [look.prompts[i] for i in numbers], [look.histories[i] for i in numbers]
+                parts.append(_Look(look.photo, frame, prompts, histories, [look.free[i] for i in numbers]))
                 places.append((n, numbers))
         step = max(len(looks), TILES_PER_PASS)
         rows = [row for start in range(0, len(parts), step) for row in self._answer(parts[start : start + step])]
-        given: dict[tuple[int, int], list[tuple[Frame, Reply]]] = {}
+        frames: dict[tuple[int, int], list[Frame]] = defaultdict(list)
+        replies: dict[tuple[int, int], list[Reply]] = defaultdict(list)
         for part, (n, numbers), row in zip(parts, places, rows, strict=True):
             for i, reply in zip(numbers, row, strict=True):
-                given.setdefault((n, i), []).append((part.frame, reply))
+                frames[n, i].append(part.frame)
+                replies[n, i].append(reply)
         num_patches = self.model.config.num_patches
         return [
-            [merge_replies(*zip(*given[n, i], strict=True), num_patches) for i in range(len(look.prompts))]
+            [merge_replies(frames[n, i], replies[n, i], num_patches) for i in range(len(look.prompts))]
             for n, look in enumerate(looks)
         ]
 
