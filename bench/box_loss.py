@@ -5,7 +5,7 @@
 A tiny random model learns to find coloured boxes at continuous places and sizes. All variants see the same scenes in
 the same order and start from the same weights. Answers are read twice: as written, and with the expected coordinates.
 A difference counts only if it exceeds the spread of the seeds, the largest minus the smallest value of any variant.
-About 10 minutes on one core at the default size.
+A model that finds nothing yet compares nothing: raise --steps until cross entropy reaches an acc@0.5 well above 0.
 """
 
 from __future__ import annotations
