@@ -82,6 +82,7 @@ setup(
             "tensorboard>=2.18",
             "starlette>=0.40",
             "uvicorn>=0.30",
+            "openai>=1.50",  # the client that asks launch/serve.py
             "pycocotools>=2.0.8",  # reads what predict and evaluate write
             "playwright>=1.48",  # drives an installed Chromium
             "s3fs>=2024.6",
@@ -91,7 +92,7 @@ setup(
             "gcsfs>=2024.6",
             "gcp-storage-emulator>=2024.8",  # a server of Google Cloud Storage for tests
         ],
-        "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # for launch/predict.py --serve
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # for launch/serve.py and launch/predict.py --serve
         "s3": ["s3fs>=2024.6"],  # for data.shards=s3://
         "gcs": ["gcsfs>=2024.6"],  # for data.shards=gs://
         "tensorboard": ["tensorboard>=2.18"],  # for tracking.tensorboard=true
@@ -105,8 +106,10 @@ setup(
             "cogvlm-plan = cogvlm_ft.launch.plan:main",
             "cogvlm-doctor = cogvlm_ft.launch.doctor:main",
             "cogvlm-predict = cogvlm_ft.launch.predict:main",
+            "cogvlm-serve = cogvlm_ft.launch.serve:main",
             "cogvlm-export = cogvlm_ft.launch.export:main",
             "cogvlm-blend = cogvlm_ft.launch.blend:main",
+            "cogvlm-convert-sat = cogvlm_ft.launch.convert_sat:main",
             "cogvlm-report = cogvlm_ft.launch.report:main",
             "cogvlm-best = cogvlm_ft.launch.best:main",
             "cogvlm-submit = cogvlm_ft.launch.submit:main",

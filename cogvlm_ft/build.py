@@ -22,7 +22,7 @@ from cogvlm_ft.data.loader import GroundingDataset, most_turns_of
 from cogvlm_ft.data.plan import PhotoParts, SamplePlan, plan_samples, split_photos
 from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.tiling import plan_tiles
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.grounding.wording import WORDING_FILE, Wording, load_wording, save_wording
 from cogvlm_ft.model import (
     CogVLMConfig,
@@ -43,6 +43,7 @@ from cogvlm_ft.model.loading import (
     read_remote_code,
     whole_assign,
 )
+from cogvlm_ft.model.quantized import WEIGHT_FORMAT, float_shapes, quantizing_assign, stored_tensors
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import computed_by_main, device, is_main, shared_errors, world_size
 from cogvlm_ft.runtime.engine import (
@@ -262,20 +263,39 @@ def load_tokenizer(folder: Path, model_config: CogVLMConfig) -> CogVLMTokenizer:
 
 
 def load_whole_model(
-    weights: Path, dtype: torch.dtype, image_size: int | None = None, resize: str | None = None
+    weights: Path,
+    dtype: torch.dtype,
+    image_size: int | None = None,
+    resize: str | None = None,
+    quantized: str | None = None,
 ) -> CogVLMForCausalLM:
-    """Load a model folder, or the weights of a checkpoint, onto this rank's device for passes without gradients."""
-    model = allocate_model(load_config(model_files(weights), image_size, resize), dtype, device())
-    parameters = list(model.named_parameters())
-    _read_weights(weights, parameter_shapes(parameters), whole_assign(parameters))
+    """Load a model folder, or the weights of a checkpoint, onto this rank's device for passes without gradients.
+
+    quantized: "int8" or "int4": linear layers are quantised tensor by tensor while they are read. A folder that was
+    exported so is loaded as it is.
+    """
+    config = load_config(model_files(weights), image_size, resize)
+    stored = getattr(config, WEIGHT_FORMAT, None)
+    if stored not in (None, quantized) and quantized is not None:
+        raise ConfigError(f"--weights {quantized}: {weights} has {stored} weights. Leave --weights out")
+    model = allocate_model(config, dtype, device(), stored or quantized)
+    if stored:
+        tensors = stored_tensors(model)
+        _read_weights(weights, parameter_shapes(tensors.items()), whole_assign(tensors.items()))
+    elif quantized:
+        _read_weights(weights, float_shapes(model), quantizing_assign(model))
+    else:
+        parameters = list(model.named_parameters())
+        _read_weights(weights, parameter_shapes(parameters), whole_assign(parameters))
     return model
 
 
-def build_scored_model(config: Config, weights: Path) -> tuple[Any, CogVLMTokenizer]:
+def build_scored_model(config: Config, weights: Path, quantized: str | None = None) -> tuple[Any, CogVLMTokenizer]:
     """Load a model folder or the weights of a checkpoint for passes without gradients. Collective.
 
     2 or 4 bytes per parameter: on a single rank a plain module; on several, or with offloaded parameters, an engine
     that partitions them. A checkpoint has its own config.json and tokenizer, so that model.path may be gone.
+    quantized: as in `load_whole_model`, on a single rank only.
     """
     files, image_size, resize = model_files(weights), config.model.image_size, config.data.resize
     model_config = load_config(files, image_size, resize)
@@ -284,7 +304,12 @@ def build_scored_model(config: Config, weights: Path) -> tuple[Any, CogVLMTokeni
     settings = inference_settings(config)
     if world_size() == 1 and settings["zero_optimization"].get("offload_param", {}).get("device", "none") == "none":
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        return load_whole_model(weights, dtype, image_size, resize), tokenizer
+        return load_whole_model(weights, dtype, image_size, resize, quantized), tokenizer
+    if quantized:
+        raise ConfigError(
+            f"--weights {quantized}: found {world_size()} ranks or offloaded parameters; expected one GPU. Start it "
+            "with python in place of deepspeed, without offload_param"
+        )
     with initialization.no_init_weights(), partitioned(settings):
         model = CogVLMForCausalLM(model_config)
     parameters = list(model.named_parameters())

@@ -37,11 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", help="default: data.val_split")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="how to read and score (default: evaluate.protocol)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--weights", choices=("bf16", "int8", "int4"), help="as in launch/predict.py, on one GPU")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
     add_settings(parser, required=True)
     args = parser.parse_intermixed_args(argv)
-    protocol = [f"evaluate.protocol={args.protocol}"] if args.protocol else []
-    return exit_code(lambda: run(with_model(load_config(args.config, [*args.settings, *protocol])), args))
+    chosen = [f"evaluate.protocol={args.protocol}"] if args.protocol else []
+    chosen += ["train.precision=bf16"] if args.weights else []
+    return exit_code(lambda: run(with_model(load_config(args.config, [*args.settings, *chosen])), args))
 
 
 def run(config: Config, args: argparse.Namespace) -> None:
@@ -84,7 +86,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     if is_main():
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
-    model, tokenizer = build_scored_model(config, weights)
+    model, tokenizer = build_scored_model(config, weights, None if args.weights == "bf16" else args.weights)
     about = {"checkpoint": str(weights), "checkpoint_sha256": computed_by_main(lambda: fingerprint(weights))}
     result = evaluate(
         model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about, tiles=data.tiles

@@ -38,14 +38,19 @@ def main(argv: list[str] | None = None) -> int:
         "--weights-of", choices=("trained", "ema"), default="trained", help="ema: the running averages of train.ema"
     )
     parser.add_argument("--base", type=Path, help="if --checkpoint is an adapter of peft: the model folder under it")
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"), help="write quantised linear layers, for this package (docs/serving.md)"
+    )
     parser.add_argument("--blend", type=float, metavar="F", help="write F x checkpoint + (1 - F) x --start")
     parser.add_argument("--start", type=Path, help="for --blend: the model folder that training started from")
     args = parser.parse_args(argv)
     if args.adapter and args.blend is not None:
         parser.error("found --adapter and --blend; expected one of them: a blend is of whole models")
+    if args.weights and (args.adapter or args.blend is not None or args.weights_of != "trained" or args.prove):
+        parser.error("found --weights with --adapter, --blend, --weights-of or --prove; expected --weights alone")
     if (args.blend is None) != (args.start is None):
         parser.error("found one of --blend and --start; expected both, such as --blend 0.6 --start models/cogvlm")
-    others = [f"--{name}" for name in ("adapter", "blend") if getattr(args, name)]
+    others = [f"--{name}" for name in ("adapter", "blend", "weights") if getattr(args, name)]
     if args.base is not None and others:
         parser.error(f"found --base and {others[0]}; expected one of them. Leave {others[0]} out")
     if args.prove is not None and args.prove < 0:
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         from cogvlm_ft.export.adapter import export_adapter, export_merged
         from cogvlm_ft.export.blend import Blend
         from cogvlm_ft.export.export import export_checkpoint, rejected_path
+        from cogvlm_ft.export.quantized import export_quantized
 
     checkpoint = best_checkpoint(args.checkpoint) if is_run(args.checkpoint) else args.checkpoint
     averaged = args.weights_of == "ema"
@@ -72,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if args.base is not None:
         num_tensors = export_merged(checkpoint, args.base, args.out, dtype)
         say(f"merged {checkpoint} into {args.base}: {num_tensors} tensors in {args.out}")
+        return 0
+    if args.weights:
+        num_bytes = export_quantized(checkpoint, args.out, args.weights)
+        say(f"exported to {args.out}: {args.weights} weights, {num_bytes / 2**30:.2f} GiB; launch/predict.py loads it")
         return 0
     if args.adapter:
         num_tensors = export_adapter(checkpoint, args.out, averaged=averaged)

@@ -122,7 +122,12 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help="ask about overlapping tiles of SIDE px of larger photos too, as data.tiles does, and merge the answers",
     )
     group.add_argument("--overlap", type=float, default=0.2, help="of --tiles, as a fraction of SIDE (default: 0.2)")
-    group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32; bf16 with --weights")
+    group.add_argument(
+        "--weights",
+        choices=("bf16", "int8", "int4"),
+        help="int8, int4: linear layers quantised while they are read, for small GPUs (default: in --dtype)",
+    )
     group.add_argument("--adapter", type=Path, help="folder of an adapter in the files of peft, merged into --model")
 
 
@@ -140,26 +145,29 @@ def predict(args: argparse.Namespace) -> int:
     with fast_imports():
         from cogvlm_ft.predict.files import predict_files, read_questions
         from cogvlm_ft.predict.one_image import answer_image
-        from cogvlm_ft.predict.predictor import Asking, load_predictor
+        from cogvlm_ft.predict.predictor import Asking, dtype_settings, load_predictor
         from cogvlm_ft.predict.serve import check_installed, serve
+        from cogvlm_ft.predict.served import ServedModels
         from cogvlm_ft.predict.writers.write import check_questions, write_predictions
 
     upright = args.exif == "apply"
     if args.batch_size < 1 or (not args.serve and args.image is None):
         raise ConfigError("expected --image or --serve, and --batch-size of at least 1")
     if args.serve:
-        check_installed()
+        check_installed("--serve")
     questions = [] if args.serve else read_questions(args.image, args.prompt, args.targets, in_steps=args.steps)
     if args.format:
         check_questions(questions, args.format)
-    names = ("adapter", "image_size", "resize", "dtype", "decoding", "min_boxes", "max_new_tokens", "reading")
+    names = ("adapter", "image_size", "resize", "decoding", "min_boxes", "max_new_tokens", "reading")
     settings = {name: getattr(args, name) for name in names}
+    settings |= dtype_settings(args.dtype, args.weights)
     tiles = choose_tiles(args)
     asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, tiles=tiles, **settings)
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if args.serve:
-        serve(predictor, predictor.weights, host=args.host, port=args.port, upright=upright)
+        served = ServedModels(predictor, predictor.weights.resolve().name, upright=upright)
+        serve(served, host=args.host, port=args.port)
         return 0
     if args.image.is_file() and args.image.suffix.lower() != ".jsonl" and not args.format:
         answer_image(predictor, questions, args.out or Path(f"{args.image.stem}-answer.png"), upright)

@@ -21,6 +21,7 @@ from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.decoder import inverse_frequencies
+from cogvlm_ft.model.quantized import SCALE, replace_linears
 from cogvlm_ft.plain_files import read_bytes, read_json, sync
 from cogvlm_ft.safetensors_io import TensorSpec, write_tensors
 from cogvlm_ft.settings import Config
@@ -95,13 +96,22 @@ def load_model(
     return model
 
 
-def allocate_model(config: CogVLMConfig, dtype: torch.dtype, device: torch.device | None = None) -> CogVLMForCausalLM:
-    """Allocate a model for evaluation whose weights are read later, at once on its device and in its dtype."""
+def allocate_model(
+    config: CogVLMConfig, dtype: torch.dtype, device: torch.device | None = None, quantized: str | None = None
+) -> CogVLMForCausalLM:
+    """Allocate a model for evaluation whose weights are read later, at once on its device and in its dtype.
+
+    quantized: a kind of model/quantized.py for its linear layers; None: as they are.
+    """
     with initialization.no_init_weights(), torch.device("meta"):
         model = CogVLMForCausalLM(config)
-    nn.Module.to(model, dtype).to_empty(device=device or torch.device("cpu"))
-    for buffer in model.buffers():
-        buffer.copy_(inverse_frequencies(2 * len(buffer)))
+    nn.Module.to(model, dtype)
+    if quantized:
+        replace_linears(model, quantized)
+    model.to_empty(device=device or torch.device("cpu"))
+    for name, buffer in model.named_buffers():
+        if name.endswith(".inv_freq"):
+            buffer.copy_(inverse_frequencies(2 * len(buffer)))
     return model.eval()
 
 
@@ -230,6 +240,10 @@ def _indexed_files(index: Path) -> list[str]:
 
 def check_keys(source: str | Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     """Raise a CheckpointError that lists every missing, unexpected and mis-shaped tensor of `source`."""
+    if any(key.endswith(SCALE) for key in found.keys() - expected.keys()):
+        raise CheckpointError(
+            f"{source}: found quantised weights; expected floats. Give the model that it was exported from"
+        )
     problems = [f"missing {key} {list(expected[key])}" for key in expected.keys() - found.keys()]
     problems += [f"unexpected {key} {list(found[key])}" for key in found.keys() - expected.keys()]
     for key in expected.keys() & found.keys():

@@ -18,7 +18,8 @@ from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.plain_files import parse_json
-from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies
+from cogvlm_ft.predict.predictor import Predictor, draw_replies
+from cogvlm_ft.predict.replies import Reply
 from cogvlm_ft.predict.steps import MAX_PHRASES, conversation_turns, target_turns
 
 PREDICTIONS_FILE, PICTURES_FOLDER = "predictions.jsonl", "pictures"
@@ -34,6 +35,7 @@ class Question:
     """A prompt, or targets to ask for; or the reason why it cannot be asked.
 
     name: of the photo in the results. in_steps: the prompt begins a conversation. problem: empty if it can be asked.
+    said: earlier (prompt, answer) pairs of the same conversation, oldest first.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Question:
     targets: tuple[str, ...] = ()
     in_steps: bool = False
     problem: str = ""
+    said: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,23 +108,29 @@ def _read_line(source: Path, line: bytes, number: int, in_steps: bool) -> Questi
     return Question(source.parent / name, name, problem=f"{where}: expected a prompt (text) or targets (list of texts)")
 
 
-def question_of(prompt: str = "", targets: Sequence[str] = ()) -> Question:
+def question_of(
+    prompt: str = "", targets: Sequence[str] = (), said: Sequence[tuple[str, str]] = (), *, in_steps: bool = False
+) -> Question:
     """Build the question about a photo that is not in a file."""
-    return _checked(Question(Path(), "", prompt, tuple(targets)))
+    return _checked(Question(Path(), "", prompt, tuple(targets), in_steps, said=tuple(said)))
 
 
 def _checked(question: Question) -> Question:
     """Replace a question that cannot be asked by its problem."""
     texts = question.targets or (question.prompt,)
-    length = sum(map(len, texts))
+    length = sum(map(len, texts)) + sum(len(text) for pair in question.said for text in pair)
     problem = ""
     if not all(text.strip() for text in texts):
         problem = "an empty prompt"
     elif length > MAX_PROMPT_CHARACTERS or len(texts) > MAX_PHRASES:
         problem = f"{len(texts)} text(s) of {length} characters; at most {MAX_PHRASES} of {MAX_PROMPT_CHARACTERS}"
-    elif any("\ud800" <= character <= "\udfff" for text in (*texts, question.name) for character in text):
+    elif any("\ud800" <= character <= "\udfff" for text in _all_texts(question) for character in text):
         problem = "half of a surrogate pair in its text"
     return Question(question.path, question.name, problem=problem) if problem else question
+
+
+def _all_texts(question: Question) -> list[str]:
+    return [question.name, question.prompt, *question.targets, *(text for pair in question.said for text in pair)]
 
 
 def load_photo(path: Path, *, upright: bool) -> Image.Image:
@@ -142,8 +151,21 @@ def answer_questions(
 ) -> list[list[list[Reply]]]:
     """Answer `questions[n]` about photos[n], all together: for each question one reply, or one for each step."""
     turns = _word_questions(predictor, photos, questions)
-    answered = predictor.ask_turns(photos, [[turn for part in row for turn in part] for row in turns])
-    return [_split(replies, [len(part) for part in row]) for replies, row in zip(answered, turns, strict=True)]
+    said = [[len(question.said) for question in row] for row in questions]
+    given = [_said_replies(*row) for row in zip(turns, said, strict=True)]
+    answered = predictor.ask_turns(photos, [[turn for part in row for turn in part] for row in turns], given)
+    rows = [_split(replies, [len(part) for part in row]) for replies, row in zip(answered, turns, strict=True)]
+    return [[part[n:] for part, n in zip(row, lengths, strict=True)] for row, lengths in zip(rows, said, strict=True)]
+
+
+def _said_replies(parts: Sequence[Sequence[Turn]], num_said: Sequence[int]) -> dict[int, Reply]:
+    """Return the replies that a conversation already has, by the number of the turn in its row."""
+    given: dict[int, Reply] = {}
+    start = 0
+    for part, count in zip(parts, num_said, strict=True):
+        given |= {start + i: Reply(turn.prompt, turn.answer, None, False, None) for i, turn in enumerate(part[:count])}
+        start += len(part)
+    return given
 
 
 def _word_questions(
@@ -157,7 +179,10 @@ def _word_questions(
     def turns_of(question: Question) -> list[Turn]:
         if question.in_steps:
             return next(conversations)
-        return target_turns(question.targets, predictor.wording) if question.targets else [Turn(question.prompt, "")]
+        if question.targets:
+            return target_turns(question.targets, predictor.wording)
+        earlier = [Turn(*pair, history=question.said[:i]) for i, pair in enumerate(question.said)]
+        return [*earlier, Turn(question.prompt, "", history=question.said)]
 
     return [[turns_of(question) for question in row] for row in questions]
 

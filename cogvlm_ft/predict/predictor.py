@@ -57,6 +57,7 @@ IN_STEPS = ("conversation", "steps")  # styles of wordings
 class Asking:
     """How questions are put and answers are read.
 
+    quantized: "int8" or "int4" weights of the linear layers, quantised while they are read.
     image_size: px, None: the model's own. resize: one of RESIZES, None: as the model was trained.
     wording: name or file; its not-found sentences, and the questions about targets. None: as the model was trained.
     in_steps: questions in several steps, which need a wording that has them.
@@ -78,6 +79,7 @@ class Asking:
     zoom_patches: float = 0.0
     adapter: Path | None = None
     tiles: TilesConfig = field(default_factory=TilesConfig)
+    quantized: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,26 @@ class _Look:
     in_tiles: Sequence[bool] = ()
 
 
+def dtype_settings(dtype: str | None, weights: str | None) -> dict[str, str | None]:
+    """Return the fields of Asking for the options --dtype and --weights. Raises ConfigError if they clash."""
+    if weights == "bf16" and dtype == "fp32":
+        raise ConfigError("--dtype fp32, --weights bf16: found both; expected one of them. Leave one out")
+    quantized = None if weights == "bf16" else weights
+    return {"dtype": dtype or ("bf16" if weights else "fp32"), "quantized": quantized}
+
+
 def load_predictor(path: Path, asking: Asking) -> Predictor:
     """Load a model folder, a checkpoint, or the best checkpoint of a run. Raises CheckpointError, ConfigError."""
     if asking.min_boxes and asking.decoding == "free":
         raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
+    if asking.adapter is not None and asking.quantized:
+        raise ConfigError("--adapter, --weights: found both; expected one of them. Serve it with launch/serve.py")
     weights = find_weights(path, "--model")
     wording = choose_wording(asking, trained_wording(weights))
     tokenizer = CogVLMTokenizer.from_folder(model_files(weights))
     allow_tf32(False)
     dtype = torch.bfloat16 if asking.dtype == "bf16" else torch.float32
-    model = load_whole_model(weights, dtype, asking.image_size)
+    model = load_whole_model(weights, dtype, asking.image_size, quantized=asking.quantized)
     if asking.adapter is not None:
         merge_into(model, open_peft_adapter(asking.adapter, weights, parameter_shapes(model.named_parameters())))
     return Predictor(model, tokenizer, asking, wording, weights)
@@ -144,15 +156,25 @@ class Predictor:
         """Reply to `prompts[i]` about photos[i], each question on its own."""
         return self.ask_turns(photos, [[Turn(prompt, "") for prompt in row] for row in prompts])
 
-    def ask_turns(self, photos: Sequence[Image.Image], turns: Sequence[Sequence[Turn]]) -> list[list[Reply]]:
+    def ask_turns(
+        self,
+        photos: Sequence[Image.Image],
+        turns: Sequence[Sequence[Turn]],
+        given: Sequence[Mapping[int, Reply]] | None = None,
+    ) -> list[list[Reply]]:
         """Reply to the prompts of turns, `turns[n]` about photos[n]; their answers are ignored.
+
+        given: for each photo, replies that are known already, by the number of their turn.
 
         A turn whose history has d pairs follows the d turns before it, and gets the model's replies to these as its
         history. So the first turns of all photos are asked together, then the second ones, and so on.
         """
-        replies: list[dict[int, Reply]] = [{} for _ in turns]  # by the number of the turn
+        replies = [dict(row) for row in given or [{}] * len(turns)]  # by the number of the turn
         for depth in sorted({len(turn.history) for row in turns for turn in row}):
-            numbers = [[i for i, turn in enumerate(row) if len(turn.history) == depth] for row in turns]
+            numbers = [
+                [i for i, turn in enumerate(row) if len(turn.history) == depth and i not in replies[n]]
+                for n, row in enumerate(turns)
+            ]
             asked = [n for n, row in enumerate(numbers) if row]
             looks = [self._first_look(photos[n], turns[n], numbers[n], replies[n]) for n in asked]
             for n, row in zip(asked, self._zoom(looks, self._answer_with_tiles(looks)), strict=True):

@@ -1,4 +1,7 @@
-"""A local web page: drop a photo, ask, see the boxes. Needs the extra "serve"."""
+"""The web server: a page to drop a photo, ask and see the boxes, and endpoints for programs.
+
+Needs the extra "serve".
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,31 @@ import base64
 import io
 import ipaddress
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.html_page import SERVED_POLICY, load_page
-from cogvlm_ft.predict.files import answer_questions, question_of, reply_fields
-from cogvlm_ft.predict.predictor import Predictor, Reply, draw_replies, split_phrases
+from cogvlm_ft.predict.access import KEY_VARIABLE, KeyRequired
+from cogvlm_ft.predict.api import Api, as_refusal
+from cogvlm_ft.predict.batching import AnswerQueue
+from cogvlm_ft.predict.bodies import Places, RefusedError, read_body
+from cogvlm_ft.predict.files import Question, question_of, reply_fields
+from cogvlm_ft.predict.predictor import draw_replies, split_phrases
+from cogvlm_ft.predict.replies import Reply
+from cogvlm_ft.predict.served import ServedModels, Settings
 from cogvlm_ft.terminal import say
 
-MAX_UPLOAD_BYTES = 50_000_000
-MAX_WAITING = 16
-"""Questions at a time, answered one after another; more are refused. Connections without a question do not count."""
 MAX_CONNECTIONS = 200
-HEAD_TIMEOUT_S, CHUNK_TIMEOUT_S, BODY_TIMEOUT_S = 10.0, 10.0, 120.0
-"""To send the head of a request, the next part of a photo, and a whole photo; then the connection is closed."""
+HEAD_TIMEOUT_S = 10.0
+"""To send the head of a request; then the connection is closed."""
+MIN_KEY_LENGTH = 16
 MODES = ("prompt", "targets")
 
 _STEP_OF_CARD = re.compile(r"^\| step, epoch \| (\d+),", re.MULTILINE)
@@ -41,24 +47,47 @@ _HEADERS = {
 }
 
 
-def check_installed() -> None:
+@dataclass(frozen=True)
+class Endpoints:
+    """What is served besides the page. for_programs: /v1 and the labelling tools. key: required from everyone.
+
+    photos: the root of Label Studio's local storage.
+    """
+
+    for_programs: bool = False
+    key: str | None = None
+    photos: Path | None = None
+
+
+def check_installed(option: str) -> None:
     """Raise ConfigError without the extra, before minutes are spent on loading a model."""
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise ConfigError(f'--serve needs {", ".join(missing)}: pip install -e ".[serve]"')
+        raise ConfigError(f'{option} needs {", ".join(missing)}: pip install -e ".[serve]"')
+
+
+def check_key(host: str, key: str | None) -> None:
+    """Raise ConfigError where others could use the server without a key."""
+    if key is None and not _is_own_machine(host):
+        raise ConfigError(
+            f"--host {host}: others can reach this address, and there is no key; expected {KEY_VARIABLE} in the "
+            "environment. Set it, or leave --host out"
+        )
+    if key is not None and (len(key) < MIN_KEY_LENGTH or not key.isascii() or key != key.strip()):
+        raise ConfigError(
+            f"{KEY_VARIABLE}: found a key of {len(key)} characters; expected at least {MIN_KEY_LENGTH}, ASCII, no "
+            "blanks around it. Make one with: openssl rand -hex 32"
+        )
 
 
 def serve(
-    predictor: Predictor, model: Path, *, host: str = "127.0.0.1", port: int = 8000, upright: bool = True
+    served: ServedModels, *, host: str = "127.0.0.1", port: int = 8000, endpoints: Endpoints = Endpoints()
 ) -> None:
-    """Serve the page until Ctrl-C. Nothing is stored or sent elsewhere. Raises ConfigError if the port is in use.
-
-    model: the folder of the model, whose name and step are shown.
-    """
+    """Serve until Ctrl-C. Nothing is stored or sent elsewhere. Raises ConfigError if the port is in use."""
     import uvicorn
 
-    app = build_app(predictor, model, host, upright=upright)
-    config = server_config(app, host, port)
+    answers = AnswerQueue(served.answer)
+    config = server_config(build_app(served, answers, host, endpoints), host, port)
     try:
         socket = config.bind_socket()
     except SystemExit:  # uvicorn has reported why
@@ -66,7 +95,8 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     say(f"http://{shown}:{socket.getsockname()[1]}/  (press Ctrl-C to stop)", flush=True)
     if not _is_own_machine(host):
-        say("Everyone who can reach this machine can use it: there is no password and no encryption.", flush=True)
+        protection = "there is no encryption" if endpoints.key else "there is no password and no encryption"
+        say(f"Everyone who can reach this machine can use it: {protection}.", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn has ended, and raises it again
         uvicorn.Server(config).run(sockets=[socket])
 
@@ -133,7 +163,7 @@ def _is_own_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def build_app(predictor: Predictor, model: Path, host: str, *, upright: bool) -> Any:
+def build_app(served: ServedModels, answers: AnswerQueue, host: str, endpoints: Endpoints = Endpoints()) -> Any:
     """Build the ASGI application. On a loopback address it answers only to that machine's names.
 
     This refuses pages from elsewhere whose name is made to resolve to this address.
@@ -144,22 +174,33 @@ def build_app(predictor: Predictor, model: Path, host: str, *, upright: bool) ->
     from starlette.routing import Route
 
     allowed = ["127.0.0.1", "localhost", "[::1]", host] if _is_own_machine(host) else ["*"]
+    places = Places()
+    routes = [Route(path, _file_endpoint(*file)) for path, file in _page_files(served).items()]
+    routes.append(Route("/ask", _ask_endpoint(served, answers, places), methods=["POST"]))
+    if endpoints.for_programs:
+        routes += Api(served, answers, places, endpoints.photos).routes()
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed)]
+    if endpoints.key is not None:
+        middleware.append(Middleware(KeyRequired, key=endpoints.key))
+    return Starlette(routes=routes, middleware=middleware)
+
+
+def _page_files(served: ServedModels) -> dict[str, tuple[str, str]]:
+    """Return the text and the media type of each file of the page."""
+    predictor = served.base
     page = load_page(Path(__file__).parent)
     shown = page.render_served(
-        model_name=model.resolve().name,
-        step=trained_step(model),
+        model_name=predictor.weights.resolve().name,
+        step=trained_step(predictor.weights),
         image_size=predictor.model.config.image_size,
         wording=predictor.wording.name,
         style=predictor.wording.style or "",
     )
-    files = {
+    return {
         "/": (shown, "text/html"),
         "/page.css": (page.style, "text/css"),
         "/page.js": (page.script, "text/javascript"),
     }
-    routes = [Route(path, _file_endpoint(*file)) for path, file in files.items()]
-    routes.append(Route("/ask", _ask_endpoint(predictor, upright), methods=["POST"]))
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)])
 
 
 def trained_step(model: Path) -> int | None:
@@ -180,7 +221,7 @@ def _file_endpoint(content: str, media_type: str) -> Callable[..., Any]:
     return endpoint
 
 
-def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
+def _ask_endpoint(served: ServedModels, answers: AnswerQueue, places: Places) -> Callable[..., Any]:
     """Build the endpoint that answers: the photo is the body, the question is in the query.
 
     A content type that no plain form can send keeps out pages of other origins: browsers would have to ask first
@@ -190,71 +231,40 @@ def _ask_endpoint(predictor: Predictor, upright: bool) -> Callable[..., Any]:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
-    one_at_a_time, places = threading.Lock(), threading.Semaphore(MAX_WAITING)
-
-    def answer(photo_bytes: bytes, asked: str, mode: str) -> dict[str, Any]:
-        with one_at_a_time:
-            return answer_upload(predictor, photo_bytes, asked, mode, upright=upright)
-
     async def endpoint(request: Request) -> JSONResponse:
-        if request.headers.get("content-type") != "application/octet-stream":
-            return _refusal(415, "content-type: expected the photo as application/octet-stream")
-        if not places.acquire(blocking=False):
-            return _refusal(503, f"{MAX_WAITING} questions are waiting already. Ask again in a minute")
         try:
-            photo = await asyncio.wait_for(_read_body(request), BODY_TIMEOUT_S)
-            query = request.query_params
-            found = await run_in_threadpool(answer, photo, query.get("asked", ""), query.get("mode", MODES[0]))
-        except (TimeoutError, asyncio.TimeoutError):
-            return _refusal(408, "the photo did not arrive in time. Send it again", {"Connection": "close"})
-        except _TooLargeError:
-            return _refusal(413, f"the photo has more than {MAX_UPLOAD_BYTES // 1_000_000} MB. Send a smaller one")
-        except (DataError, ConfigError) as error:
-            return _refusal(400, str(error))
-        finally:
-            places.release()
+            found = await answer(request)
+        except Exception as error:
+            refused = as_refusal(error)
+            closing = {"Connection": "close"} if refused.status == 408 else {}
+            return JSONResponse({"error": str(refused)}, refused.status, headers={**_HEADERS, **closing})
         return JSONResponse(found, headers=_HEADERS)
 
-    def _refusal(status: int, why: str, more: Mapping[str, str] | None = None) -> JSONResponse:
-        return JSONResponse({"error": why}, status_code=status, headers={**_HEADERS, **(more or {})})
+    async def answer(request: Request) -> dict[str, Any]:
+        if request.headers.get("content-type") != "application/octet-stream":
+            raise RefusedError(415, "content-type: expected the photo as application/octet-stream")
+        with places.taken():
+            photo, query = await read_body(request), request.query_params
+            question = question_on_page(query.get("asked", ""), query.get("mode", MODES[0]))
+            order = await run_in_threadpool(served.order, photo, [question], Settings())
+            found = answers.submit(order)
+        [replies] = await asyncio.wrap_future(found)
+        return await run_in_threadpool(_fields_of, order.photo, replies)
 
     return endpoint
 
 
-class _TooLargeError(Exception):
-    """More bytes than a photo may have."""
-
-
-async def _read_body(request: Any) -> bytes:
-    body = bytearray()
-    chunks = request.stream().__aiter__()
-    while True:
-        try:
-            body += await asyncio.wait_for(chunks.__anext__(), CHUNK_TIMEOUT_S)
-        except StopAsyncIteration:
-            return bytes(body)
-        except asyncio.TimeoutError:  # another class before Python 3.11
-            raise TimeoutError from None
-        if len(body) > MAX_UPLOAD_BYTES:
-            raise _TooLargeError
-
-
-def answer_upload(
-    predictor: Predictor, photo_bytes: bytes, asked: str, mode: str, *, upright: bool = True
-) -> dict[str, Any]:
-    """Return the fields for the page: replies, size of the photo, drawn picture as a data URL. Raises DataError.
-
-    mode: "prompt", or "targets" if `asked` is a list of phrases that the wording asks for.
-    """
+def question_on_page(asked: str, mode: str) -> Question:
+    """Return the question of the page. mode: "prompt", or "targets" if `asked` is a list of phrases."""
     if mode not in MODES:
         raise DataError(f"mode: found {mode!r:.40}; expected one of {', '.join(MODES)}")
-    question = (
-        question_of(targets=split_phrases(asked.replace("，", "、"))) if mode == "targets" else question_of(asked)
-    )
-    if question.problem:
-        raise DataError(question.problem)
-    photo = decode_image(photo_bytes, "the photo", MAX_PIXELS, upright=upright)
-    [[replies]] = answer_questions(predictor, [photo], [[question]])
+    if mode == "targets":
+        return question_of(targets=split_phrases(asked.replace("，", "、")))
+    return question_of(asked)
+
+
+def _fields_of(photo: Image.Image, replies: list[Reply]) -> dict[str, Any]:
+    """Return the fields for the page: replies, size of the photo, drawn picture as a data URL."""
     return {
         "image_size_px": photo.size,
         "answers": [reply_fields(reply) for reply in replies],

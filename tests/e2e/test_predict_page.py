@@ -22,7 +22,7 @@ from ranks import REPOSITORY
 from taught_model import DOG, DOG_BOX, FOUND, NOT_FOUND, SMALL_BOX, WHERE_SMALL, WHO, teach
 
 from cogvlm_ft.model import CogVLMTokenizer
-from cogvlm_ft.predict.serve import MAX_UPLOAD_BYTES
+from cogvlm_ft.predict.bodies import MAX_UPLOAD_BYTES
 
 STARTED = re.compile(r"(http://127\.0\.0\.1:\d+/)")
 ASKED_WITHIN_MS = 60_000

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cogvlm_ft.predict import serve
+from cogvlm_ft.predict import bodies, serve
+from cogvlm_ft.predict.batching import AnswerQueue
 from cogvlm_ft.predict.predictor import Asking, load_predictor
+from cogvlm_ft.predict.served import ServedModels
 
 uvicorn = pytest.importorskip("uvicorn")
 TIMEOUT_S = 0.3
@@ -21,10 +23,10 @@ TIMEOUT_S = 0.3
 
 @pytest.fixture
 def port(start_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    for name in ("HEAD_TIMEOUT_S", "CHUNK_TIMEOUT_S"):
-        monkeypatch.setattr(serve, name, TIMEOUT_S)
-    predictor = load_predictor(start_model, Asking())
-    app = serve.build_app(predictor, start_model, "127.0.0.1", upright=True)
+    monkeypatch.setattr(serve, "HEAD_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(bodies, "CHUNK_TIMEOUT_S", TIMEOUT_S)
+    served = ServedModels(load_predictor(start_model, Asking()), "start")
+    app = serve.build_app(served, AnswerQueue(served.answer), "127.0.0.1")
     server = uvicorn.Server(serve.server_config(app, "127.0.0.1", 0))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
