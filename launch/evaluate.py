@@ -82,11 +82,12 @@ def run(config: Config, args: argparse.Namespace) -> None:
         wording = trained or load_wording(data.wording)
     read = {f"split {split}": reader.index.data_sha256, "--checkpoint": str(weights)}
     check_agreement(comparable_settings(config) | read)
-    check_scoring(config, weights)
+    quantized = None if args.weights == "bf16" else args.weights
+    check_scoring(config, weights, quantized)
     if is_main():
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
-    model, tokenizer = build_scored_model(config, weights, None if args.weights == "bf16" else args.weights)
+    model, tokenizer = build_scored_model(config, weights, quantized)
     about = {"checkpoint": str(weights), "checkpoint_sha256": computed_by_main(lambda: fingerprint(weights))}
     result = evaluate(
         model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about, tiles=data.tiles

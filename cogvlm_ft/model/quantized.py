@@ -118,10 +118,25 @@ class Int4Linear(QuantizedLinear):
 KINDS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
+def _is_quantizable(name: str, module: nn.Module) -> bool:
+    return type(module) is nn.Linear and name.startswith(_PARTS)
+
+
+def quantized_bytes(model: nn.Module, kind: str, element_bytes: int) -> int:
+    """Return the bytes of a model's weights after quantisation. element_bytes: of those that stay floats."""
+    total = sum(parameter.numel() for parameter in model.parameters()) * element_bytes
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _is_quantizable(name, module):
+            buffers = KINDS[kind](module.in_features, module.out_features, None).buffers()
+            total += sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+            total -= module.in_features * module.out_features * element_bytes
+    return total
+
+
 def replace_linears(model: nn.Module, kind: str) -> None:
     """Replace the linear layers of a model on the meta device by quantised ones, whose weights are not there yet."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.startswith(_PARTS):
+        if isinstance(module, nn.Linear) and _is_quantizable(name, module):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, KINDS[kind](module.in_features, module.out_features, module.bias))
 

@@ -17,6 +17,7 @@ from torch import nn
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
 from cogvlm_ft.model.adapters import add_adapters
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
+from cogvlm_ft.model.quantized import quantized_bytes
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.data_turns import longest_answer
@@ -260,10 +261,15 @@ class Planner:
         size, kinds = plan_passes(memory, self.config.evaluate, sequences, holding)
         return size, kinds | {"layer at work": forward_peak(self.stages(asked_pass(sequences, size, prompt)))}
 
-    def scoring(self, sequences: MicroBatchShape) -> dict[str, int]:
-        """Estimate launch/evaluate.py on these GPUs, bytes of each: its part of the weights, and a pass."""
+    def scoring(self, sequences: MicroBatchShape, quantized: str | None = None) -> dict[str, int]:
+        """Estimate launch/evaluate.py on these GPUs, bytes of each: its part of the weights, and a pass.
+
+        quantized: the kind of the linear layers' weights, on one GPU.
+        """
         num_ranks = self.cluster.num_gpus
         weights = self._partition_numel(num_ranks, trained_only=False) * element_bytes(self.config)
+        if quantized:
+            weights = quantized_bytes(self.model, quantized, element_bytes(self.config))
         _, kinds = self._asked(sequences, weights, gathers=num_ranks > 1)
         return {"weights": weights, **kinds}
 

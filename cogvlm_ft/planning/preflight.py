@@ -21,6 +21,7 @@ from cogvlm_ft.data.tiling import plan_tiles
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMConfig, load_config, model_config_of
+from cogvlm_ft.model.quantized import WEIGHT_FORMAT
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.data_turns import largest_pass
@@ -127,18 +128,19 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstima
     return planner, estimate, verdict
 
 
-def check_scoring(config: Config, weights: Path) -> None:
+def check_scoring(config: Config, weights: Path, quantized: str | None = None) -> None:
     """Refuse an evaluation that cannot fit, before anything is loaded, unless `plan` says otherwise. Collective.
 
-    weights: a model folder or a checkpoint.
+    weights: a model folder or a checkpoint. quantized: as in `load_whole_model`.
     """
     cluster = this_cluster()
     if config.plan != "refuse":
         return
     model_config = load_config(model_files(weights), config.model.image_size, config.data.resize)
+    stored = getattr(model_config, WEIGHT_FORMAT, None)
     planner = Planner(config, model_config, cluster)
     sequences = largest_pass(config, model_config)
-    needed = sum(planner.scoring(sequences).values())
+    needed = sum(planner.scoring(sequences, stored or quantized).values())
     if needed / UNCERTAINTY + cluster.reserved_bytes > cluster.gpu_gib * GIB:
         raise ConfigError(
             f"this evaluation cannot fit on {cluster.num_gpus} {'ranks' if cluster.on_cpu else 'GPUs'}: each needs "

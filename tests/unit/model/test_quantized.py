@@ -48,6 +48,7 @@ def test_weights_are_close_small_and_read_in_parts(
     assert all(torch.equal(tensor, parts[name]) for name, tensor in stored_tensors(model).items())
 
     num_bytes = export_quantized(start_model, tmp_path / "small", kind)
+    assert num_bytes == quantized.quantized_bytes(whole, kind, element_bytes=2)
     assert num_bytes < sum(p.numel() * 2 for p in whole.parameters()), "less than bf16"
     again = load_whole_model(tmp_path / "small", torch.bfloat16)
     bf16 = load_whole_model(start_model, torch.bfloat16, quantized=kind)
