@@ -45,7 +45,7 @@ from cogvlm_ft.model.loading import (
 )
 from cogvlm_ft.model.quantized import WEIGHT_FORMAT, float_shapes, quantizing_assign, stored_tensors
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import computed_by_main, device, is_main, shared_errors, world_size
+from cogvlm_ft.runtime.distributed import check_gpus, computed_by_main, device, is_main, shared_errors, world_size
 from cogvlm_ft.runtime.engine import (
     build_engine,
     build_inference_engine,
@@ -272,8 +272,9 @@ def load_whole_model(
     """Load a model folder, or the weights of a checkpoint, onto this rank's device for passes without gradients.
 
     quantized: "int8" or "int4": linear layers are quantised tensor by tensor while they are read. A folder that was
-    exported so is loaded as it is.
+    exported so is loaded as it is. Raises ConfigError where the machine has a GPU that torch does not see.
     """
+    check_gpus()
     config = load_config(model_files(weights), image_size, resize)
     stored = getattr(config, WEIGHT_FORMAT, None)
     if stored not in (None, quantized) and quantized is not None:

@@ -115,7 +115,7 @@ def allocate_model(
     return model.eval()
 
 
-def whole_assign(parameters: Iterable[tuple[str, nn.Parameter]]) -> Assign:
+def whole_assign(parameters: Iterable[tuple[str, Tensor]]) -> Assign:
     """Return a function that reads whole tensors into parameters that are not partitioned."""
     by_name = dict(parameters)
 

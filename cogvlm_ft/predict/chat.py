@@ -58,9 +58,9 @@ def read_chat(fields: Mapping[str, Any], served: ServedModels) -> Chat:
 def _read_messages(messages: object, *, asks: bool) -> tuple[bytes, list[tuple[str, str]], str]:
     """Return the photo, the earlier turns and the question; asks: whether the question must have words."""
     if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES or len(messages) % 2 == 0:
-        found = len(messages) if isinstance(messages, list) else 0
+        num_found = len(messages) if isinstance(messages, list) else 0
         expected = f"user and assistant in turn, at most {MAX_MESSAGES}, the last from the user"
-        raise RefusedError(400, f"messages: found {found}; expected {expected}", field="messages")
+        raise RefusedError(400, f"messages: found {num_found}; expected {expected}", field="messages")
     photos: list[bytes] = []
     texts: list[str] = []
     for number, message in enumerate(messages):
@@ -89,7 +89,7 @@ def _read_content(content: object, where: str) -> tuple[str, list[bytes]]:
         return content, []
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise RefusedError(400, f"{where}: expected a text, or a list of parts", field="messages")
-    texts, photos = [], []
+    texts, photos = list[str](), list[bytes]()
     for number, part in enumerate(content):
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):

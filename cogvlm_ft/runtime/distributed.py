@@ -189,7 +189,7 @@ def check_gpus(devices: Path = Path("/dev")) -> None:
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
     raise ConfigError(
         f"CUDA: found {found[0]}, but torch {torch.__version__} ({build}) sees no GPU; expected one. Try "
-        "nvidia-smi, and install the torch of its CUDA version; CUDA_VISIBLE_DEVICES= trains on the CPU"
+        "nvidia-smi, and install the torch of its CUDA version; CUDA_VISIBLE_DEVICES= uses the CPU"
     )
 
 

@@ -288,9 +288,7 @@ def test_presets_are_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_unknown_preset_lists_the_names() -> None:
-    with pytest.raises(
-        ConfigError, match=r"deepspeed=zero4: no such file or preset; .*one of single_gpu, zero3, "
-    ):
+    with pytest.raises(ConfigError, match=r"deepspeed=zero4: no such file or preset; .*one of single_gpu, zero3, "):
         find_preset("zero4", ENGINE_PRESETS, "deepspeed=")
     with pytest.raises(ConfigError, match=r"--config absent: no such file or preset; .*grounding_490"):
         load_config("absent", MANDATORY)
