@@ -61,7 +61,8 @@ def recorded(number: int, sent: list[Any]) -> Iterator[list[str]]:
     def gather_object(value: Any, gathered: list[Any] | None = None, **_: Any) -> None:
         calls.append("gather_object")
         if gathered is not None:
-            gathered[:] = [value] * len(gathered)
+            of_others = [] if isinstance(value, list) else value  # no images, or the same facts
+            gathered[:] = [value, *[of_others] * (len(gathered) - 1)]
 
     def broadcast_object_list(box: list[Any], **_: Any) -> None:
         calls.append("broadcast_object_list")

@@ -87,7 +87,8 @@ def test_every_preset_trains_the_same_model_and_resumes(
     """
     if SCALE >= 1:
         monkeypatch.setenv(WITH_CPU_ADAM, "1")
-    assert {name.partition("=")[0] for name in RUNS} == {preset.stem for preset in PRESETS}
+    of_one_rank = {"single_gpu"}  # test_training.py trains adapters with it
+    assert {name.partition("=")[0] for name in RUNS} | of_one_rank == {preset.stem for preset in PRESETS}
     program = [PROGRAM, start_model, shards, tmp_path / "run"]
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # ninja
     names = [each for name in RUNS for each in (name, f"{name}+resumed")]
