@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cogvlm_ft import terminal
 from cogvlm_ft.command_line import fast_imports
 
 with fast_imports():
@@ -32,6 +33,9 @@ NUM_SCENES = 42
 # Folders. Slurm jobs need most of the time; the short tests at the end keep all workers busy until then.
 ORDER = ("slurm", "golden", "unit", "fuzz", "soak", "distributed", "e2e", "unit/shards")
 
+# Folders whose tests start programs and W&B, or measure memory: not in `make test-fast`.
+SLOW = ("unit/doctor", "unit/export", "unit/jobs", "unit/planning", "unit/tracking")
+
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
     "图片中存在一只狗,所在区域为[[086,540,400,760]]",
@@ -47,16 +51,27 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """
     if not item.get_closest_marker("xdist_group"):
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if _folder(item) in SLOW:
+        item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the Slurm jobs first, and beside them what starts no processes."""
-    items.sort(key=lambda item: _place(item.path.relative_to(config.rootpath / "tests")))
+    items.sort(key=lambda item: _place(_folder(item)))
 
 
-def _place(path: Path) -> int:
-    folder = path.parent.as_posix()
-    return ORDER.index(folder if folder in ORDER else path.parts[0])
+def _folder(item: pytest.Item) -> str:
+    return item.path.parent.relative_to(Path(__file__).parent).as_posix()
+
+
+def _place(folder: str) -> int:
+    return ORDER.index(folder if folder in ORDER else folder.partition("/")[0])
+
+
+@pytest.fixture(autouse=True)
+def hides_nothing_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of the environment that one test hides in printed text may be a plain word in another."""
+    monkeypatch.setattr(terminal, "_hidden", {})
 
 
 @pytest.fixture(scope="session")

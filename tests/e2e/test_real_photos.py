@@ -66,13 +66,13 @@ def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
         f"model.path={start_model}",
         f"data.shards={shards}",
         "data.wording=description",
-        "train.max_steps=20",
+        "train.max_steps=12",
         "train.epochs=10",
         "train.global_batch_size=8",
         "train.micro_batch_size=4",
         "train.lr=1e-3",
         "train.log_every=2",
-        "checkpoint.every_steps=10",
+        "checkpoint.every_steps=6",
         "evaluate.max_samples=6",
         "evaluate.max_new_tokens=24",
         "tracking.mode=offline",
@@ -84,14 +84,14 @@ def test_from_photos_to_an_answer(start_model: Path, tmp_path: Path) -> None:
     assert num_samples(shards) == 126
     run_dir = tmp_path / "run"
     common: Sequence[str] = settings(shards, start_model, run_dir)
-    run(["launch/train.py", *common, "train.max_steps=10"], 2, tmp_path / "logs")
+    run(["launch/train.py", *common, "train.max_steps=6"], 2, tmp_path / "logs")
     resumed = run(["launch/train.py", *common], 2, tmp_path / "logs")
     assert "resuming from" in resumed
     losses = [row["loss"] for row in read_metrics(run_dir, "train")]
-    assert len(losses) == 10
+    assert len(losses) == 6
     assert losses[-1] < losses[0]
     checkpoint = list_checkpoints(run_dir / "checkpoints")[-1]
-    assert checkpoint.name == "step-00000020"
+    assert checkpoint.name == "step-00000012"
 
     arguments = ["--config", run_dir / "config.yaml", "--checkpoint", checkpoint, "--out", tmp_path / "scores"]
     run(["launch/evaluate.py", *arguments], 2, tmp_path / "logs")
