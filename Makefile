@@ -40,9 +40,9 @@ endif
 # Otherwise each worker rewrites and compiles all tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# tests/conftest.py decides what a worker takes together and what comes first. Four workers for two cores: many tests
+# tests/conftest.py decides what a worker takes together and what comes first. Three workers for two cores: many tests
 # wait, for a limit of Slurm or a lost connection.
-WORKERS ?= 4
+WORKERS ?= 3
 PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: setup ## all tests but those that need a GPU: side by side, then those that measure time one by one
