@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-SCALE = float(os.environ.get("COGVLM_FUZZ_SCALE", "0.1"))
+SCALE = float(os.environ.get("COGVLM_FUZZ_SCALE", "0.05"))
 
 
 def scaled(full: int) -> int:
