@@ -133,6 +133,36 @@ def put_into(model: nn.Module, adapter: PeftAdapter, settings: AdapterConfig, as
             assign(name, lambda start, stop, rows=whole: rows[start:stop], tensor.shape[0])  # type: ignore[misc]
 
 
+def put_beside(model: nn.Module, adapter: PeftAdapter, name: str) -> None:
+    """Put an adapter into a whole model for inference, beside others of different names. Raises CheckpointError.
+
+    `choose_adapter` decides which one the model computes with.
+    """
+    from peft import PeftConfig, inject_adapter_in_model
+
+    in_full = [each for each in adapter.tensors if not is_adapter(each)]
+    if in_full:
+        raise CheckpointError(
+            f"{adapter.folder}: holds {len(in_full)} parts in full{_first(in_full)}; expected adapters alone, which "
+            "share a model. Merge it: launch/export.py --base"
+        )
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    config.inference_mode = True
+    inject_adapter_in_model(config, model, name)
+    parameters = dict(model.named_parameters())
+    weights = sorted({_weight_of(each) for each in adapter.tensors})
+    places = {(weight, factor): factor_name(weight, factor, name) for weight in weights for factor in FACTORS}
+    made = {each for each in parameters if any(f".{factor}.{name}." in each for factor in FACTORS)}
+    wrong = made ^ set(places.values())
+    if wrong:
+        raise CheckpointError(
+            f"{adapter.folder}: {len(wrong)} tensors{_first(sorted(wrong))} are in one of {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} only; expected both of one adapter. Export it again"
+        )
+    for (weight, factor), place in places.items():
+        parameters[place].data.copy_(read_whole(adapter.tensors[factor_name(weight, factor)], torch.float32))
+
+
 def _first(names: list[str]) -> str:
     return f" (such as {names[0]})" if names else ""
 

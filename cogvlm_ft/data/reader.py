@@ -85,12 +85,11 @@ class ShardReader:
         data = self._read_bytes(key, shard, int(index.json_offset[i]), int(index.json_num_bytes[i]))
         return record_from_json(data, key)
 
-    def read_size(self, i: int) -> tuple[int, int]:
+    def read_size(self, i: int, record: Record) -> tuple[int, int]:
         """Return (width, height) of the image of sample i, from its record or else from the header of its file.
 
         Raises BadSampleError.
         """
-        record = self.read_record(i)
         if record.image_size_px is not None:
             return record.image_size_px
         index, key = self.index, self.index.key(i)

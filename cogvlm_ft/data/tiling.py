@@ -129,7 +129,8 @@ def show_tile(
     if tile == WHOLE:
         return record, None
     assert record.image_size_px is not None
-    content = contents_of(record, settings)[tile]
+    window = photo_tiles(record.image_size_px, settings)[tile]
+    [content] = tile_contents(record.targets, [window], settings.min_visible, settings.fully_annotated)
     key = f"{record.key}#{tile}"
     rng = random.Random(f"tile:{seed}:{epoch}:{key}")
     num_absent = min(_num_absent(len(content.asked), settings), len(content.absent))
@@ -160,7 +161,8 @@ def plan_tiles(
     for i in progress_bar(range(len(reader)), desc="plan tiles", unit="record", is_shown=len(reader) > 1000):
         progress()
         try:
-            record = _clipped(reader.read_record(i), reader.read_size(i))
+            record = reader.read_record(i)
+            record = _clipped(record, reader.read_size(i, record))
         except BadSampleError:  # reported when it is loaded
             rows.append([TurnsPart(0, 1)])
             continue

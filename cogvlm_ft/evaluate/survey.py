@@ -103,7 +103,7 @@ def _measure(
     """Return the number of turns about each look, and the tokens of the longest answer and the longest prompt."""
     try:
         record = reader.read_record(index)
-        size_px = record.image_size_px or (SIZE_PX if tiles is None else reader.read_size(index))
+        size_px = record.image_size_px or (SIZE_PX if tiles is None else reader.read_size(index, record))
         record = replace(record, image_size_px=size_px)
         turns = [turn for turn in turns_of(record, wording, seed=seed, epoch=0) if turn.prompt.strip()]
     except DataError:  # reported when the image is read

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,9 +11,10 @@ from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.model_folder import build_meta_model
 from cogvlm_ft.checkpoints.sat import open_sat, write_sat
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.export.new_folder import new_folder
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import StoredTensor, check_keys, open_tensors, parameter_shapes, save_weights
-from cogvlm_ft.plain_files import copy_regular, sync, sync_tree
+from cogvlm_ft.plain_files import copy_regular
 
 _COPIED = ("*.json", "*.model", "*.py", "*.yaml")
 
@@ -27,7 +25,7 @@ def from_sat(sat: Path, files: Path, out: Path, dtype: torch.dtype) -> int:
     if not (files / "tokenizer.model").is_file():
         raise CheckpointError(f"--files {files}: found no tokenizer.model; expected a published model folder")
     weights = open_sat(sat, _shapes(files))
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         partial.mkdir()
         for path in sorted(each for pattern in _COPIED for each in files.glob(pattern)):
             if not path.name.endswith(".index.json"):
@@ -45,28 +43,10 @@ def to_sat(model: Path, out: Path, dtype: torch.dtype) -> int:
     weights = {name: weight for name, weight in weights.items() if not name.endswith(".inv_freq")}
     shapes = _shapes(model_files(source))
     check_keys(source, shapes, {name: tuple(weight.shape) for name, weight in weights.items()})
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         write_sat(partial, {name: weights[name] for name in shapes}, dtype)
     return len(shapes)
 
 
 def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(build_meta_model(load_config(files)).named_parameters())
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield the path of a folder to make, which becomes `out` when the block ends without an error."""
-    if out.exists():
-        raise CheckpointError(f"--out {out} exists; expected a new folder. Choose another name")
-    partial = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        sync_tree(partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync(out.parent)

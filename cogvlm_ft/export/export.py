@@ -18,6 +18,7 @@ from cogvlm_ft.config import load_run_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.blend import Blend, blended, check_fraction
 from cogvlm_ft.export.model_card import write_model_card
+from cogvlm_ft.export.new_folder import check_new
 from cogvlm_ft.export.verification import Verification, verify_export
 from cogvlm_ft.grounding.wording import WORDING_FILE, save_wording
 from cogvlm_ft.model.loading import Weight
@@ -46,8 +47,7 @@ def export_checkpoint(
     """
     if blend:
         check_fraction(blend.fraction)
-    if out.exists():
-        raise CheckpointError(f"--out {out} exists; expected a new folder. Choose another name")
+    check_new(out)
     if not checkpoint.is_dir():
         raise CheckpointError(f"--checkpoint {checkpoint}: no such folder. {_available_checkpoints(checkpoint)}")
     partial = out.with_name(f".tmp-{out.name}")

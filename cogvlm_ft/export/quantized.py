@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,11 +10,11 @@ from huggingface_hub import save_torch_state_dict
 from cogvlm_ft.build import load_whole_model
 from cogvlm_ft.checkpoints.adapters import ADAPTER_FILE
 from cogvlm_ft.checkpoints.choice import model_files
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.export.new_folder import new_folder
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import INDEX_FILE
 from cogvlm_ft.model.quantized import WEIGHT_FORMAT, stored_tensors
-from cogvlm_ft.plain_files import copy_regular, sync, sync_tree
+from cogvlm_ft.plain_files import copy_regular
 
 _NOT_COPIED = ("*.safetensors", INDEX_FILE, "*.bin", Path(ADAPTER_FILE).name, "proof.json", "README.md")
 """Weights, and what is written about them."""
@@ -26,12 +25,8 @@ def export_quantized(weights: Path, out: Path, kind: str) -> int:
 
     weights: a model folder or a checkpoint. Never whole in memory before it is quantised. At once or not at all.
     """
-    if out.exists():
-        raise CheckpointError(f"--out {out} exists; expected a new folder. Choose another name")
-    partial = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
+        partial.mkdir()
         model = load_whole_model(weights, torch.bfloat16, quantized=kind)
         files = model_files(weights)
         for path in sorted(files.iterdir()):
@@ -43,10 +38,4 @@ def export_quantized(weights: Path, out: Path, kind: str) -> int:
         config.save_pretrained(partial)
         tensors = stored_tensors(model)
         save_torch_state_dict(tensors, partial)
-        sync_tree(partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync(out.parent)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -74,9 +74,20 @@ def of_base(parameters: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name.replace(".base_layer.", "."): value for name, value in parameters if not is_adapter(name)}
 
 
-def factor_name(weight: str, factor: str) -> str:
+def factor_name(weight: str, factor: str, adapter: str = _NAME) -> str:
     """Return the parameter name of one of `FACTORS` beside a weight of the published name."""
-    return f"{weight.removesuffix('.weight')}.{factor}.{_NAME}.weight"
+    return f"{weight.removesuffix('.weight')}.{factor}.{adapter}.weight"
+
+
+def choose_adapter(model: nn.Module, name: str | None) -> None:
+    """Let the model compute with the adapters of this name alone; None: without any."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(name is not None)
+            if name is not None:
+                module.set_adapter([name] if name in module.lora_A else [])  # type: ignore[operator]
 
 
 def name_in_peft_file(name: str) -> str:

@@ -7,7 +7,9 @@ one layer at a time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +28,7 @@ _PARTS = ("model.layers.", "model.vision.transformer.layers.", "model.vision.lin
 Rows = Callable[[int, int], Tensor]
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, ABC):
     """A linear layer without gradients. weight: integers; weight_scale: float32."""
 
     weight_scale: Tensor
@@ -41,17 +43,17 @@ class QuantizedLinear(nn.Linear):
 
     _dtype: ClassVar[torch.dtype]
 
+    @abstractmethod
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of weight and weight_scale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight and weight_scale of float32[n, in_features]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restored(self, dtype: torch.dtype) -> Tensor:
         """Return the weights as floats, [out_features, in_features]."""
-        raise NotImplementedError
 
     def read(self, rows: Rows) -> None:
         """Quantise the weights while reading them: rows(start, stop) -> float[stop - start, in_features]."""
@@ -87,6 +89,13 @@ def normal_levels() -> Tensor:
     return torch.tensor(levels / levels.max(), dtype=torch.float32)
 
 
+@cache
+def _levels_of_bytes(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the two levels that each of the 256 bytes stands for, [256, 2]."""
+    levels = normal_levels().to(device, dtype)
+    return torch.cartesian_prod(levels, levels)
+
+
 class Int4Linear(QuantizedLinear):
     """Two weights in a byte. Rows are filled up to whole blocks."""
 
@@ -108,9 +117,8 @@ class Int4Linear(QuantizedLinear):
         return codes[:, ::2] * 16 + codes[:, 1::2], scale
 
     def restored(self, dtype: torch.dtype) -> Tensor:
-        levels = normal_levels().to(self.weight.device, dtype)
-        pairs = torch.cartesian_prod(levels, levels)  # of all bytes
-        blocks = F.embedding(self.weight.int(), pairs).view(self.out_features, -1, BLOCK)
+        pairs = F.embedding(self.weight.int(), _levels_of_bytes(self.weight.device, dtype))
+        blocks = pairs.view(self.out_features, -1, BLOCK)
         weights = blocks * self.weight_scale.to(dtype)[..., None]
         return weights.view(self.out_features, -1)[:, : self.in_features]
 

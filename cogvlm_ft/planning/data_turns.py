@@ -37,7 +37,7 @@ def mean_looks(config: Config) -> float:
     try:
         reader = open_split(config, config.data.val_split)
         for i in range(0, len(reader), -(-len(reader) // NUM_RECORDS)):
-            num_tiles = len(photo_tiles(reader.read_size(i), tiles))
+            num_tiles = len(photo_tiles(reader.read_size(i, reader.read_record(i)), tiles))
             counts.append(num_tiles + (tiles.whole or not num_tiles))
     except (ConfigError, DataError, OSError):
         return 1.0

@@ -41,8 +41,8 @@ def pinned_tensors(
     """List a rank's pinned tensors, as DeepSpeed's stage3.py and checkpoints/saver.py allocate them.
 
     element: bytes of a weight. parts: elements of each parameter's partition, and whether it is trained. groups: those
-    of each sub-group of each parameter group. copies: tensors of a trained
-    parameter that are copied for a checkpoint; 0 if none is.
+    of each sub-group of each parameter group. copies: tensors of a trained parameter that are copied for a checkpoint;
+    0 if none is.
     """
     kept: list[int] = []
     freed: list[int] = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cogvlm_ft.errors import ConfigError, DataError
@@ -125,8 +126,10 @@ class Api:
         return x_anylabeling.result(replies, fields)
 
 
-def endpoint(work: Answer, errors: ErrorFields) -> Callable[..., Any]:
-    """Build an endpoint from a function that returns JSON or a response, and the form of errors."""
+def endpoint(
+    work: Answer, errors: ErrorFields, headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})
+) -> Callable[..., Any]:
+    """Build an endpoint from a function that returns JSON or a response, the form of errors, and headers of JSON."""
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
 
@@ -136,14 +139,14 @@ def endpoint(work: Answer, errors: ErrorFields) -> Callable[..., Any]:
         except Exception as error:
             refused = as_refusal(error)
             closing = {"Connection": "close"} if refused.status == 408 else {}
-            return JSONResponse(errors(refused), refused.status, headers=closing)
-        return found if isinstance(found, Response) else JSONResponse(found, headers={"Cache-Control": "no-store"})
+            return JSONResponse(errors(refused), refused.status, headers={**headers, **closing})
+        return found if isinstance(found, Response) else JSONResponse(found, headers=dict(headers))
 
     return answered
 
 
 def as_refusal(error: Exception) -> RefusedError:
-    """Return what a client is told; of failures that are no fault of its own, only that they are in the log."""
+    """Return the refusal for a client; it names an internal error by its type only, and the log has the rest."""
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, BusyError):

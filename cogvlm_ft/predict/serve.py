@@ -22,7 +22,7 @@ from PIL import Image
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.html_page import SERVED_POLICY, load_page
 from cogvlm_ft.predict.access import KEY_VARIABLE, KeyRequired
-from cogvlm_ft.predict.api import Api, as_refusal
+from cogvlm_ft.predict.api import Api, endpoint
 from cogvlm_ft.predict.batching import AnswerQueue
 from cogvlm_ft.predict.bodies import Places, RefusedError, read_body
 from cogvlm_ft.predict.files import Question, question_of, reply_fields
@@ -215,10 +215,10 @@ def _file_endpoint(content: str, media_type: str) -> Callable[..., Any]:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    async def endpoint(request: Request) -> Response:
+    async def file(request: Request) -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
-    return endpoint
+    return file
 
 
 def _ask_endpoint(served: ServedModels, answers: AnswerQueue, places: Places) -> Callable[..., Any]:
@@ -228,19 +228,8 @@ def _ask_endpoint(served: ServedModels, answers: AnswerQueue, places: Places) ->
     (a preflight request), which is not answered.
     """
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
 
-    async def endpoint(request: Request) -> JSONResponse:
-        try:
-            found = await answer(request)
-        except Exception as error:
-            refused = as_refusal(error)
-            closing = {"Connection": "close"} if refused.status == 408 else {}
-            return JSONResponse({"error": str(refused)}, refused.status, headers={**_HEADERS, **closing})
-        return JSONResponse(found, headers=_HEADERS)
-
-    async def answer(request: Request) -> dict[str, Any]:
+    async def answer(request: Any) -> dict[str, Any]:
         if request.headers.get("content-type") != "application/octet-stream":
             raise RefusedError(415, "content-type: expected the photo as application/octet-stream")
         with places.taken():
@@ -251,7 +240,7 @@ def _ask_endpoint(served: ServedModels, answers: AnswerQueue, places: Places) ->
         [replies] = await asyncio.wrap_future(found)
         return await run_in_threadpool(_fields_of, order.photo, replies)
 
-    return endpoint
+    return endpoint(answer, lambda refused: {"error": str(refused)}, _HEADERS)
 
 
 def question_on_page(asked: str, mode: str) -> Question:

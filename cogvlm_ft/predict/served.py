@@ -11,9 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from cogvlm_ft.checkpoints.peft_files import open_peft_adapter, put_beside
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.model.adapter_files import choose_adapter, load_adapter
+from cogvlm_ft.model.adapters import choose_adapter
+from cogvlm_ft.model.quantized import float_shapes
 from cogvlm_ft.predict.batching import Order, Replies
 from cogvlm_ft.predict.bodies import RefusedError
 from cogvlm_ft.predict.files import Question, answer_questions
@@ -50,8 +52,9 @@ class ServedModels:
         self.adapters = dict(adapters or {})
         if name in self.adapters:
             raise ConfigError(f"--adapter {name}: found the name of the base model; expected another. Choose one")
+        shapes = float_shapes(predictor.model)
         for each, folder in self.adapters.items():
-            load_adapter(predictor.model, folder, each)
+            put_beside(predictor.model, open_peft_adapter(folder, predictor.weights, shapes), each)
         if self.adapters:
             choose_adapter(predictor.model, None)
         self._chosen: str | None = None

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cogvlm_ft.checkpoints.peft_files import WEIGHTS_FILE, merge_into, open_peft_adapter, put_into
+from cogvlm_ft.checkpoints.peft_files import WEIGHTS_FILE, merge_into, open_peft_adapter, put_beside, put_into
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.adapter import export_merged
@@ -72,6 +72,8 @@ def test_it_starts_a_training_run_and_is_merged(
     for model in (started, merged, asked, load_model(tmp_path / "merged")):
         torch.testing.assert_close(logits_of(model, tokenizer), expected, atol=1e-5, rtol=1e-5)
     assert CogVLMTokenizer.from_folder(tmp_path / "merged").encode("a") == tokenizer.encode("a")
+    with pytest.raises(CheckpointError, match=r"parts in full .*expected adapters alone"):  # others share the model
+        put_beside(load_model(start_model), opened, "shop")
 
 
 def test_adapters_that_do_not_fit_are_refused(adapter: Path, start_model: Path, tmp_path: Path) -> None:
