@@ -19,8 +19,9 @@ from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.grounding.boxes import format_boxes
 from cogvlm_ft.grounding.targets import Box, Target, Turn
-from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, CogVLMTokenizer, preprocess_image
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, preprocess_image
 from cogvlm_ft.model.cogvlm import IGNORE_INDEX
+from cogvlm_ft.model.demo_model import build_demo_model
 from cogvlm_ft.model.layout import PAD_BLOCK
 from cogvlm_ft.model.tokenizer import train_tokenizer
 
@@ -32,8 +33,6 @@ COLOURS = {
     "black": (15, 15, 15),
     "white": (250, 250, 250),
 }
-SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION_SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_heads": 4}
 NOT_FOUND = "none"
 MAX_NEW_TOKENS = 22
 PEAK_RATE, WARM_UP = 2e-3, 0.05
@@ -85,25 +84,9 @@ def build_tokenizer() -> CogVLMTokenizer:
 
 
 def build_model(tokenizer: CogVLMTokenizer, image_size: int, seed: int) -> CogVLMForCausalLM:
-    """Build a random model of 0.4 million parameters, with the initial values of the demo's model."""
+    """Build the random model of a rehearsal, of 1 million parameters."""
     torch.manual_seed(seed)
-    patch = 8
-    vision = {**VISION_SIZES, "patch_size": patch, "image_size": image_size}
-    config = CogVLMConfig(
-        **SIZES,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        initializer_range=0.09,
-        template_version="base",
-        vision_config={**vision, "num_positions": (image_size // patch) ** 2 + 1},
-    )
-    model = CogVLMForCausalLM(config)
-    torch.nn.init.normal_(model.model.vision.patch_embedding.position_embedding.weight)
-    for layer in model.model.vision.transformer.layers:
-        torch.nn.init.constant_(layer.input_layernorm.weight, 0.2)
-        torch.nn.init.constant_(layer.post_attention_layernorm.weight, 0.2)
-    return model
+    return build_demo_model(len(tokenizer), image_size, small=True)
 
 
 Shown = tuple[Image.Image, list[Turn]]
