@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import http.client
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from running_server import running
 
 from cogvlm_ft.predict import bodies, serve
 from cogvlm_ft.predict.batching import AnswerQueue
 from cogvlm_ft.predict.predictor import Asking, load_predictor
 from cogvlm_ft.predict.served import ServedModels
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 TIMEOUT_S = 0.3
 
 
@@ -27,16 +26,8 @@ def port(start_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(bodies, "CHUNK_TIMEOUT_S", TIMEOUT_S)
     served = ServedModels(load_predictor(start_model, Asking()), "start")
     app = serve.build_app(served, AnswerQueue(served.answer), "127.0.0.1")
-    server = uvicorn.Server(serve.server_config(app, "127.0.0.1", 0))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield listening.getsockname()[1]
-        server.should_exit = True
-        thread.join(10)
+    with running(app) as number:
+        yield number
 
 
 def test_connections_that_send_nothing_are_ended_and_keep_nobody_out(port: int) -> None:

@@ -6,9 +6,7 @@ import base64
 import http.client
 import io
 import json
-import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from running_server import running
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMForCausalLM
@@ -29,7 +28,7 @@ from cogvlm_ft.predict.replies import FoundBox, Reply
 from cogvlm_ft.predict.served import ServedModels, Settings
 from cogvlm_ft.settings import AdapterConfig
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 KEY = "0123456789abcdef-key"
 LABELLING = (
@@ -91,17 +90,9 @@ def served(start_model: Path, adapter: Path) -> ServedModels:
 def port(served: ServedModels, photos: Path) -> Iterator[int]:
     answers = AnswerQueue(served.answer)
     app = serve.build_app(served, answers, "127.0.0.1", serve.Endpoints(True, KEY, photos))
-    server = uvicorn.Server(serve.server_config(app, "127.0.0.1", 0))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield listening.getsockname()[1]
-        server.should_exit = True
-        thread.join(10)
-        answers.close()
+    with running(app) as number:
+        yield number
+    answers.close()
 
 
 @pytest.fixture
