@@ -65,7 +65,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     check_probe(config, args.keep)
     found = find_weights(args.checkpoint, "--checkpoint") if args.checkpoint else best_checkpoint(config.output_path)
     start, reader = args.start or config.model.folder, open_split(config, config.data.val_split)
-    check_scoring(config, found)
+    check_scoring(config, found, config.data.val_split)
     wording = trained_wording(found) or load_wording(config.data.wording)
     scores = score_blends(config, found, start, reader, wording)
     writes = is_main()

@@ -52,6 +52,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     with fast_imports():
         from cogvlm_ft.build import build_scored_model
         from cogvlm_ft.checkpoints.choice import trained_wording
+        from cogvlm_ft.data.node_indexes import indexed_once_per_node
         from cogvlm_ft.data.reader import open_split
         from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
         from cogvlm_ft.evaluate.evaluate import evaluate, save_evaluation
@@ -75,15 +76,16 @@ def run(config: Config, args: argparse.Namespace) -> None:
     prepare_output(args.out)
     data = config.data
     split = args.split or data.val_split
-    with shared_errors():
-        weights = choose_weights(config, args)
-        reader = open_split(config, split)
-        trained = None if "data.wording" in typed_keys(args) else trained_wording(weights)
-        wording = trained or load_wording(data.wording)
-    read = {f"split {split}": reader.index.data_sha256, "--checkpoint": str(weights)}
-    check_agreement(comparable_settings(config) | read)
-    quantized = None if args.weights == "bf16" else args.weights
-    check_scoring(config, weights, quantized)
+    with indexed_once_per_node(config, [split]):
+        with shared_errors():
+            weights = choose_weights(config, args)
+            reader = open_split(config, split)
+            trained = None if "data.wording" in typed_keys(args) else trained_wording(weights)
+            wording = trained or load_wording(data.wording)
+        read = {f"split {split}": reader.index.data_sha256, "--checkpoint": str(weights)}
+        check_agreement(comparable_settings(config) | read)
+        quantized = None if args.weights == "bf16" else args.weights
+        check_scoring(config, weights, split, quantized)
     if is_main():
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)

@@ -53,6 +53,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
     check_encoding()
     # Imported late: torch and DeepSpeed take seconds, and a mistyped key should be reported at once.
     with fast_imports():
+        from cogvlm_ft.data.node_indexes import indexed_once_per_node
         from cogvlm_ft.planning.out_of_memory import memory_errors_explained
         from cogvlm_ft.planning.preflight import check_fits
         from cogvlm_ft.runtime.agreement import check_agreement, comparable_settings
@@ -76,21 +77,23 @@ def run(config: Config, stop_request: StopRequest) -> int:
     if config.tracking.tensorboard:
         check_tensorboard()
     check_agreement(comparable_settings(config))
-    check_fits(config)
-    folder = config.output_path
-    with (
-        owned_run_folder(folder),
-        watched(folder, rank(), config.train.hang_timeout_s),
-        memory_errors_explained(config),
-    ):
-        leave_hangs_to_watchdog()
-        training = build_checked_run(config)
-        if isinstance(training, FinishedRun):
-            state, last_step, is_stopped = training.state, training.last_step, False
-        else:
-            state = train(training, stop_request)
-            last_step = training.last_step(state)
-            is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
+    splits = (config.data.train_split, config.data.val_split)
+    with indexed_once_per_node(config, splits):
+        check_fits(config)
+        folder = config.output_path
+        with (
+            owned_run_folder(folder),
+            watched(folder, rank(), config.train.hang_timeout_s),
+            memory_errors_explained(config),
+        ):
+            leave_hangs_to_watchdog()
+            training = build_checked_run(config)
+            if isinstance(training, FinishedRun):
+                state, last_step, is_stopped = training.state, training.last_step, False
+            else:
+                state = train(training, stop_request)
+                last_step = training.last_step(state)
+                is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
         is_early = state.step < last_step

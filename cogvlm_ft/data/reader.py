@@ -34,6 +34,9 @@ _TURN_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+known_indexes: dict[str, ShardIndex] = {}
+"""Indexes that `open_split` need not read again, by `source_of_split`: `data/node_indexes.py` adds and removes them."""
+
 _MAX_OPEN_FILES = 64  # per process; the usual limit is 1024
 
 
@@ -148,8 +151,15 @@ def open_split(config: Config, split: str, *, draft_side: int | None = None) -> 
 
     It is read from `data.val_shards` if it is the validation split and that is set, else from `data.shards`.
     """
+    set_retry_s(config.data.retry_s)
+    index = known_indexes.get(source_of_split(config, split)) or read_index(config, split)
+    return ShardReader(index, draft_side=draft_side)
+
+
+def read_index(config: Config, split: str) -> ShardIndex:
+    """Index the tars of a split, as `open_split` does."""
     data = config.data
-    is_separate = split == data.val_split and data.val_shards is not None
+    is_separate = _is_separate(config, split)
     choice = SplitChoice(
         setting="data.val_shards" if is_separate else "data.shards",
         by_name_only=not is_separate and split != data.train_split,
@@ -157,9 +167,17 @@ def open_split(config: Config, split: str, *, draft_side: int | None = None) -> 
         runs_commands=True,  # load_config refuses those that are not typed on the command line
     )
     shards = data.val_shards if is_separate else data.shards
-    set_retry_s(data.retry_s)
-    index = load_index(shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib, choice=choice)
-    return ShardReader(index, draft_side=draft_side)
+    return load_index(shards, split, cache_dir=data.cache_dir, cache_gib=data.cache_gib, choice=choice)
+
+
+def source_of_split(config: Config, split: str) -> str:
+    """Return a text of all settings on which the index of a split depends."""
+    data = config.data
+    return repr((split, data.train_split, data.val_split, data.shards, data.val_shards, data.cache_dir, data.cache_gib))
+
+
+def _is_separate(config: Config, split: str) -> bool:
+    return split == config.data.val_split and config.data.val_shards is not None
 
 
 def decode_image(data: bytes, key: str, max_pixels: int, *, upright: bool = False) -> Image.Image:

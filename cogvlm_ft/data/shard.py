@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cogvlm_ft.data.kept_scans import kept_scan, state_of_file
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.tars import (
     IMAGE_EXTENSIONS,
@@ -23,6 +24,7 @@ from cogvlm_ft.data.tars import (
     scan_tar,
 )
 from cogvlm_ft.data.versions import note_indexed
+from cogvlm_ft.data.whole_files import Cache
 
 _UNKNOWN = (-1, -1)
 
@@ -45,8 +47,8 @@ class Shard(NamedTuple):
     identity: str
 
 
-def load_shard(path: Path) -> Shard:
-    """Load a local tar by its offsets file if that matches, else by a scan."""
+def load_shard(path: Path, cache: Cache | None = None) -> Shard:
+    """Load a local tar by its offsets file if that matches, else by a scan, whose result is kept in the cache."""
     status = path.stat()
     note_indexed(path, status)
     size = status.st_size
@@ -56,7 +58,8 @@ def load_shard(path: Path) -> Shard:
             return shard_of_offsets(json.loads(offsets_path.read_bytes()), path, size)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("%s does not match %s (%s); scanning the tar instead", offsets_path.name, path, error)
-    return shard_of_scan(path, scan_tar(path), size)
+    scan = kept_scan(cache, str(path.resolve()), state_of_file(status), lambda: scan_tar(path))
+    return shard_of_scan(path, scan, size)
 
 
 def shard_of_scan(path: Path | RemoteShard, scan: Scan, size: int) -> Shard:

@@ -22,11 +22,13 @@ from cogvlm_ft.data.addresses import (
     name_of,
     shown,
 )
+from cogvlm_ft.data.kept_scans import kept_scan
 from cogvlm_ft.data.object_store import exists, matching, reads_ranges
 from cogvlm_ft.data.remote import RangeFile, RemoteShard, fetch_json, size_by_range
 from cogvlm_ft.data.shard import Shard, load_shard, shard_of_offsets, shard_of_scan
 from cogvlm_ft.data.sources import check_once, locations, means_same, split_of_name, tars_of_split
-from cogvlm_ft.data.tars import Loss, scan_file
+from cogvlm_ft.data.tars import Loss, Scan, scan_file
+from cogvlm_ft.data.versions import marks_of
 from cogvlm_ft.data.whole_files import Cache, cached_tar, starts_compressed
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.terminal import progress_bar
@@ -97,7 +99,7 @@ def _in_threads(action: Callable[[T], U], parts: Sequence[T]) -> list[U]:
 def _load_tar(tar: str, cache: Cache | None) -> Shard:
     """Load one tar that is named by itself."""
     if is_command(tar):
-        return load_shard(cached_tar(tar, cache, "the output of a command cannot be read in place"))
+        return load_shard(cached_tar(tar, cache, "the output of a command cannot be read in place"), cache)
     if is_url(tar):
         return _load_remote_tar(tar, cache)
     return _load_local_tar(Path(tar).expanduser(), cache)
@@ -110,7 +112,7 @@ def _load_local_tar(path: Path, cache: Cache | None) -> Shard:
     if is_compressed(path.name) or (cache is not None and starts_compressed(path)):
         why = "found a compressed tar; expected a plain .tar, because samples are read in place. Decompress it"
         path = cached_tar(str(path), cache, why)
-    return load_shard(path)
+    return load_shard(path, cache)
 
 
 def _load_remote_tar(url: str, cache: Cache | None) -> Shard:
@@ -121,7 +123,7 @@ def _load_remote_tar(url: str, cache: Cache | None) -> Shard:
         why = (
             "cannot be read in place: it is compressed" if is_compressed(url) else "the server does not support ranges"
         )
-        return load_shard(cached_tar(url, cache, why))
+        return load_shard(cached_tar(url, cache, why), cache)
     shard = RemoteShard(url, size, "", None)
     described = _offsets_of(url)
     if described is not None and described.get("size") == size:
@@ -129,7 +131,16 @@ def _load_remote_tar(url: str, cache: Cache | None) -> Shard:
             return shard_of_offsets(described, RemoteShard(url, size, str(described["sha256"]), None), size)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("%s: its offsets file does not match (%s); scanning the tar instead", shard, error)
-    return shard_of_scan(shard, scan_file(RangeFile(url, size), size, shard.name, str(shard)), size)  # type: ignore[arg-type]
+    return shard_of_scan(shard, _remote_scan(shard, cache), size)
+
+
+def _remote_scan(shard: RemoteShard, cache: Cache | None) -> Scan:
+    """Scan a tar on a server; the result is kept if the server names the version of the content."""
+    url, size = shard.url, shard.size
+    marks = marks_of(url)
+    state = (size, *marks) if any(marks[:1]) else ()  # the first is ETag or generation; a date alone is too coarse
+    file = RangeFile(url, size)
+    return kept_scan(cache, str(shard), state, lambda: scan_file(file, size, shard.name, str(shard)))  # type: ignore[arg-type]
 
 
 def _offsets_of(url: str) -> dict[str, Any] | None:

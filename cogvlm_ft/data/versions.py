@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from cogvlm_ft.data.addresses import shown
 from cogvlm_ft.errors import DataError
@@ -42,3 +44,37 @@ def check_indexed(path: Path, status: os.stat_result) -> None:
             f"{path}: found another file ({status.st_size} bytes) than when it was indexed ({first.st_size} bytes); "
             "expected the same tar until the run ends. Put it back, or start a run with another output_dir"
         )
+
+
+class Noted(NamedTuple):
+    """What one process knows about the content of files: by address, and of local tars when they were indexed."""
+
+    marks: dict[str, tuple[str, ...]]
+    states: dict[Path, os.stat_result]
+
+
+def marks_of(url: str) -> tuple[str, ...]:
+    """Return what the server stated about the content of a file when this process read it first; () if unread."""
+    return _first.get(url, ())
+
+
+def noted(files: Iterable[Any]) -> Noted:
+    """Return what this process knows about tars: paths, or objects with an address `url`."""
+    places = [getattr(file, "url", file) for file in files]
+    marks = {place: _first[place] for place in places if place in _first}
+    return Noted(marks, {place: _indexed[place] for place in places if place in _indexed})
+
+
+def adopt(files: Noted) -> bool:
+    """Note what another process of this node knows; return whether this one sees the same local tars."""
+    for path, other in files.states.items():
+        try:
+            mine = path.stat()
+        except OSError:
+            return False
+        if (mine.st_ino, mine.st_size, mine.st_mtime_ns) != (other.st_ino, other.st_size, other.st_mtime_ns):
+            return False
+    _indexed.update(files.states)
+    for url, marks in files.marks.items():
+        _first.setdefault(url, marks)
+    return True

@@ -24,7 +24,7 @@ from cogvlm_ft.model import CogVLMConfig, load_config, model_config_of
 from cogvlm_ft.model.quantized import WEIGHT_FORMAT
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
-from cogvlm_ft.planning.data_turns import largest_pass
+from cogvlm_ft.planning.data_turns import largest_pass, most_turns_of
 from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, UNCERTAINTY, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
@@ -128,8 +128,10 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstima
     return planner, estimate, verdict
 
 
-def check_scoring(config: Config, weights: Path, quantized: str | None = None) -> None:
-    """Refuse an evaluation that cannot fit, before anything is loaded, unless `plan` says otherwise. Collective.
+def check_scoring(config: Config, weights: Path, split: str, quantized: str | None = None) -> None:
+    """Refuse an evaluation of a split that cannot fit, before anything is loaded, unless `plan` says otherwise.
+
+    Collective.
 
     weights: a model folder or a checkpoint. quantized: as in `load_whole_model`.
     """
@@ -139,7 +141,7 @@ def check_scoring(config: Config, weights: Path, quantized: str | None = None) -
     model_config = load_config(model_files(weights), config.model.image_size, config.data.resize)
     stored = getattr(model_config, WEIGHT_FORMAT, None)
     planner = Planner(config, model_config, cluster)
-    sequences = largest_pass(config, model_config)
+    sequences = MicroBatchShape(asked_turns=most_turns_of(config, split))
     needed = sum(planner.scoring(sequences, stored or quantized).values())
     if needed / UNCERTAINTY + cluster.reserved_bytes > cluster.gpu_gib * GIB:
         raise ConfigError(

@@ -5,7 +5,6 @@ Ranks that disagree would wait for each other in different places, or train on o
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -42,11 +41,6 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     """Return the settings on which ranks must agree, by their full names."""
     found = _flat("", asdict(config))
     return {name: value for name, value in found.items() if name not in MAY_DIFFER and _group(name) not in MAY_DIFFER}
-
-
-def is_first_of_node() -> bool:
-    """Return whether this rank is the one that examines the files of its node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _disagreement(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

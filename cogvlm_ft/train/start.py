@@ -18,8 +18,9 @@ from cogvlm_ft.evaluate.probe import load_probe
 from cogvlm_ft.model import CogVLMConfig, model_config_of
 from cogvlm_ft.model.fingerprint import fingerprint
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.agreement import check_agreement, is_first_of_node
+from cogvlm_ft.runtime.agreement import check_agreement
 from cogvlm_ft.runtime.distributed import computed_by_main, shared_errors
+from cogvlm_ft.runtime.nodes import computed_once_per_node
 from cogvlm_ft.settings import Config
 from cogvlm_ft.train.early_stopping import is_out_of_patience
 
@@ -52,9 +53,9 @@ def build_checked_run(config: Config) -> Run | FinishedRun:
 def facts_of_files(
     config: Config, data: TrainingData, val_reader: ShardReader, model_config: CogVLMConfig
 ) -> dict[str, Any]:
-    """Return what identifies the files that every rank reads; the weights once per node."""
-    with shared_errors():
-        weights = fingerprint(config.model.folder, "*.safetensors") if is_first_of_node() else None
+    """Return what identifies the files that every rank reads; the weights are read once per node. Collective."""
+    folder = config.model.folder
+    weights = computed_once_per_node(lambda: fingerprint(folder, "*.safetensors"), str(folder))
     return {
         "data.shards": data.index.data_sha256,
         f"data.shards, split {config.data.val_split}": val_reader.index.data_sha256,

@@ -1,6 +1,7 @@
 """Train in three attempts with other batch sizes; in the last, the model folder vanishes and files cannot be written.
 
-Before them, the server of the shards goes away during a run in OUT/outage: from the moment that OUT/away exists.
+Before them, the tars in OUT/foreign are indexed, and the server of the shards goes away during a run in OUT/outage:
+from the moment that OUT/away exists.
 
 Usage: saving_rules.py MODEL OUT URL SETTING...      model.path is OUT/model; prints a JSON line per attempt
 """
@@ -8,6 +9,7 @@ Usage: saving_rules.py MODEL OUT URL SETTING...      model.path is OUT/model; pr
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import shutil
@@ -19,11 +21,15 @@ from typing import Any
 from deepspeed.runtime.zero import parameter_offload
 from torch.distributed import distributed_c10d
 
-from cogvlm_ft.build import Run
+from cogvlm_ft.build import Run, open_training_data
 from cogvlm_ft.config import load_config
+from cogvlm_ft.data import shard
+from cogvlm_ft.data.node_indexes import indexed_once_per_node
 from cogvlm_ft.data.reader import Sample, open_split
+from cogvlm_ft.data.tars import Scan
 from cogvlm_ft.errors import ConfigError, DataError, ServerError
 from cogvlm_ft.evaluate.evaluate import evaluate
+from cogvlm_ft.planning.preflight import check_fits
 from cogvlm_ft.runtime.agreement import check_agreement, comparable_settings
 from cogvlm_ft.runtime.distributed import (
     barrier,
@@ -35,6 +41,7 @@ from cogvlm_ft.runtime.distributed import (
     rank,
     shut_down,
 )
+from cogvlm_ft.runtime.nodes import computed_once_per_node
 from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.tracking import metrics_log
 from cogvlm_ft.train import loop
@@ -96,6 +103,27 @@ def lose_server(out: Path, url: str, settings: list[str]) -> None:
     run.engine.destroy()
 
 
+def index_foreign(out: Path, settings: list[str]) -> None:
+    """Print which tars each rank scans until it has planned a run over them, and what it knows of them then."""
+    scanned, real = list[str](), shard.scan_tar
+
+    def scan_tar(path: Path) -> Scan:
+        scanned.append(path.name)
+        return real(path)
+
+    shard.scan_tar = scan_tar
+    config = load_config(None, [*settings, f"data.shards={out / 'foreign'}", "plan=warn"])
+    with indexed_once_per_node(config, ("train", "val")):
+        check_fits(config)
+        index = open_training_data(config, open_split(config, "val")).index
+    shard.scan_tar = real
+    places = hashlib.sha256(index.keys.tobytes() + index.image_offset.tobytes() + index.json_offset.tobytes())
+    ranks = [computed_once_per_node(rank), computed_once_per_node(rank, rank())]
+    everywhere = gather_to_main([scanned, index.data_sha256, places.hexdigest(), ranks])
+    if everywhere is not None:
+        print(json.dumps({"foreign": everywhere}), flush=True)
+
+
 def evaluate_with_one_disk(run: Run, settings: list[str]) -> None:
     """Evaluate as launch/evaluate.py does; rank 1 cannot read its second image."""
     reader = open_split(load_config(None, settings), "val")
@@ -121,6 +149,7 @@ def main() -> None:
         shutil.copytree(model, out / "model")
         (out / "hpz.json").write_text(json.dumps(hpz))
     barrier()
+    index_foreign(out, settings)
     lose_server(out, url, settings)
     for batch_size, max_steps in ATTEMPTS:
         own = [f"train.global_batch_size={batch_size}", "train.micro_batch_size=2"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from servers import Server, serve
 from tiny import run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints, read_state
+from cogvlm_ft.data.index import load_index
 from cogvlm_ft.runtime.distributed import WATCHED_TIMEOUT_S
 
 pytestmark = pytest.mark.slow
@@ -42,9 +45,24 @@ def attempts(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("attempts")
     changes = ["train.epochs=2", "train.log_every=1", "evaluate.before_training=false", "evaluate.max_samples=2"]
     settings = run_settings(shards, out / "model", out / "run", *changes)
+    (out / "foreign").mkdir()
+    for path in shards.glob("*.tar"):
+        shutil.copy(path, out / "foreign")
     with serve(ServerThatLeaves(shards, out / "away")) as server:
         output = run([PROGRAM, start_model, out, server.url, *settings], 2, out / "logs")
     return out / "run", output.split("--- rank 1")[0]
+
+
+def test_one_rank_of_a_node_scans_for_all(attempts: tuple[Path, str]) -> None:
+    """Each tar is scanned once, although a start opens both splits several times, and the plans are the same."""
+    folder, output = attempts
+    [found] = [json.loads(line)["foreign"] for line in output.splitlines() if line.startswith('{"foreign"')]
+    tars = folder.with_name("foreign")
+    assert sorted(found[0][0]) == sorted(path.name for path in tars.iterdir()) and found[1][0] == []
+    index = load_index(tars, "train")
+    places = hashlib.sha256(index.keys.tobytes() + index.image_offset.tobytes() + index.json_offset.tobytes())
+    assert [each[1:3] for each in found] == [[index.data_sha256, places.hexdigest()]] * 2
+    assert [each[3] for each in found] == [[0, 0], [0, 1]], "ranks with other inputs compute their own"
 
 
 def test_what_one_rank_cannot_read_saves_and_ends_all_ranks(attempts: tuple[Path, str]) -> None:
