@@ -123,7 +123,8 @@ class DataConfig:
     )
     cache_dir: Optional[str] = setting(
         None,
-        "Local folder for shards that cannot be read in place: compressed, or from a server without ranges.",
+        "Local folder for shards that cannot be read in place: compressed, or from a server without ranges; and for "
+        "what scans of tars without `index.json` found.",
         is_path=True,
     )
     cache_gib: float = setting(100.0, "Size of that cache.", unit="GiB", least=0)
