@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import locale
 import logging
 import os
@@ -10,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -65,6 +67,33 @@ def prepare_terminal() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _report
+
+
+def outlive_terminal() -> None:
+    """Let output that cannot be written be lost: a long run must not end because `tee` or the disk of its log did."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)  # there is none with `python -u`
+        if type(stream) is io.TextIOWrapper and stream.fileno() == number and not isinstance(raw, _Lossy):
+            with suppress(OSError):
+                stream.flush()
+            setattr(sys, name, lossy_stream(number, stream.encoding))
+
+
+def lossy_stream(descriptor: int, encoding: str) -> TextIO:
+    """Return a text stream to an open file that writes line by line, and loses what cannot be written."""
+    raw = _Lossy(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+
+
+class _Lossy(io.FileIO):
+    """A file for which it is no error that a write fails, as with EPIPE, EIO or ENOSPC."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(memoryview(data).cast("B"))
 
 
 def check_encoding() -> None:

@@ -23,7 +23,7 @@ try:
     from cogvlm_ft.runtime.outcome import write_outcome
     from cogvlm_ft.runtime.stop_signals import StopRequest
     from cogvlm_ft.settings import Config
-    from cogvlm_ft.terminal import check_encoding, say, start_logging
+    from cogvlm_ft.terminal import check_encoding, outlive_terminal, say, start_logging
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
+    outlive_terminal()
     with StopRequest() as stop_request:  # at once: loading the model takes minutes
         code = exit_code(
             lambda: run(with_model(load_task(args.config, args.settings, args.sweep, args.task)), stop_request),

@@ -40,10 +40,12 @@ LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
     "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
     "Intel MPI, MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 LOCAL_RANKS = ("LOCAL_RANK", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID")  # where a launcher does not set its own
+RANKS_ALONE = ("RANK", "PMIX_RANK", "PALS_RANKID")  # of launchers that may state no number of ranks
 DEFAULT_TIMEOUT_S = 1800
 SHARED_ERRORS = (OSError, ConfigError, DataError, CheckpointError, ServerError)
 WATCHED_TIMEOUT_S = 7 * 86400  # of collectives under the watchdog, which knows whether the others make progress
@@ -86,6 +88,7 @@ def ranks_of_launcher(environment: Mapping[str, str]) -> LauncherRanks:
         if all(environment.get(name, "").isdigit() for name in names[:2])
     }
     if not found:
+        _check_alone(environment)
         return LauncherRanks(0, 1, 0)
     launcher = next(iter(LAUNCHERS)) if next(iter(LAUNCHERS)) in found else max(found, key=lambda name: found[name])
     names, size = LAUNCHERS[launcher], found[launcher]
@@ -98,6 +101,18 @@ def ranks_of_launcher(environment: Mapping[str, str]) -> LauncherRanks:
         )
     local = next((environment[name] for name in (names[2], *LOCAL_RANKS) if environment.get(name, "").isdigit()), None)
     return LauncherRanks(int(environment[names[0]]), size, int(local) if local else 0 if size == 1 else None)
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError if this is one of several ranks, whose number is not known."""
+    known = next((name for name in RANKS_ALONE if environment.get(name, "").isdigit()), None)
+    if known is None and environment.get("WORLD_SIZE", "") in ("", "1"):
+        return
+    known, missing = (known, "number of ranks") if known else ("WORLD_SIZE", "RANK")
+    raise ConfigError(
+        f"{known}={environment[known]}: found no {missing}; expected RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+        "MASTER_PORT on every rank. Export them, or use slurm/train.sbatch, torchrun or deepspeed"
+    )
 
 
 def device_index(local_rank: int | None, num_devices: int) -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.plain_files import copy_regular, open_new, parse_json, read_bytes, read_json, replaced_file
-from cogvlm_ft.terminal import LogLines, check_encoding, plain_line, plain_text, prepare_terminal, say
+from cogvlm_ft.terminal import LogLines, check_encoding, lossy_stream, plain_line, plain_text, prepare_terminal, say
 from cogvlm_ft.yaml_text import YamlError, parse_yaml
 
 TENFOLD = "".join(f"k{i}: &b{i} [{','.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 9))
@@ -129,3 +130,18 @@ def test_a_locale_in_which_torch_cannot_read_its_files(
     else:
         with pytest.raises(ConfigError, match=f"encoding {encoding}.*export PYTHONUTF8=1"):
             check_encoding()
+
+
+def test_output_that_nobody_takes_does_not_end_a_run() -> None:
+    """`train.py 2>&1 | tee log`, of which tee has ended; a log on a full disk. What can be written is."""
+    reading, writing = os.pipe()
+    stream = lossy_stream(writing, "ascii")
+    print("图 1", file=stream)
+    assert os.read(reading, 100) == b"\\u56fe 1\n"
+    os.close(reading)
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        for lost in (stream, lossy_stream(full.fileno(), "utf-8")):
+            print("a line", file=lost)
+            for _ in tqdm(range(3), file=lost, mininterval=0):
+                lost.flush()
+    os.close(writing)

@@ -23,6 +23,7 @@ ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+JSRUN = {"JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_SIZE": "6", "JSM_NAMESPACE_LOCAL_RANK": "1"}
 INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
 
 
@@ -40,6 +41,8 @@ INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
         pytest.param({**SRUN, **OPEN_MPI, "SLURM_STEP_NUM_TASKS": "1", **ADDRESS}, (2, 4, 0), id="mpirun in salloc"),
         pytest.param({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8", **ADDRESS}, (5, 8, 1), id="srun --mpi=pmi2"),
         pytest.param({"PMI_RANK": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", **ADDRESS}, (5, 8, 1), id="PALS"),
+        pytest.param({**JSRUN, **ADDRESS}, (3, 6, 1), id="jsrun of LSF"),
+        pytest.param({**SRUN, "PMIX_RANK": "5", **ADDRESS}, (5, 8, 1), id="srun --mpi=pmix"),
         pytest.param({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}, (1, 2, None), id="local rank unknown"),
         pytest.param({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0), id="one rank needs no address"),
     ],
@@ -55,6 +58,9 @@ def test_ranks_of_a_launcher(environment: dict[str, str], expected: tuple[int, i
         pytest.param(OPEN_MPI, "Open MPI started 4 ranks", id="mpirun"),
         pytest.param(INTEL_MPI, "PMI_SIZE=2", id="PMI"),
         pytest.param({**SRUN, "MASTER_ADDR": "node1"}, "found no MASTER_PORT; expected", id="no port"),
+        pytest.param({"PMIX_RANK": "0"}, "PMIX_RANK=0: found no number of ranks; expected RANK", id="PMIx"),
+        pytest.param({"RANK": "3", "MASTER_ADDR": "node1"}, "RANK=3: found no number of ranks", id="no size"),
+        pytest.param({"WORLD_SIZE": "2", **ADDRESS}, "WORLD_SIZE=2: found no RANK", id="no rank"),
         pytest.param({**TORCHRUN, "MASTER_ADDR": ""}, "found no MASTER_ADDR and no MASTER_PORT", id="empty"),
     ],
 )
