@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -272,14 +272,14 @@ def _variables(written: str) -> Iterator[tuple[str, str]]:
 
 def written_settings(config: Config) -> dict[str, Any]:
     """Return every setting as it is written, for files and W&B: nothing that a resolver stands for."""
-    container: Any = OmegaConf.to_container(_written(config), resolve=False)
-    return {str(key): value for key, value in container.items()}
-
-
-def _written(config: Config) -> Any:
-    settings = OmegaConf.structured(config)
+    settings = asdict(config)
+    settings.pop("written", None)  # of a LoadedConfig
     for key, value in getattr(config, "written", {}).items():
-        OmegaConf.update(settings, key, value, merge=False)
+        *sections, name = key.split(".")
+        section: Any = settings
+        for each in sections:
+            section = section[each]
+        section[name] = value
     return settings
 
 
@@ -396,4 +396,4 @@ def save_settings(settings: dict[str, Any], path: str | Path) -> None:
 
 def config_sha256(config: Config) -> str:
     """Return a hash of the settings as they are written: a hash of a password would help to guess it."""
-    return hashlib.sha256(OmegaConf.to_yaml(_written(config)).encode()).hexdigest()
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(written_settings(config))).encode()).hexdigest()

@@ -29,7 +29,7 @@ from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, UNCERTAINTY, Cluster, Mem
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
 from cogvlm_ft.runtime.cores import node_id
-from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, shared_errors
+from cogvlm_ft.runtime.distributed import computed_by_main, device, from_main, gather_to_main
 from cogvlm_ft.settings import Config
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def check_fits(config: Config) -> None:
     if config.plan == "ignore":
         return
     cluster = this_cluster()
-    with shared_errors():
-        _, _, verdict = judge_start(config, cluster)
+    verdict = computed_by_main(lambda: judge_start(config, cluster)[2])
     level = logging.INFO if verdict.status == "fits" else logging.WARNING
     logger.log(level, "memory: %s: %s", verdict.status, verdict.why)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ranks import REPOSITORY, free_port, read_metrics, run_program
-from tiny import run_settings, short_run_settings
+from tiny import AS_SHIPPED, run_settings, short_run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 
@@ -40,7 +40,9 @@ def test_launcher(launcher: str, shards: Path, start_model: Path, tmp_path: Path
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port],
         "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
     }[launcher]
-    result = launch([*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")])
+    result = launch(
+        [*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run", *AS_SHIPPED)]
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2]
 

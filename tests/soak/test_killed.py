@@ -39,6 +39,7 @@ def settings(shards: Path, start_model: Path, output_dir: Path) -> list[str]:
         f"output_dir={output_dir}",
         f"model.path={start_model}",
         f"data.shards={shards}",
+        "plan=ignore",
         "data.num_workers=1",
         "train.epochs=10000",
         "train.warmup_fraction=0",
