@@ -29,7 +29,7 @@ from cogvlm_ft.runtime.distributed import all_reduce_sum, init_distributed, is_m
 from cogvlm_ft.settings import CheckpointConfig
 from cogvlm_ft.train.step import train_step
 
-NUM_STEPS, SAVED_STEP = 4, 2
+NUM_STEPS, SAVED_STEP = 3, 2
 WITH_CPU_ADAM = "COGVLM_TEST_CPU_ADAM"  # set: what offloads uses DeepSpeed's Adam in fp32, as on a GPU
 
 
