@@ -225,7 +225,8 @@ NUM_ADAPTED_STEPS = 20
 def adapted_run(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Return a run folder and its settings: 20 steps of two ranks from an adapter of peft that is not zero."""
     folder = tmp_path_factory.mktemp("adapted")
-    changes = ["deepspeed=zero3", "adapter.rank=4", "adapter.alpha=8", "adapter.full=[bridge]", f"adapter.start={folder / 'start'}"]
+    changes = ["deepspeed=zero3", "adapter.rank=4", "adapter.alpha=8", "adapter.full=[bridge]"]
+    changes += [f"adapter.start={folder / 'start'}"]
     changes += ["adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision]"]
     changes += [f"train.max_steps={NUM_ADAPTED_STEPS}", "checkpoint.every_steps=1", "checkpoint.keep_last=99"]
     changes += [f"train.ema={DECAY}", "evaluate.every_epochs=9"]
