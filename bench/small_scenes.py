@@ -46,12 +46,14 @@ class Scene:
     targets: tuple[Target, ...]
 
 
-def make_scene(rng: random.Random, side_px: int, sizes_px: tuple[float, float], num_targets: int) -> Scene:
+def make_scene(
+    rng: random.Random, side_px: int, sizes_px: tuple[float, float], num_targets: int, num_colours: int = len(COLOURS)
+) -> Scene:
     """Draw boxes of different colours that do not touch, with edges at any whole pixel, on noisy grey."""
     noise = np.frombuffer(rng.randbytes(side_px**2), dtype=np.uint8).reshape(side_px, side_px, 1) % 12
     pixels = np.repeat(noise + np.uint8(112), 3, axis=2)
     targets: list[Target] = []
-    for colour in rng.sample(sorted(COLOURS), num_targets):
+    for colour in rng.sample(sorted(COLOURS)[:num_colours], num_targets):
         box = _free_place(rng, side_px, sizes_px, [target.boxes_xyxy[0] for target in targets])
         x0, y0, x1, y1 = map(int, box)
         pixels[y0:y1, x0:x1] = COLOURS[colour]
