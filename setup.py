@@ -91,9 +91,11 @@ setup(
             "flask-cors>=4",
             "gcsfs>=2024.6",
             "gcp-storage-emulator>=2024.8",  # a server of Google Cloud Storage for tests
+            "pyvips[binary]>=3.1",
         ],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # for launch/serve.py and launch/predict.py --serve
         "s3": ["s3fs>=2024.6"],  # for data.shards=s3://
+        "tiles": ["pyvips[binary]>=3.1"],  # photos above 100 megapixels in tiles; its binary wheel of libvips is LGPL
         "gcs": ["gcsfs>=2024.6"],  # for data.shards=gs://
         "tensorboard": ["tensorboard>=2.18"],  # for tracking.tensorboard=true
         "workspace": ["wandb-workspaces>=0.4.13"],  # for launch/workspace.py

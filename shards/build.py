@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
 
 from tqdm import tqdm
 
+from cogvlm_ft.data.cutting import TileCut
 from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.data.shard_sets import INDEX_VERSION, read_json_file
 from cogvlm_ft.errors import DataError
@@ -58,6 +59,7 @@ from cogvlm_ft.shards.packing.tar_writing import (
     to_json_bytes,
     write_atomically,
 )
+from cogvlm_ft.shards.packing.tile_photos import add_tile_options, tile_cut
 from cogvlm_ft.shards.packing.verify import VERIFY
 from cogvlm_ft.shards.packing.workers import warm_up, write_shards
 
@@ -88,6 +90,7 @@ class BuildSettings:
     negatives: NegativeSettings | None = None
     max_side: int | None = None
     names: Path | None = None
+    tiles: TileCut | None = None
 
 
 def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bool = False) -> str:
@@ -110,16 +113,8 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
         _begin(out, signature, found)
         vocabulary, second_pass = _first_pass(settings, staging)
         staging.commit()
-        packing = WriteSettings(
-            staging.path,
-            settings.images,
-            out,
-            settings.max_pixels,
-            settings.verify,
-            exif.apply,
-            settings.max_side,
-            second_pass,
-        )
+        limits = settings.max_pixels, settings.verify, exif.apply, settings.max_side
+        packing = WriteSettings(staging.path, settings.images, out, *limits, second_pass, settings.tiles)
         _write_missing_shards(plans, packing, num_workers)
         index, files = _finish(out, plans, signature, staging, vocabulary, settings.negatives)
     except sqlite3.Error as error:  # no room for it, or another build is writing there
@@ -200,7 +195,8 @@ def _signature(settings: BuildSettings) -> dict[str, Any]:
     decided: both are added when all is read.
     """
     negatives = settings.negatives.signature() if settings.negatives else None
-    signature = {**vars(settings), "images": str(settings.images.resolve()), "negatives": negatives}
+    parts = {"negatives": negatives, "tiles": vars(settings.tiles) if settings.tiles else None}
+    signature = {**vars(settings), "images": str(settings.images.resolve()), **parts}
     read_or_decided = ("annotations", "decisions", "exif", "box_unit", "names")
     return {name: value for name, value in signature.items() if name not in read_or_decided}
 
@@ -331,13 +327,19 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--group-by", default=defaults.group_by, help=group_help)
     add("--seed", type=int, default=defaults.seed, help="of the split, the order and the absent targets")
     add("--samples-per-shard", type=int, default=defaults.samples_per_shard)
-    add("--max-pixels", type=int, default=MAX_PIXELS, help="reject larger photos")
+    add(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help="of a photo that is decoded at once; larger ones need --tiles",
+    )
     verify_help = "structure: detect truncated files (fast); decode: detect more"
     add("--verify", choices=VERIFY, default=defaults.verify, help=verify_help)
     add("--exif", choices=EXIF_MODES, default=defaults.exif, help="rotate photos by their EXIF orientation")
     box_unit_help = "of the boxes, where the format leaves it open; default: inferred from all boxes of the source"
     add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help=box_unit_help)
     add("--max-side", type=int, help="shrink larger photos to this side in px, stored as JPEG")
+    add_tile_options(parser)
     add("--negatives", type=float, default=0.0, help="fraction of absent targets among all targets, such as 0.2")
     add("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="sources of absent targets")
     add("--synonyms", type=Path, help="YAML file of names with the same meaning, for absent targets")
@@ -378,6 +380,7 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
         negatives=negatives,
         max_side=args.max_side,
         names=args.names,
+        tiles=tile_cut(args),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.data.stored_photo import Photo, StoredPhoto
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.resample import resize_square
 from cogvlm_ft.settings import RESIZES
@@ -48,14 +49,16 @@ class Frame:
         """Whether the frame is the unchanged image."""
         return self.window_px == (0, 0, *self.photo_px) and not self.mirrored
 
-    def apply_image(self, image: Image.Image, image_size: int) -> Image.Image:
+    def apply_image(self, photo: Photo, image_size: int) -> Image.Image:
         """Return the S x S image that the model sees, S = image_size.
 
-        image: the whole image (RGB), or exactly a half, a quarter or an eighth of it. If the frame is the unchanged
-        image, the result has the pixels of `preprocess_image`, which does not resize it again.
+        photo: the whole image (RGB), or exactly a half, a quarter or an eighth of it, or a photo in tiles. If the frame
+        is the unchanged image, the result has the pixels of `preprocess_image`, which does not resize it again.
         """
-        shrink = self.photo_px[0] // image.width
-        x0, y0, x1, y1 = (edge // shrink for edge in self.window_px)
+        image, shown = photo.show(self.window_px) if isinstance(photo, StoredPhoto) else (photo, (0, 0, *self.photo_px))
+        left, top, right, bottom = shown
+        x0, x1 = ((x - left) * image.width // (right - left) for x in self.window_px[::2])
+        y0, y1 = ((y - top) * image.height // (bottom - top) for y in self.window_px[1::2])
         if (x0, y0, x1, y1) != (0, 0, *image.size):
             framed = Image.new("RGB", (x1 - x0, y1 - y0), PADDING)
             framed.paste(image, (-x0, -y0))

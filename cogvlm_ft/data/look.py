@@ -9,6 +9,7 @@ from PIL import Image
 from cogvlm_ft.data.augment import Colours, augments, choose_look
 from cogvlm_ft.data.frames import Frame, fit, move_record, whole_frame
 from cogvlm_ft.data.record import Record
+from cogvlm_ft.data.stored_photo import Photo
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.turns import build_turns
 from cogvlm_ft.grounding.wording import Wording
@@ -23,9 +24,9 @@ class Look:
     colours: Colours
     turns: list[Turn]
 
-    def draw(self, image: Image.Image, image_size: int) -> Image.Image:
-        """Return the S x S image before it is normalised, S = image_size. image: as for `Frame.apply_image`."""
-        return self.colours.apply(self.frame.apply_image(image, image_size))
+    def draw(self, photo: Photo, image_size: int) -> Image.Image:
+        """Return the S x S image before it is normalised, S = image_size. photo: as for `Frame.apply_image`."""
+        return self.colours.apply(self.frame.apply_image(photo, image_size))
 
 
 def build_look(

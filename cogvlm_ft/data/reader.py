@@ -15,6 +15,7 @@ from cogvlm_ft.data.pixels import PILLOW_FORMATS, UnsupportedPixelsError, kind_o
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box, record_from_json
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard_sets import SplitChoice
+from cogvlm_ft.data.stored_photo import Photo, StoredPhoto, StoredTiles
 from cogvlm_ft.data.versions import check_indexed
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
@@ -24,7 +25,7 @@ MAX_PIXELS = 100_000_000
 """Largest image that is decoded: 100 megapixels are 300 MB in memory."""
 
 ORIENTATION_TAG = 0x0112  # EXIF
-_TURN_UPRIGHT = {
+TURN_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,11 +46,27 @@ class Sample:
     """A record and its image.
 
     image: RGB, upright by its EXIF orientation if `record.upright`, of `record.image_size_px`; or exactly a half, a
-    quarter or an eighth of that size if the reader drafts.
+    quarter or an eighth of that size if the reader drafts; or a photo in tiles.
     """
 
     record: Record
-    image: Image.Image
+    image: Photo
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An image in a shard, of which parts are read."""
+
+    reader: ShardReader
+    key: str
+    shard: int
+    offset: int
+
+    def read_part(self, start: int, num_bytes: int) -> bytes:
+        return self.reader._read_bytes(self.key, self.shard, self.offset + start, num_bytes)
+
+    def bad_part(self, detail: str) -> BadSampleError:
+        return BadSampleError(self.key, "broken_image", detail)
 
 
 class ShardReader:
@@ -77,9 +94,24 @@ class ShardReader:
         key = index.key(i)
         shard = int(index.shard_number[i])
         record = self.read_record(i)
+        if record.tiles is not None:
+            return self._read_stored(i, record, record.tiles)
         image_bytes = self._read_bytes(key, shard, int(index.image_offset[i]), int(index.image_num_bytes[i]))
         image, shrink = _decode(image_bytes, key, self.max_pixels, record.upright, self.draft_side)
         return Sample(_fit_record(record, (image.width * shrink, image.height * shrink)), image)
+
+    def _read_stored(self, i: int, record: Record, tiles: StoredTiles) -> Sample:
+        """Return a photo in tiles, of which only the smaller image is decoded yet."""
+        key, num_bytes, size_px = record.key, int(self.index.image_num_bytes[i]), record.image_size_px
+        if sum(tiles.num_bytes) != num_bytes or size_px is None:
+            detail = f"tiles: found {sum(tiles.num_bytes)} bytes of a photo of {size_px}; expected {num_bytes} bytes"
+            raise BadSampleError(key, "size_mismatch", detail)
+        member = _Member(self, key, int(self.index.shard_number[i]), int(self.index.image_offset[i]))
+        whole = decode_image(member.read_part(0, tiles.num_bytes[0]), key, self.max_pixels)
+        if whole.size != tiles.whole_px:
+            detail = f"tiles.whole_px: found {tiles.whole_px}; expected {whole.size}, the size of the image"
+            raise BadSampleError(key, "size_mismatch", detail)
+        return Sample(_fit_record(record, size_px), StoredPhoto(size_px, whole, tiles, member))
 
     def read_record(self, i: int) -> Record:
         """Return the record of sample i, not checked against the image. Raises BadSampleError."""
@@ -231,7 +263,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # on broken EXIF data Pillow raises nearly anything; no viewer turns such an image
         return 1
-    return orientation if orientation in _TURN_UPRIGHT else 1
+    return orientation if orientation in TURN_UPRIGHT else 1
 
 
 def _decode(data: bytes, key: str, max_pixels: int, upright: bool, draft_side: int | None) -> tuple[Image.Image, int]:
@@ -243,7 +275,7 @@ def _decode(data: bytes, key: str, max_pixels: int, upright: bool, draft_side: i
                 orientation = orientation_of(image) if upright else 1  # before decoding, as when shards are built
                 shrink = _draft(image, draft_side) if draft_side else 1
                 rgb = to_rgb(image, data)
-                return (rgb if orientation == 1 else rgb.transpose(_TURN_UPRIGHT[orientation])), shrink
+                return (rgb if orientation == 1 else rgb.transpose(TURN_UPRIGHT[orientation])), shrink
     except Exception as error:
         raise bad_image(key, data, error) from None
     raise BadSampleError(key, "too_many_pixels", f"{width} x {height} pixels; expected at most {max_pixels}")

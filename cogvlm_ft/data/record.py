@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from cogvlm_ft.data.stored_photo import StoredTiles, stored_tiles_from_json
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Name, Target, Turn
 
@@ -42,6 +43,7 @@ class Record:
     targets: what can be asked about.
     turns: prompt/answer pairs that the user wrote, used verbatim.
     upright: size and boxes refer to the image after applying its EXIF orientation.
+    tiles: of a large photo, if they are stored; size and boxes are those of the photo.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Record:
     targets: tuple[Target, ...]
     turns: tuple[Turn, ...]
     upright: bool = False
+    tiles: StoredTiles | None = None
 
 
 def record_to_json(record: Record) -> bytes:
@@ -63,6 +66,8 @@ def record_to_json(record: Record) -> bytes:
     }
     if record.upright:
         fields["upright"] = True
+    if record.tiles is not None:
+        fields["tiles"] = record.tiles.to_json()
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -115,6 +120,7 @@ def record_from_json(data: bytes, key: str) -> Record:
         targets=tuple(_target(value, key, f"targets[{i}]") for i, value in enumerate(targets)),
         turns=tuple(_turn(value, key, f"turns[{i}]") for i, value in enumerate(turns)),
         upright=upright,
+        tiles=_tiles(fields.get("tiles"), key),
     )
 
 
@@ -169,6 +175,15 @@ def _image_size(value: Any, key: str) -> tuple[int, int] | None:
     good = len(numbers) == 2 and all(type(number) is int and number > 0 for number in numbers)
     _require(good, key, "image_size_px", value, "[width, height] in pixels")
     return numbers[0], numbers[1]
+
+
+def _tiles(value: Any, key: str) -> StoredTiles | None:
+    if value is None:
+        return None
+    try:
+        return stored_tiles_from_json(value)
+    except ValueError as error:
+        raise BadSampleError(key, "bad_record", f"tiles: found {value!r:.80}; {error}") from None
 
 
 def _target(value: Any, key: str, field: str) -> Target:

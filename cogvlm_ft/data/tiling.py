@@ -112,6 +112,18 @@ def photo_tiles(size_px: tuple[int, int], settings: TilesConfig) -> list[Window]
     return windows if len(windows) > 1 else []
 
 
+def check_stored(record: Record, settings: TilesConfig) -> None:
+    """Raise ConfigError if the photo is stored in other tiles than those of the settings."""
+    stored = record.tiles
+    if stored is None or (stored.side_px, stored.overlap) == (settings.side_px, settings.overlap):
+        return
+    raise ConfigError(
+        f"data.tiles.side_px, data.tiles.overlap: found {settings.side_px}, {settings.overlap}; expected "
+        f"{stored.side_px}, {stored.overlap}, the tiles in which the shards hold {stored.photo!r:.200}. Set these, or "
+        f"build again with --tiles {settings.side_px} --overlap {settings.overlap}"
+    )
+
+
 def contents_of(record: Record, settings: TilesConfig) -> list[TileContent]:
     """Return what can be asked about each tile of a photo whose size is known."""
     assert record.image_size_px is not None
@@ -166,6 +178,7 @@ def plan_tiles(
         except BadSampleError:  # reported when it is loaded
             rows.append([TurnsPart(0, 1)])
             continue
+        check_stored(record, settings)
         contents = contents_of(record, settings)
         usable = [n for n, each in enumerate(contents) if not (skips_unclear and each.is_unclear)]
         shown = [n for n in usable if contents[n].asked]

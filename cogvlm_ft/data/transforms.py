@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from PIL import Image
 from torch import Tensor
 
 from cogvlm_ft.data.frames import Frame
+from cogvlm_ft.data.stored_photo import Photo
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.settings import RESIZES
 
 
-def model_input(image: Image.Image, frame: Frame, image_size: int) -> Tensor:
-    """Return float32[3, S, S]: what the model sees of an image (RGB, or its exact half, quarter or eighth) in a frame.
+def model_input(photo: Photo, frame: Frame, image_size: int) -> Tensor:
+    """Return float32[3, S, S]: what the model sees of a photo, as for `Frame.apply_image`.
 
     In training, `Look.draw` changes the colours too.
     """
-    return preprocess_image(frame.apply_image(image, image_size), image_size)
+    return preprocess_image(frame.apply_image(photo, image_size), image_size)
 
 
 def resize_of(config: CogVLMConfig) -> str:

@@ -73,6 +73,12 @@ def _enlarge(image: Image.Image, scale: float) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), resample)
 
 
+def scale_box(box: Box, scale: float) -> Box:
+    """Return the box of a photo in a smaller image of it."""
+    x0, y0, x1, y1 = box
+    return x0 * scale, y0 * scale, x1 * scale, y1 * scale
+
+
 def _scaled(box: Box, scale: float) -> Box:
     """Scale a box to the enlarged image and order its corners, so that an inverted answer is drawn too."""
     x0, y0, x1, y1 = (value * scale for value in box)

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import DataError, ServerError
-from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
+from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes, scale_box
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.evaluate.looks import Look, LookReader
 from cogvlm_ft.evaluate.questions import asks_for_boxes
@@ -49,11 +50,12 @@ ABOUT = "about"
 
 @dataclass(frozen=True)
 class Shown:
-    """An image to draw, with its answered turns."""
+    """An image to draw, with its answered turns, whose boxes are in pixels of the photo. scale: of the image to it."""
 
     key: str
     image: Image.Image
     predictions: list[Prediction]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def _shown(reader: ShardReader, answered: Sequence[tuple[int, list[Prediction]]]
     """Yield images to draw; one that cannot be read again is left out, because the results are there."""
     for index, part in answered:
         try:
-            yield Shown(part[0].key, reader.read(index).image, part)
+            photo = reader.read(index).image
+            image = whole_image(photo)
+            yield Shown(part[0].key, image, part, image.width / photo.size[0])
         except (OSError, DataError, ServerError) as error:
             logger.warning("an image of the evaluation cannot be drawn: %s", error)
 
@@ -254,18 +258,18 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
         for prediction in evaluation.predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
     for number, shown in enumerate(evaluation.shown):
-        picture = draw_boxes(shown.image, [_drawn(prediction) for prediction in shown.predictions])
+        picture = draw_boxes(shown.image, [_drawn(prediction, shown.scale) for prediction in shown.predictions])
         picture.save(folder / PICTURES_FOLDER / f"{number:02d}-{_as_file_name(shown.key)}.png")
 
 
-def _drawn(prediction: Prediction) -> DrawnTurn:
+def _drawn(prediction: Prediction, scale: float) -> DrawnTurn:
     return DrawnTurn(
         prompt=prediction.prompt,
         answer=prediction.answer,
         phrase=prediction.phrase,
-        answer_boxes=prediction.boxes_xyxy,
+        answer_boxes=prediction.boxes_xyxy and [scale_box(box, scale) for box in prediction.boxes_xyxy],
         truth=prediction.truth,
-        truth_boxes=prediction.truth_boxes_xyxy or (),
+        truth_boxes=[scale_box(box, scale) for box in prediction.truth_boxes_xyxy or ()],
         is_right=is_right(prediction),
     )
 

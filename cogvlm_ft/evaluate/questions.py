@@ -6,12 +6,11 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
 from cogvlm_ft.data.frames import Frame, move_record, whole_frame
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.data.stored_photo import Photo
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Box, Turn
@@ -27,7 +26,7 @@ class Question:
     index: int
     key: str
     source: str
-    image: Image.Image
+    image: Photo
     frame: Frame
     turns: list[Turn]
 

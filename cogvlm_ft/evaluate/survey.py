@@ -13,6 +13,7 @@ from itertools import zip_longest
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.tiling import check_stored
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.evaluate.generate import FIRST_TEXT_POSITION
 from cogvlm_ft.evaluate.looks import LookPlace, can_ask_in_tiles, split_turns
@@ -103,6 +104,8 @@ def _measure(
     """Return the number of turns about each look, and the tokens of the longest answer and the longest prompt."""
     try:
         record = reader.read_record(index)
+        if tiles is not None:
+            check_stored(record, tiles)
         size_px = record.image_size_px or (SIZE_PX if tiles is None else reader.read_size(index, record))
         record = replace(record, image_size_px=size_px)
         turns = [turn for turn in turns_of(record, wording, seed=seed, epoch=0) if turn.prompt.strip()]

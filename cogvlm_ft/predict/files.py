@@ -10,14 +10,14 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
-from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.data.stored_photo import Photo
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.plain_files import parse_json
+from cogvlm_ft.predict.large_photos import load_photo
 from cogvlm_ft.predict.predictor import Predictor, draw_replies
 from cogvlm_ft.predict.replies import Reply
 from cogvlm_ft.predict.steps import MAX_PHRASES, conversation_turns, target_turns
@@ -25,7 +25,6 @@ from cogvlm_ft.predict.steps import MAX_PHRASES, conversation_turns, target_turn
 PREDICTIONS_FILE, PICTURES_FOLDER = "predictions.jsonl", "pictures"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PROMPT_CHARACTERS = 4000
-MAX_FILE_BYTES = 500_000_000
 MAX_QUESTIONS = 64
 """About one photo, before it is read and drawn again."""
 
@@ -133,21 +132,8 @@ def _all_texts(question: Question) -> list[str]:
     return [question.name, question.prompt, *question.targets, *(text for pair in question.said for text in pair)]
 
 
-def load_photo(path: Path, *, upright: bool) -> Image.Image:
-    """Load a photo. Raises DataError, whatever is wrong with the file."""
-    try:
-        if not path.is_file():  # a device or a pipe may never end
-            raise BadSampleError(path.name, "no_such_file", str(path))
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BadSampleError(path.name, "too_large", f"more than {MAX_FILE_BYTES} bytes")
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # a name may hold characters that file names cannot
-        raise BadSampleError(path.name, "unreadable_file", str(error)) from None
-    return decode_image(data, path.name, MAX_PIXELS, upright=upright)
-
-
 def answer_questions(
-    predictor: Predictor, photos: Sequence[Image.Image], questions: Sequence[Sequence[Question]]
+    predictor: Predictor, photos: Sequence[Photo], questions: Sequence[Sequence[Question]]
 ) -> list[list[list[Reply]]]:
     """Answer `questions[n]` about photos[n], all together: for each question one reply, or one for each step."""
     turns = _word_questions(predictor, photos, questions)
@@ -169,7 +155,7 @@ def _said_replies(parts: Sequence[Sequence[Turn]], num_said: Sequence[int]) -> d
 
 
 def _word_questions(
-    predictor: Predictor, photos: Sequence[Image.Image], questions: Sequence[Sequence[Question]]
+    predictor: Predictor, photos: Sequence[Photo], questions: Sequence[Sequence[Question]]
 ) -> list[list[list[Turn]]]:
     """Return the turns of each question; all conversations begin together."""
     about = [photo for photo, row in zip(photos, questions, strict=True) for each in row if each.in_steps]
@@ -235,12 +221,12 @@ def _predict_batch(
     predictor: Predictor, batch: Sequence[tuple[int, list[Question]]], out: Path | None, upright: bool
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the lines of each photo of the batch, after drawing it."""
-    good: dict[int, Image.Image] = {}
+    good: dict[int, Photo] = {}
     bad: dict[int, DataError] = {}
     for number, group in batch:
         try:
             if not all(question.problem for question in group):
-                good[number] = load_photo(group[0].path, upright=upright)
+                good[number] = load_photo(group[0].path, upright=upright, tiles=predictor.asking.tiles)
         except DataError as error:
             bad[number] = error
     asked = [[question for question in group if not question.problem] for n, group in batch if n in good]
@@ -256,7 +242,7 @@ def _predict_batch(
 
 
 def _draw(
-    photo: Image.Image, number: int, question: Question, found: Sequence[Sequence[Reply] | None], out: Path
+    photo: Photo, number: int, question: Question, found: Sequence[Sequence[Reply] | None], out: Path
 ) -> str | None:
     """Draw the replies and return the file's name; nothing of the photo's name can lead out of the folder."""
     replies = [reply for part in found for reply in part or ()]
@@ -268,7 +254,7 @@ def _draw(
     return name
 
 
-def _line(question: Question, photo: Image.Image, replies: Sequence[Reply], picture: str | None) -> dict[str, Any]:
+def _line(question: Question, photo: Photo, replies: Sequence[Reply], picture: str | None) -> dict[str, Any]:
     line: dict[str, Any] = {"image": question.name, "image_size_px": photo.size}
     line["answers"] = [reply_fields(reply) for reply in replies]
     return line | ({"picture": picture} if picture else {})

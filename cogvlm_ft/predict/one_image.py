@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.predict.files import Question, answer_questions, load_photo
+from cogvlm_ft.predict.files import Question, answer_questions
+from cogvlm_ft.predict.large_photos import load_photo
 from cogvlm_ft.predict.predictor import Predictor, draw_replies
 from cogvlm_ft.terminal import plain_line, say
 
@@ -15,7 +16,7 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
     for question in questions:
         if question.problem:
             raise DataError(question.problem)
-    photo = load_photo(questions[0].path, upright=upright)
+    photo = load_photo(questions[0].path, upright=upright, tiles=predictor.asking.tiles)
     replies = [reply for part in answer_questions(predictor, [photo], [questions])[0] for reply in part]
     for reply in replies:
         if len(replies) > 1:

@@ -19,9 +19,10 @@ from cogvlm_ft.checkpoints.peft_files import merge_into, open_peft_adapter
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
+from cogvlm_ft.data.stored_photo import Photo, whole_image
 from cogvlm_ft.data.transforms import model_input, resize_of
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes
+from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes, scale_box
 from cogvlm_ft.evaluate.evaluate import build_grammar
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.evaluate.looks import can_ask_in_tiles, split_turns
@@ -89,7 +90,7 @@ class _Look:
     free: turns without a grammar. in_tiles: turns that can be asked about a part of the image too.
     """
 
-    photo: Image.Image
+    photo: Photo
     frame: Frame
     prompts: Sequence[str]
     histories: Sequence[Sequence[tuple[str, str]]]
@@ -152,13 +153,13 @@ class Predictor:
         if self._grammar:
             self._grammar.start(asking.max_new_tokens or self._longest)
 
-    def ask(self, photos: Sequence[Image.Image], prompts: Sequence[Sequence[str]]) -> list[list[Reply]]:
+    def ask(self, photos: Sequence[Photo], prompts: Sequence[Sequence[str]]) -> list[list[Reply]]:
         """Reply to `prompts[i]` about photos[i], each question on its own."""
         return self.ask_turns(photos, [[Turn(prompt, "") for prompt in row] for row in prompts])
 
     def ask_turns(
         self,
-        photos: Sequence[Image.Image],
+        photos: Sequence[Photo],
         turns: Sequence[Sequence[Turn]],
         given: Sequence[Mapping[int, Reply]] | None = None,
     ) -> list[list[Reply]]:
@@ -183,7 +184,7 @@ class Predictor:
         return [[row[i] for i in sorted(row)] for row in replies]
 
     def _first_look(
-        self, photo: Image.Image, turns: Sequence[Turn], numbers: Sequence[int], replies: Mapping[int, Reply]
+        self, photo: Photo, turns: Sequence[Turn], numbers: Sequence[int], replies: Mapping[int, Reply]
     ) -> _Look:
         """Ask the turns with these numbers about the whole photo. replies: to the turns before them."""
         before = [range(i - len(turns[i].history), i) for i in numbers]
@@ -371,10 +372,11 @@ def split_phrases(text: str) -> list[str]:
     return [phrase.strip() for phrase in re.split("、|, ", text) if phrase.strip()]
 
 
-def draw_replies(photo: Image.Image, replies: Sequence[Reply]) -> Image.Image:
+def draw_replies(photo: Photo, replies: Sequence[Reply]) -> Image.Image:
     """Draw the boxes of every reply, at most DRAWN_SIDE_PX on the longer side, and the texts below."""
-    scale = min(1.0, DRAWN_SIDE_PX / max(photo.size))
-    shown = photo if scale == 1 else photo.resize([max(1, round(side * scale)) for side in photo.size])
+    whole = whole_image(photo)
+    scale = min(whole.width / photo.size[0], DRAWN_SIDE_PX / max(photo.size))
+    shown = whole if scale == 1 else whole.resize([max(1, round(side * scale)) for side in photo.size])
     return draw_boxes(shown, [_drawn(reply, scale) for reply in replies])
 
 
@@ -384,13 +386,8 @@ def _drawn(reply: Reply, scale: float) -> DrawnTurn:
         prompt=reply.prompt,
         answer=reply.text + _confidences(reply),
         phrase=(phrases.pop() or "") if len(phrases) == 1 else "",
-        answer_boxes=[_scaled(box.xyxy, scale) for box in reply.boxes or ()],
+        answer_boxes=[scale_box(box.xyxy, scale) for box in reply.boxes or ()],
     )
-
-
-def _scaled(box: Box, scale: float) -> Box:
-    x0, y0, x1, y1 = box
-    return x0 * scale, y0 * scale, x1 * scale, y1 * scale
 
 
 def _confidences(reply: Reply) -> str:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from PIL import Image
-
 from cogvlm_ft.data.record import detect_language
+from cogvlm_ft.data.stored_photo import Photo
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.targets import Target, Turn
 from cogvlm_ft.grounding.turns import build_turns
@@ -37,9 +36,7 @@ def _begins_conversation(turn: Turn) -> bool:
     return turn.style == "conversation" and not turn.history
 
 
-def conversation_turns(
-    predictor: Predictor, photos: Sequence[Image.Image], first_prompts: Sequence[str]
-) -> list[list[Turn]]:
+def conversation_turns(predictor: Predictor, photos: Sequence[Photo], first_prompts: Sequence[str]) -> list[list[Turn]]:
     """Ask the user's own question about what is present, then build a turn for every phrase that the answer names.
 
     Raises ConfigError if the wording has no conversations: then the form of their first answers is not defined.

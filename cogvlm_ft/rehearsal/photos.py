@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.data.index import ShardIndex, load_index
 from cogvlm_ft.data.reader import Sample, ShardReader
 from cogvlm_ft.data.record import BadSampleError, Record
+from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.plain_files import write_text
@@ -54,12 +56,25 @@ def write_chosen(samples: list[Sample], image_size: int, out: Path) -> None:
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(samples):
-        sample.image.save(images / _image_name(number))
-    write_text(out / LINES, lines_of([sample.record for sample in samples]))
+        whole_image(sample.image).save(images / _image_name(number))
+    write_text(out / LINES, lines_of([_in_whole_image(sample) for sample in samples]))
     settings = BuildSettings(
         "jsonl", images, out / LINES, val_fraction=0.0, split="random", max_side=STORED_SIDES * image_size
     )
     build(settings, out / "shards", num_workers=1, overwrite=True)
+
+
+def _in_whole_image(sample: Sample) -> Record:
+    """Return the record with its boxes in pixels of the image that is saved, smaller than a photo in tiles."""
+    (width, height), (photo_width, photo_height) = whole_image(sample.image).size, sample.image.size
+    if (width, height) == (photo_width, photo_height):
+        return sample.record
+    x, y = width / photo_width, height / photo_height
+    targets = (
+        replace(target, boxes_xyxy=tuple((a * x, b * y, c * x, d * y) for a, b, c, d in target.boxes_xyxy))
+        for target in sample.record.targets
+    )
+    return replace(sample.record, targets=tuple(targets))
 
 
 def _indexes(shards: Path) -> Iterator[ShardIndex]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.evaluate.results import Gallery
 from cogvlm_ft.grounding.metrics import ABSENT, HIT
 from cogvlm_ft.grounding.overlap import pairwise_iou
@@ -131,6 +132,6 @@ def _suspect_card(high: HighLoss, photos: Photos, thumbnails: Thumbnails) -> Sus
         targets = [f"{target.phrase} ({len(target.boxes_xyxy)})" for target in sample.record.targets]
         targets += [f"{turn.prompt} → {turn.answer}" for turn in sample.record.turns]
         size = sample.record.image_size_px or sample.image.size  # a training image may be decoded smaller
-        picture = thumbnails.draw(sample.image, size, boxes, high.key)
+        picture = thumbnails.draw(whole_image(sample.image), size, boxes, high.key)
     losses = ", ".join(f"{loss:.2f}" for _, loss in high.per_token)
     return SuspectCard(high.key, picture, "; ".join(targets), high.ratio, losses)

@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from cogvlm_ft.data.pixels import open_image
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.grounding.metrics import ABSENT, PRESENT, pairwise_iou
 from cogvlm_ft.grounding.targets import Box
@@ -156,7 +157,7 @@ def _save_photos(keys: Iterable[str], evaluations: Path, reader: ShardReader) ->
         if key in missing:
             missing.remove(key)
             try:
-                _save_photo(reader.read(i).image, evaluations / files[key])
+                _save_photo(whole_image(reader.read(i).image), evaluations / files[key])
             except (DataError, ServerError) as error:
                 logger.warning("an image of the gallery cannot be shown: %s", error)
     return {key: file for key, file in files.items() if (evaluations / file).exists()}

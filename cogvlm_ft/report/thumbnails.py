@@ -14,6 +14,7 @@ from PIL import Image
 
 from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.data.reader import MAX_PIXELS, Sample, ShardReader, decode_image
+from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.grounding.targets import Box
 
@@ -78,7 +79,7 @@ class Photos:
         """Load the RGB image of a key; None if it cannot be shown."""
         sample = self.sample(key)
         if sample is not None:
-            return sample.image
+            return whole_image(sample.image)
         if key not in self._kept:
             return None
         try:

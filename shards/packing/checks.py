@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import posixpath
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
+from typing import IO
 
+from cogvlm_ft.data.pixels import UnsupportedPixelsError
 from cogvlm_ft.data.reader import upright_size
 from cogvlm_ft.data.record import BadSampleError, Record, box_defect, clip_box
+from cogvlm_ft.data.row_streams import MAX_STREAMED_BYTES, LargeHeader, read_large_header
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES
 from cogvlm_ft.grounding.targets import Box, Target
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, Units, box_in_pixels, make_target
-from cogvlm_ft.shards.packing.files import read_embedded, read_inside
+from cogvlm_ft.shards.packing.files import open_inside, read_embedded, read_inside
 from cogvlm_ft.shards.packing.verify import VERIFY, WholeImage, verify_image
 
 
 @dataclass(frozen=True)
 class CheckedSample:
-    """A sample that can be written. ext: lower case, without dot; image: the bytes of the file."""
+    """A sample that can be written. ext: lower case, without dot; image: the bytes of the file.
+
+    tiles: a file of the tiles that follow the image, if `record.tiles` is set. A photo that is too large to be decoded
+    at once has no bytes until it is in tiles.
+    """
 
     record: Record
     ext: str
     image: bytes
+    tiles: IO[bytes] | None = None
 
 
 def check_candidate(
@@ -33,19 +43,25 @@ def check_candidate(
     *,
     apply_exif: bool = False,
     keep_background: bool = False,
+    streams_large: bool = False,
 ) -> tuple[CheckedSample | None, list[Problem]]:
     """Return the sample without its invalid parts (None if nothing is left), and all problems, also the reader's.
 
     apply_exif: the boxes are drawn on the photo as its EXIF orientation turns it.
     keep_background: an image in which nothing is annotated becomes a sample without targets.
+    streams_large: a photo above `max_pixels` whose rows can be streamed is a sample without bytes.
     """
     problems = list(candidate.problems)
     try:
         is_background = keep_background and candidate.is_background
         if not candidate.targets and not candidate.turns and not is_background:
             raise _nothing_left(candidate)
-        ext, data = read_image(candidate, images)
-        stored = _verified(data, key, max_pixels, verify)
+        large = large_photo(candidate, images, max_pixels) if streams_large else None
+        if large:
+            ext, data, stored = _extension(candidate.image), b"", WholeImage(large.size_px, large.orientation)
+        else:
+            ext, data = read_image(candidate, images)
+            stored = _verified(data, key, max_pixels, verify)
         is_upright = not apply_exif or stored.orientation == 1
         image_size_px = stored.size_px if is_upright else upright_size(*stored)
         _check_stated_size(candidate, image_size_px, stored.size_px)
@@ -77,6 +93,28 @@ def read_image(candidate: Candidate, images: Path, *, num_first: int | None = No
         return read_embedded(candidate.embedded_in)
 
 
+def open_large(candidate: Candidate, images: Path) -> AbstractContextManager[tuple[FileIO, int]]:
+    """Open the file of a photo that is not read as a whole."""
+    return open_inside(images, candidate.image, "image", MAX_STREAMED_BYTES)
+
+
+def large_photo(candidate: Candidate, images: Path, max_pixels: int) -> LargeHeader | None:
+    """Return the header of a photo above `max_pixels`; None for others and for those that `read_image` reports.
+
+    Raises Rejected if its rows cannot be streamed.
+    """
+    try:
+        with open_large(candidate, images) as (file, num_bytes):
+            try:
+                return read_large_header(file, num_bytes, max_pixels)
+            except UnsupportedPixelsError as error:
+                raise Rejected("sample", "too_many_pixels", f"{candidate.image}: {error}") from None
+    except Rejected as rejected:
+        if rejected.reason == "too_many_pixels":
+            raise
+        return None
+
+
 def with_hint(rejected: Rejected, candidate: Candidate) -> Rejected:
     """Return the reason why the image cannot be read, with what is known about similar files."""
     return Rejected(rejected.level, rejected.reason, f"{rejected.detail} {candidate.image_hint}".rstrip())
@@ -105,7 +143,8 @@ def _verified(data: bytes, key: str, max_pixels: int, verify: str) -> WholeImage
     try:
         return verify_image(data, key, max_pixels, verify)
     except BadSampleError as error:
-        raise Rejected("sample", error.reason, error.detail) from None
+        hint = ". Cut it into tiles: --tiles 980" if error.reason == "too_many_pixels" else ""
+        raise Rejected("sample", error.reason, error.detail + hint) from None
 
 
 def _check_stated_size(candidate: Candidate, image_size_px: tuple[int, int], stored_px: tuple[int, int]) -> None:

@@ -6,8 +6,10 @@ import base64
 import json
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 
 from cogvlm_ft.shards.packing.candidates import Rejected
@@ -33,6 +35,15 @@ def read_inside(
     what: "image" or "annotation", for the reasons: missing_image, unreadable_image, path_outside_images.
     num_first, num_last: read the first or the last bytes only.
     """
+    with open_inside(folder, name, what, max_bytes) as (file, num_bytes):
+        if num_last is not None:
+            file.seek(max(num_bytes - num_last, 0))
+        return file.read(num_bytes if num_first is None else num_first) or b""
+
+
+@contextmanager
+def open_inside(folder: Path, name: str, what: str, max_bytes: int) -> Iterator[tuple[FileIO, int]]:
+    """Open a file as `read_inside` does, and return it with its number of bytes; reading may raise Rejected too."""
     try:
         with open(_path_inside(folder, name), "rb", buffering=0, opener=_open_at_once) as file:
             # The file that was opened, not what the path may lead to later.
@@ -44,9 +55,7 @@ def read_inside(
             if status.st_size > max_bytes:
                 detail = f"{name!r:.200} has {status.st_size} bytes; expected at most {max_bytes}"
                 raise Rejected("sample", "too_large", detail)
-            if num_last is not None:
-                file.seek(max(status.st_size - num_last, 0))
-            return file.read(status.st_size if num_first is None else num_first)
+            yield file, status.st_size
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise _unreadable(folder, name, what, error) from None
 

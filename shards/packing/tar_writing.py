@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from cogvlm_ft.data.cutting import TileCut
 from cogvlm_ft.data.record import BadSampleError, Record, record_to_json
 from cogvlm_ft.plain_files import open_new
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, add_absent_targets
-from cogvlm_ft.shards.packing.candidates import Problem
+from cogvlm_ft.shards.packing.candidates import Problem, Rejected
 from cogvlm_ft.shards.packing.checks import CheckedSample, check_candidate, nothing_annotated
 from cogvlm_ft.shards.packing.files import prefetch
 from cogvlm_ft.shards.packing.shrink import shrink_sample
 from cogvlm_ft.shards.packing.splits import ShardPlan
 from cogvlm_ft.shards.packing.staging import StagedSample, read_staged_samples
+from cogvlm_ft.shards.packing.tile_photos import cut_sample
 from cogvlm_ft.shards.packing.verify import VERIFY
 
 _NUM_AHEAD = 64
@@ -40,6 +43,7 @@ class WriteSettings:
     apply_exif: bool = False
     max_side: int | None = None
     negatives: SecondPass | None = None
+    tiles: TileCut | None = None
 
 
 def write_shard(plan: ShardPlan, settings: WriteSettings) -> int:
@@ -79,7 +83,7 @@ def _prefetched(samples: Iterable[StagedSample], images: Path) -> Iterator[Stage
 def prepare_sample(
     staged: StagedSample, settings: WriteSettings, num_added: Counter[str]
 ) -> tuple[CheckedSample | None, list[Problem]]:
-    """Check a candidate, add absent targets and shrink its image. num_added: counts the absent targets by kind."""
+    """Check a candidate, add absent targets, cut or shrink its image. num_added: the absent targets by kind."""
     candidate, key = staged.candidate, staged.key
     sample, problems = check_candidate(
         candidate,
@@ -89,16 +93,20 @@ def prepare_sample(
         settings.verify,
         apply_exif=settings.apply_exif,
         keep_background=settings.negatives is not None,
+        streams_large=settings.tiles is not None,
     )
     if sample and settings.negatives:
         sample = add_absent_targets(sample, staged, settings.staging, settings.negatives, num_added)
         if not sample.record.targets and not sample.record.turns:
             return None, [*problems, nothing_annotated(candidate).problem(candidate.source)]
-    if sample and settings.max_side:
-        try:
+    try:
+        if sample and settings.tiles:
+            limits = settings.images, settings.max_pixels, settings.tiles, settings.out
+            sample = cut_sample(sample, candidate, *limits)
+        if sample and sample.tiles is None and settings.max_side:
             sample = shrink_sample(sample, settings.max_side)
-        except BadSampleError as error:  # its structure is valid, but it cannot be decoded
-            return None, [*problems, Problem("sample", error.reason, error.detail, candidate.source)]
+    except (BadSampleError, Rejected) as error:  # its structure is valid, but it cannot be decoded
+        return None, [*problems, Problem("sample", error.reason, error.detail, candidate.source)]
     return sample, problems
 
 
@@ -187,20 +195,42 @@ class _Tar:
     def add_sample(self, sample: CheckedSample) -> None:
         """Write the members of a sample in alphabetical order, as WebDataset does."""
         key = sample.record.key
-        data = {sample.ext: sample.image, "json": record_to_json(sample.record)}
-        places = {ext: self._add_member(key, ext, data[ext]) for ext in sorted(data)}
+        if sample.tiles is None:
+            data = {sample.ext: sample.image, "json": record_to_json(sample.record)}
+            places = {ext: self._add_member(key, ext, data[ext]) for ext in sorted(data)}
+        else:
+            with sample.tiles as tiles:
+                places = {sample.ext: self._add_parts(key, sample.ext, sample.image, tiles)}
+            places["json"] = self._add_member(key, "json", record_to_json(sample.record))
         row = {"key": key, "ext": sample.ext, "image": places[sample.ext], "json": places["json"]}
         self.samples.append(row | {"num_questions": [len(sample.record.targets), len(sample.record.turns)]})
 
     def _add_member(self, key: str, ext: str, data: bytes) -> list[int]:
         """Write one member; return the offset and the number of its data bytes."""
-        stream = self._writer.tarstream
-        # A short name of ASCII has the same header in both formats, and a cheaper one in the older.
-        is_plain = key.isascii() and len(key) + 1 + len(ext) <= tarfile.LENGTH_NAME
-        stream.format = tarfile.USTAR_FORMAT if is_plain else tarfile.PAX_FORMAT
+        self._choose_format(key, ext)
         self._writer.write({"__key__": key, ext: data})
+        return self._place(len(data))
+
+    def _add_parts(self, key: str, ext: str, first: bytes, rest: IO[bytes]) -> list[int]:
+        """Write a member of two parts, the second from a file; the header is that of `webdataset.TarWriter`."""
+        info = tarfile.TarInfo(f"{key}.{ext}")
+        info.size = len(first) + rest.seek(0, os.SEEK_END)
+        info.mode, info.uname, info.gname = self._writer.mode, self._writer.user, self._writer.group
+        rest.seek(0)
+        self._choose_format(key, ext)
+        self._writer.tarstream.addfile(info, _Joined(first, rest))
+        return self._place(info.size)
+
+    def _choose_format(self, key: str, ext: str) -> None:
+        """Choose the older format for a short name of ASCII, whose header is the same in both and cheaper there."""
+        is_plain = key.isascii() and len(key) + 1 + len(ext) <= tarfile.LENGTH_NAME
+        self._writer.tarstream.format = tarfile.USTAR_FORMAT if is_plain else tarfile.PAX_FORMAT
+
+    def _place(self, num_bytes: int) -> list[int]:
+        """Return offset and size of the data that were just written."""
+        stream = self._writer.tarstream
         stream.members.clear()  # they would only be needed to list the tar
-        return [stream.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data)]
+        return [stream.offset - -(-num_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, num_bytes]
 
     def __enter__(self) -> _Tar:
         return self
@@ -212,6 +242,17 @@ class _Tar:
     def identity(self) -> dict[str, Any]:
         """Return the hash and the number of bytes of the finished file."""
         return {"sha256": self._file.sha256.hexdigest(), "size": self._file.num_bytes}
+
+
+class _Joined:
+    """A file of some bytes and then the content of another file, to be read once."""
+
+    def __init__(self, first: bytes, rest: IO[bytes]) -> None:
+        self._first, self._rest = io.BytesIO(first), rest
+
+    def read(self, num_bytes: int) -> bytes:
+        data = self._first.read(num_bytes)
+        return data + self._rest.read(num_bytes - len(data)) if len(data) < num_bytes else data
 
 
 class _Hashed:

@@ -52,7 +52,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Packing runs where there is no torch: of data, shards/ takes what needs none.
 DATA_FOR_SHARDS = {
     f"cogvlm_ft.data.{name}"
-    for name in ("record", "index", "shard_sets", "tars", "reader", "pixels", "plan", "frames", "look")
+    for name in (
+        "record",
+        "index",
+        "shard_sets",
+        "tars",
+        "reader",
+        "pixels",
+        "plan",
+        "frames",
+        "look",
+        "cutting",
+        "row_streams",
+    )
 }
 HEAVY = ("torch", "transformers", "deepspeed")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve"}

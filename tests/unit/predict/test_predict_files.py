@@ -14,7 +14,7 @@ from cogvlm_ft.data import reader
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.boxes import parse_boxes
 from cogvlm_ft.launch.predict import main as predict
-from cogvlm_ft.predict import files
+from cogvlm_ft.predict import large_photos
 from cogvlm_ft.predict.files import MAX_PROMPT_CHARACTERS, read_questions
 
 FEW = ("--max-new-tokens", 40, "--decoding", "grammar", "--min-boxes", 1)
@@ -111,8 +111,8 @@ def test_nothing_answered_is_a_failure(tiny_folder: Path, tmp_path: Path) -> Non
 def test_a_photo_of_too_many_pixels_is_a_line(
     tiny_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert files.MAX_PIXELS == reader.MAX_PIXELS
-    monkeypatch.setattr(files, "MAX_PIXELS", 60 * 40)
+    assert large_photos.MAX_PIXELS == reader.MAX_PIXELS
+    monkeypatch.setattr(large_photos, "MAX_PIXELS", 60 * 40)
     assert run("--model", tiny_folder, "--image", photos, "--prompt", "dog", "--out", tmp_path / "out", *FEW) == 0
     assert [line.get("reason") for line in lines_of(tmp_path / "out")] == [
         "too_many_pixels",

@@ -20,10 +20,11 @@ from cogvlm_ft.data.reader import ShardReader, decode_image
 from cogvlm_ft.data.record import Record
 from cogvlm_ft.data.tars import IMAGE_FORMATS
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.predict.files import load_photo
+from cogvlm_ft.predict.large_photos import load_photo
 from cogvlm_ft.shards.packing.checks import CheckedSample
 from cogvlm_ft.shards.packing.shrink import shrink_sample
 from cogvlm_ft.shards.packing.verify import VERIFY
+from cogvlm_ft.tile_settings import TilesConfig
 
 CASES = Path(__file__).parents[2] / "cases"
 
@@ -55,7 +56,7 @@ def test_16_bit_and_float(verify: str, max_side: int | None, tmp_path: Path) -> 
         scale = 1 if max_side is None else 2
         inside, outside = seen[20 // scale, 20 // scale], seen[70 // scale, 90 // scale]
         assert inside.min() > 250 and outside.max() < 5, name
-        predicted = load_photo(CASES / "09-png-16bit" / "in" / name, upright=True)
+        predicted = load_photo(CASES / "09-png-16bit" / "in" / name, upright=True, tiles=TilesConfig())
         small = predicted.resize(seen.shape[1::-1], Image.Resampling.LANCZOS)
         assert np.abs(np.asarray(small).astype(int) - seen).max() <= (0 if max_side is None else 12), name
 
