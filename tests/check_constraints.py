@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
-EXTRAS = "dev,serve,workspace,bench"
+EXTRAS = "dev,serve,workspace,bench,tiles"
 NO_TORCH = re.compile(r"No matching distribution found for torch\b")
 
 

@@ -101,17 +101,13 @@ class ShardReader:
         return Sample(_fit_record(record, (image.width * shrink, image.height * shrink)), image)
 
     def _read_stored(self, i: int, record: Record, tiles: StoredTiles) -> Sample:
-        """Return a photo in tiles, of which only the smaller image is decoded yet."""
+        """Return a photo in tiles, which are decoded when they are shown."""
         key, num_bytes, size_px = record.key, int(self.index.image_num_bytes[i]), record.image_size_px
         if sum(tiles.num_bytes) != num_bytes or size_px is None:
             detail = f"tiles: found {sum(tiles.num_bytes)} bytes of a photo of {size_px}; expected {num_bytes} bytes"
             raise BadSampleError(key, "size_mismatch", detail)
         member = _Member(self, key, int(self.index.shard_number[i]), int(self.index.image_offset[i]))
-        whole = decode_image(member.read_part(0, tiles.num_bytes[0]), key, self.max_pixels)
-        if whole.size != tiles.whole_px:
-            detail = f"tiles.whole_px: found {tiles.whole_px}; expected {whole.size}, the size of the image"
-            raise BadSampleError(key, "size_mismatch", detail)
-        return Sample(_fit_record(record, size_px), StoredPhoto(size_px, whole, tiles, member))
+        return Sample(_fit_record(record, size_px), StoredPhoto(size_px, tiles, member))
 
     def read_record(self, i: int) -> Record:
         """Return the record of sample i, not checked against the image. Raises BadSampleError."""

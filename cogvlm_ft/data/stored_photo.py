@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from PIL import Image
@@ -35,7 +36,7 @@ class StoredTiles:
     num_bytes: tuple[int, ...]
 
     def place(self, number: int) -> tuple[int, int]:
-        """Return the first byte of a tile in the file, and how many it has."""
+        """Return the first byte of a tile in the file, and how many it has; -1 is the smaller image."""
         return sum(self.num_bytes[: number + 1]), self.num_bytes[number + 1]
 
     def to_json(self) -> dict[str, Any]:
@@ -81,12 +82,16 @@ class PartReader(Protocol):
 
 @dataclass(frozen=True)
 class StoredPhoto:
-    """A photo in tiles. size: of the photo, (width, height). whole: the smaller image of all of it, RGB."""
+    """A photo in tiles, decoded where they are shown. size: of the photo, (width, height)."""
 
     size: tuple[int, int]
-    whole: Image.Image
     tiles: StoredTiles
     parts: PartReader
+
+    @cached_property
+    def whole(self) -> Image.Image:
+        """The smaller image of all of it, RGB."""
+        return self._decode(-1, self.tiles.whole_px)
 
     def show(self, window: Window) -> tuple[Image.Image, Window]:
         """Return an image that shows the window at full size if a tile holds all of it, and which part it shows.
@@ -97,20 +102,20 @@ class StoredPhoto:
         x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, self.size[0]), min(y1, self.size[1])
         for number, (left, top, right, bottom) in enumerate(self.tiles.windows_xyxy):
             if left <= x0 and top <= y0 and x1 <= right and y1 <= bottom:
-                return self._tile(number), (left, top, right, bottom)
+                return self._decode(number, (right - left, bottom - top)), (left, top, right, bottom)
         return self.whole, (0, 0, *self.size)
 
-    def _tile(self, number: int) -> Image.Image:
+    def _decode(self, number: int, expected_px: tuple[int, int]) -> Image.Image:
         data = self.parts.read_part(*self.tiles.place(number))
-        x0, y0, x1, y1 = self.tiles.windows_xyxy[number]
+        what = "the whole photo" if number < 0 else f"tile {number}"
         try:
             with open_image(data) as image:
                 found = image.size
-                if found == (x1 - x0, y1 - y0):
+                if found == expected_px:
                     return to_rgb(image, data)
         except Exception as error:  # Pillow raises nearly anything
-            raise self.parts.bad_part(f"tile {number}: {type(error).__name__}: {error}") from None
-        raise self.parts.bad_part(f"tile {number}: found {found}; expected {(x1 - x0, y1 - y0)} pixels")
+            raise self.parts.bad_part(f"{what}: {type(error).__name__}: {error}") from None
+        raise self.parts.bad_part(f"{what}: found {found}; expected {expected_px} pixels")
 
 
 Photo = Image.Image | StoredPhoto

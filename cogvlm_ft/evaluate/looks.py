@@ -11,6 +11,7 @@ from PIL import Image
 from cogvlm_ft.data.frames import Frame, fit
 from cogvlm_ft.data.mentions import compares_in_image
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.stored_photo import StoredPhoto
 from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, read_questions
 from cogvlm_ft.grounding.targets import Turn
@@ -97,13 +98,19 @@ class LookReader:
         self.num_bad = 0
 
     def read(self, places: Iterable[LookPlace]) -> Iterator[Look]:
-        """Yield the looks of usable photos; the others are counted in `num_bad`."""
+        """Yield the looks of usable photos; the others are counted in `num_bad`.
+
+        Raises BadSampleError for a damaged tile of a photo whose other tiles are perhaps shown already.
+        """
         for place in places:
             if place.photo != self._photo:
                 self._photo, self._looks = place.photo, self._looks_at(place.photo)
                 self.num_bad += not self._looks
             if place.number < len(self._looks):
-                yield self._looks[place.number]
+                look = self._looks[place.number]
+                if isinstance(look.question.image, StoredPhoto):
+                    look.question.image.show(look.frame.window_px)
+                yield look
 
     def _looks_at(self, photo: int) -> list[Look]:
         questions = read_questions(self.reader, [photo], self.wording, self.seed, self.resize)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cogvlm_ft.data.cutting import WHOLE_SIDE_PX, TileCut, cut_photo
+from cogvlm_ft.data.cutting import TileCut, cut_photo
 from cogvlm_ft.data.pixels import UnsupportedPixelsError
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image, upright_size
 from cogvlm_ft.data.record import BadSampleError
@@ -28,7 +28,9 @@ class _TileFile:
     file: IO[bytes]
 
     def read_part(self, start: int, num_bytes: int) -> bytes:
-        """Read a tile; the smaller image, which comes first, is in memory."""
+        """Read a tile, or the smaller image, which is in memory."""
+        if start < len(self.first):
+            return self.first[start : start + num_bytes]
         self.file.seek(start - len(self.first))
         return self.file.read(num_bytes)
 
@@ -76,6 +78,5 @@ def _cut_large(path: Path, upright: bool, tiles: TilesConfig) -> StoredPhoto | N
             raise BadSampleError(path.name, "too_many_pixels", str(error)) from None
         except ValueError as error:
             raise BadSampleError(path.name, "broken_image", str(error)) from None
-    whole = decode_image(found.whole, path.name, WHOLE_SIDE_PX**2)
     size_px = upright_size(header.size_px, orientation)
-    return StoredPhoto(size_px, whole, found.tiles, _TileFile(path.name, found.whole, out))
+    return StoredPhoto(size_px, found.tiles, _TileFile(path.name, found.whole, out))

@@ -29,8 +29,10 @@ def outputs(shards: Path, start_model: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_scores_do_not_depend_on_the_number_of_ranks(outputs: dict[int, Path], world_size: int) -> None:
-    for name in ("metrics.json", "predictions.jsonl"):
-        assert (outputs[world_size] / name).read_text() == (outputs[1] / name).read_text()
+    for name in ("metrics.json", "predictions.jsonl", "tiles/metrics.json", "tiles/predictions.jsonl"):
+        assert (outputs[world_size] / name).read_text() == (outputs[1] / name).read_text(), name
+    merged = json.loads((outputs[1] / "tiles" / "metrics.json").read_text())
+    assert merged["num_images"] == 5 and "tile_duplicates" in merged
 
 
 def test_every_image_is_answered_once(outputs: dict[int, Path], shards: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -18,6 +19,9 @@ from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import load_model
 from cogvlm_ft.runtime.distributed import init_distributed, is_main, rank, shut_down, world_size
 from cogvlm_ft.runtime.engine import inference
+from cogvlm_ft.tile_settings import TilesConfig
+
+TILES = TilesConfig(side_px=24, overlap=0.2)
 
 
 def check_partitions_equal_the_files(model: torch.nn.Module, folder: str) -> None:
@@ -69,8 +73,11 @@ def main() -> None:
     reader = ShardReader(load_index(shards, "val"))
     result = evaluate(engine.module, tokenizer, reader, load_wording("box"), config.evaluate, seed=0)
     print(json.dumps({"rank": rank(), "metrics": result.metrics}))
+    few = replace(config.evaluate, max_samples=5)
+    in_tiles = evaluate(engine.module, tokenizer, reader, load_wording("box"), few, seed=0, tiles=TILES)
     if is_main():
         save_evaluation(result, out)
+        save_evaluation(in_tiles, out / "tiles")
     if world_size() > 1:
         check_ranks_may_differ_in_images(engine)
     shut_down()

@@ -112,7 +112,7 @@ def test_a_member_that_is_not_what_its_record_says(readers: list[ShardReader]) -
     stored = readers[1].read(0).image
     assert isinstance(stored, StoredPhoto)
     x0, y0, x1, y1 = stored.tiles.windows_xyxy[0]
-    wrong = StoredPhoto(stored.size, stored.whole, stored.tiles, stored.parts)
+    wrong = StoredPhoto(stored.size, stored.tiles, stored.parts)
     object.__setattr__(stored.tiles, "windows_xyxy", ((x0, y0, x1 - 1, y1), *stored.tiles.windows_xyxy[1:]))
     with pytest.raises(BadSampleError, match="broken_image: tile 0: found"):
         wrong.show((x0, y0, x0 + 5, y0 + 5))
