@@ -17,6 +17,7 @@ from cogvlm_ft.data.reader import ShardReader, open_split
 from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.remote import RemoteShard
 from cogvlm_ft.data.shard_sets import read_json_file
+from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.data.tiling import plan_tiles
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
@@ -135,7 +136,7 @@ def _dataset(examination: Examination, reader: ShardReader) -> GroundingDataset 
 def _problem_of(i: int, reader: ShardReader, dataset: GroundingDataset | None) -> BadSample | None:
     try:
         if dataset is None:
-            reader.read(i)
+            whole_image(reader.read(i).image)
             return None
         return dataset[Item(epoch=0, index=i, weight=1.0)].bad
     except BadSampleError as error:

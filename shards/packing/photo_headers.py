@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from cogvlm_ft.data.pixels import open_image
+from PIL import Image
+
+from cogvlm_ft.data.pixels import PILLOW_FORMATS, open_image
 from cogvlm_ft.data.reader import orientation_of
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
-from cogvlm_ft.shards.packing.checks import read_image
+from cogvlm_ft.shards.packing.checks import open_large, read_image
 from cogvlm_ft.shards.packing.files import prefetch
 
 MAX_PHOTOS = 1000
@@ -63,15 +67,22 @@ class PhotoHeaders:
     def _read(self, candidate: Candidate) -> PhotoHeader | None:
         try:
             _, first = read_image(candidate, self._images, num_first=_NUM_FIRST)
-            header = _parse(first) if first.startswith(_JPEG) or len(first) < _NUM_FIRST else None
+            is_enough = first.startswith(_JPEG) or len(first) < _NUM_FIRST
+            header = _parse(first) if is_enough else self._parse_file(candidate)
             return header or _parse(read_image(candidate, self._images)[1]) or PhotoHeader(None)
         except Rejected:
             return None
 
+    def _parse_file(self, candidate: Candidate) -> PhotoHeader | None:
+        """Parse a file without reading all of it, which may be larger than memory allows."""
+        with suppress(Rejected), open_large(candidate, self._images) as (file, _):
+            return _parse(file)
+        return None
 
-def _parse(data: bytes) -> PhotoHeader | None:
+
+def _parse(data: bytes | FileIO) -> PhotoHeader | None:
     try:
-        with open_image(data) as image:
+        with open_image(data) if isinstance(data, bytes) else Image.open(data, formats=PILLOW_FORMATS) as image:
             orientation = orientation_of(image) if image.format in _WITH_ORIENTATION else 1
             return PhotoHeader(image.size, orientation)
     except Exception:  # not an image, or not enough of it; Pillow raises anything
