@@ -10,7 +10,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 try:
     import yaml
 
-    from cogvlm_ft.command_line import build_parser, exit_code, paste
+    from cogvlm_ft.command_line import build_parser, exit_code, paste, paste_ranks
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.terminal import say
@@ -73,13 +72,15 @@ def write_config(args: argparse.Namespace) -> None:
     load_config(str(args.out))
     nodes, per_node = answers["nodes"], answers["gpus_per_node"]
     named = ("--config", args.out, "--nodes", nodes, "--gpus-per-node", per_node)
+    for name in ("shards", "model"):
+        if not Path(answers[name]).expanduser().exists():
+            say(f"note: {answers[name]}: found nothing; expected the {name} there when the run starts")
     say(f"wrote {args.out}. Does the run fit, and how long does it take?")
     say(f"  {paste('plan', *named, '--gpu-memory-gib', answers['gpu_memory_gib'])}")
     say("Check the machine, then train:")
     if nodes == 1:
         for program in ("doctor", "train"):
-            module = f"cogvlm_ft.launch.{program} --config {shlex.quote(str(args.out))}"
-            say(f"  deepspeed --num_accelerators {per_node} --module {module}")
+            say(f"  {paste_ranks(program, '--config', args.out, num_gpus=per_node)}")
     else:
         say(f"  {paste('submit', *named)}")
 
@@ -91,7 +92,7 @@ def answer(name: str, given: str | None) -> Any:
         text = given
         if text is None and is_terminal:
             default = "" if question.default is None else f" [{question.default}]"
-            text = input(f"{question.text}{default}: ").strip() or None
+            text = ask(f"{question.text}{default}: ")
         if text is None and question.default is not None:
             return question.default
         try:
@@ -100,6 +101,14 @@ def answer(name: str, given: str | None) -> Any:
             if given is not None or not is_terminal:
                 raise
             say(str(error))
+
+
+def ask(text: str) -> str | None:
+    """Return what is typed; None for an empty line. Raises ConfigError at the end of the input."""
+    try:
+        return input(text).strip() or None
+    except (EOFError, KeyboardInterrupt):
+        raise ConfigError("found no answer; expected one. Nothing was written. Start again") from None
 
 
 def check(name: str, text: str | None) -> Any:

@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
-NUM_PHOTOS, NUM_STEPS, ABSENT = 16, 160, 0.2
+NUM_PHOTOS, ABSENT = 16, 0.2
 REAL_MODEL = "models/cogvlm-grounding-generalist"
 
 
@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/rehearsal/NAME of the photos)")
     parser.add_argument("--config", default="grounding_490", help="of the real run: a YAML file or a preset")
     parser.add_argument("--num-photos", type=int, default=NUM_PHOTOS, help=f"to train on (default: {NUM_PHOTOS})")
-    steps_help = f"of training (default: {NUM_STEPS})"
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=steps_help)
+    parser.add_argument("--steps", type=int, help="of training (default: by the number of boxes)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on the CPU (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the photos")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
@@ -70,12 +69,14 @@ def rehearse(args: argparse.Namespace) -> int:
         from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE
         from cogvlm_ft.rehearsal.training import prepare, train
     chosen = prepare(shards, args.out, config, args.num_photos, args.seed)
-    say(f"{chosen.num_photos} photos at {IMAGE_SIZE} px, {chosen.num_parameters / 1e6:.1f} million parameters")
-    say(f"\n4/5 training for {args.steps} steps", flush=True)
-    if code := train(chosen, args.out, args.steps, args.processes, ["--config", args.config, *args.settings]):
+    learned = f"{chosen.num_photos} photos at {IMAGE_SIZE} px with {chosen.num_boxes} boxes"
+    say(f"{learned}; {chosen.num_parameters / 1e6:.1f} million parameters")
+    num_steps = args.steps or chosen.num_steps
+    say(f"\n4/5 training for {num_steps} steps", flush=True)
+    if code := train(chosen, args.out, num_steps, args.processes, ["--config", args.config, *args.settings]):
         return code
     say(f"\n5/5 the result, after {(time.monotonic() - start) / 60:.1f} min")
-    show_result(args)
+    show_result(args, num_steps)
     show_real_run(args, config)
     return 0
 
@@ -88,7 +89,7 @@ def real_config(args: argparse.Namespace) -> Config:
     return load_config(args.config, [*stand_ins, *args.settings])
 
 
-def show_result(args: argparse.Namespace) -> None:
+def show_result(args: argparse.Namespace, num_steps: int) -> None:
     """Print the scores of the last evaluation and where the pictures are."""
     from cogvlm_ft.evaluate.results import find_evaluation, load_results
 
@@ -98,7 +99,7 @@ def show_result(args: argparse.Namespace) -> None:
     asked = f"every target of the {metrics['num_images']:.0f} photos was asked; unreadable answers count as 0"
     say(f"mean IoU {metrics['mean_iou']:.3f}; {asked}")
     if not metrics["mean_iou"] > 0.5:
-        advice = f"--steps {2 * args.steps} with another --out trains for longer"
+        advice = f"--steps {2 * num_steps} with another --out trains for longer"
         say(f"The tiny model has not learned the boxes: expected more than 0.5. {advice}. Else see the review")
     absent = metrics.get("not_found_acc")
     is_known = absent is not None and absent == absent  # not NaN

@@ -19,7 +19,8 @@ from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
 from cogvlm_ft.runtime.ports import free_port
 from cogvlm_ft.settings import AugmentConfig, Config
 
-MICRO_BATCH_SIZE = 4  # small, because sequences are padded to the longest, and photos differ in their number of boxes
+BATCH_SIZE = 4  # photos per step: many small steps learn by heart in less time than few large ones
+LEAST_STEPS, MOST_STEPS = 320, 800
 MAX_SEQUENCE_LENGTH = 1 << 16  # the tiny tokenizer needs more tokens than that of the real model
 NUM_EPOCHS = 2  # in each, every photo is seen many times; each ends with an evaluation
 NO_GPUS = ("CUDA_VISIBLE_DEVICES", "")
@@ -40,7 +41,13 @@ class Chosen:
     """What a rehearsal trains on."""
 
     num_photos: int
+    num_boxes: int
     num_parameters: int
+
+    @property
+    def num_steps(self) -> int:
+        """The steps in which a model learns the photos: every box is a list of digits to be remembered."""
+        return min(MOST_STEPS, LEAST_STEPS + self.num_boxes)
 
 
 def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int) -> Chosen:
@@ -54,14 +61,16 @@ def prepare(shards: Path, out: Path, config: Config, num_photos: int, seed: int)
         raise ConfigError(f"--out {out}: found a rehearsal of other photos; expected a new folder, or the same photos")
     write_chosen(drawn, IMAGE_SIZE, out / "chosen")
     texts = texts_of(records, load_wording(config.data.wording), config.seed)
-    return Chosen(len(records), save_tiny_model(out / "start", texts, small=True))
+    num_boxes = sum(len(target.boxes_xyxy) for record in records for target in record.targets)
+    return Chosen(len(records), num_boxes, save_tiny_model(out / "start", texts, small=True))
 
 
 def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, arguments: Sequence[str]) -> int:
     """Run launch/train.py on the CPU and return its exit code. arguments: of the real run."""
-    micro_batch_size = min(MICRO_BATCH_SIZE, -(-chosen.num_photos // num_processes))
-    per_pass = micro_batch_size * num_processes
-    shards = [{"path": str((out / "chosen" / "shards").resolve()), "weight": float(-(-num_steps // NUM_EPOCHS))}]
+    micro_batch_size = min(BATCH_SIZE, chosen.num_photos + num_processes - 1) // num_processes
+    batch_size = micro_batch_size * num_processes
+    num_passes = -(-num_steps * batch_size // (NUM_EPOCHS * chosen.num_photos))
+    shards = [{"path": str((out / "chosen" / "shards").resolve()), "weight": float(num_passes)}]
     settings: dict[str, Any] = {
         **SCHEDULE,
         "output_dir": out / "run",
@@ -86,12 +95,12 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "train.ema": "null",
         "train.epochs": NUM_EPOCHS,
         "train.max_steps": num_steps,
-        "train.global_batch_size": -(-chosen.num_photos // per_pass) * per_pass,
+        "train.global_batch_size": batch_size,
         "train.micro_batch_size": micro_batch_size,
         "evaluate.before_training": "false",
         "evaluate.every_epochs": 1,
         "evaluate.max_samples": "null",
-        "evaluate.batch_size": 4 * MICRO_BATCH_SIZE,
+        "evaluate.batch_size": chosen.num_photos,
         "evaluate.num_pictures": chosen.num_photos,
         "evaluate.probe": "null",
         "tracking.mode": "disabled",

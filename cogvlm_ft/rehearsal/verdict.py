@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cogvlm_ft.model import CogVLMConfig
 from cogvlm_ft.planning.data_turns import largest_pass
-from cogvlm_ft.planning.memory import Cluster
+from cogvlm_ft.planning.memory import GIB, Cluster
 from cogvlm_ft.planning.preflight import count_images, inspect_run
 from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
 from cogvlm_ft.settings import Config
@@ -15,7 +15,7 @@ NODES, GPUS_PER_NODE, GPU_GIB = (1, 2, 4), 8, 79.0  # what torch sees of an 80 G
 
 
 def judge_real_run(config: Config) -> list[str]:
-    """Return a line per number of nodes. config: of the real run, with the user's whole shard set.
+    """Return a line of at most 100 columns per number of nodes. config: of the real run, with the user's whole shard set.
 
     A global batch that the GPUs cannot divide is raised to the next that they can.
     """
@@ -30,9 +30,17 @@ def judge_real_run(config: Config) -> list[str]:
         batch_size = -(-config.train.global_batch_size // per_pass) * per_pass
         divided = replace(config, train=replace(config.train, global_batch_size=batch_size))
         found = inspect_run(divided, model, cluster, largest_pass(divided, model), speeds, num_images)
-        epoch = f", about {found.time.epoch_s(num_images) / 60:.0f} min an epoch" if num_images else ""
+        epoch = f", {_rounded(found.time.epoch_s(num_images))} an epoch" if num_images else ""
+        peak_gib = (max(found.estimate.peaks.values()) + cluster.reserved_bytes) / GIB
         lines.append(
-            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB, train.global_batch_size={batch_size}: "
-            f"{found.verdict.status}: {found.verdict.why}{epoch}"
+            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB: {found.verdict.status}: {peak_gib:.0f} of {GPU_GIB:.0f} GiB; "
+            f"train.global_batch_size={batch_size}{epoch}"
         )
     return lines
+
+
+def _rounded(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return "under a minute"
+    return f"about {minutes:.0f} min" if minutes < 90 else f"about {minutes / 60:.1f} h"

@@ -44,7 +44,8 @@ def test_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert Path(shown["report"]).is_file() and any(Path(shown["pictures"]).iterdir())
     assert "mean IoU" in printed and "it does not show how well the 17B model" in printed
     for num_nodes in (1, 2, 4):
-        assert f"\n  {num_nodes} x 8 GPUs of 80 GB" in printed
+        (verdict,) = [line for line in printed.splitlines() if line.startswith(f"  {num_nodes} x 8 GPUs of 80 GB: ")]
+        assert "train.global_batch_size=" in verdict and len(verdict) <= 100
     assert f"data.shards={out / 'shards'}" in printed.partition("Its commands:")[2]
     evaluations = list((out / "run" / "evaluations").glob("*/predictions.jsonl"))
     keys = {json.loads(line)["key"] for line in evaluations[-1].read_text(encoding="utf-8").splitlines()}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,9 @@ def test_the_config_is_loaded(
     assert (config.data.shards, config.model.path, config.model.image_size) == ("shards: 猫 #1", "0123", 756)
     assert config.deepspeed == engine and config.train.global_batch_size % (8 * nodes) == 0
     printed = capsys.readouterr().out
+    assert printed.count("found nothing; expected the") == 2, "neither the shards nor the model are there yet"
+    pasted = [shlex.split(line) for line in printed.splitlines() if line.startswith("  ")]
+    assert all(Path(program).is_file() for program, *_ in pasted), "found without an activated environment"
     assert command in printed and f"'{out}'" in printed
     assert main([*options, "--out", str(out)]) == 2, "an existing file is kept"
 
@@ -50,3 +56,13 @@ def test_a_wrong_answer_is_one_line(
 ) -> None:
     assert main([*options, "--out", str(tmp_path / "run.yaml")]) == 2
     assert found in capsys.readouterr().err and not (tmp_path / "run.yaml").exists()
+
+
+def test_the_end_of_the_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO("my_shards\n")
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["--out", str(tmp_path / "run.yaml")]) == 2
+    assert "found no answer; expected one" in capsys.readouterr().err and not (tmp_path / "run.yaml").exists()

@@ -54,7 +54,7 @@ def test_what_the_real_run_says_of_the_17b_model_is_left_out(
         "adapter: {rank: 8}\nmodel: {freeze: ['model.vision.*']}\n",
         encoding="utf-8",
     )
-    train(Chosen(num_photos=3, num_parameters=1), tmp_path, 10, 1, ["--config", str(config)])
+    train(Chosen(num_photos=3, num_boxes=3, num_parameters=1), tmp_path, 10, 1, ["--config", str(config)])
     ((command, _),) = commands
     settings = load_config(str(config), command[command.index(str(config)) + 1 :])
     assert (settings.train.ema, settings.train.lr_scale, settings.train.vision_layer_decay) == (None, {}, 1)
@@ -63,11 +63,11 @@ def test_what_the_real_run_says_of_the_17b_model_is_left_out(
     assert settings.data.wording == "detection", "the user's words are rehearsed"
 
 
-@pytest.mark.parametrize(("num_photos", "num_processes", "size"), [(1, 1, 1), (5, 1, 8), (15, 2, 16), (16, 1, 16)])
+@pytest.mark.parametrize(("num_photos", "num_processes", "size"), [(1, 1, 1), (1, 2, 2), (5, 1, 4), (15, 2, 4)])
 def test_any_number_of_photos_can_be_divided(
     commands: list[tuple[list[str], dict[str, str]]], num_photos: int, num_processes: int, size: int, tmp_path: Path
 ) -> None:
-    train(Chosen(num_photos, num_parameters=1), tmp_path, 10, num_processes, ["--config", "grounding_490"])
+    train(Chosen(num_photos, num_boxes=1, num_parameters=1), tmp_path, 10, num_processes, ["--config", "grounding_490"])
     ((command, _),) = commands
     found = load_config("grounding_490", [part for part in command if "=" in part and not part.startswith("CUDA")])
     assert found.train.global_batch_size == size
