@@ -15,7 +15,9 @@ NODES, GPUS_PER_NODE, GPU_GIB = (1, 2, 4), 8, 79.0  # what torch sees of an 80 G
 
 
 def judge_real_run(config: Config) -> list[str]:
-    """Return a line of at most 100 columns per number of nodes. config: of the real run, with the user's whole shard set.
+    """Return a line of at most 100 columns per number of nodes.
+
+    config: of the real run, with the user's whole shard set.
 
     A global batch that the GPUs cannot divide is raised to the next that they can.
     """
@@ -33,8 +35,8 @@ def judge_real_run(config: Config) -> list[str]:
         epoch = f", {_rounded(found.time.epoch_s(num_images))} an epoch" if num_images else ""
         peak_gib = (max(found.estimate.peaks.values()) + cluster.reserved_bytes) / GIB
         lines.append(
-            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB: {found.verdict.status}: {peak_gib:.0f} of {GPU_GIB:.0f} GiB; "
-            f"train.global_batch_size={batch_size}{epoch}"
+            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB: {found.verdict.status}: {peak_gib:.0f} of {GPU_GIB:.0f} GiB"
+            f"; train.global_batch_size={batch_size}{epoch}"
         )
     return lines
 
