@@ -152,6 +152,7 @@ def settings_of(shards: Path, model: Path, num_photos: int, num_steps: int, num_
         "train.epochs": num_evaluations,
         "train.global_batch_size": num_photos,
         "train.micro_batch_size": min(16, num_photos),
+        "train.log_every": 1,
         "evaluate.batch_size": 32,
         "evaluate.num_pictures": 0,
         "tracking.mode": "disabled",

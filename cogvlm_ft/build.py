@@ -13,7 +13,7 @@ from transformers import initialization
 from cogvlm_ft.checkpoints.adapters import AdapterRecord
 from cogvlm_ft.checkpoints.checkpoint import TrainState
 from cogvlm_ft.checkpoints.choice import is_checkpoint, model_files
-from cogvlm_ft.checkpoints.consolidate import assign_weights
+from cogvlm_ft.checkpoints.consolidate import assign_merged, assign_weights
 from cogvlm_ft.checkpoints.peft_files import open_peft_adapter, put_into
 from cogvlm_ft.config import save_settings, written_settings
 from cogvlm_ft.data.augment import draft_side
@@ -32,7 +32,7 @@ from cogvlm_ft.model import (
     load_config,
     model_config_of,
 )
-from cogvlm_ft.model.adapters import add_adapters, of_base
+from cogvlm_ft.model.adapters import FULL, add_adapters, of_base
 from cogvlm_ft.model.box_loss import build_box_loss
 from cogvlm_ft.model.elementwise import compile_elementwise
 from cogvlm_ft.model.loading import (
@@ -45,7 +45,15 @@ from cogvlm_ft.model.loading import (
 )
 from cogvlm_ft.model.quantized import WEIGHT_FORMAT, float_shapes, quantizing_assign, stored_tensors
 from cogvlm_ft.run_folder import RunFolder
-from cogvlm_ft.runtime.distributed import check_gpus, computed_by_main, device, is_main, shared_errors, world_size
+from cogvlm_ft.runtime.distributed import (
+    check_gpus,
+    computed_by_main,
+    device,
+    first_devices,
+    is_main,
+    shared_errors,
+    world_size,
+)
 from cogvlm_ft.runtime.engine import (
     build_engine,
     build_inference_engine,
@@ -229,10 +237,13 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     settings = deepspeed_settings(config)
     model_config = model_config_of(config)
     tokenizer = load_tokenizer(config.model.folder, model_config)
-    with initialization.no_init_weights(), partitioned(settings):
-        model = CogVLMForCausalLM(model_config)
-    parameters = list(model.named_parameters())
-    load_weights(config.model.folder, parameter_shapes(parameters), partition_assign(parameters))
+    if config.adapter.base:
+        model = load_quantized_base(config, model_config)
+    else:
+        with initialization.no_init_weights(), partitioned(settings):
+            model = CogVLMForCausalLM(model_config)
+        parameters = list(model.named_parameters())
+        load_weights(config.model.folder, parameter_shapes(parameters), partition_assign(parameters))
     if config.adapter.rank:
         add_adapters(model, config.adapter, config.seed)
         if config.adapter.start:
@@ -244,11 +255,29 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     return build_engine(model, config, settings), tokenizer
 
 
+def load_quantized_base(config: Config, model_config: CogVLMConfig) -> CogVLMForCausalLM:
+    """Load the model under the adapters, its linear layers quantised while they are read; parts in full stay floats.
+
+    On this rank's device, never whole before it is quantised. The engine takes over its parameters later.
+    """
+    kept = [FULL[part] for part in config.adapter.full]
+    model = allocate_model(model_config, dtype_of(config), [device()], config.adapter.base, kept)
+    load_weights(config.model.folder, float_shapes(model), quantizing_assign(model))
+    return model.train()
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Return the dtype of the weights in passes of a run."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
 def start_adapters(model: CogVLMForCausalLM, config: Config) -> None:
     """Overwrite new adapters by those in the folder `adapter.start`. Raises CheckpointError if they do not fit."""
     folder, parameters = Path(config.adapter.start or "").expanduser(), list(model.named_parameters())
-    adapter = open_peft_adapter(folder, config.model.folder, of_base(parameter_shapes(parameters).items()))
-    put_into(model, adapter, config.adapter, partition_assign(parameters))
+    is_whole = config.adapter.base is not None
+    shapes = float_shapes(model) if is_whole else parameter_shapes(parameters)
+    adapter = open_peft_adapter(folder, config.model.folder, of_base(shapes.items()))
+    put_into(model, adapter, config.adapter, (whole_assign if is_whole else partition_assign)(parameters))
 
 
 def load_tokenizer(folder: Path, model_config: CogVLMConfig) -> CogVLMTokenizer:
@@ -268,35 +297,47 @@ def load_whole_model(
     image_size: int | None = None,
     resize: str | None = None,
     quantized: str | None = None,
+    adapter: Path | None = None,
+    num_devices: int = 1,
 ) -> CogVLMForCausalLM:
     """Load a model folder, or the weights of a checkpoint, onto this rank's device for passes without gradients.
 
     quantized: "int8" or "int4": linear layers are quantised tensor by tensor while they are read. A folder that was
-    exported so is loaded as it is. Raises ConfigError where the machine has a GPU that torch does not see.
+    exported so is loaded as it is. adapter: a folder in the files of peft, merged while the weights are read.
+    num_devices: GPUs over which the layers are split. Raises ConfigError where there are fewer, or torch does not see
+    the machine's.
     """
     check_gpus()
     config = load_config(model_files(weights), image_size, resize)
     stored = getattr(config, WEIGHT_FORMAT, None)
     if stored not in (None, quantized) and quantized is not None:
         raise ConfigError(f"--weights {quantized}: {weights} has {stored} weights. Leave --weights out")
-    model = allocate_model(config, dtype, device(), stored or quantized)
-    if stored:
-        tensors = stored_tensors(model)
-        _read_weights(weights, parameter_shapes(tensors.items()), whole_assign(tensors.items()))
-    elif quantized:
-        _read_weights(weights, float_shapes(model), quantizing_assign(model))
+    if stored and adapter is not None:
+        raise ConfigError(
+            f"--adapter: {weights} has {stored} weights; expected floats to merge it into. launch/serve.py puts "
+            "adapters beside quantised weights"
+        )
+    model = allocate_model(config, dtype, first_devices(num_devices), stored or quantized)
+    tensors = stored_tensors(model) if stored else dict(model.named_parameters())
+    shapes = parameter_shapes(tensors.items())
+    assign = whole_assign(tensors.items())
+    if quantized and not stored:
+        shapes, assign = float_shapes(model), quantizing_assign(model)
+    if adapter is None:
+        _read_weights(weights, shapes, assign)
     else:
-        parameters = list(model.named_parameters())
-        _read_weights(weights, parameter_shapes(parameters), whole_assign(parameters))
+        assign_merged(adapter, weights, config, shapes, assign)
     return model
 
 
-def build_scored_model(config: Config, weights: Path, quantized: str | None = None) -> tuple[Any, CogVLMTokenizer]:
+def build_scored_model(
+    config: Config, weights: Path, quantized: str | None = None, num_devices: int = 1
+) -> tuple[Any, CogVLMTokenizer]:
     """Load a model folder or the weights of a checkpoint for passes without gradients. Collective.
 
     2 or 4 bytes per parameter: on a single rank a plain module; on several, or with offloaded parameters, an engine
     that partitions them. A checkpoint has its own config.json and tokenizer, so that model.path may be gone.
-    quantized: as in `load_whole_model`, on a single rank only.
+    quantized, num_devices: as in `load_whole_model`, on a single rank only.
     """
     files, image_size, resize = model_files(weights), config.model.image_size, config.data.resize
     model_config = load_config(files, image_size, resize)
@@ -304,11 +345,12 @@ def build_scored_model(config: Config, weights: Path, quantized: str | None = No
     allow_tf32(config.train.tf32)
     settings = inference_settings(config)
     if world_size() == 1 and settings["zero_optimization"].get("offload_param", {}).get("device", "none") == "none":
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        return load_whole_model(weights, dtype, image_size, resize, quantized), tokenizer
-    if quantized:
+        dtype = dtype_of(config)
+        return load_whole_model(weights, dtype, image_size, resize, quantized, num_devices=num_devices), tokenizer
+    if quantized or num_devices > 1:
+        option = f"--weights {quantized}" if quantized else f"--devices {num_devices}"
         raise ConfigError(
-            f"--weights {quantized}: found {world_size()} ranks or offloaded parameters; expected one GPU. Start it "
+            f"{option}: found {world_size()} ranks or offloaded parameters; expected one process. Start it "
             "with python in place of deepspeed, without offload_param"
         )
     with initialization.no_init_weights(), partitioned(settings):

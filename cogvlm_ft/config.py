@@ -21,10 +21,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cogvlm_ft.adapter_settings import check_adapter
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import read_bytes, write_text
 from cogvlm_ft.run_folder import is_in_run_folder
-from cogvlm_ft.settings import ADAPTER_TARGETS, CHECKPOINTED_LAYERS, FULL_PARTS, Config, Rules
+from cogvlm_ft.settings import CHECKPOINTED_LAYERS, Config, Rules
 from cogvlm_ft.terminal import hide
 from cogvlm_ft.written_values import value_of_argument, values_of_yaml
 
@@ -322,21 +323,7 @@ def _check(config: LoadedConfig) -> None:
         choices = ", ".join(CHECKPOINTED_LAYERS)
         raise ConfigError(f"model.gradient_checkpointing={layers}: expected {choices}, or n for every n-th layer")
     _check_monitor(config.train.monitor)
-    unknown = [name for name in config.adapter.targets if name not in ADAPTER_TARGETS]
-    if unknown or not config.adapter.targets:
-        raise ConfigError(f"adapter.targets={config.adapter.targets}: expected some of {', '.join(ADAPTER_TARGETS)}")
-    full = config.adapter.full
-    if any(name not in FULL_PARTS for name in full):
-        raise ConfigError(f"adapter.full={full}: expected [] or some of {', '.join(FULL_PARTS)}")
-    if config.adapter.start and config.adapter.rank is None:
-        raise ConfigError(
-            f"adapter.start={config.adapter.start}: found no adapter.rank; expected the rank of that adapter. Set it"
-        )
-    if twice := set(full) & set(config.adapter.targets):
-        raise ConfigError(
-            f"adapter.full, adapter.targets: found {', '.join(twice)} in both; expected it in one of them. Remove it "
-            "from adapter.targets"
-        )
+    check_adapter(config.adapter)
     evaluate = config.evaluate
     if evaluate.min_boxes > 0 and evaluate.decoding == "free":
         raise ConfigError(f"evaluate.min_boxes={evaluate.min_boxes}: needs evaluate.decoding=grammar")

@@ -12,17 +12,13 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from cogvlm_ft.adapter_settings import AdapterConfig as AdapterConfig
 from cogvlm_ft.setting_rules import Rules as Rules
 from cogvlm_ft.setting_rules import setting
 from cogvlm_ft.tile_settings import TilesConfig
 
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
-ADAPTER_TARGETS = (
-    *("attention.language", "attention.vision_expert", "mlp.language", "mlp.vision_expert"),
-    *("vision", "bridge"),
-)
-FULL_PARTS = ("bridge",)
 RESIZES = ("squash", "letterbox")
 BOX_LOSSES = ("expected", "giou")
 GATHERS = ("auto", "once", "layerwise")
@@ -61,25 +57,6 @@ class ModelConfig:
     def folder(self) -> Path:
         """`path` with the home folder in place of `~`."""
         return Path(self.path).expanduser()
-
-
-@dataclass
-class AdapterConfig:
-    """LoRA adapters. Small matrices are trained beside frozen weights; off unless `rank` is set."""
-
-    rank: Optional[int] = setting(
-        None, "Rank of the matrices, such as 16. null: no adapters; the model itself is trained.", least=1
-    )
-    alpha: float = setting(32.0, "Adapters are scaled by alpha / rank.", above=0)
-    dropout: float = setting(0.0, "Dropout of the adapters' inputs.", least=0, below=1)
-    targets: list[str] = setting(
-        list(ADAPTER_TARGETS[:4]),
-        "Parts of the model that get adapters: " + ", ".join(f"`{name}`" for name in ADAPTER_TARGETS) + ".",
-    )
-    full: list[str] = setting([], "Parts trained in full beside the adapters: `bridge`.")
-    start: Optional[str] = setting(
-        None, "Folder of an adapter in the files of peft to start from. null: new adapters.", is_path=True
-    )
 
 
 @dataclass

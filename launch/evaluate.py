@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--protocol", choices=PROTOCOLS, help="how to read and score (default: evaluate.protocol)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--weights", choices=("bf16", "int8", "int4"), help="as in launch/predict.py, on one GPU")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs of one process for the layers (default: 1)")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
     add_settings(parser, required=True)
     args = parser.parse_intermixed_args(argv)
@@ -85,11 +86,11 @@ def run(config: Config, args: argparse.Namespace) -> None:
         read = {f"split {split}": reader.index.data_sha256, "--checkpoint": str(weights)}
         check_agreement(comparable_settings(config) | read)
         quantized = None if args.weights == "bf16" else args.weights
-        check_scoring(config, weights, split, quantized)
+        check_scoring(config, weights, split, quantized, args.devices)
     if is_main():
         shards = data.val_shards if split == data.val_split and data.val_shards is not None else data.shards
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
-    model, tokenizer = build_scored_model(config, weights, quantized)
+    model, tokenizer = build_scored_model(config, weights, quantized, args.devices)
     about = {"checkpoint": str(weights), "checkpoint_sha256": computed_by_main(lambda: fingerprint(weights))}
     result = evaluate(
         model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about, tiles=data.tiles

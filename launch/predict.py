@@ -128,6 +128,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         choices=("bf16", "int8", "int4"),
         help="int8, int4: linear layers quantised while they are read, for small GPUs (default: in --dtype)",
     )
+    group.add_argument("--devices", type=int, default=1, help="GPUs over which the layers are split (default: 1)")
     group.add_argument("--adapter", type=Path, help="folder of an adapter in the files of peft, merged into --model")
 
 
@@ -160,9 +161,16 @@ def predict(args: argparse.Namespace) -> int:
         check_questions(questions, args.format)
     names = ("adapter", "image_size", "resize", "decoding", "min_boxes", "max_new_tokens", "reading")
     settings = {name: getattr(args, name) for name in names}
-    settings |= dtype_settings(args.dtype, args.weights)
+    settings |= dtype_settings(args.dtype, args.weights) | {"num_devices": args.devices}
     tiles = choose_tiles(args)
-    asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, tiles=tiles, **settings)
+    asking = Asking(
+        wording=args.wording,
+        in_steps=args.steps,
+        zoom_patches=args.zoom,
+        tiles=tiles,
+        num_devices=args.devices,
+        **settings,
+    )
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if args.serve:

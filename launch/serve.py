@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=("bf16", "int8", "int4"),
         help="int8, int4: linear layers quantised while they are read, for small GPUs (default: in --dtype)",
     )
+    parser.add_argument("--devices", type=int, default=1, help="GPUs over which the layers are split (default: 1)")
     args = parser.parse_args(argv)
     return exit_code(lambda: run(args))
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--photos {args.photos}: no such folder")
     names = ("image_size", "resize", "decoding", "wording")
     settings = {name: getattr(args, name) for name in names} | dtype_settings(args.dtype, args.weights)
-    predictor = load_predictor(args.model, Asking(zoom_patches=args.zoom, **settings))
+    predictor = load_predictor(args.model, Asking(zoom_patches=args.zoom, num_devices=args.devices, **settings))
     name = args.name or predictor.weights.resolve().name
     served = ServedModels(predictor, name, adapters, upright=args.exif == "apply")
     say(f"models {', '.join(served.names)}, wording {predictor.wording.name}", file=sys.stderr)

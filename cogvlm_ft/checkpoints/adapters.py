@@ -35,7 +35,10 @@ ADAPTER_FILE = "model/adapter.json"
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What adapters were trained on, and how. base: a model folder; base_sha256: its fingerprint."""
+    """What adapters were trained on, and how. base: a model folder; base_sha256: its fingerprint.
+
+    base_weights: the kind of its frozen linear layers in training, as `adapter.base`.
+    """
 
     base: str
     base_sha256: str
@@ -44,15 +47,16 @@ class AdapterRecord:
     dropout: float
     targets: list[str]
     full: list[str] = field(default_factory=list)
+    base_weights: str | None = None
 
     @classmethod
     def of_run(cls, folder: Path, adapter: AdapterConfig) -> AdapterRecord:
-        settings = adapter.rank or 0, adapter.alpha, adapter.dropout, adapter.targets, adapter.full
+        settings = adapter.rank or 0, adapter.alpha, adapter.dropout, adapter.targets, adapter.full, adapter.base
         return cls(str(folder.resolve()), fingerprint(folder), *settings)
 
     @property
     def settings(self) -> AdapterConfig:
-        return AdapterConfig(self.rank, self.alpha, self.dropout, self.targets, self.full)
+        return AdapterConfig(self.rank, self.alpha, self.dropout, self.targets, self.full, base=self.base_weights)
 
     @classmethod
     def load(cls, checkpoint: Path) -> AdapterRecord | None:
@@ -86,9 +90,10 @@ def check_same_adapters(checkpoint: Path, ours: AdapterRecord | None) -> None:
             f"{stored.base_sha256[:12]}, on which the adapters of {checkpoint} were trained. Set model.path to it, or "
             "take another output_dir"
         )
-    for name in ("rank", "alpha", "targets", "full"):
-        found, expected = getattr(ours, name), getattr(stored, name)
+    for name in ("rank", "alpha", "targets", "full", "base"):
+        found, expected = getattr(ours.settings, name), getattr(stored.settings, name)
         if found != expected:
+            found, expected = ("null" if value is None else value for value in (found, expected))
             raise CheckpointError(
                 f"adapter.{name}: found {found}; expected {expected}, with which {checkpoint} was trained. Set the "
                 "same, or take another output_dir"
@@ -158,9 +163,16 @@ def merged_with_base(
     if weights[POSITION_TABLE].shape[0] != num_positions:
         table = read_whole(weights[POSITION_TABLE], torch.float32)
         weights[POSITION_TABLE] = HeldTensor(interpolate_position_embedding(table, num_positions))
-    for name, weight in list(weights.items()):
+    return merged(weights, factors, scale)
+
+
+def merged(
+    weights: Mapping[str, StoredTensor], factors: Mapping[str, StoredTensor], scale: float
+) -> dict[str, StoredTensor]:
+    """Return the weights of a model with adapters merged, and with the parts that were trained in full."""
+    found: dict[str, StoredTensor] = {}
+    for name, weight in weights.items():
         inner, outer = (factors.get(factor_name(name, factor)) for factor in FACTORS)
-        if inner is not None and outer is not None:
-            weights[name] = MergedTensor(weight, inner, outer, scale)
-        weights[name] = factors.get(name, weights[name])
-    return weights
+        adapted = MergedTensor(weight, inner, outer, scale) if inner is not None and outer is not None else weight
+        found[name] = factors.get(name, adapted)
+    return found

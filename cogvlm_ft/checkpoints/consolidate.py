@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from cogvlm_ft.checkpoints.adapters import AdapterRecord, merge_adapters
+from cogvlm_ft.checkpoints.adapters import AdapterRecord, merge_adapters, merged, merged_with_base
+from cogvlm_ft.checkpoints.choice import is_checkpoint
 from cogvlm_ft.checkpoints.manifest import find_damage
+from cogvlm_ft.checkpoints.peft_files import open_peft_adapter
 from cogvlm_ft.checkpoints.slices import open_slices
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.model import CogVLMConfig
 from cogvlm_ft.model.loading import POSITION_TABLE, Assign, StoredTensor, check_keys, interpolate_position_embedding
 from cogvlm_ft.runtime.partitions import AVERAGE
 from cogvlm_ft.runtime.watchdog import progress
@@ -50,8 +54,28 @@ def assign_weights(checkpoint: Path, expected: dict[str, tuple[int, ...]], assig
 
     Raises CheckpointError if the checkpoint is not intact, or is that of another model.
     """
-    weights = open_weights(checkpoint)
-    check_keys(checkpoint, expected, {name: tuple(stored.shape) for name, stored in weights.items()})
+    _assign(checkpoint, open_weights(checkpoint), expected, assign)
+
+
+def assign_merged(
+    adapter: Path, base: Path, config: CogVLMConfig, expected: dict[str, tuple[int, ...]], assign: Assign
+) -> None:
+    """Call `assign` for every parameter of a model folder or a checkpoint with an adapter of peft merged.
+
+    config: of the model that is loaded. Raises CheckpointError if they do not fit.
+    """
+    found = open_peft_adapter(adapter, base, expected)
+    if is_checkpoint(base):
+        weights = merged(open_weights(base), found.tensors, found.scale)
+    else:
+        weights = merged_with_base(base, found.tensors, found.scale, config)
+    _assign(base, weights, expected, assign)
+
+
+def _assign(
+    source: Path, weights: Mapping[str, StoredTensor], expected: dict[str, tuple[int, ...]], assign: Assign
+) -> None:
+    check_keys(source, expected, {name: tuple(stored.shape) for name, stored in weights.items()})
     for name, shape in progress_bar(expected.items(), desc="load weights", unit="tensor"):
         progress()
         rows = _Rows(weights[name])

@@ -165,17 +165,3 @@ def put_beside(model: nn.Module, adapter: PeftAdapter, name: str) -> None:
 
 def _first(names: list[str]) -> str:
     return f" (such as {names[0]})" if names else ""
-
-
-def merge_into(model: nn.Module, adapter: PeftAdapter) -> None:
-    """Add an adapter to the weights of a whole model, one at a time, computed in fp32."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in adapter.tensors.items():
-        values = read_whole(tensor, torch.float32)
-        if name in parameters:
-            parameters[name].data.copy_(values)
-        elif f".{FACTORS[1]}." in name:
-            weight = parameters[_weight_of(name)]
-            inner = read_whole(adapter.tensors[factor_name(_weight_of(name), FACTORS[0])], torch.float32)
-            change = adapter.scale * (values.to(weight.device) @ inner.to(weight.device))
-            weight.data.copy_(weight.data.float() + change)

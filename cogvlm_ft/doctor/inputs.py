@@ -25,7 +25,8 @@ from cogvlm_ft.evaluate.measurable import monitor_problem
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, model_config_of
 from cogvlm_ft.model.adapters import of_base
-from cogvlm_ft.model.loading import load_weights, parameter_shapes
+from cogvlm_ft.model.loading import load_weights
+from cogvlm_ft.model.quantized import float_shapes
 from cogvlm_ft.planning.memory import build_on_meta, judge
 from cogvlm_ft.planning.preflight import what_would_fit
 from cogvlm_ft.runtime.distributed import rank, world_size
@@ -50,8 +51,7 @@ def read_model(examination: Examination) -> Model:
     model = examination.config.model
     config = model_config_of(examination.config)
     tokenizer = CogVLMTokenizer.from_folder(model.folder)
-    parameters = of_base(build_on_meta(examination.config, config).named_parameters())
-    shapes = parameter_shapes(parameters.items())
+    shapes = of_base(float_shapes(build_on_meta(examination.config, config)).items())
     load_weights(model.folder, shapes, lambda name, fetch, num_rows: None)
     return Model(config.image_size, len(tokenizer), config.vocab_size, len(shapes))
 

@@ -65,7 +65,7 @@ def score_blends(
     tokenizer = load_tokenizer(files, model_config)
     allow_tf32(config.train.tf32)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    model = allocate_model(model_config, dtype, device())
+    model = allocate_model(model_config, dtype, [device()])
     pairs = held(pair_with_start(open_contents(checkpoint), start))
     questions = [] if config.evaluate.probe is None else load_probe(Path(config.evaluate.probe).expanduser())
     untouched: list[str] = []

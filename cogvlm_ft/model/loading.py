@@ -22,6 +22,7 @@ from cogvlm_ft.model.cogvlm import CogVLMForCausalLM
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.decoder import inverse_frequencies
 from cogvlm_ft.model.quantized import SCALE, replace_linears
+from cogvlm_ft.model.split import allocate_on
 from cogvlm_ft.plain_files import read_bytes, read_json, sync
 from cogvlm_ft.safetensors_io import TensorSpec, write_tensors
 from cogvlm_ft.settings import Config
@@ -32,6 +33,7 @@ INDEX_FILE = "model.safetensors.index.json"
 POSITION_TABLE = "model.vision.patch_embedding.position_embedding.weight"
 MAX_FILE_BYTES = 5 * 2**30
 MAX_CONFIG_BYTES = 2**24
+CPU = torch.device("cpu")
 READ_ELEMENTS = 2**22  # at a time: 16 MiB of fp32
 
 # Read slices of the first dimension: fetch(start, stop) -> float[stop - start, ...]
@@ -84,31 +86,36 @@ def load_model(
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     resize: str | None = None,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> CogVLMForCausalLM:
     """Load a whole model into this process, tensor by tensor; raise CheckpointError naming all keys that do not fit.
 
-    device: where its memory is; None: the host's.
+    device: where its memory is.
     """
-    model = allocate_model(load_config(folder, image_size, resize), dtype, device)
+    model = allocate_model(load_config(folder, image_size, resize), dtype, [device])
     parameters = list(model.named_parameters())
     load_weights(folder, parameter_shapes(parameters), whole_assign(parameters))
     return model
 
 
 def allocate_model(
-    config: CogVLMConfig, dtype: torch.dtype, device: torch.device | None = None, quantized: str | None = None
+    config: CogVLMConfig,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device] = (CPU,),
+    quantized: str | None = None,
+    kept: Iterable[str] = (),
 ) -> CogVLMForCausalLM:
-    """Allocate a model for evaluation whose weights are read later, at once on its device and in its dtype.
+    """Allocate a model for evaluation whose weights are read later, at once on its devices and in its dtype.
 
-    quantized: a kind of model/quantized.py for its linear layers; None: as they are.
+    quantized: a kind of model/quantized.py for its linear layers; None: as they are. kept: modules that stay as they
+    are in any case.
     """
     with initialization.no_init_weights(), torch.device("meta"):
         model = CogVLMForCausalLM(config)
     nn.Module.to(model, dtype)
     if quantized:
-        replace_linears(model, quantized)
-    model.to_empty(device=device or torch.device("cpu"))
+        replace_linears(model, quantized, kept)
+    allocate_on(model, devices)
     for name, buffer in model.named_buffers():
         if name.endswith(".inv_freq"):
             buffer.copy_(inverse_frequencies(2 * len(buffer)))

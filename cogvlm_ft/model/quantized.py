@@ -8,7 +8,7 @@ one layer at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ClassVar
 
@@ -28,8 +28,22 @@ _PARTS = ("model.layers.", "model.vision.transformer.layers.", "model.vision.lin
 Rows = Callable[[int, int], Tensor]
 
 
+class _RestoredLinear(torch.autograd.Function):
+    """F.linear of a quantised layer, whose weights are restored in both passes and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(hidden, layer.restored(hidden.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        return grad @ ctx.layer.restored(grad.dtype), None
+
+
 class QuantizedLinear(nn.Linear, ABC):
-    """A linear layer without gradients. weight: integers; weight_scale: float32."""
+    """A linear layer that passes gradients on and has none itself. weight: integers; weight_scale: float32."""
 
     weight_scale: Tensor
 
@@ -63,7 +77,7 @@ class QuantizedLinear(nn.Linear, ABC):
             self.weight[start:stop], self.weight_scale[start:stop] = packed
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.restored(input.dtype), self.bias)
+        return _RestoredLinear.apply(input, self)
 
 
 class Int8Linear(QuantizedLinear):
@@ -118,9 +132,8 @@ class Int4Linear(QuantizedLinear):
 
     def restored(self, dtype: torch.dtype) -> Tensor:
         pairs = F.embedding(self.weight.int(), _levels_of_bytes(self.weight.device, dtype))
-        blocks = pairs.view(self.out_features, -1, BLOCK)
-        weights = blocks * self.weight_scale.to(dtype)[..., None]
-        return weights.view(self.out_features, -1)[:, : self.in_features]
+        pairs.view(self.out_features, -1, BLOCK).mul_(self.weight_scale.to(dtype)[..., None])
+        return pairs.view(self.out_features, -1)[:, : self.in_features]
 
 
 KINDS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -130,21 +143,29 @@ def _is_quantizable(name: str, module: nn.Module) -> bool:
     return type(module) is nn.Linear and name.startswith(_PARTS)
 
 
+def held_bytes(layer: QuantizedLinear) -> int:
+    """Return the bytes of a layer's weights and scales."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
+
+
 def quantized_bytes(model: nn.Module, kind: str, element_bytes: int) -> int:
     """Return the bytes of a model's weights after quantisation. element_bytes: of those that stay floats."""
     total = sum(parameter.numel() for parameter in model.parameters()) * element_bytes
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and _is_quantizable(name, module):
-            buffers = KINDS[kind](module.in_features, module.out_features, None).buffers()
-            total += sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+            total += held_bytes(KINDS[kind](module.in_features, module.out_features, None))
             total -= module.in_features * module.out_features * element_bytes
     return total
 
 
-def replace_linears(model: nn.Module, kind: str) -> None:
-    """Replace the linear layers of a model on the meta device by quantised ones, whose weights are not there yet."""
+def replace_linears(model: nn.Module, kind: str, kept: Iterable[str] = ()) -> None:
+    """Replace the linear layers of a model on the meta device by quantised ones, whose weights are not there yet.
+
+    kept: modules whose layers stay as they are.
+    """
+    as_they_are = tuple(f"{name}." for name in kept)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and _is_quantizable(name, module):
+        if isinstance(module, nn.Linear) and _is_quantizable(name, module) and not name.startswith(as_they_are):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, KINDS[kind](module.in_features, module.out_features, module.bias))
 

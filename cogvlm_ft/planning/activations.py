@@ -178,7 +178,7 @@ def probe_stages(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> list[S
         return F.cross_entropy(model.lm_head(chosen).float(), targets, reduction="sum")
 
     cast = pixels.to(dtype)  # 4 tensors of i64[B, L] or i32 come with a batch
-    known = [ids, mask, *tables, rows, targets, embeds, cast]
+    known = [ids, mask, *tables, rows, targets, embeds, cast, *model.buffers()]
     prober = _Prober(known)
     kept = sum(tensor.nbytes for tensor in (pixels, mask, *tables)) + 28 * ids.numel()
     kept += cast.nbytes if dtype != pixels.dtype else 0

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM, enable_gradient_checkpointing
-from cogvlm_ft.model.adapters import add_adapters
+from cogvlm_ft.model.adapters import FULL, add_adapters
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
-from cogvlm_ft.model.quantized import quantized_bytes
+from cogvlm_ft.model.quantized import QuantizedLinear, held_bytes, quantized_bytes, replace_linears
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND
 from cogvlm_ft.planning.activations import MicroBatchShape, Stage, forward_peak, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.data_turns import longest_answer
@@ -127,9 +127,21 @@ class Planner:
         return build_on_meta(self.config, self.model_config)
 
     @cached_property
+    def _quantized(self) -> list[QuantizedLinear]:
+        """List the quantised layers of `adapter.base`."""
+        return [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
+
+    @cached_property
     def _numels(self) -> list[tuple[int, bool]]:
-        """List (elements, whether it is trained) of every parameter."""
-        return [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
+        """List (elements, whether it is trained) of every parameter and of every quantised weight."""
+        numels = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
+        return numels + [(layer.in_features * layer.out_features, False) for layer in self._quantized]
+
+    def _weights_bytes(self) -> int:
+        """Return the bytes of a rank's part of the weights, as they are held in training."""
+        element = element_bytes(self.config)
+        total = self._partition_numel(self.cluster.num_gpus, trained_only=False) * element
+        return total + sum(held_bytes(e) - e.in_features * e.out_features * element for e in self._quantized)
 
     @property
     def num_parameters(self) -> int:
@@ -183,7 +195,6 @@ class Planner:
         """Return kind -> (bytes of a rank, whether they are in host memory)."""
         zero, num_ranks, element = self.zero, self.cluster.num_gpus, element_bytes(self.config)
         trained = self._partition_numel(num_ranks, trained_only=True)
-        weights = self._partition_numel(num_ranks, trained_only=False) * element
         second = (
             self._partition_numel(zero.secondary_ranks, trained_only=False) * element if zero.secondary_ranks > 1 else 0
         )
@@ -193,7 +204,7 @@ class Planner:
         # A rank on CPU has no other memory to offload to.
         optimizer_away = zero.offload_optimizer and not self.cluster.on_cpu
         return {
-            "weights": (weights, zero.offload_param and not self.cluster.on_cpu),
+            "weights": (self._weights_bytes(), zero.offload_param and not self.cluster.on_cpu),
             "second copy (hpZ)": (second, False),
             "gradients": (gradients, optimizer_away),
             "master weights": (trained * MASTER_BYTES if has_master else 0, optimizer_away),
@@ -302,7 +313,7 @@ class Planner:
         per_rank = {
             "programs": PROCESS_BYTES + self.config.data.num_workers * WORKER_BYTES,
             "offloaded": offloaded + rounding["offloaded"],
-            "start": self._partition_numel(self.cluster.num_gpus, trained_only=False) * element_bytes(self.config),
+            "start": self._weights_bytes(),
             "saving": self._slices_bytes(self.cluster.num_gpus) if self.config.checkpoint.background else 0,
         }
         per_rank["saving"] += rounding["saving"]
@@ -329,8 +340,13 @@ def build_on_meta(config: Config, model_config: CogVLMConfig) -> CogVLMForCausal
     with torch.device("meta"):
         model = CogVLMForCausalLM(model_config)
     nn.Module.to(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    dtype = model.dtype
+    if config.adapter.base:
+        replace_linears(model, config.adapter.base, [FULL[part] for part in config.adapter.full])
     if config.adapter.rank:
         add_adapters(model, config.adapter, config.seed)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # adapters of quantised layers are made in fp32
     freeze(model, config)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
     return model.train()

@@ -7,13 +7,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from cogvlm_ft.adapter_settings import AdapterConfig, check_base_is_whole
 from cogvlm_ft.checkpoints.choice import model_files
 from cogvlm_ft.data.plan import plan_samples
 from cogvlm_ft.data.reader import open_split
@@ -66,7 +67,7 @@ def inspect_run(
     num_images: int | None = None,
 ) -> Preflight:
     """Estimate a run whose passes have the shape `sequences`."""
-    planner = Planner(config, model_config, cluster)
+    planner = whole_planner(config, model_config, cluster)
     estimate = planner.estimate(sequences)
     verdict = judge(estimate, cluster)
     return Preflight(
@@ -82,6 +83,13 @@ def inspect_run(
         scoring=planner.scoring(sequences),
         fewest_gpus=fewest_gpus_to_score(planner, sequences),
     )
+
+
+def whole_planner(config: Config, model_config: CogVLMConfig, cluster: Cluster) -> Planner:
+    """Return the planner of a run; ConfigError where quantised weights would have to be partitioned."""
+    planner = Planner(config, model_config, cluster)
+    check_base_is_whole(config.adapter, cluster.num_gpus, offloads_weights=planner.zero.offload_param)
+    return planner
 
 
 def count_images(config: Config) -> int | None:
@@ -115,7 +123,7 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstima
     It is a pass over images with the most turns in the data. A run is refused only if it would not fit with 15 % less
     transient memory.
     """
-    planner = Planner(config, model_config_of(config), cluster)
+    planner = whole_planner(config, model_config_of(config), cluster)
     estimate = planner.estimate(largest_pass(config, planner.model_config))
     verdict = judge(estimate, cluster)
     if verdict.status == "too much" and config.plan == "refuse":
@@ -127,21 +135,24 @@ def judge_start(config: Config, cluster: Cluster) -> tuple[Planner, MemoryEstima
     return planner, estimate, verdict
 
 
-def check_scoring(config: Config, weights: Path, split: str, quantized: str | None = None) -> None:
+def check_scoring(
+    config: Config, weights: Path, split: str, quantized: str | None = None, num_devices: int = 1
+) -> None:
     """Refuse an evaluation of a split that cannot fit, before anything is loaded, unless `plan` says otherwise.
 
     Collective.
 
-    weights: a model folder or a checkpoint. quantized: as in `load_whole_model`.
+    weights: a model folder or a checkpoint. quantized, num_devices: as in `load_whole_model`.
     """
     cluster = this_cluster()
     if config.plan != "refuse":
         return
     model_config = load_config(model_files(weights), config.model.image_size, config.data.resize)
     stored = getattr(model_config, WEIGHT_FORMAT, None)
-    planner = Planner(config, model_config, cluster)
+    planner = Planner(replace(config, adapter=AdapterConfig()), model_config, cluster)  # merged
     sequences = MicroBatchShape(asked_turns=most_turns_of(config, split))
-    needed = sum(planner.scoring(sequences, stored or quantized).values())
+    kinds = planner.scoring(sequences, stored or quantized)
+    needed = sum(kinds.values()) - kinds["weights"] + kinds["weights"] // num_devices
     if needed / UNCERTAINTY + cluster.reserved_bytes > cluster.gpu_gib * GIB:
         raise ConfigError(
             f"this evaluation cannot fit on {cluster.num_gpus} {'ranks' if cluster.on_cpu else 'GPUs'}: each needs "

@@ -131,7 +131,9 @@ def count_flops(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> tuple[f
     recomputing = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            flops = 2.0 * module.weight.numel() * _tokens_through(name, config.num_patches, sequences)
+            is_linear = isinstance(module, nn.Linear)  # a quantised one holds two weights in an element
+            numel = module.in_features * module.out_features if is_linear else module.weight.numel()
+            flops = 2.0 * numel * _tokens_through(name, config.num_patches, sequences)
             total += flops
             recomputed += flops if any(name.startswith(f"{layer}.") for layer in recomputing) else 0.0
     vision, prefix = config.vision, config.num_patches + 3

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cogvlm_ft.adapter_settings import QUANTIZED_BASES
 from cogvlm_ft.model.generation_memory import Pass
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.memory import FRAGMENTED_FRACTION, GIB, UNCERTAINTY, Planner, judge
@@ -61,15 +62,16 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 def suggest_changes(planner: Planner, sequences: MicroBatchShape) -> list[str]:
     """Return changes each of which makes the run fit; if none does, all savings together if they do."""
     config, cluster = planner.config, planner.cluster
-    found = [text for text, change in _savings(config) if _fits(planner.changed(change), sequences)]
-    for nodes in range(cluster.num_nodes + 1, MOST_NODES + 1):
+    savings = _savings(config, cluster.num_gpus)
+    found = [text for text, change in savings if _fits(planner.changed(change), sequences)]
+    for nodes in range(cluster.num_nodes + 1, 1 if config.adapter.base else MOST_NODES + 1):
         more = replace(cluster, num_nodes=nodes)
         if _fits(planner.changed(cluster=more), sequences):
             found.append(f"{more.num_gpus} GPUs ({nodes} nodes of {cluster.gpus_per_node})")
             break
     if not found:
-        texts = [text for text, _ in _savings(config)]
-        if texts and _fits(planner.changed(_all_savings(config)), sequences):
+        texts, changed = _all_savings(config, cluster.num_gpus)
+        if texts and _fits(planner.changed(changed), sequences):
             found.append(" together with ".join(texts))
     return found
 
@@ -78,7 +80,7 @@ def cheaper_settings(planner: Planner, sequences: MicroBatchShape) -> list[tuple
     """Return (setting, bytes at the peak with it) for each saving that helps, the best one first."""
     peak = max(planner.estimate(sequences).peaks.values())
     found = []
-    for text, change in _savings(planner.config):
+    for text, change in _savings(planner.config, planner.cluster.num_gpus):
         estimate = planner.changed(change).estimate(_shown(change, sequences))
         found.append((text, max(estimate.peaks.values())))
     return sorted([each for each in found if each[1] < peak], key=lambda each: each[1])
@@ -111,7 +113,7 @@ def fits_to_score(planner: Planner, sequences: MicroBatchShape) -> bool:
     return kinds["weights"] + UNCERTAINTY * rest <= available
 
 
-def _savings(config: Config) -> list[tuple[str, Config]]:
+def _savings(config: Config, num_gpus: int) -> list[tuple[str, Config]]:
     """Return (setting, config with it) for each saving that is not in use yet."""
     train, evaluate, model = config.train, config.evaluate, config.model
     found = []
@@ -130,14 +132,21 @@ def _savings(config: Config) -> list[tuple[str, Config]]:
     if train.precision != "bf16":
         coarse = replace(train, precision="bf16")
         found.append(("train.precision=bf16", replace(config, train=coarse)))
+    if config.adapter.rank and not config.adapter.base and num_gpus == 1:
+        quantized = replace(config.adapter, base=QUANTIZED_BASES[0])
+        found.append((f"adapter.base={quantized.base}", replace(config, adapter=quantized)))
+    if config.adapter.base:
+        return found
     for preset in OFFLOADS:
         if Path(config.deepspeed).stem != preset and "offload_all" not in config.deepspeed:
             found.append((f"deepspeed={preset}", replace(config, deepspeed=preset)))
     return found
 
 
-def _all_savings(config: Config) -> Config:
-    for _ in range(len(_savings(config))):
-        rest = _savings(config)
-        config = rest[0][1] if rest else config
-    return config
+def _all_savings(config: Config, num_gpus: int) -> tuple[list[str], Config]:
+    """Return every saving, one after the other, and the config with all of them."""
+    texts = []
+    while rest := _savings(config, num_gpus):
+        text, config = rest[0]
+        texts.append(text)
+    return texts, config

@@ -15,7 +15,6 @@ from PIL import Image
 
 from cogvlm_ft.build import load_whole_model
 from cogvlm_ft.checkpoints.choice import find_weights, model_files, trained_wording
-from cogvlm_ft.checkpoints.peft_files import merge_into, open_peft_adapter
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
@@ -33,7 +32,6 @@ from cogvlm_ft.grounding.targets import Box, Turn
 from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.generation_memory import GenerationMemory
-from cogvlm_ft.model.loading import parameter_shapes
 from cogvlm_ft.predict.replies import FoundBox, Reply, merge_replies
 from cogvlm_ft.runtime.distributed import device
 from cogvlm_ft.runtime.param_gathering import free_bytes
@@ -59,6 +57,7 @@ class Asking:
     """How questions are put and answers are read.
 
     quantized: "int8" or "int4" weights of the linear layers, quantised while they are read.
+    num_devices: GPUs over which the layers are split.
     image_size: px, None: the model's own. resize: one of RESIZES, None: as the model was trained.
     wording: name or file; its not-found sentences, and the questions about targets. None: as the model was trained.
     in_steps: questions in several steps, which need a wording that has them.
@@ -81,6 +80,7 @@ class Asking:
     adapter: Path | None = None
     tiles: TilesConfig = field(default_factory=TilesConfig)
     quantized: str | None = None
+    num_devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,13 @@ def load_predictor(path: Path, asking: Asking) -> Predictor:
     """Load a model folder, a checkpoint, or the best checkpoint of a run. Raises CheckpointError, ConfigError."""
     if asking.min_boxes and asking.decoding == "free":
         raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
-    if asking.adapter is not None and asking.quantized:
-        raise ConfigError("--adapter, --weights: found both; expected one of them. Serve it with launch/serve.py")
     weights = find_weights(path, "--model")
     wording = choose_wording(asking, trained_wording(weights))
     tokenizer = CogVLMTokenizer.from_folder(model_files(weights))
     allow_tf32(False)
     dtype = torch.bfloat16 if asking.dtype == "bf16" else torch.float32
-    model = load_whole_model(weights, dtype, asking.image_size, quantized=asking.quantized)
-    if asking.adapter is not None:
-        merge_into(model, open_peft_adapter(asking.adapter, weights, parameter_shapes(model.named_parameters())))
+    quantized, adapter, num_devices = asking.quantized, asking.adapter, asking.num_devices
+    model = load_whole_model(weights, dtype, asking.image_size, None, quantized, adapter, num_devices)
     return Predictor(model, tokenizer, asking, wording, weights)
 
 

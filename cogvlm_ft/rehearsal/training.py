@@ -81,6 +81,8 @@ def train(chosen: Chosen, out: Path, num_steps: int, num_processes: int, argumen
         "model.gradient_checkpointing": "none",
         "model.compile": "false",
         "adapter.rank": "null",
+        "adapter.start": "null",
+        "adapter.base": "null",
         **dict.fromkeys((f"data.augment.{each.name}" for each in fields(AugmentConfig) if each.name != "min_crop"), 0),
         "data.shards": json.dumps(shards),
         "data.val_shards": "null",

@@ -246,6 +246,19 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def first_devices(num_devices: int) -> list[torch.device]:
+    """Return this rank's device, or the first of several GPUs. Raises ConfigError where there are fewer."""
+    if num_devices == 1:
+        return [device()]
+    found = torch.cuda.device_count()
+    if not 1 <= num_devices <= found:
+        raise ConfigError(
+            f"--devices {num_devices}: found {found} GPUs; expected 1 to {max(1, found)}. Leave --devices out, or use "
+            "--weights int8, which takes half the memory"
+        )
+    return [torch.device("cuda", number) for number in range(num_devices)]
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -17,6 +17,7 @@ from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
+from cogvlm_ft.adapter_settings import check_base_is_whole
 from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import read_json
@@ -125,6 +126,9 @@ def deepspeed_settings(config: Config, *, of_training: bool = True) -> dict[str,
             f"{path}: zero_optimization.leaf_module: found modules that are gathered as a whole; expected none with "
             "adapter.rank, whose gradients DeepSpeed would lose. Remove leaf_module, or use deepspeed=zero3"
         )
+    if of_training:
+        offload = zero.get("offload_param", {}).get("device", "none")
+        check_base_is_whole(config.adapter, world_size(), offloads_weights=offload != "none")
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
             raise ConfigError(

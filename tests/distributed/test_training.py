@@ -21,6 +21,7 @@ from run_states import assert_same_end
 from safetensors.torch import load_file
 from tiny import short_run_settings
 
+from cogvlm_ft.build import load_quantized_base
 from cogvlm_ft.checkpoints.adapters import AdapterRecord, check_same_adapters
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
 from cogvlm_ft.checkpoints.slices import WEIGHT, check_averages_kept, open_slices
@@ -35,8 +36,9 @@ from cogvlm_ft.export.adapter import WEIGHTS_FILE, export_adapter
 from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
-from cogvlm_ft.model.adapters import name_from_peft_file, name_in_peft_file, peft_config
+from cogvlm_ft.model.adapters import FACTORS, factor_name, name_from_peft_file, name_in_peft_file, peft_config
 from cogvlm_ft.model.loading import read_whole
+from cogvlm_ft.model.quantized import QuantizedLinear
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.partitions import AVERAGE
 from cogvlm_ft.train.schedule import lr_at
@@ -49,10 +51,14 @@ def train_plainly(
 ) -> tuple[list[float], CogVLMForCausalLM]:
     """Train without DeepSpeed, ranks or accumulation: AdamW on the whole batch at once.
 
-    rate_of: the factor of a parameter's learning rate; 0: frozen.
+    rate_of: the factor of a parameter's learning rate; 0: frozen. A quantised base is restored once, as floats.
     """
     config = load_config(None, settings)
     model = load_model(config.model.path).train()
+    if config.adapter.base:
+        for name, module in load_quantized_base(config, model.config).named_modules():
+            if isinstance(module, QuantizedLinear):
+                model.get_submodule(name).weight.data = module.restored(torch.float32)
     if config.adapter.rank:
         model = PeftModel.from_pretrained(model, config.adapter.start, is_trainable=True).get_base_model()
     index = load_index(config.data.shards, config.data.train_split)
@@ -219,6 +225,7 @@ def test_parts_with_rates_of_their_own_and_frozen_parts(shards: Path, start_mode
 
 DECAY = 0.75
 NUM_ADAPTED_STEPS = 20
+IS_TRAINED = re.compile(r"\.lora_|\.modules_to_save\.").search
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +253,7 @@ def test_adapters_train_as_those_of_peft(
 ) -> None:
     """Two ranks equal peft on plain torch, merged and alone; a checkpoint holds nothing else."""
     folder, settings = adapted_run
-    is_trained = re.compile(r"\.lora_|\.modules_to_save\.").search
-    losses, plain = train_plainly(settings, lambda name: float(bool(is_trained(name))), NUM_ADAPTED_STEPS)
+    losses, plain = train_plainly(settings, lambda name: float(bool(IS_TRAINED(name))), NUM_ADAPTED_STEPS)
     assert [row["loss"] for row in read_metrics(folder, "train")] == pytest.approx(losses, rel=1e-5)
     checkpoint = list_checkpoints(folder / "checkpoints")[-1]
     stored = open_slices(checkpoint)
@@ -303,6 +309,38 @@ def test_adapters_resume_on_another_number_of_ranks_and_on_their_base_only(
     ):
         with pytest.raises(CheckpointError, match=message):
             check_same_adapters(newest(folder), other)
+
+
+def test_adapters_on_a_quantised_base(adapted_run: tuple[Path, list[str]], start_model: Path, tmp_path: Path) -> None:
+    """One rank equals peft on plain torch with the same int4 weights as floats, and resumes bit for bit."""
+    folder, settings = tmp_path / "run", [*adapted_run[1], "adapter.base=int4", "deepspeed=single_gpu"]
+    settings += [f"output_dir={folder}", "train.max_steps=2", "train.ema=null"]
+    settings += ["evaluate.before_training=false"]
+    run(["launch/train.py", *settings], 1, tmp_path / "logs")
+    losses, plain = train_plainly(settings, lambda name: float(bool(IS_TRAINED(name))), 2)
+    assert [row["loss"] for row in read_metrics(folder, "train")] == pytest.approx(losses, rel=1e-5)
+    whole = {name: read_whole(value, torch.float32) for name, value in open_slices(newest(folder)).items()}
+    for name, value in plain.named_parameters():
+        if value.requires_grad:
+            found = whole[name.replace(".modules_to_save.default.", ".")]
+            torch.testing.assert_close(found, value.data, atol=1e-5, rtol=0)
+    shutil.rmtree(newest(folder))
+    assert "resuming from" in run(["launch/train.py", *settings], 1, tmp_path / "logs")
+    again = open_slices(newest(folder))
+    assert all(torch.equal(read_whole(again[name], torch.float32), value) for name, value in whole.items())
+
+    ours = AdapterRecord.load(newest(folder))
+    assert ours is not None and ours.base_weights == "int4"
+    with pytest.raises(CheckpointError, match=r"adapter\.base: found null; expected int4, with which"):
+        check_same_adapters(newest(folder), dataclasses.replace(ours, base_weights=None))
+    with pytest.raises(CheckpointError, match=r"adapter\.base: found int4; expected null"):
+        check_same_adapters(newest(adapted_run[0]), ours)
+
+    export_checkpoint(newest(folder), tmp_path / "merged", torch.float32)
+    name = "model.layers.0.self_attn.language_expert_dense.weight"
+    inner, outer = (whole[factor_name(name, factor)] for factor in FACTORS)
+    merged, base = (dict(load_model(path).named_parameters())[name] for path in (tmp_path / "merged", start_model))
+    torch.testing.assert_close(merged - base, 8 / 4 * outer @ inner, atol=1e-6, rtol=0)  # the base's own weights
 
 
 def test_averages_are_those_of_the_weights_and_are_evaluated_and_exported(

@@ -19,7 +19,7 @@ FLOORS: tuple[set[str], ...] = (
     {
         *("errors", "colours", "settings", "config", "run_folder", "safetensors_io", "html_page", "command_line"),
         *("pinned_memory", "terminal", "plain_files", "yaml_text", "written_values", "setting_rules"),
-        *("tile_settings", "resample"),
+        *("adapter_settings", "tile_settings", "resample"),
     },
     {"grounding", "model", "runtime"},
     {"data", "checkpoints", "tracking"},
@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 } | {
     **{room: {"errors"} for room in FLOORS[0] - {"errors"}},
     "tile_settings": {"setting_rules"},
-    "settings": {"errors", "setting_rules", "tile_settings"},
-    "config": {"errors", "settings", "run_folder", "terminal", "plain_files", "written_values"},
+    "adapter_settings": {"errors", "setting_rules"},
+    "settings": {"errors", "setting_rules", "adapter_settings", "tile_settings"},
+    "config": {"errors", "settings", "adapter_settings", "run_folder", "terminal", "plain_files", "written_values"},
     "written_values": {"errors", "settings", "yaml_text"},
     "yaml_text": {"errors", "plain_files"},
     "safetensors_io": {"errors", "plain_files"},

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cogvlm_ft.checkpoints.peft_files import WEIGHTS_FILE, merge_into, open_peft_adapter, put_beside, put_into
+from cogvlm_ft.build import load_whole_model
+from cogvlm_ft.checkpoints.peft_files import WEIGHTS_FILE, open_peft_adapter, put_beside, put_into
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.adapter import export_merged
@@ -21,6 +22,7 @@ from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 from cogvlm_ft.model.adapters import TARGETS, add_adapters, of_base
 from cogvlm_ft.model.loading import parameter_shapes, whole_assign
+from cogvlm_ft.model.quantized import stored_tensors
 from cogvlm_ft.predict.predictor import Asking, load_predictor
 from cogvlm_ft.settings import AdapterConfig
 
@@ -59,18 +61,20 @@ def test_it_starts_a_training_run_and_is_merged(
     """Logits are peft's to 1e-5 in fp32, unmerged, merged in memory, asked, and merged by an export."""
     expected = logits_of(PeftModel.from_pretrained(load_model(start_model), adapter), tokenizer)
     assert (logits_of(load_model(start_model), tokenizer) - expected).abs().max() > 0.1
-    started, merged = load_model(start_model), load_model(start_model)
+    started = load_model(start_model)
     add_adapters(started, SETTINGS, seed=0)
     shapes = of_base(parameter_shapes(started.named_parameters()).items())
     opened = open_peft_adapter(adapter, start_model, shapes)
     put_into(started, opened, SETTINGS, whole_assign(started.named_parameters()))
-    merge_into(merged, opened)
     arguments = ["--checkpoint", adapter, "--base", start_model, "--out", tmp_path / "merged"]
     assert main([str(argument) for argument in arguments]) == 0
     assert "merged" in capsys.readouterr().out
     asked = load_predictor(start_model, Asking(adapter=adapter)).model
-    for model in (started, merged, asked, load_model(tmp_path / "merged")):
+    for model in (started, asked, load_model(tmp_path / "merged")):
         torch.testing.assert_close(logits_of(model, tokenizer), expected, atol=1e-5, rtol=1e-5)
+    small = load_predictor(start_model, Asking(adapter=adapter, quantized="int4")).model
+    again = load_whole_model(tmp_path / "merged", torch.float32, quantized="int4")
+    torch.testing.assert_close(stored_tensors(small), stored_tensors(again), atol=1e-5, rtol=1e-5)
     assert CogVLMTokenizer.from_folder(tmp_path / "merged").encode("a") == tokenizer.encode("a")
     with pytest.raises(CheckpointError, match=r"parts in full .*expected adapters alone"):  # others share the model
         put_beside(load_model(start_model), opened, "shop")
@@ -114,6 +118,7 @@ def test_adapters_that_do_not_fit_are_refused(adapter: Path, start_model: Path, 
         ("adapter.full=[vision]", r"adapter\.full=\['vision'\]: expected \[\] or some of bridge"),
         ("adapter.targets=[bridge]", "found bridge in both; expected it in one of them"),
         ("adapter.rank=null", "found no adapter.rank; expected the rank"),
+        ("adapter.base=int8", r"adapter\.base='int8': expected one of int4"),
     ],
 )
 def test_settings_that_contradict(setting: str, message: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cogvlm_ft.build import load_whole_model
 from cogvlm_ft.errors import CheckpointError, ConfigError
@@ -59,6 +60,31 @@ def test_weights_are_close_small_and_read_in_parts(
         load_whole_model(tmp_path / "small", torch.bfloat16, quantized="int4" if kind == "int8" else "int8")
     with pytest.raises(CheckpointError, match="exists"):
         export_quantized(start_model, tmp_path / "small", kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pass_through_the_restored_weights_also_when_recomputed(kind: str) -> None:
+    """The layer equals a plain one with the restored weights, and keeps none of them for its backward pass."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(100, 70)
+    layer = KINDS[kind](100, 70, None).to_empty(device="cpu")
+    layer.bias = plain.bias
+    weights = torch.randn(70, 100)
+    layer.read(lambda start, stop: weights[start:stop])
+    plain.weight.data = layer.restored(torch.float32)
+    given = torch.randn(3, 5, 100)
+    found, expected = (given.clone().requires_grad_() for _ in range(2))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+        out = layer(found)
+    assert not saved
+    recomputed = checkpoint(layer, found, use_reentrant=False)
+    plain(expected).sin().sum().backward()
+    for output in (out, recomputed):
+        found.grad = None
+        output.sin().sum().backward()
+        torch.testing.assert_close(output, plain(expected), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=0)
 
 
 def test_the_levels_are_those_of_nf4() -> None:

@@ -18,12 +18,22 @@ from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.model import CogVLMConfig, CogVLMForCausalLM
+from cogvlm_ft.model.adapters import FULL
 from cogvlm_ft.model.layout import build_layout
+from cogvlm_ft.model.loading import allocate_model
+from cogvlm_ft.model.quantized import float_shapes, stored_tensors
 from cogvlm_ft.planning.activations import MicroBatchShape, kept_bytes, peak_of, probe_stages
 from cogvlm_ft.planning.data_turns import largest_pass, most_turns_of
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, Verdict, judge
-from cogvlm_ft.planning.preflight import check_fits
-from cogvlm_ft.planning.suggestions import fewest_gpus_to_score, find_limits, fits_to_score, suggest_changes
+from cogvlm_ft.planning.preflight import check_fits, whole_planner
+from cogvlm_ft.planning.step_time import count_flops
+from cogvlm_ft.planning.suggestions import (
+    cheaper_settings,
+    fewest_gpus_to_score,
+    find_limits,
+    fits_to_score,
+    suggest_changes,
+)
 from cogvlm_ft.planning.zero3_coordinator import Gathered, GatherRules, simulate
 from cogvlm_ft.planning.zero_settings import read_zero_settings
 from cogvlm_ft.settings import Config
@@ -228,6 +238,28 @@ def test_every_suggestion_fits(planner_17b: Planner) -> None:
     for change in changes[:-1]:
         other = planner.changed(config(change))
         assert judge(other.estimate(MicroBatchShape()), other.cluster).status == "fits"
+
+
+def test_a_quantised_base_holds_its_bytes_and_is_for_one_gpu() -> None:
+    lora = config("adapter.rank=4", "adapter.full=[bridge]", "train.precision=bf16")
+    qlora = replace(lora, adapter=replace(lora.adapter, base="int4"))
+    planner, floats = whole_planner(qlora, SMALL, Cluster(1, 1)), Planner(lora, SMALL, Cluster(1, 1))
+    assert (planner.num_parameters, planner.num_trained) == (floats.num_parameters, floats.num_trained)
+    base = allocate_model(SMALL, torch.bfloat16, [torch.device("meta")], "int4", [FULL["bridge"]])
+    held = sum(tensor.nbytes for tensor in stored_tensors(base).values())
+    adapters = floats.num_parameters - sum(math.prod(shape) for shape in float_shapes(base).values())
+    weights = planner.estimate(MicroBatchShape(), evaluation=False).persistent["weights"]
+    assert (
+        weights
+        == held + 2 * adapters
+        < 0.8 * floats.estimate(MicroBatchShape(), evaluation=False).persistent["weights"]
+    )
+    assert "adapter.base=int4" in dict(cheaper_settings(floats, MicroBatchShape()))
+    assert count_flops(planner.model, MicroBatchShape()) == count_flops(floats.model, MicroBatchShape())
+    with pytest.raises(ConfigError, match=r"adapter\.base=int4: found 2 GPUs; expected one GPU"):
+        whole_planner(qlora, SMALL, Cluster(1, 2))
+    with pytest.raises(ConfigError, match="found offload_param"):
+        whole_planner(replace(qlora, deepspeed="zero3_offload_all"), SMALL, Cluster(1, 1))
 
 
 @pytest.mark.slow
