@@ -131,8 +131,9 @@ def count_flops(model: CogVLMForCausalLM, sequences: MicroBatchShape) -> tuple[f
     recomputing = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            is_linear = isinstance(module, nn.Linear)  # a quantised one holds two weights in an element
-            numel = module.in_features * module.out_features if is_linear else module.weight.numel()
+            numel = module.weight.numel()
+            if isinstance(module, nn.Linear):  # a quantised one holds two weights in an element
+                numel = module.in_features * module.out_features
             flops = 2.0 * numel * _tokens_through(name, config.num_patches, sequences)
             total += flops
             recomputed += flops if any(name.startswith(f"{layer}.") for layer in recomputing) else 0.0

@@ -108,6 +108,18 @@ def test_named_settings_exist(document: Path) -> None:
             )
 
 
+def with_options(program: Path) -> Iterator[Path]:
+    """Yield the files with a program's options: its own, those of all programs, and those it imports `add_...` from."""
+    yield from (program, REPOSITORY / "cogvlm_ft/command_line.py")
+    for node in nodes(program) if program.suffix == ".py" else ():
+        if isinstance(node, ast.ImportFrom) and any(name.name.startswith("add_") for name in node.names):
+            yield REPOSITORY / f"{str(node.module).replace('.', '/')}.py"
+
+
+def nodes(file: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(file.read_text("utf-8")))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_fit_their_programs(document: Path) -> None:
     """Every --option is one of the program's, and every key=value is accepted."""
@@ -115,8 +127,7 @@ def test_commands_fit_their_programs(document: Path) -> None:
         program = next(word for word in words if re.fullmatch(r"(launch|shards|slurm)/\w+\.(py|sbatch)", word))
         given = words[words.index(program) + 1 :]
         source = REPOSITORY / BATCH_PROGRAMS.get(program, program)
-        texts = [path.read_text("utf-8") for path in (source, REPOSITORY / "cogvlm_ft/command_line.py")]
-        known = {node.value for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+        known = {node.value for path in with_options(source) for node in nodes(path) if isinstance(node, ast.Constant)}
         options = [word for word in given if word.startswith("--")]
         assert set(options) <= known, f"{program} has no {set(options) - known}"
         if source.name in ("train.py", "doctor.py") and "--config" in given:
