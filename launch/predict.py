@@ -163,14 +163,7 @@ def predict(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in names}
     settings |= dtype_settings(args.dtype, args.weights) | {"num_devices": args.devices}
     tiles = choose_tiles(args)
-    asking = Asking(
-        wording=args.wording,
-        in_steps=args.steps,
-        zoom_patches=args.zoom,
-        tiles=tiles,
-        num_devices=args.devices,
-        **settings,
-    )
+    asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, tiles=tiles, **settings)
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if args.serve:
