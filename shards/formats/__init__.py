@@ -6,11 +6,13 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
+from cogvlm_ft.shards.formats.coco_bboxes import CORNERS, SIZES
 from cogvlm_ft.shards.formats.cogvlm_sft import read_cogvlm_sft, recognise_cogvlm_sft
 from cogvlm_ft.shards.formats.csv_boxes import read_csv_boxes, recognise_csv_boxes
 from cogvlm_ft.shards.formats.csv_columns import describe_missing
@@ -51,6 +53,10 @@ class Format:
     has_corners: bool = False
 
 
+def _never(_: Path) -> None:
+    """Recognise nothing: the user states such a format."""
+
+
 FORMATS: dict[str, Format] = {
     "voc": Format(read_voc, recognise_voc),
     "cvat": Format(read_cvat, recognise_cvat),
@@ -64,6 +70,8 @@ FORMATS: dict[str, Format] = {
     "cogvlm-sft": Format(read_cogvlm_sft, recognise_cogvlm_sft),
     "swift": Format(read_swift, recognise_swift, has_open_units=True, has_corners=True),
     "coco": Format(read_coco, recognise_coco, has_open_units=True),
+    SIZES: Format(partial(read_coco, layout=SIZES), _never, has_open_units=True),
+    CORNERS: Format(partial(read_coco, layout=CORNERS), _never, has_open_units=True),
     "jsonl": Format(read_jsonl, recognise_jsonl, has_open_units=True, has_corners=True),
 }
 """By the value of --format."""

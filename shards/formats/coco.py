@@ -19,9 +19,9 @@ from urllib.parse import unquote, urlsplit
 from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
-from cogvlm_ft.shards.formats.coco_bboxes import Bbox, check_sizes
+from cogvlm_ft.shards.formats.coco_bboxes import CORNERS, SIZES, Bbox, as_size, check_sizes
 from cogvlm_ft.shards.formats.coco_files import coco_files, listed_photos, lists_in, recognised_files, without_repeats
-from cogvlm_ft.shards.formats.coco_json import ById, box_of, is_crowd, load_coco
+from cogvlm_ft.shards.formats.coco_json import ById, as_numbers, box_of, is_crowd, load_coco
 from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
 from cogvlm_ft.shards.formats.rows import are_fractions, stated_size
 from cogvlm_ft.shards.packing.candidates import (
@@ -65,17 +65,21 @@ class _Content:
     problems: list[Problem]
 
 
-def read_coco(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
-    """Yield one candidate per photo with one target per category. Raises DataError if there is no COCO file."""
+def read_coco(annotations: Path, images_dir: Path, layout: str | None = None) -> Iterator[Candidate | Problem]:
+    """Yield one candidate per photo with one target per category. Raises DataError if there is no COCO file.
+
+    layout: what each bbox is, if the user states it: SIZES or CORNERS.
+    """
     if not annotations.is_dir():
-        yield from _read_file(annotations, listed_photos(images_dir, annotations.name))
+        yield from _read_file(annotations, listed_photos(images_dir, annotations.name), layout)
         return
     names, repeats = without_repeats(coco_files(annotations))
     if not names:
         raise DataError(f"{annotations}: no COCO .json file in it or in its folders; expected one")
     for name in repeats:
         yield Problem("note", "other_file", "left out: instances_*.json beside it has the boxes of these photos", name)
-    yield from read_files((name, _read_file(annotations / name, listed_photos(images_dir, name))) for name in names)
+    files = ((name, _read_file(annotations / name, listed_photos(images_dir, name), layout)) for name in names)
+    yield from read_files(files)
 
 
 def recognise_coco(annotations: Path) -> str | None:
@@ -87,9 +91,11 @@ def recognise_coco(annotations: Path) -> str | None:
     return f"a COCO object with {' and '.join(lists)}" if lists else None
 
 
-def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem]:
+def _read_file(path: Path, photos: ListedPhotos, layout: str | None) -> Iterator[Candidate | Problem]:
     value = load_coco(path)
     annotations = value["annotations"]
+    if layout == CORNERS:
+        _convert_corners(annotations)
     problems: list[Problem] = []
     crowds = [is_crowd(annotation) for annotation in annotations if isinstance(annotation, dict)]
     content = _Content(
@@ -99,7 +105,8 @@ def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem
         are_fractions(_boxes(annotations)),
         problems,
     )
-    check_sizes(_bboxes(annotations, content.images), path)
+    if layout != CORNERS:
+        check_sizes(_bboxes(annotations, content.images), path, is_stated=layout == SIZES)
     for i, annotation in enumerate(annotations):
         _add_annotation(annotation, f"annotations[{i}]", content)
     _add_notes(content)
@@ -107,6 +114,14 @@ def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem
     units: Units = "unit" if content.in_fractions else "pixels"
     for image in {id(image): image for image in content.images.values() if image}.values():
         yield replace(_candidate(image), units=units)
+
+
+def _convert_corners(annotations: list[Any]) -> None:
+    """Replace every bbox of corners; one that is not four numbers is reported when it is read."""
+    for annotation in annotations:
+        bbox = as_numbers(annotation.get("bbox")) if isinstance(annotation, dict) else None
+        if isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite_number, bbox)):
+            annotation["bbox"] = as_size(bbox)
 
 
 def _boxes(annotations: list[Any]) -> Iterator[Box]:
@@ -119,8 +134,9 @@ def _boxes(annotations: list[Any]) -> Iterator[Box]:
 
 def _bboxes(annotations: list[Any], images: ById[_Image | None]) -> Iterator[Bbox]:
     for annotation in annotations:
-        bbox, number = (annotation.get("bbox"), annotation.get("image_id")) if isinstance(annotation, dict) else (0, 0)
-        image = images.get(_hashable(number))
+        if not isinstance(annotation, dict):
+            continue
+        bbox, image = as_numbers(annotation.get("bbox")), images.get(_hashable(annotation.get("image_id")))
         if isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite_number, bbox)):
             size_px = image.stated_size_px if image else None
             yield Bbox(tuple(bbox), size_px, annotation.get("area"), annotation.get("bbox_mode"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ from cogvlm_ft.errors import DataError
 _TOLERANCE_PX = 1.0
 _TOLERANCE_OF_AREA = 0.01
 _FEWEST = 3
+_FEWEST_OUTSIDE, _LARGE_PART = 2, 0.3
 _MANY, _NEARLY_ALL, _MANY_OUTSIDE = 20, 0.95, 0.1
+SIZES, CORNERS = "coco-xywh", "coco-xyxy"
+"""Formats by which the user states what a bbox is."""
 _SIZES = 1
 """bbox_mode of Detectron2 for x, y, width, height in pixels."""
 
@@ -27,47 +31,95 @@ class Bbox(NamedTuple):
     mode: Any
 
 
-def check_sizes(bboxes: Iterable[Bbox], path: Path) -> None:
-    """Raise DataError if the boxes of the file can only be corners.
+@dataclass
+class _Counts:
+    """How many boxes of a file fit which reading.
 
-    That is certain if their areas say so, or if as sizes boxes leave their photos that as corners are all inside.
+    sized: boxes whose photo states its size. corners: of these, possible as corners inside it. outside: of these,
+    outside it as sizes; first: the first of them. areas: boxes whose "area" fits only one reading at most.
     """
-    num_sized = num_corners = num_outside = num_areas = num_areas_of_corners = 0
+
+    sized: int = 0
+    corners: int = 0
+    outside: int = 0
+    areas: int = 0
+    areas_of_sizes: int = 0
+    areas_of_corners: int = 0
     first: Bbox | None = None
+
+    def add(self, bbox: Bbox) -> None:
+        x, y, right, bottom = bbox.numbers
+        area = bbox.area if is_finite_number(bbox.area) and bbox.area > 0 else None
+        if area is not None and not _is_near(right * bottom, (right - x) * (bottom - y)):
+            self.areas += 1
+            self.areas_of_sizes += _is_near(area, right * bottom)
+            self.areas_of_corners += right > x and bottom > y and _is_near(area, (right - x) * (bottom - y))
+        if bbox.size_px is None:
+            return
+        width, height = bbox.size_px[0] + _TOLERANCE_PX, bbox.size_px[1] + _TOLERANCE_PX
+        self.sized += 1
+        self.corners += x < right <= width and y < bottom <= height
+        if x + right > width or y + bottom > height:
+            self.outside += 1
+            self.first = self.first or bbox
+
+    @property
+    def are_corners(self) -> bool:
+        """Return whether the boxes can only be corners; one that leaves its photo as a size may be a mistake."""
+        many = self.outside >= max(_FEWEST_OUTSIDE, _LARGE_PART * self.sized)
+        are_all = self.sized >= _FEWEST and self.corners == self.sized and many
+        are_mostly = self.sized >= _MANY and self.corners >= _NEARLY_ALL * self.sized
+        return are_all or (are_mostly and self.outside >= _MANY_OUTSIDE * self.sized)
+
+    @property
+    def may_be_corners(self) -> bool:
+        """Return whether both readings are possible, and neither the areas nor the number of boxes decide."""
+        are_sizes = self.areas > 0 and self.areas_of_sizes == self.areas
+        few = self.sized >= _MANY and self.outside <= (1 - _NEARLY_ALL) * self.sized
+        are_possible = self.sized >= _FEWEST and self.corners == self.sized and self.outside > 0
+        return are_possible and not (are_sizes or few)
+
+
+def check_sizes(bboxes: Iterable[Bbox], path: Path, *, is_stated: bool = False) -> None:
+    """Raise DataError if the boxes of the file can only be corners, or may be.
+
+    Their areas say so, or as sizes boxes leave their photos that as corners are all inside. is_stated: the user says
+    that they are sizes.
+    """
+    counts = _Counts()
     for bbox in bboxes:
         if bbox.mode not in (None, _SIZES):
             raise DataError(
                 f"{path}: bbox_mode {bbox.mode!r:.20}; expected [x, y, width, height] in pixels, which is {_SIZES}. "
-                "Convert the boxes."
+                f"Convert the boxes, or add --format {CORNERS} if they are [x0, y0, x1, y1]."
             )
-        x, y, right, bottom = bbox.numbers
-        area = bbox.area if is_finite_number(bbox.area) and bbox.area > 0 else None
-        if area is not None and not _is_near(right * bottom, (right - x) * (bottom - y)):
-            num_areas += 1
-            num_areas_of_corners += right > x and bottom > y and _is_near(area, (right - x) * (bottom - y))
-        if bbox.size_px is None:
-            continue
-        width, height = bbox.size_px[0] + _TOLERANCE_PX, bbox.size_px[1] + _TOLERANCE_PX
-        num_sized += 1
-        num_corners += x < right <= width and y < bottom <= height
-        if x + right > width or y + bottom > height:
-            num_outside += 1
-            first = first or bbox
-    are_corners = num_sized >= _FEWEST and num_corners == num_sized and num_outside > 0
-    are_mostly = num_sized >= _MANY and num_corners >= _NEARLY_ALL * num_sized
-    if are_corners or (are_mostly and num_outside >= _MANY_OUTSIDE * num_sized):
-        detail = (
-            f"{num_outside} of {num_sized} boxes leave their photos, such as {list(first.numbers) if first else ''}"
+        counts.add(bbox)
+    if is_stated:
+        return
+    shown = list(counts.first.numbers) if counts.first else ""
+    outside = f"{counts.outside} of {counts.sized} boxes leave their photos, such as {shown}, but as corners"
+    if counts.are_corners:
+        raise _corners(path, f"{outside} {counts.corners} are inside")
+    if counts.areas and counts.areas_of_corners == counts.areas:
+        raise _corners(path, f'the "area" of {counts.areas} boxes is (x1 - x0) * (y1 - y0)')
+    if counts.may_be_corners:
+        raise DataError(
+            f"{path}: every bbox may be [x, y, width, height] or [x0, y0, x1, y1]: as sizes {outside} all are inside; "
+            f"expected one reading. Add --format {SIZES} if they are sizes, and the boxes outside are rejected, or "
+            f"--format {CORNERS} if they are corners."
         )
-        raise _corners(path, f"{detail}, but as corners {num_corners} are inside")
-    if num_areas and num_areas_of_corners == num_areas:
-        raise _corners(path, f'the "area" of {num_areas} boxes is (x1 - x0) * (y1 - y0)')
+
+
+def as_size(bbox: Sequence[float]) -> list[float]:
+    """Return [x, y, width, height] of [x0, y0, x1, y1]."""
+    x0, y0, x1, y1 = bbox
+    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def _corners(path: Path, found: str) -> DataError:
     return DataError(
         f"{path}: every bbox seems to be [x0, y0, x1, y1]: {found}; expected [x, y, width, height]. "
-        "Write x1 - x0 and y1 - y0 as width and height."
+        f"Add --format {CORNERS} to read them so, or --format {SIZES} if they are sizes after all."
     )
 
 

@@ -99,7 +99,7 @@ def box_of(annotation: dict[str, Any]) -> tuple[Box, str | None]:
     outline = annotation.get(_OUTLINE_BOX)
     if outline is not None:
         return outline, "outline"
-    x, y, width, height = four_numbers(_as_numbers(annotation.get("bbox")), "[x, y, width, height]")
+    x, y, width, height = four_numbers(as_numbers(annotation.get("bbox")), "[x, y, width, height]")
     box = x, y, x + width, y + height
     degrees = _rotation(annotation)
     if not degrees % 360:
@@ -119,7 +119,7 @@ def _text_of(number: Any) -> str:
     return str(int(number) if is_whole else number).strip()
 
 
-def _as_numbers(bbox: Any) -> Any:
+def as_numbers(bbox: Any) -> Any:
     """Return the list with numbers for texts of numbers; anything else as it is."""
     if not isinstance(bbox, list) or not any(isinstance(side, str) for side in bbox):
         return bbox

@@ -15,7 +15,8 @@ from cogvlm_ft.shards.packing.label_names import LabelNames, load_names
 from cogvlm_ft.shards.packing.staging import StagedSample, StagingDatabase, read_value
 
 _VOCABULARY = "vocabulary"
-_DETECTION = ("coco", "voc", "yolo")  # formats whose images have every object of every class annotated
+_DETECTION = ("coco", "coco-xywh", "coco-xyxy", "voc", "yolo")
+"""Formats whose images have every object of every class annotated."""
 
 
 @dataclass(frozen=True)

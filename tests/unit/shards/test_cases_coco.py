@@ -13,7 +13,10 @@ from format_files import read_all, write_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvlm_ft.errors import DataError
+from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
+from cogvlm_ft.shards.formats.coco_bboxes import Bbox, check_sizes
 
 DOG = (1, 2, 21, 12)
 
@@ -248,3 +251,29 @@ def test_a_photo_in_two_folders_of_images(tmp_path: Path) -> None:
     found = read_all(read_coco, tmp_path, tmp_path)
     assert found.reasons == [("sample", "ambiguous_image")]
     assert "images/a.jpg or data/a.jpg" in found.problems[0].detail
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 99)] * 4), min_size=2, max_size=40), st.booleans())
+def test_one_box_outside_its_photo_condemns_no_file(boxes: list[tuple[int, ...]], with_area: bool) -> None:
+    """Sizes whose areas say so, or in a large file, are read; else they are refused as unclear, never as corners."""
+    sizes = [(x, y, 1 + w % (100 - x), 1 + h % (100 - y)) for x, y, w, h in boxes] + [(40, 30, 90, 95)]
+    bboxes = [Bbox(box, (100, 100), box[2] * box[3] if with_area else None, None) for box in sizes]
+    is_unclear = not with_area and len(sizes) < 20 and all(x < w and y < h for x, y, w, h in sizes)
+    if is_unclear:
+        with pytest.raises(DataError, match="may be .*1 of .*--format coco-xywh if.*--format coco-xyxy if"):
+            check_sizes(bboxes, Path("x.json"))
+    else:
+        check_sizes(bboxes, Path("x.json"))
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_the_user_states_what_an_unclear_bbox_is(tmp_path: Path, kind: type) -> None:
+    boxes = [(10, 12, 40, 30), (20, 9, 60, 70), (50, 20, 70, 60)]  # the last one leaves 100 x 80 px as a size
+    content = coco(["a.jpg"], (100, 80), [tuple(map(kind, box)) for box in boxes])
+    path = write_json(tmp_path / "i.json", content)
+    with pytest.raises(DataError, match="--format coco-xywh"):
+        read_all(read_coco, path)
+    assert read_all(FORMATS["coco-xyxy"].read, path).only.targets[0].boxes_xyxy == tuple(boxes)
+    sizes = read_all(FORMATS["coco-xywh"].read, path).only.targets[0].boxes_xyxy
+    assert sizes == tuple(corners(box) for box in boxes)
+    assert FORMATS["coco-xyxy"].recognise(path) is None
