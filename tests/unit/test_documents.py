@@ -25,6 +25,7 @@ from cogvlm_ft.shards.packing.decisions import load_decisions
 REPOSITORY = Path(__file__).resolve().parents[2]
 READMES = [REPOSITORY / "README.md", REPOSITORY / "README_zh.md"]
 DATA = [REPOSITORY / "docs/data.md", REPOSITORY / "docs/data_zh.md"]
+STATED = {"coco-xywh": "coco", "coco-xyxy": "coco"}  # a format that is never recognised -> its part of the page
 FORMAT_PAGES = [REPOSITORY / "docs/formats.md", REPOSITORY / "docs/formats_zh.md"]
 WORDING_PAGES = [REPOSITORY / "docs/wording.md", REPOSITORY / "docs/wording_zh.md"]
 METRICS = [REPOSITORY / "docs/metrics.md", REPOSITORY / "docs/metrics_zh.md"]
@@ -174,7 +175,7 @@ def test_links_to_a_heading_lead_to_one(document: Path) -> None:
 @pytest.mark.parametrize("document", FORMAT_PAGES, ids=lambda path: path.name)
 def test_every_format_is_linked_from_the_table(document: Path) -> None:
     rows = re.findall(r"^\|[^|]+\| \[`([\w-]+)`\]\(#([\w-]+)\) \|", document.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(rows) == sorted((name, name) for name in FORMATS)
+    assert sorted(rows) == sorted((name, STATED.get(name, name)) for name in FORMATS)
 
 
 def data_example(name: str) -> str:
@@ -209,7 +210,7 @@ def write_example(name: str, folder: Path) -> Path:
     return folder if name == "yolo" else path
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in STATED])
 def test_the_example_of_a_format_is_one(name: str, tmp_path: Path) -> None:
     annotations = write_example(name, tmp_path)
     assert recognise_format(annotations)[0] == name

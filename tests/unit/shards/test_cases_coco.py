@@ -260,7 +260,7 @@ def test_one_box_outside_its_photo_condemns_no_file(boxes: list[tuple[int, ...]]
     bboxes = [Bbox(box, (100, 100), box[2] * box[3] if with_area else None, None) for box in sizes]
     is_unclear = not with_area and len(sizes) < 20 and all(x < w and y < h for x, y, w, h in sizes)
     if is_unclear:
-        with pytest.raises(DataError, match="may be .*1 of .*--format coco-xywh if.*--format coco-xyxy if"):
+        with pytest.raises(DataError, match=r"may be .*1 of .*--format coco-xywh if.*--format coco-xyxy if"):
             check_sizes(bboxes, Path("x.json"))
     else:
         check_sizes(bboxes, Path("x.json"))
