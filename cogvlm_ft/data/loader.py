@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
+import resource
 import shutil
 import signal
 from collections.abc import Iterator
@@ -35,6 +38,7 @@ from cogvlm_ft.terminal import progress_bar
 from cogvlm_ft.tile_settings import TilesConfig
 
 MAX_REPLACEMENTS = 100  # neighbours tried in place of an unusable sample before giving up
+FILES_PER_TENSOR, MORE_FILES = 2, 8  # a tensor in shared memory is sent as a copy of its file; a socket takes the rest
 
 
 def most_turns_of(reader: ShardReader, wording: Wording) -> NDArray[np.int64]:
@@ -189,6 +193,7 @@ def _collate_shared(examples: list[Example]) -> Batch:
     """
     batch = collate(examples)
     tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    _check_open_files(FILES_PER_TENSOR * len(tensors) + MORE_FILES)
     try:
         for tensor in tensors:
             tensor.share_memory_()
@@ -201,6 +206,26 @@ def _collate_shared(examples: list[Example]) -> Batch:
             "data.num_workers=0"
         ) from None
     return batch
+
+
+def _check_open_files(number: int) -> None:
+    """Raise RuntimeError if this process cannot open so many files more."""
+    opened: list[int] = []
+    try:
+        for _ in range(number):
+            opened.append(os.dup(0))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            return
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise RuntimeError(
+            f"Too many open files: found room for {len(opened)} more within the limit of {limit}; expected {number} to "
+            "send a batch. Raise the limit with `ulimit -n 65536`, build shards of more samples, or set "
+            "data.num_workers=0"
+        ) from None
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _without_traceback(error: Exception) -> str:

@@ -9,6 +9,7 @@ import requests
 
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
 from cogvlm_ft.tracking.provenance import without_passwords
+from cogvlm_ft.tracking.wandb_run import stated_mode
 
 TIMEOUT_S = 5
 SENT_LATER = "launch/wandb_sync.py uploads it later"
@@ -30,7 +31,7 @@ class Server(NamedTuple):
 def read_wandb(examination: Examination) -> Server:
     """Send at most one request; the key goes nowhere else."""
     configured = examination.config.tracking.mode
-    mode = os.environ.get("WANDB_MODE", "auto") if configured == "auto" else configured
+    mode = stated_mode(configured)
     if mode in ("disabled", "offline"):
         return Server(mode, has_key=False)
     import wandb  # slow to import

@@ -222,9 +222,19 @@ def _plain(name: str) -> str:
     return re.sub(r"\W", "_", spelled)
 
 
+def stated_mode(mode: str) -> str:
+    """Return WANDB_MODE for "auto" where it is set, else `mode`.
+
+    W&B refuses variables that are empty, as after `export WANDB_MODE=`: they are deleted.
+    """
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
+    return os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+
+
 def check_key(mode: str) -> None:
     """Raise ConfigError if a run is to be sent and there is no key to send it with."""
-    mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    mode = stated_mode(mode)
     if mode not in ("auto", "online"):
         return
     import wandb
@@ -237,7 +247,7 @@ def check_key(mode: str) -> None:
 
 def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
     """Start a W&B run as `WandbRun` describes its mode; None if it is disabled. Raises whatever wandb raises."""
-    mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    mode = stated_mode(mode)
     if mode == "disabled":
         return None
     _keep_files_in(Path(arguments["dir"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from servers import Server, serve
 from test_loader import GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZES, SEED, assert_equal, build_dataset
 
 from cogvlm_ft.checkpoints.checkpoint import TrainState
-from cogvlm_ft.data import patience
+from cogvlm_ft.data import loader, patience
+from cogvlm_ft.data.collate import collate
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
@@ -84,3 +86,21 @@ def test_a_small_shm_ends_the_run_with_the_remedy(
         assert reader.next_step(STATE, stop_request)[0] == []
     with pytest.raises(ConfigError, match=r"^data\.num_workers: found .* MiB free in /dev/shm .*--shm-size=16g"):
         stop_request.raise_error()
+
+
+def test_too_many_open_files_end_the_run_with_the_remedy(
+    server: Server, shards: Path, tokenizer: CogVLMTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This too would only be printed by the thread that sends batches."""
+
+    def leave_few(examples: Any) -> Any:
+        num_open = sum(1 for _ in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 10, limits[1]))
+        return collate(examples)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(loader, "collate", leave_few)
+    expected = pytest.raises(RuntimeError, match=r"Too many open files: .*`ulimit -n 65536`")
+    with StepReader(run_of(server, shards, tokenizer, retry_s=1), STATE) as reader, expected:
+        reader.next_step(STATE, StopRequest())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
