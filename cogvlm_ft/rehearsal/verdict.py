@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from cogvlm_ft.model import CogVLMConfig
 from cogvlm_ft.planning.data_turns import largest_pass
-from cogvlm_ft.planning.memory import GIB, Cluster
-from cogvlm_ft.planning.preflight import count_images, inspect_run
-from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format
+from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
+from cogvlm_ft.planning.preflight import count_images
+from cogvlm_ft.planning.step_time import H100_TFLOPS, Speeds, number_format, time_step
 from cogvlm_ft.settings import Config
 
 NODES, GPUS_PER_NODE, GPU_GIB = (1, 2, 4), 8, 79.0  # what torch sees of an 80 GB GPU
@@ -17,26 +17,28 @@ NODES, GPUS_PER_NODE, GPU_GIB = (1, 2, 4), 8, 79.0  # what torch sees of an 80 G
 def judge_real_run(config: Config) -> list[str]:
     """Return a line of at most 100 columns per number of nodes.
 
-    config: of the real run, with the user's whole shard set.
-
-    A global batch that the GPUs cannot divide is raised to the next that they can.
+    config: of the real run, with the user's whole shard set. A global batch that the GPUs cannot divide is raised to
+    the next that they can.
     """
     sizes = CogVLMConfig()
     model = sizes.at_image_size(config.model.image_size) if config.model.image_size else sizes
+    sequences, num_images = largest_pass(config, model), count_images(config)
     speeds = Speeds(tflops=H100_TFLOPS[number_format(config)])
-    num_images = count_images(config)
+    planner = Planner(config, model, Cluster(1, GPUS_PER_NODE, GPU_GIB))
     lines = []
     for num_nodes in NODES:
         cluster = Cluster(num_nodes, GPUS_PER_NODE, GPU_GIB)
         per_pass = cluster.num_gpus * config.train.micro_batch_size
         batch_size = -(-config.train.global_batch_size // per_pass) * per_pass
         divided = replace(config, train=replace(config.train, global_batch_size=batch_size))
-        found = inspect_run(divided, model, cluster, largest_pass(divided, model), speeds, num_images)
-        epoch = f", {_rounded(found.time.epoch_s(num_images))} an epoch" if num_images else ""
-        peak_gib = (max(found.estimate.peaks.values()) + cluster.reserved_bytes) / GIB
+        planner = planner.changed(divided, cluster)
+        estimate = planner.estimate(sequences)
+        time = time_step(planner, estimate, sequences, speeds)
+        epoch = f", {_rounded(time.epoch_s(num_images))} an epoch" if num_images else ""
+        peak_gib = (max(estimate.peaks.values()) + cluster.reserved_bytes) / GIB
         lines.append(
-            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB: {found.verdict.status}: {peak_gib:.0f} of {GPU_GIB:.0f} GiB"
-            f"; train.global_batch_size={batch_size}{epoch}"
+            f"{num_nodes} x {GPUS_PER_NODE} GPUs of 80 GB: {judge(estimate, cluster).status}: {peak_gib:.0f} of "
+            f"{GPU_GIB:.0f} GiB; train.global_batch_size={batch_size}{epoch}"
         )
     return lines
 
