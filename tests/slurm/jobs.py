@@ -106,7 +106,6 @@ def training_settings(shards: Path, start_model: Path) -> tuple[str, ...]:
         f"model.path={start_model}",
         f"data.shards={shards}",
         "plan=ignore",
-        "deepspeed=zero3_tiny",
         "data.num_workers=1",
         f"train.max_steps={NUM_STEPS}",
         "train.epochs=10",
