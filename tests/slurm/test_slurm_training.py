@@ -39,7 +39,8 @@ def test_endless_crashes_end(cluster: Cluster, crash_at_every_start: Future[list
     """Check each task of the array for itself: a requeue must not hit the others."""
     for job in crash_at_every_start.result():
         assert cluster.job(job.number)["Restarts"] == "2", job.log
-        assert "crashed with exit code 1 (2 of 3 without a checkpoint)" in job.log
+        # Slurm may kill the second task before it has failed itself: the exit code is that of either.
+        assert re.search(r"crashed with exit code \d+ \(2 of 3 without a checkpoint\)", job.log), job.log
         assert "crashed 3 times in a row without a checkpoint in between: given up" in job.log
 
 
