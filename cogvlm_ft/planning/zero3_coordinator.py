@@ -84,18 +84,40 @@ def _is_leaf(module: nn.Module, rules: GatherRules) -> bool:
 
 
 def _forward_calls(model: CogVLMForCausalLM, modules: Iterable[nn.Module]) -> list[_Call]:
-    """Run a forward pass on shapes and record in which order it calls these modules."""
-    layers = [*model.model.vision.transformer.layers, *model.model.layers]
-    layer_of = {part: layer for layer in layers for part in layer.modules()}
+    """Return the calls of these modules in a forward pass: what the first layer of a tower calls, all of it call."""
+    towers = [list(tower.layers) for tower in _towers(model)]
+    tower_of = {part: tower for tower in towers for part in tower[0].modules()}
     calls: list[_Call] = []
-    hooks = []
-    for module in modules:
-        call = _Call(module, layer_of.get(module, module))
-        hooks.append(module.register_forward_pre_hook(lambda *_, call=call: calls.append(call)))
-    _run_on_meta(model)
-    for hook in hooks:
-        hook.remove()
+    for tower, group in groupby(_called_with_one_layer(model, modules), key=tower_of.get):
+        in_first = list(group)
+        if tower is None:
+            calls += [_Call(module, module) for module in in_first]
+            continue
+        for layer in tower:
+            same_part = dict(zip(tower[0].modules(), layer.modules(), strict=True))
+            calls += [_Call(same_part[module], layer) for module in in_first]
     return calls
+
+
+def _called_with_one_layer(model: CogVLMForCausalLM, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Run a forward pass on shapes through one layer of each tower, and record in which order it calls the modules."""
+    called: list[nn.Module] = []
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in modules]
+    towers = [(tower, tower.layers) for tower in _towers(model)]
+    try:
+        for tower, layers in towers:
+            tower.layers = layers[:1]
+        _run_on_meta(model)
+    finally:
+        for tower, layers in towers:
+            tower.layers = layers
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def _towers(model: CogVLMForCausalLM) -> list[nn.Module]:
+    return [model.model.vision.transformer, model.model]
 
 
 def _run_on_meta(model: CogVLMForCausalLM) -> None:

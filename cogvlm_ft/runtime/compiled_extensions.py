@@ -7,8 +7,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
-
 from cogvlm_ft.errors import ConfigError
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
@@ -18,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 def build_root() -> Path:
     """Return the folder that torch uses."""
+    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools, which takes half a second
+
     return Path(os.environ.get(VARIABLE) or get_default_build_root())
 
 

@@ -8,8 +8,8 @@
 
 Programs are forked from one server per test session, rank_server.py, which has imported torch, DeepSpeed and
 transformers; this saves 5 s of CPU time per process. A forked process has its own session, environment, log and exit
-code, gets signals and ends as any Python process does. Settings that libraries read while they are imported and
-measurements of memory need `fresh=True`: a new interpreter.
+code, gets signals and ends as any Python process does. Settings that libraries read while they are imported need
+`fresh=True`: a new interpreter.
 
 Ports come from a counter that all test processes of this machine share, so that no two jobs get the same one.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import REPOSITORY, free_port, read_metrics, run_program
+from ranks import REPOSITORY, fork_server, free_port, read_metrics, run_program
 from tiny import AS_SHIPPED, run_settings, short_run_settings
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
@@ -40,9 +40,8 @@ def test_launcher(launcher: str, shards: Path, start_model: Path, tmp_path: Path
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port],
         "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
     }[launcher]
-    result = launch(
-        [*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run", *AS_SHIPPED)]
-    )
+    changes = AS_SHIPPED if launcher == "deepspeed" else ()
+    result = launch([*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run", *changes)])
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2]
 
@@ -92,25 +91,22 @@ def processes_of(output_dir: Path) -> list[psutil.Process]:
 
 def test_srun_environment(shards: Path, start_model: Path, tmp_path: Path) -> None:
     """Set what `srun` sets for each task, and the address that slurm/train.sbatch exports."""
-    command = [sys.executable, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")]
+    command = ["launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run")]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_STEP_NUM_TASKS": "2"}
+    log = tmp_path / "log"
+    log.touch()
     ranks = [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **shared),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+        fork_server().start(
+            command, environment(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **shared), REPOSITORY, log, log
         )
         for rank in range(2)
     ]
     try:
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+        codes = [rank.wait() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert codes == [0, 0], log.read_text()
     assert len(read_metrics(tmp_path / "run", "train")) == 2
 
 

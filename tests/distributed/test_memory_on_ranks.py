@@ -29,10 +29,8 @@ def preset(folder: Path, **changes: object) -> Path:
 def both(
     size: str, num_images: int, precision: str, checkpointing: str, deepspeed: Path, num_ranks: int, logs: Path
 ) -> tuple[dict[str, int], Planner]:
-    """Return what rank 0 measured and the planner that estimates it; resident memory only in a new interpreter."""
-    output = run(
-        [PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs, fresh=size == "middle"
-    )
+    """Return what rank 0 measured and the planner that estimates it."""
+    output = run([PROGRAM, size, num_images, precision, checkpointing, deepspeed], num_ranks, logs)
     measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"measured"')))["measured"]
     config = settings(num_images, precision, checkpointing, str(deepspeed), num_ranks)
     return measured, Planner(config, SIZES[size], Cluster(1, num_ranks, on_cpu=True))
@@ -60,11 +58,8 @@ def test_what_lasts_and_what_is_gathered_on_two_ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "all"])
-def test_activations_of_a_middle_sized_model(
-    checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_of_a_middle_sized_model(checkpointing: str, tmp_path: Path) -> None:
     """Compare with resident memory; the gradient bucket exists before and so is not in what was measured."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     deepspeed = preset(tmp_path, reduce_bucket_size=1_000_000)
     measured, planner = both("middle", 1, "fp32", checkpointing, deepspeed, 1, tmp_path / "logs")
     estimate = planner.estimate(MicroBatchShape())

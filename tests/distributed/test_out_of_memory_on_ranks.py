@@ -22,7 +22,7 @@ def settings_of(shards: Path, model: Path, folder: Path, *more: str) -> list[str
 
 def test_the_message_names_a_smaller_micro_batch(shards: Path, start_model: Path, tmp_path: Path) -> None:
     settings = settings_of(shards, start_model, tmp_path / "run", "train.micro_batch_size=512")
-    with started([PROGRAM, "AS", LIMIT_BYTES, *settings], 1, tmp_path / "logs", fresh=True) as ranks:
+    with started([PROGRAM, "AS", LIMIT_BYTES, *settings], 1, tmp_path / "logs") as ranks:
         assert ranks.wait(120) == [2], ranks.output()
         output = ranks.output()
     assert "ConfigError: rank 0 ran out of memory (RuntimeError: " in output
@@ -32,4 +32,4 @@ def test_the_message_names_a_smaller_micro_batch(shards: Path, start_model: Path
     # Address space is more than memory (stacks of threads, arenas): what just fits by the arithmetic may not do here.
     smaller = ("train.micro_batch_size=16", "train.global_batch_size=16")
     settings = settings_of(shards, start_model, tmp_path / "again", *smaller)
-    run([PROGRAM, "AS", LIMIT_BYTES, *settings], 1, tmp_path / "logs", fresh=True)
+    run([PROGRAM, "AS", LIMIT_BYTES, *settings], 1, tmp_path / "logs")

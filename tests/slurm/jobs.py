@@ -77,12 +77,21 @@ class Job:
                     found[int(process.environ()["SLURM_PROCID"])] = process
         return found
 
+    def wait_for_ranks(self) -> dict[int, psutil.Process]:
+        def both() -> dict[int, psutil.Process] | None:
+            ranks = self.ranks()
+            return ranks if sorted(ranks) == [0, 1] else None
+
+        return self.cluster.wait_until(both, f"both ranks of job {self.number} run", 300, 1)
+
     @contextlib.contextmanager
     def paused_at(self, step: int) -> Iterator[dict[int, psutil.Process]]:
-        """Stop all ranks soon after this step, so that what happens to them does so in the middle of the run."""
+        """Stop all ranks soon after this step, so that what happens to them does so in the middle of the run.
+
+        They are found before: that takes as long as several steps.
+        """
+        ranks = self.wait_for_ranks()
         self.wait_for_step(step)
-        ranks = self.ranks()
-        assert sorted(ranks) == [0, 1], self.log
         for process in ranks.values():
             process.send_signal(signal.SIGSTOP)
         try:
@@ -106,6 +115,7 @@ def training_settings(shards: Path, start_model: Path) -> tuple[str, ...]:
         f"model.path={start_model}",
         f"data.shards={shards}",
         "plan=ignore",
+        "deepspeed=zero3_tiny",
         "data.num_workers=1",
         f"train.max_steps={NUM_STEPS}",
         "train.epochs=10",

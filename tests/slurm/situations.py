@@ -68,8 +68,9 @@ def kill_stop_and_requeue(cluster: Cluster, folder: Path, settings: tuple[str, .
     with job.paused_at(4) as ranks:
         ranks[0].kill()
     job.wait_for_attempt(2)
+    ranks = job.wait_for_ranks()
     job.wait_for_step(8)
-    job.ranks()[1].send_signal(signal.SIGSTOP)
+    ranks[1].send_signal(signal.SIGSTOP)
     job.wait_for_attempt(3)
     with job.paused_at(12):
         cluster.run("scontrol", "requeue", job.number)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_program
 from run_folder import write_run
 from torch import Tensor
 
@@ -79,8 +78,7 @@ def small(start_model: Path, tokenizer: CogVLMTokenizer, shards: Path, tmp_path:
 
 def measure(small: Path, large: Made, out: Path, dtype: str, verify: int) -> int:
     """Return by how many bytes the memory of an exporting process rises."""
-    command = [sys.executable, PROGRAM, small, large.checkpoint, out, dtype, verify]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = run_program([PROGRAM, small, large.checkpoint, out, dtype, verify])
     assert done.returncode == 0, done.stderr
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert written > large.total_bytes * (1.0 if dtype == "float32" else 0.5)
