@@ -127,7 +127,7 @@ def build(settings: BuildSettings, out: Path, *, num_workers: int, overwrite: bo
 
 def _stage(settings: BuildSettings, staging: StagingDatabase, headers: PhotoHeaders) -> BoxUnits:
     """Stage everything that the annotations contain; return the decided units. Raises DataError if they are unclear."""
-    survey = UnitSurvey(headers, has_corners=FORMATS[settings.format].has_corners)
+    survey = UnitSurvey(headers)
     for part in tqdm(headers.ahead(_parts(settings, staging)), unit="", desc="annotations"):
         staging.add(part)
         survey.add(part)

@@ -43,14 +43,12 @@ class Format:
     read: (annotations, images folder) -> candidates, and problems that belong to none of them.
         Raises DataError if the annotations are of another format.
     recognise: what was recognised, for people, or None for another format. Inspects names and the ends of files only.
-    has_corners: boxes are written as the corners x0, y0, x1, y1, perhaps in an open unit.
     has_open_units: candidates may leave the unit of their boxes to be decided over the whole source.
     """
 
     read: Callable[[Path, Path], Iterator[Candidate | Problem]]
     recognise: Callable[[Path], str | None]
     has_open_units: bool = False
-    has_corners: bool = False
 
 
 def _never(_: Path) -> None:
@@ -63,16 +61,16 @@ FORMATS: dict[str, Format] = {
     "label-studio": Format(read_label_studio, recognise_label_studio),
     "yolo": Format(read_yolo, recognise_yolo),
     "labelme": Format(read_labelme, recognise_labelme),
-    "csv": Format(read_csv_boxes, recognise_csv_boxes, has_open_units=True, has_corners=True),
+    "csv": Format(read_csv_boxes, recognise_csv_boxes, has_open_units=True),
     "refcoco": Format(read_refcoco, recognise_refcoco),
     "mdetr": Format(read_mdetr, recognise_mdetr, has_open_units=True),
-    "odvg": Format(read_odvg, recognise_odvg, has_open_units=True, has_corners=True),
+    "odvg": Format(read_odvg, recognise_odvg, has_open_units=True),
     "cogvlm-sft": Format(read_cogvlm_sft, recognise_cogvlm_sft),
-    "swift": Format(read_swift, recognise_swift, has_open_units=True, has_corners=True),
+    "swift": Format(read_swift, recognise_swift, has_open_units=True),
     "coco": Format(read_coco, recognise_coco, has_open_units=True),
     SIZES: Format(partial(read_coco, layout=SIZES), _never, has_open_units=True),
     CORNERS: Format(partial(read_coco, layout=CORNERS), _never, has_open_units=True),
-    "jsonl": Format(read_jsonl, recognise_jsonl, has_open_units=True, has_corners=True),
+    "jsonl": Format(read_jsonl, recognise_jsonl, has_open_units=True),
 }
 """By the value of --format."""
 

@@ -228,6 +228,7 @@ def _candidate(image: str, rows: list[_Row], source: _Source) -> Candidate:
         stated_size_px=size,
         units="unit" if layout.has_fractions else "pixels",
         unit_basis="stated" if layout.has_fractions else "documented",
+        written_as="sizes" if layout.has_sizes else "corners",
         problems=tuple(problems),
         split=splits.pop() if len(splits) == 1 else None,
     )

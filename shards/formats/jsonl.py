@@ -93,6 +93,7 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
         targets=tuple(target for target in targets if target),
         turns=tuple(turn for turn in turns if turn),
         unit_basis="documented",
+        written_as="corners",
         problems=tuple(problems),
     )
 

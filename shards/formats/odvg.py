@@ -85,6 +85,7 @@ def _candidate(line: dict[str, Any], source: str, names: dict[str, str]) -> Cand
         targets=tuple(_targets(boxes_of, source, problems)),
         stated_size_px=stated_size(line),
         unit_basis="documented",
+        written_as="corners",
         problems=tuple(problems),
     )
 

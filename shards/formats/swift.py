@@ -101,6 +101,7 @@ def _candidate(row: dict[str, Any], source: str) -> Candidate:
         stated_size_px=objects.size_px if units == "pixels" else None,
         units=units,
         unit_basis=unit_basis,
+        written_as="corners",
         problems=tuple(problems),
     )
 

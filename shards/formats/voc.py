@@ -167,6 +167,7 @@ def _candidate(annotation: _Annotation, source: str, own: OwnImage, notes: tuple
         source=source,
         targets=make_targets(boxes_of, source, problems),
         stated_size_px=size_px,
+        written_as=None if any(map(_degrees, annotation.objects)) else "corners",
         problems=(*problems, *own.notes, *size_notes, *notes),
     )
 

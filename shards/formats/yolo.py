@@ -11,6 +11,7 @@ above the annotations. Images without a .txt file are ignored.
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import islice
@@ -21,7 +22,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.claims import ImageClaims, OwnImage, Stated
 from cogvlm_ft.shards.formats.folders import Photos, annotation_files, files_below
-from cogvlm_ft.shards.formats.yolo_lines import MAX_BYTES, LabelLines, is_label_file, is_numbers
+from cogvlm_ft.shards.formats.yolo_lines import MAX_BYTES, LabelLines, is_box, is_label_file, is_numbers
 from cogvlm_ft.shards.formats.yolo_names import LISTS, LabelSettings, Names, load_label_settings
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
@@ -35,6 +36,7 @@ from cogvlm_ft.shards.packing.candidates import (
 from cogvlm_ft.shards.packing.files import read_inside
 
 _ENDING = ".txt"
+_LINE_END = re.compile("\r\n|\r|\n")
 _MAX_INSPECTED = 100
 _IMAGE_ENDINGS = tuple(f".{ext}" for ext in IMAGE_EXTENSIONS)
 
@@ -104,7 +106,7 @@ def _is_other_text(source: str, lines: list[Line]) -> bool:
 
 
 def _lines(data: bytes) -> list[Line]:
-    lines = enumerate(data.decode("utf-8-sig", "surrogateescape").split("\n"), start=1)
+    lines = enumerate(_LINE_END.split(data.decode("utf-8-sig", "surrogateescape")), start=1)
     return [(i, line.split()) for i, line in lines if line.strip()]
 
 
@@ -131,6 +133,7 @@ def _candidate(
         source=source,
         targets=make_targets(boxes_of, source, problems),
         units="unit",
+        written_as="centres" if all(is_box(columns) for _, columns in lines) else None,
         problems=(*problems, *own.notes),
     )
 

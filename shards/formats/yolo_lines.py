@@ -31,8 +31,13 @@ _OUTSIDE = 0.05
 
 def is_label_file(path: Path) -> bool:
     """Return whether the file begins with a line of at least five numbers."""
-    columns = read_head(path, 4096).split(b"\n")[0].split()
+    columns = next(iter(read_head(path, 4096).splitlines()), b"").split()
     return len(columns) >= _BOX and is_numbers(column.decode("latin-1") for column in columns)
+
+
+def is_box(columns: list[str]) -> bool:
+    """Return whether these are the columns of a box, perhaps with a confidence."""
+    return len(columns) in (_BOX, _BOX_AND_ONE)
 
 
 def is_numbers(columns: Iterable[str]) -> bool:

@@ -16,8 +16,9 @@ from cogvlm_ft.data.record import BOX_TOLERANCE_PX
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.box_text import is_unpadded_box, num_padded_boxes
-from cogvlm_ft.shards.packing.box_corners import CornerEvidence
-from cogvlm_ft.shards.packing.candidates import Candidate, Problem, UnitBasis, Units, box_in_pixels
+from cogvlm_ft.shards.packing.box_forms import FormEvidence
+from cogvlm_ft.shards.packing.box_percent import PercentEvidence
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, UnitBasis, Units, WrittenAs, box_in_pixels
 from cogvlm_ft.shards.packing.photo_headers import MAX_PHOTOS, PhotoHeaders
 
 BOX_UNITS: dict[str, Units] = {"pixel": "pixels", "thousandth": "thousandths", "unit": "unit"}
@@ -59,15 +60,14 @@ class Evidence:
     example: tuple[Box, str, str, tuple[int, int]] | None = None
     log_odds: float = 0.0
     reach: dict[Units, list[float]] = field(default_factory=dict)
-    corners: CornerEvidence = field(default_factory=CornerEvidence)
+    percent: PercentEvidence = field(default_factory=PercentEvidence)
 
     def add(self, candidate: Candidate, sizes: list[tuple[int, int]]) -> None:
         """Add the boxes of an image; sizes: as stored and as its EXIF orientation turns it, empty if unknown."""
         num_sized, num_outside = self.num_sized, self.num_outside
-        places = [*sizes, (1000, 1000)] if sizes and candidate.units == "thousandths" else sizes
+        self.percent.add(candidate, sizes)
         for target in candidate.targets:
             for box in target.boxes_xyxy:
-                self.corners.add(box, target.phrase, places)
                 if box[0] < box[2] and box[1] < box[3]:  # others are invalid in every unit
                     self._add_box(box, candidate, target.phrase, sizes)
         if self.num_sized > num_sized:
@@ -182,15 +182,15 @@ class BoxUnits:
 class UnitSurvey:
     """The evidence of a source, gathered while it is read.
 
-    headers: of its photos, for sizes that are not stated. has_corners: its format writes the corners of boxes.
+    headers: of its photos, for sizes that are not stated.
     """
 
-    def __init__(self, headers: PhotoHeaders, *, has_corners: bool = False) -> None:
+    def __init__(self, headers: PhotoHeaders) -> None:
         self._headers = headers
-        self._has_corners = has_corners
         self._num_opened = 0
         self._stated: set[Units] = set()
         self._groups: dict[Group, Evidence] = {}
+        self._forms: dict[tuple[Group, WrittenAs], FormEvidence] = {}
         self._texts = TextEvidence()
 
     def add(self, part: Candidate | Problem) -> None:
@@ -200,31 +200,63 @@ class UnitSurvey:
         self._texts.add(part)
         if not any(target.boxes_xyxy for target in part.targets):
             return
+        sizes = self._sizes(part) if part.written_as or part.unit_basis != "stated" else []
+        self._add_forms(part, sizes)
         if part.unit_basis == "stated":
             self._stated.add(part.units)
             return
-        self._groups.setdefault((part.units, part.unit_basis), Evidence()).add(part, self._sizes(part))
+        self._groups.setdefault((part.units, part.unit_basis), Evidence()).add(part, sizes)
+
+    def _add_forms(self, part: Candidate, sizes: list[tuple[int, int]]) -> None:
+        if part.written_as is None:
+            return
+        key = (part.units, part.unit_basis), part.written_as
+        evidence = self._forms.setdefault(key, FormEvidence(part.written_as))
+        if part.units == "unit":
+            places = [(1, 1)]
+        else:
+            places = [*sizes, (1000, 1000)] if sizes and part.units == "thousandths" else sizes
+        for target in part.targets:
+            for box in target.boxes_xyxy:
+                evidence.add(box, target.phrase, places)
+
+    def check_forms(self, annotations: Path) -> None:
+        """Raise UnclearUnitError if the boxes only fit in another form, such as sizes in place of corners."""
+        for evidence in self._forms.values():
+            found = evidence.describe(exchanged=False)
+            if found:
+                raise UnclearUnitError(f"{annotations.name}: {found}")
+
+    def _check_exchanged(self, units_of: dict[Group, Units], annotations: Path, problem: str = "") -> None:
+        """Raise UnclearUnitError if the boxes only fit with x and y exchanged. problem: with their unit, if any."""
+        for (group, _), evidence in self._forms.items():
+            found = evidence.describe(exchanged=True) if units_of.get(group, group[0]) == group[0] else None
+            if found:
+                raise UnclearUnitError(f"{problem} Or " * bool(problem) + f"{annotations.name}: {found}")
 
     def decide(self, box_unit: str, annotations: Path) -> BoxUnits:
         """Return the decision; box_unit: of the user, or "auto". Raises DataError."""
         if box_unit != "thousandth":
             self._texts.check(annotations)
-        for evidence in self._groups.values() if self._has_corners else ():
-            found = evidence.corners.describe_sizes()
-            if found:
-                raise UnclearUnitError(f"{annotations.name}: {found}")
+        self.check_forms(annotations)
         if box_unit != "auto":
+            self._check_exchanged(dict.fromkeys(self._groups, BOX_UNITS[box_unit]), annotations)
             return self._as_told(box_unit, annotations)
         units_of: dict[Group, Units] = {}
         lines: list[str] = []
         notes: list[Problem] = []
         for group, evidence in self._groups.items():
-            units = units_of[group] = _decide(group, evidence, annotations)
+            try:
+                units = units_of[group] = _decide(group, evidence, annotations)
+            except UnclearUnitError as error:
+                self._check_exchanged({}, annotations, str(error))
+                raise
             line = f"box unit: {_WORDS[units]}: {_explain(units, evidence)}"
             lines.append(line)
             if group[1] == "unknown" or units != group[0]:
                 detail = f"{line}. If that is wrong, state the unit with --box-unit."
                 notes.append(Problem("note", "box_unit_inferred", detail, annotations.name))
+        self._check_exchanged(units_of, annotations)
         return BoxUnits(units_of, "\n".join(lines), tuple(notes))
 
     def _as_told(self, box_unit: str, annotations: Path) -> BoxUnits:
@@ -251,10 +283,10 @@ class UnitSurvey:
         return [header.size_px, turned] if header.orientation >= 5 else [header.size_px]
 
 
-def survey_units(parts: Iterable[Candidate | Problem], images: Path, *, has_corners: bool = False) -> UnitSurvey:
-    """Return the evidence of all parts of a source; has_corners: its format writes the corners of boxes."""
+def survey_units(parts: Iterable[Candidate | Problem], images: Path) -> UnitSurvey:
+    """Return the evidence of all parts of a source."""
     headers = PhotoHeaders(images)
-    survey = UnitSurvey(headers, has_corners=has_corners)
+    survey = UnitSurvey(headers)
     for part in headers.ahead(parts):
         survey.add(part)
     return survey
@@ -270,6 +302,9 @@ def _decide(group: Group, evidence: Evidence, annotations: Path) -> Units:
     fitting = _fitting_documented(assumed, evidence) if basis == "documented" else _fitting(assumed, evidence)
     if len(fitting) != 1:
         raise _refused(fitting, evidence, annotations)
+    found = evidence.percent.describe() if fitting == ["pixels"] else None
+    if found:
+        raise UnclearUnitError(f"{annotations.name}: {found}")
     return fitting[0]
 
 

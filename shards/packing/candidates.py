@@ -18,6 +18,7 @@ from cogvlm_ft.grounding.targets import Box, Target, Turn
 
 Units = Literal["pixels", "unit", "thousandths"]
 UnitBasis = Literal["stated", "documented", "unknown"]
+WrittenAs = Literal["corners", "sizes", "centres"]
 
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_SHOWN = 80
@@ -58,6 +59,8 @@ class Candidate:
         image is open.
     unit_basis: "stated": `units` are certain; "documented": as the format says, though some tools write others;
         "unknown": tools disagree. packing/box_units.py decides about the last two.
+    written_as: the form of the boxes in the file, if it is to be checked over the whole source: corners x0 y0 x1 y1,
+        sizes x y width height, or centres: the centre and the size.
     embedded_in: an annotation file that contains the image, used if there is no image file.
     problems: parts already skipped, and notes.
     image_hint: what the message says about similar files if the image is not found.
@@ -72,6 +75,7 @@ class Candidate:
     stated_size_px: tuple[int, int] | None = None
     units: Units = "pixels"
     unit_basis: UnitBasis = "stated"
+    written_as: WrittenAs | None = None
     embedded_in: Path | None = None
     problems: tuple[Problem, ...] = ()
     image_hint: str = ""

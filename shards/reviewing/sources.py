@@ -68,7 +68,7 @@ def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = 
     """
     annotated = FORMATS[name]
     first_pass = with_photos(annotated.read(annotations, images), images) if annotated.has_open_units else ()
-    found_units = survey_units(first_pass, images, has_corners=annotated.has_corners)
+    found_units = survey_units(first_pass, images)
     try:
         box_units = found_units.decide(box_unit, annotations)
     except UnclearUnitError as error:
@@ -77,6 +77,8 @@ def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = 
     yield from box_units.notes
     given = GivenSplits(annotations, images)
     for found in with_photos(annotated.read(annotations, images), images):
+        if not annotated.has_open_units:
+            found_units.add(found)
         part = found if isinstance(found, Problem) else box_units.settle(found)
         if isinstance(part, Problem):
             yield part
@@ -84,6 +86,11 @@ def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = 
             embedded_in = str(part.embedded_in) if part.embedded_in else None
             place = Place(str(images), part.image, embedded_in=embedded_in)
             yield Item(part, place, stated_split=given.of(part))
+    if not annotated.has_open_units:
+        try:
+            found_units.decide(box_unit, annotations)
+        except UnclearUnitError as error:
+            yield Problem("box", "box_unit_unclear", str(error), annotations.name)
 
 
 def shard_items(folder: Path) -> Iterator[Item | Problem]:

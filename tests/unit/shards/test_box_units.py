@@ -275,3 +275,56 @@ def test_padded_box_text_beside_other_text_is_kept(build_jsonl: Build) -> None:
     built = build_jsonl(lines_of_both)
     assert len(built["records"]["a"]["turns"]) == 2
     assert [row["reason"] for row in built["rejected"]] == ["bad_box_text"]
+
+
+_INSIDE: list[Box] = [(60, 10, 100, 50), (150, 60, 170, 80), (120, 20, 190, 90)]
+_FORMS: dict[str, tuple[Any, str, Units]] = {
+    "sizes as corners": (lambda a, b, c, d: (a, b, c - a, d - b), "corners", "pixels"),
+    "corners as sizes": (lambda a, b, c, d: (a, b, a + c, b + d), "sizes", "pixels"),
+    "corners as centres": (
+        lambda a, b, c, d: ((a - c / 2) / 200, (b - d / 2) / 100, (a + c / 2) / 200, (b + d / 2) / 100),
+        "centres",
+        "unit",
+    ),
+    "upper left corners as centres": (
+        lambda a, b, c, d: ((3 * a - c) / 400, (3 * b - d) / 200, (a + c) / 400, (b + d) / 200),
+        "centres",
+        "unit",
+    ),
+    "x and y exchanged": (lambda a, b, c, d: (b, a, d, c), "corners", "pixels"),
+}
+"""By what is written as what: from the right corners to those that a reader makes of it."""
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_boxes_of_another_form_are_refused(form: str) -> None:
+    """Most leave their photos and would be rejected, but the others would be wrong boxes in silence."""
+    box_of, written_as, units = _FORMS[form]
+    on_the_left: list[Box] = [(1, 1, 40, 30), (5, 70, 60, 95), (2, 50, 50, 99)]
+    boxes = [*_INSIDE, *on_the_left] if form.startswith("upper") else _INSIDE
+    basis: UnitBasis = "stated" if units == "unit" else "documented"
+    wrong, right = (
+        replace(candidate(*boxes, size=(200, 100), units=units, basis=basis), written_as=written_as)
+        for boxes in ([box_of(*box) for box in boxes], [in_units(box, units, (200, 100)) for box in boxes])
+    )
+    with pytest.raises(DataError, match=f"the boxes seem to be .* of .* are not possible as {written_as}"):
+        decided(wrong)
+    assert decided(right) == units
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(400, 4000), st.integers(300, 3000)), min_size=3, max_size=6), st.data())
+def test_percent_is_no_pixel(sizes: list[tuple[int, int]], data: st.DataObject) -> None:
+    boxes = [(float(x), 5.0, x + 40.0, 90.0) for x in data.draw(st.lists(st.integers(15, 59), min_size=3, max_size=6))]
+    percent = [candidate(box, size=size) for box, size in zip(boxes, sizes, strict=False)]
+    with pytest.raises(DataError, match="percent"):
+        decided(*percent)
+    assert decided(*percent, box_unit="pixel") == "pixels"
+    others = [candidate(in_percent(box, size), size=size) for box, size in zip(boxes, sizes, strict=False)]
+    assert decided(*others) == "pixels"
+
+
+def in_percent(box: Box, size: tuple[int, int]) -> Box:
+    """A box in percent of the photo, in pixels."""
+    x0, y0, x1, y1 = (v * side / 100 for v, side in zip(box, (*size, *size), strict=True))
+    return x0, y0, x1, y1

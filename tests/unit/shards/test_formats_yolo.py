@@ -59,6 +59,19 @@ def test_an_outline_becomes_a_box(photos: Path) -> None:
     assert found.boxes == {"a.jpg": {"dog": ((0.5, 0.1, 0.9, 0.8), (0.1, 0.1, 0.2, 0.3), (0, 0, 1, 1))}}
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("num_lines", [2, 3])
+def test_ends_of_lines(photos: Path, end: str, num_lines: int) -> None:
+    """Two or three lines that are read as one would be an outline."""
+    (photos.parent / "labels").mkdir()
+    lines = ["0 0.25 0.25 0.5 0.5", "0 0.5 0.75 0.5 0.25", "0 0.5 0.5 1 1"][:num_lines]
+    (photos.parent / "labels" / "a.txt").write_bytes(end.join(lines).encode())
+    write(photos.parent / "labels" / "classes.txt", NAMES)
+    assert recognise_yolo(photos.parent / "labels")
+    boxes = ((0, 0, 0.5, 0.5), (0.25, 0.625, 0.75, 0.875), (0, 0, 1, 1))[:num_lines]
+    assert read_labels(photos.parent / "labels", photos).boxes == {"a.jpg": {"dog": boxes}}
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", " \r\n"])
 def test_an_empty_file_is_an_image_with_nothing_in_it(photos: Path, text: str) -> None:
     candidate = read(photos, text).only
