@@ -33,8 +33,10 @@ from cogvlm_ft.shards.packing.candidates import (
     image_path,
     make_targets,
     require,
+    shown,
 )
 
+_ONE_ID = "an id that no other {} has. Number them again where the files were joined, also in the annotations."
 _DOUBTFUL = 1.5
 """Boxes up to this many pixels are rather fractions."""
 
@@ -144,11 +146,13 @@ def _bboxes(annotations: list[Any], images: ById[_Image | None]) -> Iterator[Bbo
 
 def _category_names(categories: list[Any], problems: list[Problem]) -> ById[str]:
     names = ById[str]()
+    ambiguous = _ids_of_several(categories, "name")
     for i, category in enumerate(categories):
         try:
             number = _id(category, "target")
             name = category.get("name")
             require(isinstance(name, str), "target", '"name"', name, "a string")
+            require(number not in ambiguous, "target", f'"id" of {name!r:.80}', number, _ONE_ID.format("category"))
             require(number not in names, "target", '"id"', number, "an id that no other category has")
             names[number] = name
         except Rejected as rejected:
@@ -163,9 +167,14 @@ def _images(entries: list[Any], photos: ListedPhotos, problems: list[Problem]) -
     """
     images = ById[_Image | None]()
     by_path: dict[str, _Image] = {}
+    ambiguous = _ids_of_several(entries, "file_name")
     for i, entry in enumerate(entries):
         try:
             number = _id(entry, "sample")
+            if number in ambiguous:
+                images[number] = None
+                detail = f'"id" of {shown(entry.get("file_name"))}'
+                require(False, "sample", detail, number, _ONE_ID.format("image"))
             require(number not in images, "sample", '"id"', number, "an id that no other image has")
             images[number] = None
             image = _Image(photos.find(_file_name(entry)), f"image id {number}", stated_size(entry))
@@ -176,6 +185,15 @@ def _images(entries: list[Any], photos: ListedPhotos, problems: list[Problem]) -
         except Rejected as rejected:
             problems.append(rejected.problem(f"images[{i}]"))
     return images
+
+
+def _ids_of_several(entries: list[Any], name: str) -> set[Any]:
+    """Return the ids that entries of different names have, as in joined files: annotations could be of either."""
+    names_of: dict[Any, set[str]] = defaultdict(set)
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get(name), str):
+            names_of[_hashable(entry.get("id"))].add(entry[name])
+    return {number for number, names in names_of.items() if len(names) > 1}
 
 
 def _join(first: _Image, again: _Image, problems: list[Problem]) -> None:

@@ -43,6 +43,7 @@ from cogvlm_ft.shards.packing.candidates import (
     require,
     shown,
 )
+from cogvlm_ft.shards.packing.given_splits import split_of_folder
 
 _FILE_IN_FOLDER = "_annotations.csv"
 
@@ -199,7 +200,7 @@ def _candidate(image: str, rows: list[_Row], source: _Source) -> Candidate:
     boxes_of: dict[str, list[Box | None]] = {}  # None: an unusable box
     languages: dict[str, str] = {}
     size: tuple[int, int] | None = None
-    splits = {layout.cell(row.cells, "split") for row in rows} - {""}
+    splits = {split_of_folder(layout.cell(row.cells, "split")) for row in rows} - {None}
     for row in rows:
         if not layout.has_head and not any(layout.cell(row.cells, name) for name in ("question", *CORNERS)):
             continue  # an image without objects

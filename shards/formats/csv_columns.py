@@ -24,13 +24,15 @@ _SIZE_NAMES = (
     ("x", "y", "width", "height"),
 )
 _IMAGE = ("image", "filename", "file_name", "image_path", "image_name", "file", "path", "url", "image_url", "imageid")
-_PHRASE = ("question", "phrase", "caption", "expression", "class", "label", "category", "name", "label_name")
+_CLASS = ("class", "label", "category", "name", "label_name", "class_name", "category_name")
+_PHRASE = ("question", "phrase", "caption", "expression", *_CLASS)
 _PHRASES_OF_CODES = ("labelname",)
 _OPTIONAL = (
     ("width", ("width", "image_width", "img_width")),
     ("height", ("height", "image_height", "img_height")),
     ("language", ("language",)),
     ("crowd", ("isgroupof",)),
+    ("split", ("split", "set", "subset")),
 )
 _DELIMITERS = ",;\t"
 _NUMBER = re.compile(r"\s*-?[0-9]+(\.[0-9]+)?\s*")

@@ -25,6 +25,7 @@ from cogvlm_ft.shards.packing.candidates import (
     make_target,
     require,
 )
+from cogvlm_ft.shards.packing.given_splits import split_of_folder
 
 _XYXY, _PIXELS = ("xyxy", "pascal_voc", "corners"), ("pixel", "pixels", "px", "real")
 _FORMS = {
@@ -95,6 +96,7 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
         unit_basis="documented",
         written_as="corners",
         problems=tuple(problems),
+        split=split_of_folder(line["split"]) if isinstance(line.get("split"), str) else None,
     )
 
 

@@ -283,6 +283,10 @@ def _size(regions: list[_Region]) -> tuple[int, int] | None:
 def _address(data: dict[str, Any], regions: list[_Region]) -> str:
     """Return the address of the photo: the only one in the data, or "image", or the one that the regions are about."""
     found = {name: value for name, value in data.items() if isinstance(value, str) and _is_address(value)}
+    abouts = list(dict.fromkeys(shown(region.fields["to_name"]) for region in regions if "to_name" in region.fields))
+    if len(found) > 1 and len(abouts) > 1:
+        detail = f"its regions are about {' and '.join(abouts)}; expected one photo per task. Split the tasks."
+        raise Rejected("sample", "several_images", detail)
     about = next((region.fields["to_name"] for region in regions if "to_name" in region.fields), "image")
     names = [name for name in (about, "image", *found) if isinstance(name, str) and name in found]
     if len(found) > 1 and names[0] not in (about, "image"):

@@ -41,7 +41,7 @@ class _Instances:
 
     def __init__(self, path: Path) -> None:
         content = load_lists(path, "the instances.json that RefCOCO publishes beside its refs")
-        self.boxes = {entry.get("id"): entry.get("bbox") for entry in _with_id(content["annotations"])}
+        self.annotations = {entry.get("id"): entry for entry in _with_id(content["annotations"])}
         self.images = {
             entry.get("id"): (entry.get("file_name"), stated_size(entry)) for entry in _with_id(content["images"])
         }
@@ -167,14 +167,20 @@ def _boxes(ref: dict[str, Any], instances: _Instances) -> list[Box]:
         return []
     if not numbers:
         raise Rejected("target", "unknown_ann_id", '"ann_id" is empty; expected [-1] and "no_target" if it is absent')
-    return [_box(number, instances) for number in numbers]
+    return [_box(number, ref["image_id"], instances) for number in numbers]
 
 
-def _box(number: Any, instances: _Instances) -> Box:
-    if not isinstance(number, int) or number not in instances.boxes:
+def _box(number: Any, image_id: int, instances: _Instances) -> Box:
+    if not isinstance(number, int) or number not in instances.annotations:
         raise Rejected("target", "unknown_ann_id", f"ann_id {shown(number)} is not in instances.json")
+    annotation = instances.annotations[number]
+    if annotation.get("image_id", image_id) != image_id:
+        detail = (
+            f"ann_id {number} is of image_id {shown(annotation['image_id'])} in instances.json, the ref of {image_id}"
+        )
+        raise Rejected("target", "other_image", f"{detail}; expected one image. Take both files from one source.")
     try:
-        x, y, width, height = four_numbers(instances.boxes[number], "[x, y, width, height]")
+        x, y, width, height = four_numbers(annotation.get("bbox"), "[x, y, width, height]")
     except Rejected as rejected:
         raise Rejected("target", rejected.reason, rejected.detail) from None
     return x, y, x + width, y + height

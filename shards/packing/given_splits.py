@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 from cogvlm_ft.shards.packing.splits import SPLITS
 from cogvlm_ft.yaml_text import read_yaml
@@ -26,7 +27,7 @@ SPLIT_CHOICES = ("auto", "folders", "random", "train", "val", "test")
 
 _NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 _WORD = "(?P<split>train|validation|valid|val|dev|test)(?:ing)?[0-9]*"
-_IMAGES = "images|imgs|labels|annotations|set|data"
+_IMAGES = "images|imgs|labels|annotations|set|data|obj"
 _FOLDER = re.compile(rf"(?:(?:{_IMAGES})[-_])?{_WORD}(?:[-_]?(?:{_IMAGES}))?", re.IGNORECASE)
 _FILE = re.compile(rf"(?:^|[-_. /]){_WORD}(?=[-_. ])", re.IGNORECASE)
 _MAX_LIST_BYTES = 64 * 2**20
@@ -103,16 +104,22 @@ class VocLists:
 def _voc_splits(folder: Path) -> dict[str, str]:
     """Return the splits by name that the lists below a folder state."""
     splits: dict[str, str | None] = {}
-    for stem, split in _NAMES.items():
-        path = folder / _VOC_LISTS / f"{stem}.txt"
+    for path in sorted((folder / _VOC_LISTS).glob("*.[tT][xX][tT]")):
+        split = _NAMES.get(path.stem.lower())
         try:
-            lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines() if _is_list(path) else []
+            is_read = split is not None and _is_list(path)
+            lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines() if is_read else []
         except OSError:
             continue
         for line in lines:
-            name = _VOC_FLAG.sub("", line.strip()).strip('"')
-            _state(splits, name or None, split)
+            name = _without_ending(_VOC_FLAG.sub("", line.strip()).strip('"'))
+            _state(splits, name or None, str(split))
     return {name: split for name, split in splits.items() if split}
+
+
+def _without_ending(name: str) -> str:
+    stem, _, ending = name.rpartition(".")
+    return stem if ending.lower() in (*IMAGE_EXTENSIONS, "xml") else name
 
 
 def with_splits(
@@ -205,7 +212,7 @@ def _listed(path: Path) -> Iterator[Path]:
 
 
 def _is_list(path: Path) -> bool:
-    return path.suffix == ".txt" and path.is_file() and path.stat().st_size <= _MAX_LIST_BYTES
+    return path.suffix.lower() == ".txt" and path.is_file() and path.stat().st_size <= _MAX_LIST_BYTES
 
 
 def _below(path: Path, images: Path) -> str | None:

@@ -255,7 +255,7 @@ def test_a_bad_coco_annotation_is_lost_alone(build_coco: Build, annotation: Any,
     [
         ({"id": 2, "file_name": "b.jpg"}, "no_targets"),
         ({"id": 2, "file_name": "b\udcff.jpg"}, "not_utf8"),
-        ({"id": 1, "file_name": "b.jpg"}, "bad_field"),
+        ({"id": 1, "file_name": "a.jpg"}, "bad_field"),
         ({"id": 2}, "bad_field"),
         ({"file_name": "b.jpg"}, "bad_field"),
         ("b.jpg", "bad_field"),

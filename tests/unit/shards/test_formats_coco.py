@@ -26,6 +26,22 @@ def test_a_path_of_windows(tmp_path: Path) -> None:
     assert found.boxes == {"train/a.jpg": {"dog": ((1, 2, 21, 12),)}} and not found.problems
 
 
+@pytest.mark.parametrize(
+    ("changes", "left", "level"),
+    [
+        ({"images": [{"id": 1, "file_name": "b.jpg"}]}, {}, "sample"),
+        ({"categories": [{"id": 7, "name": "cat"}]}, {"train/a.jpg": {}}, "target"),
+        ({"images": CONTENT["images"]}, {"train/a.jpg": {"dog": ((1, 2, 21, 12),)}}, "sample"),
+    ],
+)
+def test_an_id_of_two_photos_or_names_gives_no_box(tmp_path: Path, changes: Any, left: Any, level: str) -> None:
+    """Files were joined: an annotation could be of either, unless both entries are equal."""
+    content = {name: [*CONTENT[name], *changes.get(name, [])] for name in ("images", "annotations", "categories")}
+    found = read_all(read_coco, write_json(tmp_path / "x.json", content))
+    assert found.boxes == left
+    assert (level, "bad_field") in found.reasons and "that no other" in found.problems[0].detail
+
+
 @pytest.mark.slow
 def test_outlines_are_not_kept(tmp_path: Path) -> None:
     annotation = CONTENT["annotations"][0]

@@ -176,6 +176,17 @@ def test_tasks_of_two_projects_with_one_id(tmp_path: Path) -> None:
     assert found.reasons == [("sample", "image_listed_again")]
 
 
+def test_a_region_never_comes_to_the_other_photo_of_a_task(tmp_path: Path) -> None:
+    """A task compares two photos: the regions of the second one are no boxes of the first one."""
+    content = task(dog(), dog() | {"to_name": "image2"})
+    content["data"]["image2"] = "b.jpg"
+    other = task(dog() | {"to_name": "image2"}, number=2, image="c.jpg")
+    other["data"]["image2"] = "d.jpg"
+    found = read_all(read_label_studio, write_json(tmp_path / "x.json", [content, other]))
+    assert list(found.boxes) == ["d.jpg"] and found.reasons == [("sample", "several_images")]
+    assert "'image' and 'image2'" in found.problems[0].detail
+
+
 def test_percent_without_the_size_of_the_photo(tmp_path: Path) -> None:
     entries = [dog(), dog(rotation=10)]
     for entry in entries:

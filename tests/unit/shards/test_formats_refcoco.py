@@ -358,6 +358,7 @@ def test_damaged_pickles_are_read_or_refused(tmp_path: Path, seed: int) -> None:
         ({"image_id": 5}, [("target", "unknown_image_id")] * 2),
         ({"image_id": None}, [("target", "unknown_image_id")] * 2),
         ({"file_name": "COCO_train2014_000000000009_16.jpg"}, [("target", "other_image")] * 2),
+        ({"ann_id": 7}, [("target", "other_image")] * 2),  # a box of another photo
         ({"sentences": []}, [("target", "bad_field")]),
         ({"sentences": "woman"}, [("target", "bad_field")]),
         ({"sentences": ["woman", {"sent": "woman"}]}, [("target", "bad_field")]),

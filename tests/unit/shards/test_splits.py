@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+from format_files import read_all
+
+from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.given_splits import GivenSplits, VocLists
 from cogvlm_ft.shards.packing.splits import ShardPlan, key_of, key_with_hash, plan_shards, safe_key, shuffle_rank
 
 
@@ -62,3 +70,43 @@ def test_slices_are_whole_but_for_the_last() -> None:
         ShardPlan("test-000000", 8, 9),
     ]
     assert plan_shards({}, samples_per_shard=2) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("Validation", "a"), ("val", "a.jpg"), ("VAL", "a.XML"), ("valid", '"a.png" 1'), ("dev", "a -1\r")],
+)
+def test_lists_of_voc_as_tools_write_them(tmp_path: Path, name: str, line: str) -> None:
+    """CVAT calls the lists as its subsets; other tools keep the endings of the photos."""
+    path = tmp_path / "ImageSets" / "Main" / f"{name}.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{line}\nb.c\n")
+    lists = VocLists(tmp_path)
+    assert [lists.split_of(f"Annotations/{stem}.xml") for stem in ("a", "b.c", "d")] == ["val", "val", None]
+
+
+@pytest.mark.parametrize(
+    ("image", "source", "split"),
+    [
+        ("obj_Train_data/a.jpg", "obj_Train_data/a.txt", "train"),  # YOLO of CVAT
+        ("obj_Validation_data/a.jpg", "obj_Validation_data/a.txt", "val"),
+        ("photos/a.jpg", "valid/project.json: task 1", "val"),  # Label Studio
+        ("test/data/a.jpg", "test/labels.json: image id 1", "test"),  # FiftyOne
+        ("valid/a.jpg", "valid/_annotations.csv: _annotations.csv:2", "val"),  # Roboflow
+    ],
+)
+def test_folders_of_tools_state_the_split(tmp_path: Path, image: str, source: str, split: str) -> None:
+    assert GivenSplits(tmp_path, tmp_path).of(Candidate(image, None, source)) == split
+
+
+@pytest.mark.parametrize("column", ["split", "Set", "subset"])
+def test_a_column_or_a_field_states_the_split(tmp_path: Path, column: str) -> None:
+    stated = {"a.jpg": "training", "b.jpg": "Valid", "c.jpg": "", "d.jpg": "set 3"}
+    rows = [f"{image},1,2,9,9,dog,{split}" for image, split in stated.items()]
+    (tmp_path / "x.csv").write_text("\n".join([f"image,left,top,right,bottom,label,{column}", *rows]))
+    lines = [{"image": image, "targets": [], column.lower(): split} for image, split in stated.items()]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name, file in (("csv", "x.csv"), ("jsonl", "x.jsonl")):
+        found = read_all(FORMATS[name].read, tmp_path / file)
+        if name == "csv" or column == "split":
+            assert [candidate.split for candidate in found.candidates] == ["train", "val", None, None]
