@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from cogvlm_ft.shards.formats.yolo import read_yolo, recognise_yolo
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem
 
 _MAX_COUNTED = 1000
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _ANNOTATION_ENDINGS = (".txt", ".json", ".jsonl", ".xml", ".csv")
 
 
@@ -111,10 +113,15 @@ def _describe(annotations: Path) -> str:
         kinds = [f"{count} x {ending}" for ending, count in endings.most_common(5)] or ["no files"]
         folders = sum(path.is_dir() for path in annotations.iterdir())
         first = next((name for name in names if name.lower().endswith(_ANNOTATION_ENDINGS)), None)
-        begins = f"; {first} begins with {read_head(annotations / first, 40)!r}" if first else ""
+        begins = f"; {first} begins with {_head(annotations / first)}" if first else ""
         return ", ".join([*kinds, f"{folders} folders"]) + begins
     if not annotations.is_file():
         return "no file or folder"
     if annotations.suffix.lower() == ".csv" and annotations.stat().st_size:
         return describe_missing(first_line(annotations))
-    return f"{annotations.stat().st_size} bytes that begin with {read_head(annotations, 40)!r}"
+    return f"{annotations.stat().st_size} bytes that begin with {_head(annotations)}"
+
+
+def _head(path: Path) -> str:
+    head = read_head(path, 40)
+    return f"{head!r}{', which is UTF-16: convert it to UTF-8' * head.startswith(_UTF16)}"

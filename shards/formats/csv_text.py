@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
 import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ def first_line(path: Path) -> str:
                 head = file.read(_HEAD_BYTES)
             is_utf16 = head[:2] in _UTF16
             text = head.decode("utf-16", "replace") if is_utf16 else head.decode("utf-8-sig", "surrogateescape")
-            return text.partition("\n")[0]
+            return re.split("[\r\n]", text, maxsplit=1)[0]
     return ""
 
 
@@ -49,10 +50,24 @@ def open_utf8(path: Path, stack: ExitStack) -> tuple[BinaryIO, tuple[Problem, ..
         file = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         file.write(decoded.text.encode())
         notes = decoded.notes(path.name)
+    file = _with_line_feeds(file, stack)
     file.seek(0)
     if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
         file.seek(0)
     return file, notes
+
+
+def _with_line_feeds(file: BinaryIO, stack: ExitStack) -> BinaryIO:
+    """Return the file, or a temporary copy if its lines end with carriage returns only, as spreadsheets offer."""
+    file.seek(0)
+    head = file.read(_HEAD_BYTES)
+    if b"\n" in head or b"\r" not in head:
+        return file
+    copy = stack.enter_context(tempfile.TemporaryFile())
+    copy.write(head.replace(b"\r", b"\n"))
+    while data := file.read(_HEAD_BYTES):
+        copy.write(data.replace(b"\r", b"\n"))
+    return copy
 
 
 def class_names(folder: Path) -> dict[str, str]:

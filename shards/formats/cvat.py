@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import math
 import posixpath
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.parsers import expat
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.plain_files import open_regular
+from cogvlm_ft.shards.formats.encodings import decode_xml
 from cogvlm_ft.shards.formats.folders import files_below
 from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, once_per_photo, read_files
 from cogvlm_ft.shards.formats.rows import read_head, stated_size
@@ -53,6 +57,7 @@ _WITHOUT_BOX = {
 }
 _JOINED = ("polygon", "mask")
 _FRAME_ENDINGS = ("PNG", "png", "jpg", "jpeg", "JPG")
+_FRAME_HINT = "Tracks state numbers in place of names. Export CVAT for images, or the frames with Save images."
 _SIZE = ("original_size/width", "original_size/height")
 
 
@@ -97,7 +102,7 @@ def recognise_cvat(annotations: Path) -> str | None:
 
 
 def _is_cvat(path: Path) -> bool:
-    return path.suffix.lower() == _ENDING and b"<annotations>" in read_head(path, 4096)
+    return path.suffix.lower() == _ENDING and b"<annotations>" in read_head(path, 4096).replace(b"\0", b"")
 
 
 class _Parser:
@@ -113,7 +118,7 @@ class _Parser:
         self._entry: _Entry | None = None
         self._track: dict[str, str] = {}
         self._num_tracks = 0
-        self._expat = expat.ParserCreate()
+        self._expat = expat.ParserCreate("utf-8")
         self._expat.buffer_text = True
         self._expat.StartElementHandler, self._expat.EndElementHandler = self._start, self._end
         self._expat.CharacterDataHandler = self._text.append
@@ -197,7 +202,9 @@ def _read_file(path: Path, folder: str, images: Path) -> Iterator[Candidate | Pr
 def _entries(path: Path) -> Iterator[_Entry | Problem]:
     parser = _Parser(path)
     try:
-        with open_regular(path) as file:
+        with ExitStack() as stack:
+            file, notes = _open_utf8(path, stack)
+            yield from notes
             while True:
                 data = file.read(_CHUNK_BYTES)
                 try:
@@ -213,6 +220,22 @@ def _entries(path: Path) -> Iterator[_Entry | Problem]:
         parser.end_tracks()
         yield from parser.done
         yield rejected.problem(path.name)
+
+
+def _open_utf8(path: Path, stack: ExitStack) -> tuple[BinaryIO, tuple[Problem, ...]]:
+    """Return the file in UTF-8, with notes; in memory if it is in another encoding. Raises Rejected if in none."""
+    file = stack.enter_context(open_regular(path))
+    decoder = getincrementaldecoder("utf-8-sig")()
+    try:
+        while data := file.read(_CHUNK_BYTES):
+            decoder.decode(data)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        file.seek(0)
+        decoded = decode_xml(file.read())
+        return BytesIO(decoded.text.encode()), decoded.notes(path.name)
+    file.seek(0)
+    return file, ()
 
 
 def _candidate(entry: _Entry, photos: ListedPhotos) -> Candidate:
@@ -232,6 +255,7 @@ def _candidate(entry: _Entry, photos: ListedPhotos) -> Candidate:
         targets=make_targets(boxes_of, entry.source, problems),
         stated_size_px=stated_size(entry.fields),
         problems=tuple(problems),
+        image_hint=_FRAME_HINT if len(entry.names) > 1 else "",
         split=split_of_folder(entry.fields.get("subset", "")),
     )
 

@@ -3,6 +3,7 @@
 {"messages": [{"role": "user", "content": "<image>Find <ref-object>"}, {"role": "assistant", "content": "<bbox>"}],
  "images": ["a.jpg"], "objects": {"ref": ["the dog"], "bbox": [[1, 2, 30, 40]], "bbox_type": "real"}}
 {"query": "<img>a.jpg</img>Find <ref>the dog</ref>", "response": "<box>(25,66),(750,999)</box>"}
+{"instruction": "<image>What is it?", "input": "", "output": "A dog.", "images": ["a.jpg"]}
 {"image": "a.jpg",
  "conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog."}]}
 
@@ -42,10 +43,12 @@ from cogvlm_ft.shards.packing.candidates import (
     require,
 )
 
+_CONVERSATIONS = '"messages", "conversations", "query" and "response" or "instruction" and "output"'
+
 
 def read_swift(annotations: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
     """Yield one candidate per image. An unreadable row becomes a problem; raises DataError if all are."""
-    expected = 'one JSON object with "messages", "conversations" or "query" and "response", and one image per line'
+    expected = f"one JSON object with {_CONVERSATIONS}, and one image per line"
     for rows in rows_by_image(annotations, _image, expected=expected, arrays=True):
         if isinstance(rows, Problem):
             yield rows
@@ -61,13 +64,15 @@ def read_swift(annotations: Path, images_dir: Path) -> Iterator[Candidate | Prob
 
 
 def recognise_swift(annotations: Path) -> str | None:
-    """Recognise objects with one of the three kinds of conversation."""
+    """Recognise objects with one of the kinds of conversation."""
     for row in first_objects(annotations):
         for name in ("messages", "conversations"):
             if isinstance(row.get(name), list):
                 return f'ms-swift / Qwen conversations in "{name}"'
         if "query" in row and "response" in row:
             return 'ms-swift / Qwen conversations in "query" and "response"'
+        if "instruction" in row and "output" in row and ("images" in row or "image" in row):
+            return 'LLaMA-Factory pairs in "instruction" and "output"'
     return None
 
 
@@ -193,22 +198,54 @@ def _messages(row: dict[str, Any]) -> list[Message]:
             for message in messages:
                 require(isinstance(message, dict), "sample", f'"{name}"', message, "objects with a speaker and a text")
             return [
-                (message.get("role", message.get("from")), message.get("content", message.get("value")))
+                (message.get("role", message.get("from")), _joined(message.get("content", message.get("value"))))
                 for message in messages
             ]
     history = list_in(row, "history")
     for pair in history:
         require(isinstance(pair, list) and len(pair) == 2, "sample", '"history"', pair, "[question, answer]")
-    pairs = [*history, [row.get("query"), row.get("response")]]
+    pairs = [*history, _alpaca_pair(row) if "instruction" in row else [row.get("query"), row.get("response")]]
     return [message for question, answer in pairs for message in (("user", question), ("assistant", answer))]
+
+
+def _joined(content: Any) -> Any:
+    """Return one text for a content of parts, with <image> for its images; anything else as it is."""
+    texts = [_text_of_part(part) for part in content] if isinstance(content, list) else [None]
+    return content if None in texts else "".join(map(str, texts))
+
+
+def _text_of_part(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("image", "image_url"):
+        return "<image>"
+    return part["text"] if kind == "text" and isinstance(part.get("text"), str) else None
+
+
+def _images_of_parts(row: dict[str, Any]) -> list[Any]:
+    """Return the images that parts of contents name: {"type": "image", "image": "a.jpg"}, or an address."""
+    contents = [
+        message.get("content", message.get("value")) for message in row.get("messages", row.get("conversations", []))
+    ]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    found = [part[name] for part in parts for name in ("image", "image_url", "path") if name in part]
+    return [image.get("url") if isinstance(image, dict) else image for image in found]
+
+
+def _alpaca_pair(row: dict[str, Any]) -> list[Any]:
+    """Return the question and the answer of a row of LLaMA-Factory."""
+    parts = [row.get("instruction"), row.get("input") or ""]
+    for part in parts:
+        require(isinstance(part, str), "sample", '"instruction" or "input"', part, "a string")
+    return ["\n".join(part for part in parts if part), row.get("output")]
 
 
 def _image(row: dict[str, Any]) -> str:
     """Return the one image of a row."""
     texts = [text for _, text in _messages(row) if isinstance(text, str)]
-    require(bool(texts), "sample", "the row", row, '"messages", "conversations" or "query" and "response"')
+    require(bool(texts), "sample", "the row", row, f"texts in {_CONVERSATIONS}")
     found = row.get("images", row.get("image"))
     images = [] if found is None else list(found) if isinstance(found, list) else [found]
+    images += [image for image in _images_of_parts(row) if image not in images]
     images += dict.fromkeys(path.strip() for text in texts for path in IMAGE_TAG.findall(text))
     num_marks = sum(text.count("<image>") for text in texts)
     others = [name for name in ("videos", "audios") if row.get(name)]

@@ -44,6 +44,7 @@ _UNREAD = (
     _Unread(
         "VIA's CSV", (".csv",), (b"region_shape_attributes",), "In VIA: Annotation, Export Annotations (COCO format)."
     ),
+    _Unread("Label Studio's CSV", (".csv",), (b"annotation_id", b"lead_time"), "Export JSON instead."),
     _Unread("VIA 3's JSON", (".json",), (b'"vid_list"',), "In VIA 3: export the annotations as COCO."),
     _Unread(
         "CreateML's JSON",

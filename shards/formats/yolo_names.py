@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cogvlm_ft.yaml_text import YamlError, compose_yaml
 
 Names = dict[int, str]
 
-LISTS = ("classes.txt", "*.names")
+LISTS = ("classes.txt", "*.names", "_darknet.labels")
 YAMLS = ("*.yaml", "*.yml")
 _YAML_ENDINGS = (".yaml", ".yml")
 _FOLDERS_ABOVE = 2
@@ -30,6 +31,9 @@ _NUMBER = re.compile("[0-9]{1,6}")
 _NUMBERED = re.compile(r"([0-9]{1,6})(?:\s*[:=,;.)]\s*|\s+)(\S.*)")
 _HAS_NAMES = re.compile(rb"""^[ \t]*["']?names["']?[ \t]*:""", re.M)
 _MAX_SHOWN = 5
+_SIMILAR = re.compile(
+    r".*(?:class|label|name|notes|data).*\.(?:txt|json|yaml|yml|csv|labels|names|pbtxt)", re.IGNORECASE
+)
 _OUTLINE_TASKS = ("segment", "obb")
 
 
@@ -59,15 +63,25 @@ def load_label_settings(root: Path, folder: str) -> LabelSettings:
     if not num_inside:
         found += _with_names(above, LISTS, strict=False)[:1]
     if not found:
-        expected = ", ".join((*YAMLS, *LISTS))
-        raise DataError(
-            f"no file of class names for the YOLO labels in {root / folder}: none of {expected} there or above"
-        )
+        raise _no_names([*inside, *above[:1]], root / folder)
     chosen = next((settings for settings in found if settings.file.suffix in _YAML_ENDINGS), found[0])
     difference = next((text for other in found if (text := _difference(chosen, other, root))), None)
     if difference and found.index(chosen) >= num_inside > 0:
         raise DataError(f"{difference}; expected the same names. Remove or correct the wrong file.")
     return _with_notes(chosen, difference, root, folder)
+
+
+def _no_names(places: list[Path], folder: Path) -> DataError:
+    similar: dict[str, None] = {}
+    for place in places:
+        with suppress(OSError):
+            similar |= dict.fromkeys(sorted(entry.name for entry in place.iterdir() if _SIMILAR.fullmatch(entry.name)))
+    found = f"found {', '.join(list(similar)[:_MAX_SHOWN])}; " if similar else ""
+    expected = "names: [cat, dog] in data.yaml, or classes.txt with the name of class 0 in the first line, and so on"
+    return DataError(
+        f"no file of class names for the YOLO labels in {folder}: none of {', '.join((*YAMLS, *LISTS))} with names there "
+        f"or above; {found}expected {expected}. Write one of them."
+    )
 
 
 def _with_notes(chosen: LabelSettings, difference: str | None, root: Path, folder: str) -> LabelSettings:

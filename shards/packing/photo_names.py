@@ -145,7 +145,7 @@ def _choices(missing: Iterable[str], images: Path, claimed: set[int]) -> dict[st
 def _with_choice(candidate: Candidate, choices: dict[str, _Choice]) -> Candidate:
     photo, hint = choices[candidate.image]
     if photo is None:
-        return replace(candidate, image_hint=hint)
+        return replace(candidate, image_hint=hint or candidate.image_hint)
     detail = f"{candidate.image!r:.200} is not in the images folder; used {photo!r:.200}, the only photo that fits"
     note = Problem("note", "image_name_matched", detail, candidate.source)
     return replace(candidate, image=photo, problems=(*candidate.problems, note))

@@ -98,7 +98,7 @@ HEADS = {
     label=st.sampled_from(["dog", "狗", "红细胞", "消防栓"]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "gbk", "utf-16"]),
     delimiter=st.sampled_from(",;\t"),
-    end=st.sampled_from(["\n", "\r\n"]),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
 )
 def test_columns_and_encodings(
     kind: str, boxes: list[tuple[int, ...]], names: list[str], label: str, encoding: str, delimiter: str, end: str

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from case_files import CASES, build_case
+from case_files import CASES, build_case, write_photo
 from format_files import Reading, read_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,6 +161,24 @@ def test_boxes_come_to_their_photos(boxes: list[tuple[int, ...]], names: list[st
     for found in readings:
         assert found.boxes == {layout.format(name=name): {"猫": tuple(corners)} for name in names}
         assert not found.problems
+
+
+@pytest.mark.parametrize(("stated", "written"), [("gb2312", "gbk"), ("utf-16", "utf-16"), ("utf-8", "gbk")])
+def test_other_encodings(tmp_path: Path, stated: str, written: str) -> None:
+    text = f"{HEAD.replace('utf-8', stated)}{photo(DOG.replace('dog', '红色卡车'))}</annotations>"
+    (tmp_path / "x.xml").write_bytes(text.encode(written))
+    assert recognise_cvat(tmp_path)
+    found = read_all(read_cvat, tmp_path / "x.xml")
+    assert found.boxes == {"a.jpg": {"红色卡车": ((1, 2, 21, 12),)}}
+    assert found.reasons == ([("note", "encoding_guessed")] if stated == "utf-8" else [])
+
+
+def test_frames_that_have_names_are_explained(tmp_path: Path, capsys: Any) -> None:
+    write_photo(tmp_path / "in" / "x_01.jpg")
+    shape = DOG.replace("/>", ' frame="0"/>')
+    written(tmp_path / "in" / "x.xml", f'<track id="0" label="dog">{shape}</track>')
+    built = build_case(tmp_path / "in", tmp_path / "out", capsys)
+    assert built.code == 2 and "frame_000000" in built.printed and "Export CVAT for images" in built.printed
 
 
 def test_damage_is_reported_and_what_comes_before_is_kept(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from format_files import Reading, read_all, write_json, write_lines
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Turn
+from cogvlm_ft.shards.formats import recognise_format
 from cogvlm_ft.shards.formats.swift import read_swift, recognise_swift
 
 
@@ -51,6 +52,27 @@ def test_placeholders_become_targets_and_text_stays(tmp_path: Path) -> None:
         assert found.boxes == FOUND and not found.problems
         assert found.turns == [Turn("What is it?", "A dog.")]
         assert {candidate.units for candidate in found.candidates} == {"pixels"}
+
+
+@pytest.mark.parametrize("image", ["a.jpg", {"url": "a.jpg"}])
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_contents_of_parts(tmp_path: Path, image: Any, is_listed: bool) -> None:
+    kind = "image" if isinstance(image, str) else "image_url"
+    parts = [{"type": kind, kind: image}, {"type": "text", "text": "What is it?"}]
+    answer = [{"type": "text", "text": "A dog."}]
+    line = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
+    found = read(tmp_path, line | ({"images": ["a.jpg"]} if is_listed else {}))
+    assert found.only.image == "a.jpg" and found.turns == [Turn("What is it?", "A dog.")] and not found.problems
+    line["messages"][0]["content"] = [*parts, {"type": kind, kind: "b.jpg"}]
+    with pytest.raises(DataError, match="2 images"):
+        read(tmp_path, line)
+
+
+def test_pairs_of_llama_factory(tmp_path: Path) -> None:
+    line = {"instruction": "<image>Find", "input": "<ref>the dog</ref>", "output": "<box>(1,2),(3,4)</box>"}
+    path = write_json(tmp_path / "x.json", [line | {"images": ["a.jpg"]}])
+    assert recognise_format(path)[0] == "swift"
+    assert read_all(read_swift, path).boxes == {"a.jpg": {"the dog": ((1, 2, 3, 4),)}}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_30_layouts_of_formats_that_are_not_read(name: str) -> None:
 BOX = {"x1": 1, "y1": 2, "x2": 3, "y2": 4}
 FILES: dict[str, tuple[str, Any]] = {
     "VIA's CSV": ("a.csv", "filename,file_size,region_shape_attributes\n"),
+    "Label Studio's CSV": ("a.csv", "image,id,label,annotator,annotation_id,created_at,lead_time\n"),
     "VIA 3": ("a.json", {"project": {"vid_list": ["1"]}, "metadata": {}}),
     "Cityscapes": ("a_polygons.json", {"imgHeight": 9, "objects": [{"label": "car", "polygon": [[1, 2]]}]}),
     "V7 Darwin": ("a.json", {"dataset": "x", "annotations": [{"bounding_box": {"x": 1}}]}),

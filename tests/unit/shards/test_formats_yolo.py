@@ -176,7 +176,9 @@ def test_without_names_nothing_can_be_read(tmp_path: Path) -> None:
     labels = tmp_path / "a" / "b" / "c" / "labels"
     write(tmp_path / "classes.txt", "too far above")
     write(labels / "a.txt", "0 0.5 0.5 1 1")
-    with pytest.raises(DataError, match=r"no file of class names .*\*\.yaml, .*classes\.txt, \*\.names there or above"):
+    with pytest.raises(
+        DataError, match=r"no file of class names .*\*\.yaml, .*classes\.txt, \*\.names, .* there or above"
+    ):
         read_all(read_yolo, labels, tmp_path)
     write(labels / "a.yaml", "names: [dog]")
     write(labels / "b.yaml", "names: [cat]")
@@ -245,3 +247,27 @@ def test_recognise(tmp_path: Path) -> None:
     (tmp_path / "labels" / "b.txt").unlink()
     with pytest.raises(DataError, match=r"has no \.txt file"):
         read_all(read_yolo, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("labels.txt", "cat\ndog\n", "found labels.txt; expected names:"),
+        ("predefined_classes.txt", "cat\ndog\n", "found predefined_classes.txt"),
+        ("notes.json", "{}", "found notes.json"),
+        ("CLASSES.TXT", "cat\ndog\n", "found CLASSES.TXT"),
+        ("data.yaml", "names: cat, dog\n", r"found data.yaml; expected names: \[cat, dog\]"),
+        ("data.yaml", "names: {cat: 0, dog: 1}\n", "found data.yaml"),
+    ],
+)
+def test_names_that_are_not_read_are_named(tmp_path: Path, name: str, text: str, found: str) -> None:
+    write(tmp_path / "a.txt", "0 0.5 0.5 0.5 0.25\n")
+    write(tmp_path / name, text)
+    with pytest.raises(DataError, match=found):
+        read_all(read_yolo, tmp_path)
+
+
+def test_names_of_darknet_as_roboflow_writes_them(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a.txt", "1 0.5 0.5 0.5 0.25\n")
+    write(tmp_path / "train" / "_darknet.labels", "cat\ndog")
+    assert list(read_labels(tmp_path, tmp_path).boxes["train/a.jpg"]) == ["dog"]
