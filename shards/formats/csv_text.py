@@ -63,7 +63,7 @@ def _with_line_feeds(file: BinaryIO, stack: ExitStack) -> BinaryIO:
     head = file.read(_HEAD_BYTES)
     if b"\n" in head or b"\r" not in head:
         return file
-    copy = stack.enter_context(tempfile.TemporaryFile())
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     copy.write(head.replace(b"\r", b"\n"))
     while data := file.read(_HEAD_BYTES):
         copy.write(data.replace(b"\r", b"\n"))

@@ -78,9 +78,9 @@ def _no_names(places: list[Path], folder: Path) -> DataError:
             similar |= dict.fromkeys(sorted(entry.name for entry in place.iterdir() if _SIMILAR.fullmatch(entry.name)))
     found = f"found {', '.join(list(similar)[:_MAX_SHOWN])}; " if similar else ""
     expected = "names: [cat, dog] in data.yaml, or classes.txt with the name of class 0 in the first line, and so on"
+    none = f"none of {', '.join((*YAMLS, *LISTS))} with names there or above"
     return DataError(
-        f"no file of class names for the YOLO labels in {folder}: none of {', '.join((*YAMLS, *LISTS))} with names there "
-        f"or above; {found}expected {expected}. Write one of them."
+        f"no file of class names for the YOLO labels in {folder}: {none}; {found}expected {expected}. Write one."
     )
 
 
