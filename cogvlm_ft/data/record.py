@@ -15,6 +15,15 @@ from cogvlm_ft.grounding.targets import Box, Name, Target, Turn
 BOX_TOLERANCE_PX = 1.0
 """How far a box may exceed the image and still be clipped: annotation tools round, and some count pixels from 1."""
 
+_XYXY, _PIXELS = ("xyxy", "pascal_voc", "corners"), ("pixel", "pixels", "px", "real")
+_FORMS = {
+    **dict.fromkeys(("format", "mode", "box_format", "bbox_format", "box_mode", "bbox_mode"), (*_XYXY, *_PIXELS)),
+    **dict.fromkeys(("unit", "units", "box_unit", "bbox_type"), _PIXELS),
+}
+"""Fields that other programs have about their boxes, and the values that agree with ours."""
+_ABOUT_IMAGES = ("format", "mode")
+PIXELS_XYXY = "boxes [x0, y0, x1, y1] in pixels. Convert them, or leave the field out if they are"
+
 _MAX_NAMED = 8  # fields in a message
 
 _CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -100,6 +109,7 @@ def record_from_json(data: bytes, key: str) -> Record:
         raise BadSampleError(key, "bad_json", str(error)) from None
     _require(isinstance(fields, dict), key, "the record", fields, "a JSON object")
     source, upright = fields.get("source", ""), fields.get("upright", False)
+    _check_form(fields, key, "", of_image=True)
     _require(isinstance(source, str), key, "source", source, "a string")
     _require(isinstance(upright, bool), key, "upright", upright, "true or false")
     targets = _list(fields.get("targets", []), key, "targets")
@@ -122,6 +132,18 @@ def record_from_json(data: bytes, key: str) -> Record:
         upright=upright,
         tiles=_tiles(fields.get("tiles"), key),
     )
+
+
+def other_form(fields: dict[str, Any], *, of_image: bool) -> str | None:
+    """Return the field that states another form of the boxes than ours; of_image: of all targets of an image."""
+    names = (name for name in _FORMS if name in fields and not (of_image and name in _ABOUT_IMAGES))
+    return next((name for name in names if str(fields[name]).lower() not in _FORMS[name]), None)
+
+
+def _check_form(fields: dict[str, Any], key: str, field: str, *, of_image: bool) -> None:
+    name = other_form(fields, of_image=of_image)
+    if name:
+        raise BadSampleError(key, "bad_record", f"{field}{name}: found {fields[name]!r:.80}; expected {PIXELS_XYXY}")
 
 
 def detect_language(text: str) -> str:
@@ -188,6 +210,7 @@ def _tiles(value: Any, key: str) -> StoredTiles | None:
 
 def _target(value: Any, key: str, field: str) -> Target:
     _require(isinstance(value, dict), key, field, value, "an object")
+    _check_form(value, key, f"{field}.", of_image=False)
     phrase = _text(value.get("phrase"), key, f"{field}.phrase")
     language = value.get("language", detect_language(phrase))
     _require(language in ("zh", "en"), key, f"{field}.language", language, '"zh" or "en"')

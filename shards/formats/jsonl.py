@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cogvlm_ft.data.record import PIXELS_XYXY, other_form
 from cogvlm_ft.grounding.targets import Box, Target, Turn
 from cogvlm_ft.shards.formats.conversations import checked_pair, checked_turn
-from cogvlm_ft.shards.formats.rows import first_objects, merge_same_image, rows_by_image
+from cogvlm_ft.shards.formats.rows import first_objects, merge_same_image, rows_by_image, stated_size
 from cogvlm_ft.shards.packing.candidates import (
     Candidate,
     Problem,
@@ -26,14 +27,6 @@ from cogvlm_ft.shards.packing.candidates import (
     require,
 )
 from cogvlm_ft.shards.packing.given_splits import split_of_folder
-
-_XYXY, _PIXELS = ("xyxy", "pascal_voc", "corners"), ("pixel", "pixels", "px", "real")
-_FORMS = {
-    **dict.fromkeys(("format", "box_format", "bbox_format", "mode", "bbox_mode"), (*_XYXY, *_PIXELS)),
-    **dict.fromkeys(("unit", "units", "box_unit", "bbox_type"), _PIXELS),
-}
-"""Fields that other formats have about their boxes, and the values that agree with ours."""
-_PIXELS_XYXY = "boxes [x0, y0, x1, y1] in pixels. Convert them, or leave the field out if they are"
 
 
 def read_jsonl(path: Path, images_dir: Path) -> Iterator[Candidate | Problem]:
@@ -80,6 +73,8 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
     key = line.get("key")
     good_key = key is None or (isinstance(key, str) and bool(key.strip()))
     require(good_key, "sample", '"key"', key, "a string that is not empty")
+    form = other_form(line, of_image=True) if line.get("targets") else None
+    require(form is None, "sample", f'"{form}"', line.get(str(form)), PIXELS_XYXY)
     for name in ("targets", "turns"):
         require(isinstance(line.get(name, []), list), "sample", f'"{name}"', line.get(name), "a list")
     problems: list[Problem] = []
@@ -93,6 +88,7 @@ def _candidate(line: dict[str, Any], source: str) -> Candidate:
         source=source,
         targets=tuple(target for target in targets if target),
         turns=tuple(turn for turn in turns if turn),
+        stated_size_px=stated_size(line),
         unit_basis="documented",
         written_as="corners",
         problems=tuple(problems),
@@ -106,8 +102,8 @@ def _target(value: Any, source: str, problems: list[Problem]) -> Target | None:
         require(
             not {"boxes", "boxes_xyxy"} <= value.keys(), "target", "the target", value, "boxes or boxes_xyxy, not both"
         )
-        for form in _FORMS.keys() & value.keys():
-            require(str(value[form]).lower() in _FORMS[form], "target", f'"{form}"', value[form], _PIXELS_XYXY)
+        form = other_form(value, of_image=False)
+        require(form is None, "target", f'"{form}"', value.get(str(form)), PIXELS_XYXY)
         name = "boxes_xyxy" if "boxes_xyxy" in value else "boxes"
         raw_boxes = value.get(name)
         expected = "a list of boxes (empty = absent from the image)"

@@ -156,6 +156,8 @@ def test_a_key_in_two_tars_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ({"boxes": [BOX], "boxes_xyxy": [[1, 2, 21, 13]]}, r"targets\[0\]\.boxes: found .*, as in boxes_xyxy"),
         ({"boxes": [["1", 2, 21, 12]]}, r"targets\[0\]\.boxes\[0\]: found \['1', 2, 21, 12\]; expected four finite"),
         ({"boxes": [[0.1, 0.1, 0.7, 0.6]]}, r"boxes: found \[0\.1, .*expected pixels .*not fractions"),
+        ({"boxes": [BOX], "format": "xywh"}, r"targets\[0\]\.format: found 'xywh'; expected boxes \[x0, y0, x1, y1\]"),
+        ({"boxes": [BOX], "unit": "percent"}, r"targets\[0\]\.unit: found 'percent'"),
         ({"boxes": [BOX], "phrase": 7}, r"targets\[0\]\.phrase: found 7"),
     ],
 )

@@ -211,3 +211,16 @@ def test_an_array_that_is_damaged_is_refused(tmp_path: Path, between: str, end: 
     path.write_text("[\n" + between.join(map(json.dumps, ARRAY)) + end, encoding="utf-8")
     with pytest.raises(DataError, match=r"x\.json is not valid JSON: .*; expected one JSON array, or one JSON object"):
         read_all(read_jsonl, path)
+
+
+def test_fields_of_the_whole_photo_count_too(tmp_path: Path) -> None:
+    """Some programs state form and size once per photo."""
+    found = read(
+        tmp_path,
+        OURS | {"format": "jpeg", "mode": "RGB", "width": 640, "height": "480"},  # about the photo
+        OURS | {"image": "b.jpg", "bbox_format": "xywh"},
+        OURS | {"image": "c.jpg", "units": "percent"},
+        OURS | {"image": "d.jpg", "box_format": "XYXY"},
+    )
+    assert {part.image: part.stated_size_px for part in found.candidates} == {"a.jpg": (640, 480), "d.jpg": None}
+    assert found.reasons == [("sample", "bad_field")] * 2 and "xywh" in found.problems[0].detail
