@@ -37,6 +37,8 @@ from cogvlm_ft.shards.packing.candidates import (
 )
 
 _ONE_ID = "an id that no other {} has. Number them again where the files were joined, also in the annotations."
+_OF_LVIS = "neg_category_ids"
+"""Field of photos in which only some classes were looked for: these, and those annotated."""
 _DOUBTFUL = 1.5
 """Boxes up to this many pixels are rather fractions."""
 
@@ -45,13 +47,14 @@ _DOUBTFUL = 1.5
 class _Image:
     """A photo, filled with its annotations: boxes by category name, in the order of the file.
 
-    is_repeated: it is listed under several ids.
+    is_repeated: it is listed under several ids. lists_all: as of Candidate.
     """
 
     path: str
     source: str
     stated_size_px: tuple[int, int] | None
     is_repeated: bool = False
+    lists_all: bool = True
     boxes: dict[str, list[Box | None]] = field(default_factory=lambda: defaultdict(list))  # None: an unusable box
     problems: list[Problem] = field(default_factory=list)
 
@@ -178,6 +181,7 @@ def _images(entries: list[Any], photos: ListedPhotos, problems: list[Problem]) -
             require(number not in images, "sample", '"id"', number, "an id that no other image has")
             images[number] = None
             image = _Image(photos.find(_file_name(entry)), f"image id {number}", stated_size(entry))
+            image.lists_all = _OF_LVIS not in entry
             first = by_path.setdefault(image.path, image)
             if first is not image:
                 _join(first, image, problems)
@@ -289,6 +293,7 @@ def _candidate(image: _Image) -> Candidate:
         targets=targets,
         stated_size_px=image.stated_size_px,
         unit_basis="documented",
+        lists_all=image.lists_all,
         problems=tuple(image.problems),
     )
 

@@ -232,6 +232,7 @@ def _candidate(image: str, rows: list[_Row], source: _Source) -> Candidate:
         written_as="sizes" if layout.has_sizes else "corners",
         problems=tuple(problems),
         split=splits.pop() if len(splits) == 1 else None,
+        lists_all=not layout.has_codes,
     )
 
 

@@ -48,6 +48,7 @@ def read_photo(candidate: Candidate, others: Sequence[Candidate], exhaustive: bo
     others: the other candidates of the same image.
     """
     everything = (candidate, *others)
+    exhaustive = exhaustive and all(part.lists_all for part in everything)
     if any(_loses_names(problem) for part in everything for problem in part.problems):
         return "photos_with_losses"  # what was lost is in the image, and its name may be lost too
     names: list[tuple[Meaning, Target | None]] = [pair for part in everything for pair in _names(part, lexicon)]

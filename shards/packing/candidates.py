@@ -65,6 +65,7 @@ class Candidate:
     problems: parts already skipped, and notes.
     image_hint: what the message says about similar files if the image is not found.
     split: "train", "val" or "test" if the user's files state one.
+    lists_all: False if classes of the source may be in the image without annotation, as in LVIS and OpenImages.
     """
 
     image: str
@@ -80,6 +81,7 @@ class Candidate:
     problems: tuple[Problem, ...] = ()
     image_hint: str = ""
     split: str | None = None
+    lists_all: bool = True
 
     @property
     def is_background(self) -> bool:

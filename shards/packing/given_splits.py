@@ -166,7 +166,7 @@ def _splits_of_yaml(annotations: Path, images: Path) -> tuple[dict[str, str], di
                     _state(by_folder, _below(found, images), _NAMES[key])
                 elif found:
                     for image in _listed(found):
-                        _state(by_image, _below(image, images), _NAMES[key])
+                        _state(by_image, _listed_image(image, images), _NAMES[key])
     return (
         {name: split for name, split in by_folder.items() if split},
         {name: split for name, split in by_image.items() if split},
@@ -209,6 +209,14 @@ def _listed(path: Path) -> Iterator[Path]:
     for line in path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines():
         if line.strip():
             yield path.parent / line.strip()
+
+
+def _listed_image(path: Path, images: Path) -> str | None:
+    """Return the image of a list; of a path of another machine or export, as long an end as there is."""
+    below = _below(path, images)
+    parts = path.parts[1:]
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in (below, *ends) if end and (images / end).is_file()), None)
 
 
 def _is_list(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from format_files import read_all, write_json
 
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
+from cogvlm_ft.shards.negatives.lexicon import load_lexicon
+from cogvlm_ft.shards.negatives.photo import Photo, read_photo
 
 CONTENT: dict[str, Any] = {
     "info": {},
@@ -40,6 +43,16 @@ def test_an_id_of_two_photos_or_names_gives_no_box(tmp_path: Path, changes: Any,
     found = read_all(read_coco, write_json(tmp_path / "x.json", content))
     assert found.boxes == left
     assert (level, "bad_field") in found.reasons and "that no other" in found.problems[0].detail
+
+
+def test_photos_of_lvis_may_show_more_than_is_annotated(tmp_path: Path) -> None:
+    """Only the classes listed there are surely absent: others were not looked for."""
+    photo = CONTENT["images"][0] | {"neg_category_ids": [9], "not_exhaustive_category_ids": []}
+    candidate = read_all(read_coco, write_json(tmp_path / "x.json", CONTENT | {"images": [photo]})).only
+    assert not candidate.lists_all
+    for part, is_exhaustive in ((candidate, False), (replace(candidate, lists_all=True), True)):
+        photo_read = read_photo(part, [], True, load_lexicon(None))
+        assert isinstance(photo_read, Photo) and photo_read.exhaustive == is_exhaustive
 
 
 @pytest.mark.slow

@@ -99,6 +99,18 @@ def test_folders_of_tools_state_the_split(tmp_path: Path, image: str, source: st
     assert GivenSplits(tmp_path, tmp_path).of(Candidate(image, None, source)) == split
 
 
+@pytest.mark.parametrize("line", ["./images/{0}/a.jpg", "/content/set/images/{0}/a.jpg", "data/images/{0}/a.jpg"])
+def test_lists_of_images_of_another_machine(tmp_path: Path, line: str) -> None:
+    """Such as those that CVAT writes for Ultralytics."""
+    for name in ("train", "val"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.jpg").touch()
+        (tmp_path / f"{name}.txt").write_text(line.format({"train": "val", "val": "train"}[name]))
+    (tmp_path / "data.yaml").write_text("names: [dog]\ntrain: train.txt\nval: val.txt\n")
+    splits = GivenSplits(tmp_path, tmp_path)
+    assert [splits.of(Candidate(f"images/{name}/a.jpg", None, "x")) for name in ("train", "val")] == ["val", "train"]
+
+
 @pytest.mark.parametrize("column", ["split", "Set", "subset"])
 def test_a_column_or_a_field_states_the_split(tmp_path: Path, column: str) -> None:
     stated = {"a.jpg": "training", "b.jpg": "Valid", "c.jpg": "", "d.jpg": "set 3"}
