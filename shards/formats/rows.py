@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected, ch
 
 MAX_LINE_BYTES = 64 * 2**20
 _HEAD_BYTES = 2**20
+_BLANKS = re.compile(r"\s*")
+_LAID_OUT = re.compile(rb"\{\s*\n\s*\"")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -205,6 +208,8 @@ def first_objects(path: Path) -> list[dict[str, Any]]:
     head = read_head(path, _HEAD_BYTES)
     if head[:1] == b"[":
         texts = [head[1:].decode("utf-8", "ignore").lstrip()]
+    elif _is_laid_out(head):
+        texts = [head.decode("utf-8", "ignore")]
     else:
         texts = [line.decode("utf-8", "ignore") for line in head.splitlines()[:20]]
     values = (_first_value(text) for text in texts)
@@ -253,6 +258,8 @@ def _load_array(path: Path) -> list[Any] | None:
     Raises DataError for an array that is not valid JSON: line by line, only a few of its objects would be found.
     """
     head = read_head(path, MAX_LINE_BYTES)
+    if _is_laid_out(head):
+        return _load_objects(path)
     if head[:1] != b"[":
         return None
     try:
@@ -262,6 +269,25 @@ def _load_array(path: Path) -> list[Any] | None:
             raise
         return None
     return values if isinstance(values, list) else None
+
+
+def _is_laid_out(head: bytes) -> bool:
+    """Return whether the file begins with an object over several lines, as programs indent it."""
+    return _LAID_OUT.match(head) is not None
+
+
+def _load_objects(path: Path) -> list[Any]:
+    """Load the objects of a file, one after the other. Raises DataError if one is not valid JSON."""
+    text = read_file(path).removeprefix(_BOM).decode("utf-8", "surrogateescape").strip()
+    values, position = [], 0
+    try:
+        while position < len(text):
+            value, position = json.JSONDecoder().raw_decode(text, position)
+            values.append(value)
+            position = _BLANKS.match(text, position).end()  # type: ignore[union-attr]  # it fits anything
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}; expected JSON objects, best one per line") from None
+    return values
 
 
 def _begins_array(line: bytes) -> bool:

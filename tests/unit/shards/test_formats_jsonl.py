@@ -213,6 +213,19 @@ def test_an_array_that_is_damaged_is_refused(tmp_path: Path, between: str, end: 
         read_all(read_jsonl, path)
 
 
+@pytest.mark.parametrize("between", ["", "\n", "\r\n\r\n"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_objects_over_several_lines(tmp_path: Path, between: str, count: int) -> None:
+    objects = [json.dumps(OURS | {"image": f"{i}.jpg"}, indent=2) for i in range(count)]
+    (tmp_path / "x.json").write_text(between.join(objects))
+    assert recognise_jsonl(tmp_path / "x.json")
+    found = read_all(read_jsonl, tmp_path / "x.json")
+    assert list(found.boxes) == [f"{i}.jpg" for i in range(count)] and not found.problems
+    (tmp_path / "x.json").write_text(between.join(objects) + between + "{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_all(read_jsonl, tmp_path / "x.json")
+
+
 def test_fields_of_the_whole_photo_count_too(tmp_path: Path) -> None:
     """Some programs state form and size once per photo."""
     found = read(
