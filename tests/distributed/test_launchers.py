@@ -27,21 +27,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
-def launch(command: list[str], **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
+def test_torchrun(shards: Path, start_model: Path, tmp_path: Path) -> None:
+    """`deepspeed` trains below, in test_hostfile.py and in test_demo.py."""
+    settings = short_run_settings(shards, start_model, tmp_path / "run", *AS_SHIPPED)
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    result = subprocess.run(
+        [*launcher, "launch/train.py", *settings],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
-
-
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_launcher(launcher: str, shards: Path, start_model: Path, tmp_path: Path) -> None:
-    port = str(free_port())
-    prefix = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port],
-        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port],
-    }[launcher]
-    changes = AS_SHIPPED if launcher == "deepspeed" else ()
-    result = launch([*prefix, "launch/train.py", *short_run_settings(shards, start_model, tmp_path / "run", *changes)])
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run", "train")] == [1, 2]
 

@@ -79,7 +79,7 @@ def test_a_skipped_step_changes_nothing(
     poisoned_model: Path, shards: Path, rare: tuple[int, int, str], tmp_path: Path
 ) -> None:
     """Compare weights, moments and step count bit for bit with a run that never saw the step."""
-    cases = ["fp32;train.precision=fp32", "bf16;train.precision=bf16;deepspeed=zero3_tiny"]
+    cases = [f"{precision};train.precision={precision};deepspeed=zero3_tiny" for precision in ("fp32", "bf16")]
     cases += ["offload;deepspeed=configs/deepspeed/zero3_offload_optimizer.json"]
     cases += ["offload bf16;deepspeed=configs/deepspeed/zero3_offload_all.json;train.precision=bf16"]
     output = run([PROGRAM, poisoned_model, shards, tmp_path / "run", rare[1], *cases], 2, tmp_path / "logs")
