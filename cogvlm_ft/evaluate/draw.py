@@ -141,6 +141,7 @@ def _draw_strip(turns: Sequence[DrawnTurn], width: int) -> Image.Image:
     legend = LEGEND if any(turn.truth_boxes for turn in turns) else LEGEND_OF_ANSWERS
     rows: list[tuple[int | None, str, str]] = [(None, legend, SOFT_COLOUR)]  # (turn that begins, line, colour)
     for number, turn in enumerate(turns):
+        font.report_missing(f"{turn.prompt}{turn.truth or ''}")
         question = _wrap(turn.prompt, width, font)
         rows += [(None if place else number, line, TEXT_COLOUR) for place, line in enumerate(question)]
         unreadable = "  (无法解析 unreadable)" if turn.answer_boxes is None and turn.is_right is False else ""

@@ -43,6 +43,7 @@ class TextFont:
         self._faces: list[Face] = [found] if found else []
         self._installed = installed_fonts() if installed is None else installed
         self._face_of: dict[str, Face] = {}
+        self._lacking: set[str] = set()
         self._missing_of: dict[int, bytes] = {}
 
     def length(self, text: str) -> float:
@@ -56,6 +57,13 @@ class TextFont:
             pen.text((x, y), part, fill=colour, font=face, anchor="lm" if self._is_scalable(face) else None)
             x += face.getlength(part)
 
+    def report_missing(self, text: str) -> None:
+        """Warn once if no font has all characters of a text of the user; answers of a model may hold any."""
+        self._runs(text)
+        for char in text:
+            if char in self._lacking:
+                _report_missing(char)
+
     def _runs(self, text: str) -> list[tuple[Face, str]]:
         """Divide a text where the font changes."""
         shown = [char if char.isprintable() else " " for char in text]
@@ -65,11 +73,11 @@ class TextFont:
         return [(faces[places[0]], "".join(shown[place] for place in places)) for places in runs]
 
     def _find(self, char: str) -> Face:
-        """Return the first font with a glyph for a character, else the first font, with one warning for all."""
+        """Return the first font with a glyph for a character, else the first font."""
         if char not in self._face_of:
             face = next((face for face in chain(self._faces, self._more_faces()) if self._has(face, char)), None)
             if face is None:
-                _report_missing(char)
+                self._lacking.add(char)
             self._face_of[char] = face or self._first()
         return self._face_of[char]
 
