@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogvlm_ft.planning.zero3_coordinator import GatherRules
-from cogvlm_ft.runtime.engine import read_deepspeed_json
+from cogvlm_ft.runtime.deepspeed_json import read_deepspeed_json
 from cogvlm_ft.settings import Config
 
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
 from cogvlm_ft.adapter_settings import check_base_is_whole
-from cogvlm_ft.config import ENGINE_PRESETS, find_preset, num_accum_steps
+from cogvlm_ft.config import num_accum_steps
 from cogvlm_ft.errors import ConfigError
-from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.runtime.compiled_extensions import use_writable_folder
 from cogvlm_ft.runtime.cores import node_id
+from cogvlm_ft.runtime.deepspeed_json import deepspeed_file, read_deepspeed_json
 from cogvlm_ft.runtime.distributed import (
     apply_timeout,
     device,
@@ -41,55 +42,13 @@ from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import Config
 
 
-def deepspeed_file(config: Config) -> Path:
-    """Return the file that `deepspeed` refers to: a path, or the name of a preset."""
-    return find_preset(config.deepspeed, ENGINE_PRESETS, "deepspeed=")
-
-
-def read_deepspeed_json(config: Config) -> dict[str, Any]:
-    """Return the settings in that file, without "auto". Raises ConfigError if they are unreadable or not for ZeRO-3."""
-    path = deepspeed_file(config)
-    try:
-        settings = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed={path}: {error}; expected a DeepSpeed JSON") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
-        raise ConfigError(f"deepspeed={path}: found no zero_optimization; expected a DeepSpeed JSON for ZeRO-3")
-    settings = _without_auto(settings)
-    for key, value in settings["zero_optimization"].items():
-        if isinstance(value, float):  # 1e9
-            if not value.is_integer():
-                raise ConfigError(f"deepspeed={path}: zero_optimization.{key}: found {value}; expected a whole number")
-            settings["zero_optimization"][key] = int(value)
-    return settings
-
-
-def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings without the values "auto" of transformers' Trainer: the config or DeepSpeed's default counts.
-
-    The numbers of ranks of a node, for hpZ, remain to be filled in.
-    """
-    kept: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            if value.get("enabled") == "auto" or (key == "fp16" and value.get("enabled") is False):
-                continue  # what else it holds has no effect
-            inner = _without_auto(value)
-            if inner or not value:
-                kept[key] = inner
-        elif value != "auto" or key == "zero_hpz_partition_size":
-            kept[key] = value
-    return kept
-
-
 def deepspeed_settings(config: Config, *, of_training: bool = True) -> dict[str, Any]:
     """Complete the DeepSpeed JSON with the config's batch sizes, clipping and precision. Collective.
 
-    of_training: false to ignore the batch sizes in the JSON. The config alone sets these numbers. The key "//" of the
-    JSON is a comment for readers. Raises ConfigError.
+    of_training: false to ignore the batch sizes in the JSON. The config alone sets these numbers. Raises
+    ConfigError.
     """
     path, train, settings = deepspeed_file(config), config.train, read_deepspeed_json(config)
-    settings.pop("//", None)
     num_steps = num_accum_steps(train.global_batch_size, train.micro_batch_size, world_size())
     ours: dict[str, tuple[str, Any]] = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
@@ -108,19 +67,7 @@ def deepspeed_settings(config: Config, *, of_training: bool = True) -> dict[str,
                 f"or remove {key} from the file"
             )
         settings[key] = value
-    for key, our_key in (
-        ("optimizer", "train.lr, train.beta1, ..."),
-        ("scheduler", "train.warmup_fraction"),
-        ("fp16", "train.precision"),
-    ):
-        if key in settings:
-            raise ConfigError(f"{path}: found {key}, which is set by {our_key}. Remove {key} from the file")
     zero = settings["zero_optimization"]
-    if zero.get("stage") != 3:
-        raise ConfigError(
-            f"{path}: zero_optimization.stage: found {zero.get('stage')!r}; expected 3, because model folders are read "
-            "into partitioned parameters"
-        )
     if of_training and config.adapter.rank and zero.get("leaf_module"):
         raise ConfigError(
             f"{path}: zero_optimization.leaf_module: found modules that are gathered as a whole; expected none with "
@@ -129,16 +76,14 @@ def deepspeed_settings(config: Config, *, of_training: bool = True) -> dict[str,
     if of_training:
         offload = zero.get("offload_param", {}).get("device", "none")
         check_base_is_whole(config.adapter, world_size(), offloads_weights=offload != "none")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
-            raise ConfigError(
-                f"{path}: zero_optimization.{key}.device: found {zero[key]['device']!r}; expected cpu or none, because "
-                "checkpoints are written from memory"
-            )
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = ranks_per_node()
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = device().type == "cuda"  # see build_engine
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings))
+    except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split()).rstrip('.')}. Correct the file") from error
     return settings
 
 

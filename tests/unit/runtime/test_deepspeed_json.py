@@ -11,7 +11,8 @@ import pytest
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.planning.zero_settings import read_zero_settings
-from cogvlm_ft.runtime.engine import deepspeed_settings, read_deepspeed_json
+from cogvlm_ft.runtime.deepspeed_json import read_deepspeed_json
+from cogvlm_ft.runtime.engine import deepspeed_settings
 from cogvlm_ft.settings import Config
 
 OF_TRAINER = {
@@ -57,6 +58,43 @@ def test_the_number_of_ranks_of_a_node_stays_open(tmp_path: Path) -> None:
     config = config_of(tmp_path, {"zero_optimization": zero})
     assert read_deepspeed_json(config)["zero_optimization"] == zero
     assert read_zero_settings(config, 8).secondary_ranks == 8
+
+
+def test_numbers_as_text_null_and_comments_are_understood(tmp_path: Path) -> None:
+    zero = {"stage": "3", "reduce_bucket_size": "2e8", "sub_group_size": None, "offload_optimizer": None, "//": "why"}
+    zero["offload_param"] = {"device": "none", "buffer_size": "1e8"}
+    config = config_of(tmp_path, {"zero_optimization": zero, "bf16": None})
+    config_file = tmp_path / "zero3.json"
+    config_file.write_bytes(b"\xef\xbb\xbf" + config_file.read_bytes())  # as Notepad saves it
+    expected = {"stage": 3, "reduce_bucket_size": 2 * 10**8}
+    expected["offload_param"] = {"device": "none", "buffer_size": 10**8}
+    assert deepspeed_settings(config)["zero_optimization"] == expected
+    assert read_zero_settings(config, 8).reduce_bucket == 2 * 10**8
+
+
+@pytest.mark.parametrize(
+    ("zero", "named"),
+    [
+        ({"reduce_bucket_size": "many"}, "zero_optimization.reduce_bucket_size: found 'many'; expected a valid int"),
+        ({"reduce_bucket_size": -1}, "reduce_bucket_size: found -1; expected greater than 0"),
+        ({"reduce_bucket_sise": 1}, "reduce_bucket_sise: found a key that this DeepSpeed does not know"),
+        ({"offload_optimizer": "cpu"}, "offload_optimizer: found 'cpu'; expected a valid dictionary"),
+        ({"leaf_module": "DecoderLayer"}, "zero_optimization: leaf_module"),
+        ({"cpu_offload": True}, "cpu_offload: found True, the form of former versions"),
+        ({"stage": 2}, "stage: found 2; expected 3"),
+    ],
+)
+def test_the_plan_refuses_what_training_refuses(tmp_path: Path, zero: dict[str, Any], named: str) -> None:
+    config = config_of(tmp_path, {"zero_optimization": {"stage": 3, **zero}})
+    for read in (deepspeed_settings, lambda config: read_zero_settings(config, 8)):
+        with pytest.raises(ConfigError, match=named) as error:
+            read(config)
+        assert "\n" not in str(error.value) and "zero3.json" in str(error.value)
+
+
+def test_what_deepspeed_has_removed_is_a_mistake_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"zero3\.json: .*elasticity.* Correct the file"):
+        deepspeed_settings(config_of(tmp_path, {**OF_TRAINER, "elasticity": {"enabled": True}}))
 
 
 @pytest.mark.parametrize(
