@@ -21,6 +21,7 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
 PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 PATH_ERRORS |= {errno.ELOOP, errno.ENAMETOOLONG}
+NO_HOME = "Could not determine home directory."  # of pathlib, such as for an account without a name in a container
 ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
 
@@ -63,6 +64,11 @@ def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> 
         if explained is None:
             raise
         say(explained, file=sys.stderr)
+    except RuntimeError as error:
+        if str(error) != NO_HOME:
+            raise
+        expected = "expected HOME, or a user of this machine after ~. Set HOME, or write the path in full"
+        say(f"ConfigError: ~ in a path: found no home folder; {expected}", file=sys.stderr)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "cogvlm_ft":
             raise

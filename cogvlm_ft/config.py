@@ -27,7 +27,7 @@ from cogvlm_ft.plain_files import read_bytes, write_text
 from cogvlm_ft.run_folder import is_in_run_folder
 from cogvlm_ft.settings import CHECKPOINTED_LAYERS, Config, Rules
 from cogvlm_ft.terminal import hide
-from cogvlm_ft.written_values import value_of_argument, values_of_yaml
+from cogvlm_ft.written_values import explained, value_of_argument, values_of_yaml
 
 PACKAGE = Path(__file__).resolve().parent  # holds configs/ and slurm/, in a checkout by links
 RUN_PRESETS, ENGINE_PRESETS = "configs/*.yaml", "configs/deepspeed/*.json"
@@ -182,7 +182,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _read_argument(override: str) -> Any:
     """Return one `key=value` as a config."""
     key, _, text = override.partition("=")
-    if not key.strip():
+    key = key.strip()
+    if not key:
         raise ConfigError("found no key; expected key=value, such as train.lr=1e-5")
     argument = OmegaConf.create({})
     OmegaConf.update(argument, key, value_of_argument(key, text))
@@ -198,13 +199,7 @@ def _naming(source: str) -> Iterator[None]:
         raise ConfigError(f"{source}: {error}") from None
     except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
-        first_line = str(error).splitlines()[0]
-        advice = ""
-        if "ListConfig" in first_line:
-            first_line, advice = "found one value", "; expected a list, such as [model.vision.*]"
-        elif "Dict[str, float]" in first_line:
-            first_line, advice = "found one value", "; expected patterns with factors, such as {model.vision.*: 0.1}"
-        raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{first_line}{advice}") from error
+        raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{explained(str(error).splitlines()[0])}") from error
 
 
 def has_resolver(written: Any) -> bool:

@@ -19,6 +19,17 @@ from cogvlm_ft.yaml_text import YamlError, compose_yaml
 
 NULLS = ("", "~", "null", "Null", "NULL")
 PYTHON_NULLS = ("None", "none")  # text, unless the setting takes null
+_WHOLE, _DECIMAL, _BOOL = "a whole number, such as 1000", "a number, such as 1e-5", "true or false"
+_EXPECTED = {"Integer": _WHOLE, "int": _WHOLE, "Float": _DECIMAL, "float": _DECIMAL, "bool": _BOOL, "str": "a text"}
+_OF_OMEGACONF = (
+    (r"Value ('.*') of type '\w+' could not be converted to (\w+)$", "found {0}; expected {expected}"),
+    (r"Value ('.*') is not a valid (bool)", "found {0}; expected {expected}"),
+    (r"Incompatible value 'None' for field of type '(\w+)'", "found null or nothing; expected {expected}"),
+    (r"field '.*' is not Optional", "found null or nothing; expected a value. Leave it out for the default"),
+    (r"Merge error: .* is not a subclass of \w+\. value: (.*)", "found {0}; expected settings, such as train.lr=1e-5"),
+    (r"Key '.*' not in '\w+'\.?(.*)", "found an unknown setting; expected one of docs/config.md.{0}"),
+)
+"""Patterns of OmegaConf's errors, and what is said in their place; the last group names the type."""
 _LOCATION = "path"
 """The key in a list of shards whose value is text, whatever it looks like."""
 _INSIDE_ANY = object()  # the type of what is in a setting that takes several forms
@@ -121,3 +132,16 @@ def _number(text: str) -> int | float | str | bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     plain = text.replace("_", "")
     return int(plain) if re.fullmatch(r"[-+]?\d+", plain) else float(plain)
+
+
+def explained(problem: str) -> str:
+    """Return what was found and expected, from a line of OmegaConf; other lines unchanged."""
+    if "ListConfig" in problem:
+        return "found one value; expected a list, such as [model.vision.*]"
+    if "Dict[str, float]" in problem:
+        return "found one value; expected patterns with factors, such as {model.vision.*: 0.1}"
+    for pattern, kind in _OF_OMEGACONF:
+        found = re.match(pattern, problem, re.DOTALL)
+        if found:
+            return kind.format(*found.groups(), expected=_EXPECTED.get(found[found.lastindex or 0], "a value"))
+    return problem

@@ -11,6 +11,7 @@ from cogvlm_ft.errors import DataError
 SCHEMES = ("http", "https", "gs", "s3", "hf", "ais")
 COMMAND = "pipe:"
 
+_LOST_SLASH = re.compile(rf"({'|'.join(SCHEMES)}):/?[^/].*", re.IGNORECASE)
 _USER = re.compile(r"//[^/@\s]*@")
 _QUERY = re.compile(r"\?[^\s'\")]+")
 _PACKED = r"tgz|tbz2?|txz|tzst|tar\.(gz|bz2?|xz|lzma|lz4?|lzo|zst|br|z|sz)"
@@ -30,18 +31,47 @@ def is_url(path: str) -> bool:
 
 def scheme_of(url: str) -> str:
     """Return what stands before the colon."""
-    return urlsplit(url).scheme
+    return url.partition(":")[0].lower()
 
 
 def check_url(url: str) -> None:
     """Raise DataError unless this is an address that may be opened."""
+    check_host(url)
+    if re.search(r"[\s#\[\]{}*\\]", url):
+        hint = "Name every tar, such as train-{000000..000003}.tar" if "*" in url else "Write others as %20, %23, ..."
+        raise DataError(f"{shown(url)}: expected an address without blanks and # [ ] {{ }} * \\. {hint}")
+
+
+def check_host(url: str) -> None:
+    """Raise DataError unless scheme, host and port, or bucket, may be asked for. `url` may hold a pattern."""
     scheme = scheme_of(url)
     if scheme not in SCHEMES:
         expected = ", ".join(f"{name}://" for name in SCHEMES)
         raise DataError(f"{shown(url)}: found scheme {scheme!r}; expected a local path or one of {expected}")
-    if re.search(r"[\s#\[\]{}*\\]", url):
-        hint = "Name every tar, such as train-{000000..000003}.tar" if "*" in url else "Write others as %20, %23, ..."
-        raise DataError(f"{shown(url)}: expected an address without blanks and # [ ] {{ }} * \\. {hint}")
+    is_store = scheme in ("s3", "gs")
+    expected = f"{scheme}://bucket/folder" if is_store else f"{scheme}://host/folder"
+    try:
+        parts = urlsplit(url)
+        is_good = bool(parts.hostname) and (parts.port is None or not is_store)
+    except ValueError:  # its text may hold a part of a password
+        is_good = False
+    if not is_good:
+        what = "a bucket" if is_store else "a host with a port of 1 to 65535"
+        without_user = re.sub(r"//.*@", "//", url)  # of which a slash may be a part, that ends the host
+        raise DataError(f"{shown(without_user)}: found no name of {what}; expected {expected}. Correct the address")
+    if is_store and "@" in parts.netloc:
+        raise DataError(
+            f"{shown(url)}: found a user or password; expected {expected}. Give them in the variables or files of "
+            "the store's own tools"
+        )
+
+
+def check_slashes(location: str) -> None:
+    """Raise DataError for an address that lost a slash, such as s3:/bucket; it would be taken for a path."""
+    if _LOST_SLASH.fullmatch(location):
+        raise DataError(
+            f"{shown(location)}: found an address without //; expected {scheme_of(location)}://... Correct the address"
+        )
 
 
 def shown(text: str) -> str:
@@ -67,7 +97,9 @@ def name_of(location: str) -> str:
     """Return the last part of a path or address, for people and for keys; without a query."""
     if is_command(location):
         return "pipe"
-    return PurePosixPath(urlsplit(location).path if is_url(location) else location).name
+    if is_url(location):
+        location = re.split(r"[?#]", re.sub(r"^[^:]*://[^/?#]*", "", location), maxsplit=1)[0]
+    return PurePosixPath(location).name
 
 
 def is_tar(location: str) -> bool:
@@ -86,8 +118,12 @@ def unpacked_name(location: str) -> str:
 
 
 def local_path(location: str) -> str:
-    """Return the path in a `file:` address; other locations unchanged."""
-    if not location.startswith("file:"):
+    """Return the path in a `file:` address; other addresses with their scheme in small letters."""
+    scheme, colon, rest = location.partition(":")
+    if not colon or scheme.lower() not in ("file", *SCHEMES):
+        return location
+    location = f"{scheme.lower()}:{rest}"
+    if scheme.lower() != "file":
         return location
     parts = urlsplit(location)
     host = "" if parts.netloc == "localhost" else parts.netloc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from cogvlm_ft.data.shard import Shard
 from cogvlm_ft.data.tars import Loss
 
 _log = logging.getLogger(__name__)
+_NUMBERED = re.compile(r"(.*?)(\d{1,12})(\.tar.*)", re.IGNORECASE)
 
 
 def explain_losses(shards: list[Shard]) -> list[Shard]:
@@ -49,6 +51,26 @@ def report_findings(split: str, sources: Sequence[Sequence[Shard]]) -> None:
             _log.warning("split %s: %s by reason: %s; first: %s", split, what, counts, text_of(found[0]))
     for source in sources:
         _report_repeated_keys(split, source)
+        _report_gaps(split, [shard.path.name for shard in source])
+
+
+def _report_gaps(split: str, names: Sequence[str]) -> None:
+    """Warn of numbers that tars of one name leave out, such as after an interrupted copy."""
+    groups: dict[tuple[str, int, str], set[int]] = {}
+    for name in names:
+        parts = _NUMBERED.fullmatch(name)
+        if parts:
+            groups.setdefault((parts[1], len(parts[2]), parts[3]), set()).add(int(parts[2]))
+    for (before, width, after), numbers in groups.items():
+        num_missing = max(numbers) - min(numbers) + 1 - len(numbers)
+        if not 0 < num_missing <= len(numbers):  # more: a choice of tars
+            continue
+        first = next(number for number in range(min(numbers), max(numbers)) if number not in numbers)
+        _log.warning(
+            "split %s: tars whose numbers are left out: %d, such as %s%0*d%s. Copy them, unless they are left out on "
+            "purpose",
+            *(split, num_missing, before, width, first, after),
+        )
 
 
 def text_of(loss: Loss) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from cogvlm_ft.data.addresses import (
+    check_host,
+    check_slashes,
     check_url,
     is_command,
     is_tar,
@@ -88,6 +90,7 @@ def check_once(source: str, found: Sequence[str]) -> None:
 def _expanded(part: str) -> list[str]:
     if not is_url(part) and Path(part).expanduser().exists():
         return [part]  # braces and brackets may be a part of its name
+    check_slashes(part)
     try:
         names = list(islice(braceexpand(part, escape=False), _MAX_LOCATIONS))
     except ValueError:
@@ -98,6 +101,7 @@ def _expanded(part: str) -> list[str]:
 def _matching(pattern: str) -> list[str]:
     """Return what a pattern with * ? [ ] matches; what is no pattern, unchanged."""
     if is_url(pattern):
+        check_host(pattern)
         if scheme_of(pattern) not in ("s3", "gs") or not re.search(r"[*\[]", pattern):
             check_url(pattern)
             return [pattern]

@@ -114,6 +114,8 @@ def scan_file(file: BinaryIO, size: int, name: str, shown: str) -> Scan:
     """Scan an opened tar of `size` bytes. name: for losses. shown: for errors."""
     samples: dict[str, _Parts] = {}
     losses: list[Loss] = []
+    if size == 0:  # what an interrupted copy leaves; an empty tar has two blocks of zeros
+        losses.append(Loss(name, "", "empty_file", "found 0 bytes; expected a tar. Copy it again, or remove it"))
     _refuse_compressed(shown, file.read(6))
     end = 0
     for member in _members(file, size):

@@ -102,12 +102,14 @@ def test_an_unknown_key_is_named_with_its_source_and_the_nearest(
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("train.lr=fast", r"train\.lr: .*'fast'"),
-        ("train.epochs=2.5", r"train\.epochs: .*2\.5"),
-        ("train.epochs=null", r"train\.epochs: .*None"),
-        ("train.tf32=maybe", r"train\.tf32: .*maybe.*bool"),
+        ("train.lr=fast", r"train\.lr: found 'fast'; expected a number, such as 1e-5"),
+        ("train.epochs=2.5", r"train\.epochs: found '2\.5'; expected a whole number"),
+        ("train.epochs=null", r"train\.epochs: found null or nothing; expected a whole number"),
+        ("train.tf32=maybe", r"train\.tf32: found 'maybe'; expected true or false"),
         ("train.epochs=[1]", r"train\.epochs"),
-        ("train=5", r"command line train=5"),
+        ("train=5", r"command line train=5: found 5; expected settings"),
+        ("model=null", r"model: found null or nothing; expected a value"),
+        ("train.nope=5", r"train\.nope: found an unknown setting; expected one of docs/config\.md"),
         ("=5", r"command line =5"),
     ],
 )

@@ -95,6 +95,11 @@ def test_mistakes_of_the_user_are_one_line(error: Exception, capsys: pytest.Capt
     assert capsys.readouterr().err == f"{type(error).__name__}: {error}\n"
 
 
+def test_a_home_folder_that_is_not_known_is_a_mistake_of_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: Path("~no-such-user/x").expanduser() and 0) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_other_failures_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)

@@ -32,6 +32,39 @@ from cogvlm_ft.tracking.provenance import without_passwords
 MANDATORY = ["output_dir=x", "model.path=m"]
 
 
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("s3:/bucket/a.tar", "found an address without //; expected s3://"),
+        ("HTTPS:host/a.tar", "found an address without //; expected https://"),
+        ("http:///a.tar", "found no name of a host"),
+        ("http://127.0.0.1:99999/a.tar", "found no name of a host with a port"),
+        ("https://[::1/a.tar", "found no name of a host"),
+        ("s3://", "found no name of a bucket"),
+        ("s3://KEY:SECRET@bucket/*.tar", "found a user or password"),
+        ("s3://KEY:SEC/RET@bucket/a.tar", "found no name of a bucket"),
+        ("oss://bucket/*.tar", "found scheme 'oss'"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_refused_without_its_password(address: str, named: str) -> None:
+    with pytest.raises(DataError, match=named) as error:
+        locations(address)
+    assert "RET" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_schemes_are_read_in_capitals_too(tmp_path: Path) -> None:
+    assert locations("HTTPS://Host/A.tar") == ["https://Host/A.tar"]
+    assert locations(f"FILE://{tmp_path}") == [str(tmp_path)]
+
+
+def test_an_interrupted_copy_of_shards_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (0, 2, 3):
+        (tmp_path / f"train-{number:06d}.tar").write_bytes(tar_bytes(str(number)) if number < 3 else b"")
+    index = load_index(str(tmp_path), "train")
+    assert len(index) == 2 and [loss.reason for loss in index.losses] == ["empty_file"]
+    assert "numbers are left out: 1, such as train-000001.tar" in caplog.text
+
+
 def tar_bytes(*keys: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
