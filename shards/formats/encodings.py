@@ -15,6 +15,8 @@ _KNOWN = re.compile("utf_8|utf_16|gb|hz|big5|shift_jis|cp[0-9]|euc_|iso8859|lati
 _GUESS = "gb18030"
 _CERTAIN = re.compile("[\u0800-\U0010ffff]")
 """Three or more bytes of UTF-8 are not valid by chance."""
+_PRIVATE = re.compile("[\ue000-\uf8ff]")
+_KANA = re.compile("[\u3041-\u30fe]")
 _BETWEEN_LETTERS = re.compile(r"(?:[A-Za-z]+[^\x00-\x7f])+[A-Za-z]+")
 _BETWEEN_WORDS = re.compile(r"""[\r\n\t,;:\[\]{}()'"<>|=/#-]+""")
 
@@ -56,6 +58,9 @@ def decode_text(data: bytes, stated: str | None = None) -> Decoded:
         raise Rejected(
             "sample", "not_utf8", f"{_first_foreign(guessed)!r:.80} in GBK, perhaps Latin-1. Convert the file to UTF-8."
         )
+    if guessed is not None and _is_other_asian(data, guessed):
+        found = f"{_first_foreign(guessed)!r:.80} in GBK, perhaps Shift-JIS or Big5"
+        raise Rejected("sample", "not_utf8", f"{found}. Convert the file to UTF-8.")
     if guessed is not None:
         return Decoded(guessed, _GUESS)
     if utf8 is not None:
@@ -105,6 +110,15 @@ def _is_latin(text: str) -> bool:
     num_common = sum(_encodes(char, "gb2312") for char in foreign)
     has_letters = all(any(char.isascii() and char.isalpha() for char in word) for word in words)
     return has_letters and (2 * num_common < len(foreign) or all(map(_BETWEEN_LETTERS.fullmatch, words)))
+
+
+def _is_other_asian(data: bytes, text: str) -> bool:
+    """Return whether text read as GBK is surely something else: private characters, or rare ones for Japanese kana."""
+    if _PRIVATE.search(text):
+        return True
+    foreign = [char for char in text if not char.isascii()]
+    is_rare = len(foreign) > 1 and not any(_encodes(char, "gb2312") for char in foreign)
+    return is_rare and _KANA.search(_decoded(data, "cp932") or "") is not None
 
 
 def _first_foreign(text: str) -> str:

@@ -46,6 +46,15 @@ def test_a_wrong_statement_is_reported(stated: str, written: str) -> None:
     assert found.text == text and found.guess and found.notes("a.xml")
 
 
+@pytest.mark.parametrize(
+    ("word", "encoding"),
+    [("赤い犬", "cp932"), ("ネコ", "cp932"), ("ヘルメット", "cp932"), ("紅色卡車", "big5"), ("安全帽", "big5")],
+)
+def test_japanese_and_traditional_chinese_are_not_read_as_gbk(word: str, encoding: str) -> None:
+    with pytest.raises(Rejected, match="perhaps Shift-JIS or Big5"):
+        decode_text(f"names: [{word}]".encode(encoding))
+
+
 def test_other_bytes_are_refused() -> None:
     with pytest.raises(Rejected, match="neither UTF-8 nor GBK"):
         decode_text(b"caf\xe9\n\xff\xff")
