@@ -8,6 +8,7 @@ Prints ratios. The two sides of a ratio alternate, so that other load slows both
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ from PIL import Image
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.pixels import open_image
-from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.reader import MAX_PIXELS, ShardReader
+from cogvlm_ft.shards.packing.verify import verify_image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_PHOTOS = REPOSITORY.parent / "shared" / "data"
@@ -45,6 +47,7 @@ def main() -> None:
         folder = Path(temporary)
         names = repeat_photos(args.photos, folder / "photos", args.mib << 20)
         bench_build(folder, names, args.rounds)
+        bench_cpu(folder, names)
         bench_read(folder, names[: args.num_read], args.rounds)
         bench_memory_of_reading(folder, args.num_read // 4)
         if args.records:
@@ -79,10 +82,7 @@ def repeat_photos(source: Path, folder: Path, num_bytes: int) -> list[str]:
 def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
     """Time the complete commands."""
     (folder / "names").write_text("\n".join(names))
-    tar = ["tar", "-cf", str(folder / "plain.tar"), "-C", str(folder / "photos"), "-T", str(folder / "names")]
-    build = [sys.executable, "-m", "cogvlm_ft.shards.build", "--format", "jsonl", "--images", str(folder / "photos")]
-    build += ["--annotations", str(folder / "x.jsonl"), "--out", str(folder / "shards"), "--val-fraction", "0"]
-    build += ["--samples-per-shard", "200"]
+    tar, build = _commands(folder)
 
     def run(command: list[str]) -> Callable[[], object]:
         return lambda: subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
@@ -104,6 +104,39 @@ def bench_build(folder: Path, names: Sequence[str], rounds: int) -> None:
         seconds = take_turns(sides, rounds, before=before)
         measured = f"{ratio(seconds['build'], seconds['tar'])} x the time of tar (target 1.3)"
         print(f"build, photos in {where:<12}{measured}", flush=True)
+
+
+def _commands(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the commands of tar and of the build."""
+    tar = ["tar", "-cf", str(folder / "plain.tar"), "-C", str(folder / "photos"), "-T", str(folder / "names")]
+    build = [sys.executable, "-m", "cogvlm_ft.shards.build", "--format", "jsonl", "--images", str(folder / "photos")]
+    build += ["--annotations", str(folder / "x.jsonl"), "--out", str(folder / "shards"), "--val-fraction", "0"]
+    return tar, [*build, "--samples-per-shard", "200"]
+
+
+def bench_cpu(folder: Path, names: Sequence[str]) -> None:
+    """Print the CPU per photo of both commands, each in one process, and of some parts, with all photos in memory."""
+    tar, build = _commands(folder)
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+    code = (
+        "import sys; from cogvlm_ft.shards.build import main; "
+        "from cogvlm_ft.shards.packing.workers import import_webdataset_without_torch as start; start(); "
+        "sys.exit(main(sys.argv[1:]))"  # as a worker starts
+    )
+    in_one = [sys.executable, "-c", code, *build[build.index("--format") :], "--workers", "1"]
+    photos = [(folder / "photos" / name).read_bytes() for name in names[:1000]]
+    parts: dict[str, tuple[int, Callable[[], object]]] = {
+        "tar": (len(names), lambda: subprocess.run(tar, check=True)),
+        "build": (len(names), lambda: subprocess.run(in_one, cwd=REPOSITORY, check=True, capture_output=True)),
+        "verifying": (len(photos), lambda: [verify_image(photo, "", MAX_PIXELS) for photo in photos]),
+        "hashing": (len(photos), lambda: [hashlib.sha256(photo) for photo in photos]),
+    }
+    found = []
+    for name, (num_photos, part) in parts.items():
+        before = sum(os.times()[:4])
+        part()
+        found.append(f"{name} {1000 * (sum(os.times()[:4]) - before) / num_photos:.2f}")
+    print(f"ms of CPU per photo          {', '.join(found)}")
 
 
 def bench_read(folder: Path, names: Sequence[str], rounds: int) -> None:

@@ -220,7 +220,12 @@ class UnitSurvey:
             for box in target.boxes_xyxy:
                 evidence.add(box, target.phrase, places)
 
-    def check_forms(self, annotations: Path) -> None:
+    def check_stated(self, annotations: Path) -> None:
+        """Raise UnclearUnitError if boxes of a stated unit only fit in another form."""
+        self._check_forms(annotations)
+        self._check_exchanged({}, annotations)
+
+    def _check_forms(self, annotations: Path) -> None:
         """Raise UnclearUnitError if the boxes only fit in another form, such as sizes in place of corners."""
         for evidence in self._forms.values():
             found = evidence.describe(exchanged=False)
@@ -238,7 +243,7 @@ class UnitSurvey:
         """Return the decision; box_unit: of the user, or "auto". Raises DataError."""
         if box_unit != "thousandth":
             self._texts.check(annotations)
-        self.check_forms(annotations)
+        self._check_forms(annotations)
         if box_unit != "auto":
             self._check_exchanged(dict.fromkeys(self._groups, BOX_UNITS[box_unit]), annotations)
             return self._as_told(box_unit, annotations)

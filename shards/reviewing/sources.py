@@ -88,7 +88,7 @@ def annotated_items(name: str, annotations: Path, images: Path, box_unit: str = 
             yield Item(part, place, stated_split=given.of(part))
     if not annotated.has_open_units:
         try:
-            found_units.decide(box_unit, annotations)
+            found_units.check_stated(annotations)
         except UnclearUnitError as error:
             yield Problem("box", "box_unit_unclear", str(error), annotations.name)
 

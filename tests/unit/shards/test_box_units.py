@@ -16,7 +16,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box, Target
 from cogvlm_ft.shards.build import BuildSettings, build
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS, UnitSurvey, survey_units
-from cogvlm_ft.shards.packing.candidates import Candidate, UnitBasis, Units, box_in_pixels
+from cogvlm_ft.shards.packing.candidates import Candidate, Problem, UnitBasis, Units, box_in_pixels
 from cogvlm_ft.shards.packing.photo_headers import MAX_PHOTOS, PhotoHeaders
 from cogvlm_ft.shards.review import annotated_items
 
@@ -253,6 +253,15 @@ def test_the_review_reads_as_the_build_does(photos: Path, tmp_path: Path) -> Non
     assert item.candidate.units == "unit"  # type: ignore[union-attr]
     *_, item = annotated_items("coco", path, photos, "pixel")
     assert item.candidate.units == "pixels"  # type: ignore[union-attr]
+
+
+def test_the_review_reports_another_form_where_the_unit_is_stated(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "classes.txt").write_text("dog")
+    (tmp_path / "labels" / "a.txt").write_text("0 0.3 0.1 0.5 0.5\n0 0.75 0.6 0.85 0.8\n0 0.2 0.3 0.25 0.4\n")
+    for box_unit in ("auto", "pixel"):
+        *_, problem = annotated_items("yolo", tmp_path / "labels", photos, box_unit)
+        assert isinstance(problem, Problem) and problem.reason == "box_unit_unclear" and "centre" in problem.detail
 
 
 def pair(label: str) -> dict[str, str]:
