@@ -21,7 +21,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.shards.formats.coco_bboxes import CORNERS, SIZES, Bbox, as_size, check_sizes
 from cogvlm_ft.shards.formats.coco_files import coco_files, listed_photos, lists_in, recognised_files, without_repeats
-from cogvlm_ft.shards.formats.coco_json import ById, as_numbers, box_of, is_crowd, load_coco
+from cogvlm_ft.shards.formats.coco_json import ById, as_numbers, box_of, is_crowd, load_coco, outline_beside
 from cogvlm_ft.shards.formats.listed_photos import ListedPhotos, read_files
 from cogvlm_ft.shards.formats.rows import are_fractions, stated_size
 from cogvlm_ft.shards.packing.candidates import (
@@ -144,7 +144,8 @@ def _bboxes(annotations: list[Any], images: ById[_Image | None]) -> Iterator[Bbo
         bbox, image = as_numbers(annotation.get("bbox")), images.get(_hashable(annotation.get("image_id")))
         if isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite_number, bbox)):
             size_px = image.stated_size_px if image else None
-            yield Bbox(tuple(bbox), size_px, annotation.get("area"), annotation.get("bbox_mode"))
+            area, mode = annotation.get("area"), annotation.get("bbox_mode")
+            yield Bbox(tuple(bbox), size_px, area, mode, outline_beside(annotation))
 
 
 def _category_names(categories: list[Any], problems: list[Problem]) -> ById[str]:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from cogvlm_ft.data.record import is_finite_number
 from cogvlm_ft.errors import DataError
+from cogvlm_ft.grounding.targets import Box
 
 _TOLERANCE_PX = 1.0
 _TOLERANCE_OF_AREA = 0.01
+_TOLERANCE_OF_OUTLINE = 0.02
 _FEWEST = 3
 _FEWEST_OUTSIDE, _LARGE_PART = 2, 0.3
 _MANY, _NEARLY_ALL, _MANY_OUTSIDE = 20, 0.95, 0.1
@@ -23,12 +25,16 @@ _SIZES = 1
 
 
 class Bbox(NamedTuple):
-    """A bbox as written. size_px: of its photo, if stated; area and mode: fields of the annotation."""
+    """A bbox as written.
+
+    size_px: of its photo, if stated; area and mode: fields of the annotation; outline: the box around its outline.
+    """
 
     numbers: tuple[float, ...]
     size_px: tuple[int, int] | None
     area: Any
     mode: Any
+    outline: Box | None = None
 
 
 @dataclass
@@ -36,7 +42,8 @@ class _Counts:
     """How many boxes of a file fit which reading.
 
     sized: boxes whose photo states its size. corners: of these, possible as corners inside it. outside: of these,
-    outside it as sizes; first: the first of them. areas: boxes whose "area" fits only one reading at most.
+    outside it as sizes; first: the first of them. areas: boxes whose "area" fits only one reading at most. outlines:
+    boxes whose outline fits only one reading.
     """
 
     sized: int = 0
@@ -45,6 +52,8 @@ class _Counts:
     areas: int = 0
     areas_of_sizes: int = 0
     areas_of_corners: int = 0
+    outlines: int = 0
+    outlines_of_corners: int = 0
     first: Bbox | None = None
 
     def add(self, bbox: Bbox) -> None:
@@ -54,6 +63,12 @@ class _Counts:
             self.areas += 1
             self.areas_of_sizes += _is_near(area, right * bottom)
             self.areas_of_corners += right > x and bottom > y and _is_near(area, (right - x) * (bottom - y))
+        if bbox.outline is not None:
+            is_size, is_corners = (
+                _are_near(box, bbox.outline) for box in ((x, y, x + right, y + bottom), bbox.numbers)
+            )
+            self.outlines += is_size != is_corners
+            self.outlines_of_corners += is_corners and not is_size
         if bbox.size_px is None:
             return
         width, height = bbox.size_px[0] + _TOLERANCE_PX, bbox.size_px[1] + _TOLERANCE_PX
@@ -102,6 +117,8 @@ def check_sizes(bboxes: Iterable[Bbox], path: Path, *, is_stated: bool = False) 
         raise _corners(path, f"{outside} {counts.corners} are inside")
     if counts.areas and counts.areas_of_corners == counts.areas:
         raise _corners(path, f'the "area" of {counts.areas} boxes is (x1 - x0) * (y1 - y0)')
+    if counts.outlines and counts.outlines_of_corners == counts.outlines:
+        raise _corners(path, f"the outlines of {counts.outlines} boxes are in them as corners")
     if counts.may_be_corners:
         raise DataError(
             f"{path}: every bbox may be [x, y, width, height] or [x0, y0, x1, y1]: as sizes {outside} all are inside; "
@@ -121,6 +138,11 @@ def _corners(path: Path, found: str) -> DataError:
         f"{path}: every bbox seems to be [x0, y0, x1, y1]: {found}; expected [x, y, width, height]. "
         f"Add --format {CORNERS} to read them so, or --format {SIZES} if they are sizes after all."
     )
+
+
+def _are_near(box: Sequence[float], outline: Box) -> bool:
+    tolerance = _TOLERANCE_OF_OUTLINE * max(outline[2] - outline[0], outline[3] - outline[1]) + _TOLERANCE_PX
+    return all(abs(side - other) <= tolerance for side, other in zip(box, outline, strict=True))
 
 
 def _is_near(area: float, other: float) -> bool:

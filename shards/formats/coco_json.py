@@ -19,6 +19,8 @@ from cogvlm_ft.shards.packing.candidates import four_numbers
 _LISTS = ("images", "annotations", "categories")
 _OUTLINE_BOX = "outline box"
 """Key of the box around an outline, in place of the outline."""
+_OUTLINE_BESIDE = "outline box beside bbox"
+_MAX_BESIDE = 1000
 _ROTATION = "rotation"
 _MAX_SIDE = 10**6
 _MAX_RUN_BITS = 45
@@ -67,7 +69,7 @@ def load_coco(path: Path) -> dict[str, Any]:
     """Load the object; each outline is replaced by the box around it where there is no bbox. Raises DataError."""
     try:
         text = read_file(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-        content = json.loads(text, object_hook=_without_outline)
+        content = json.loads(text, object_hook=_Outlines().replace)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; expected COCO instances JSON") from None
     except (ValueError, RecursionError) as error:
@@ -129,16 +131,33 @@ def as_numbers(bbox: Any) -> Any:
         return bbox
 
 
-def _without_outline(value: dict[str, Any]) -> dict[str, Any]:
-    outline = value.pop("segmentation", None)
-    bbox = value.get("bbox")
-    if outline and isinstance(value.get("attributes"), dict):
-        value["attributes"].pop(_ROTATION, None)  # the bbox is around the outline of the rotated box
-    if outline and (not isinstance(bbox, list) or not any(bbox)):
+def outline_beside(annotation: dict[str, Any]) -> Box | None:
+    """Return the box around the outline of an annotation that has a bbox too, of the first ones of a file."""
+    return annotation.get(_OUTLINE_BESIDE)
+
+
+class _Outlines:
+    """Replaces outlines by the boxes around them: where there is no bbox, and for the first annotations anyway."""
+
+    def __init__(self) -> None:
+        self._num_beside = 0
+
+    def replace(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Return an object of the JSON without its outline."""
+        outline = value.pop("segmentation", None)
+        if not outline:
+            return value
+        bbox = value.get("bbox")
+        if isinstance(value.get("attributes"), dict):
+            value["attributes"].pop(_ROTATION, None)  # the bbox is around the outline of the rotated box
+        has_bbox = isinstance(bbox, list) and any(bbox)
+        if has_bbox and (self._num_beside >= _MAX_BESIDE or not isinstance(outline, list)):
+            return value
         box = _box_around(outline)
         if box:
-            value[_OUTLINE_BOX] = box
-    return value
+            value[_OUTLINE_BESIDE if has_bbox else _OUTLINE_BOX] = box
+            self._num_beside += has_bbox
+        return value
 
 
 def _box_around(outline: Any) -> Box | None:

@@ -141,5 +141,6 @@ def _candidate(entry: _Entry) -> Candidate:
         targets=tuple(targets),
         stated_size_px=entry.size,
         unit_basis="documented",
+        written_as="sizes",
         problems=tuple(entry.problems),
     )

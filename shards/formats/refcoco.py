@@ -125,6 +125,7 @@ def _image(number: int, refs: list[tuple[str, dict[str, Any]]], instances: _Inst
         source=refs[0][0],
         targets=tuple(_without_contradictions(targets, refs[0][0], problems)),
         stated_size_px=size,
+        written_as="sizes",
         problems=tuple(problems),
         split=split,
     )

@@ -35,7 +35,7 @@ _EXCHANGED = _Reading("[y0, x0, y1, x1]", lambda a, b, c, d: (b, a, d, c), "Exch
 _AS_CORNERS = _Reading(
     "[x0, y0, x1, y1]",
     lambda a, b, c, d: (a, b, c, d),
-    "Name the columns left, top, right, bottom, or convert them: width = x1 - x0, height = y1 - y0.",
+    "Convert them: width = x1 - x0, height = y1 - y0; in a table, name the columns left, top, right, bottom.",
 )
 _READINGS: dict[WrittenAs, tuple[_Reading, ...]] = {
     "corners": (

@@ -66,6 +66,7 @@ def test_rotated_boxes_of_cvat_in_voc(build: Any) -> None:
         ([{"bbox": [10, 20, 50, 60]}, {"bbox": [60, 30, 90, 70]}, {"bbox": [5, 40, 80, 75]}], "2 of 3 boxes leave"),
         ([{"bbox": [10, 20, 50, 60], "area": 1600}], '"area" of 1 boxes'),
         ([{"bbox": [10, 20, 50, 60], "bbox_mode": 0}], "bbox_mode 0"),
+        ([{"bbox": [10, 20, 50, 60], "segmentation": [[10, 20, 50, 20, 50, 60]]}], "outlines of 1 boxes"),
     ],
 )
 def test_corners_in_coco_are_refused(build: Any, annotations: list[dict[str, Any]], found: str) -> None:
