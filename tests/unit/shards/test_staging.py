@@ -38,6 +38,8 @@ FULL = Candidate(
     problems=(Problem("box", "zero_area", "detail", "source"),),
     image_hint="a hint",
     split="test",
+    written_as="sizes",
+    lists_all=False,
 )
 
 
