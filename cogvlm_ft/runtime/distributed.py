@@ -27,7 +27,7 @@ from cogvlm_ft.errors import CheckpointError, ConfigError, DataError, ServerErro
 from cogvlm_ft.runtime.cores import THREADS_VARIABLE, is_set_by_launcher, node_id, threads_of
 from cogvlm_ft.runtime.gloo_threads import wait_until_at_rest
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
-from cogvlm_ft.runtime.ports import free_port
+from cogvlm_ft.runtime.ports import check_address, free_port
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,11 @@ def _fill_environment() -> None:
     found = ranks_of_launcher(os.environ)
     os.environ.update(zip(TORCHRUN, map(str, found._replace(local_rank=found.local_rank or 0)), strict=True))
     if found.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # where torchrun listens, rank 0 does not
+            os.environ.pop("MASTER_ADDR", None)  # what a job script exported may name another node
+        os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or "127.0.0.1"
+        os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(free_port())
+    check_address(os.environ)
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(device_index(found.local_rank, torch.cuda.device_count()))
 
@@ -98,6 +101,11 @@ def ranks_of_launcher(environment: Mapping[str, str]) -> LauncherRanks:
             f"{launcher} started {size} ranks ({names[1]}={size}): found no {' and no '.join(missing)}; expected "
             "the address of rank 0 and a free port, the same on all ranks. Export them, or use slurm/train.sbatch, "
             "torchrun or deepspeed"
+        )
+    if int(environment[names[0]]) >= size:
+        raise ConfigError(
+            f"{names[0]}={environment[names[0]]}: found {names[1]}={size}; expected numbers from 0 to {names[1]} - 1, "
+            "each on one rank. Correct what exports them"
         )
     local = next((environment[name] for name in (names[2], *LOCAL_RANKS) if environment.get(name, "").isdigit()), None)
     return LauncherRanks(int(environment[names[0]]), size, int(local) if local else 0 if size == 1 else None)

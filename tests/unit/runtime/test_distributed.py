@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime import distributed
 from cogvlm_ft.runtime.cores import NODE_NUMBERS, THREADS_VARIABLE, node_id, threads_of
 from cogvlm_ft.runtime.distributed import check_gpus, device_index, init_distributed, ranks_of_launcher, share_cores
 from cogvlm_ft.runtime.engine import ranks_of_each
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
-from cogvlm_ft.runtime.ports import PORTS, free_port
+from cogvlm_ft.runtime.ports import PORTS, check_address, free_port
 from cogvlm_ft.runtime.tf32 import allow_tf32
 
 ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -61,6 +62,7 @@ def test_ranks_of_a_launcher(environment: dict[str, str], expected: tuple[int, i
         pytest.param({"PMIX_RANK": "0"}, "PMIX_RANK=0: found no number of ranks; expected RANK", id="PMIx"),
         pytest.param({"RANK": "3", "MASTER_ADDR": "node1"}, "RANK=3: found no number of ranks", id="no size"),
         pytest.param({"WORLD_SIZE": "2", **ADDRESS}, "WORLD_SIZE=2: found no RANK", id="no rank"),
+        pytest.param({**TORCHRUN, "RANK": "4", **ADDRESS}, "RANK=4: found WORLD_SIZE=4; expected numbers", id="rank"),
         pytest.param({**TORCHRUN, "MASTER_ADDR": ""}, "found no MASTER_ADDR and no MASTER_PORT", id="empty"),
     ],
 )
@@ -108,6 +110,32 @@ def test_a_port_outside_the_range_of_connections() -> None:
     assert free_port() in PORTS
     script = (Path(__file__).resolve().parents[3] / "slurm/ranks.sh").read_text()
     assert f"{PORTS.start} + (" in script and f"% {len(PORTS)})" in script
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "named"),
+    [
+        ("127.0.0.1", "", "MASTER_PORT='': found no port"),
+        ("127.0.0.1", "auto", "MASTER_PORT='auto': found no port"),
+        ("127.0.0.1", "99999", "MASTER_PORT='99999': found no port"),
+        ("node[01-04]", "29500", r"MASTER_ADDR='node\[01-04\]': found no host"),
+        ("no-such-host.invalid", "29500", "found no host of this name"),
+    ],
+)
+def test_an_address_at_which_rank_0_cannot_be(host: str, port: str, named: str) -> None:
+    check_address({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": " 29500\n"})
+    with pytest.raises(ConfigError, match=named):
+        check_address({"MASTER_ADDR": host, "MASTER_PORT": port})
+
+
+def test_a_rank_alone_listens_on_its_own_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", "node-of-another-job.invalid")
+    monkeypatch.setenv("MASTER_PORT", "")
+    distributed._fill_environment()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) in PORTS
 
 
 def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
