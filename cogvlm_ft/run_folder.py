@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from pathlib import Path
 def step_name(step: int) -> str:
     """Return the name of a checkpoint's or an evaluation's folder; names sort as steps do."""
     return f"step-{step:08d}"
+
+
+def is_step_name(name: str) -> bool:
+    """Check for a name by `step_name`; step-00000100.bak and step-00000100-good are copies of the user's own."""
+    return re.fullmatch(r"step-\d{8,}", name) is not None
 
 
 def is_in_run_folder(file: Path) -> bool:

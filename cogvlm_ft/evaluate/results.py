@@ -15,7 +15,7 @@ from cogvlm_ft.grounding.metrics import HIT, AnswerScore
 from cogvlm_ft.grounding.prediction import Prediction, score_of
 from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
 from cogvlm_ft.plain_files import json_lines, read_json
-from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.run_folder import RunFolder, is_step_name
 from cogvlm_ft.tracking.metrics_log import Row, read_rows
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.sample_losses import HighLoss, find_high_losses, read_sample_losses
@@ -79,6 +79,7 @@ def find_evaluation(folder: Path, step: int | None = None) -> Path:
     if step is None and (folder / PREDICTIONS_FILE).is_file():
         return folder
     found = sorted(path.parent for path in RunFolder(folder).evaluations.glob(f"step-*/{PREDICTIONS_FILE}"))
+    found = [path for path in found if is_step_name(path.name)]
     steps = {int(path.name.partition("-")[2]): path for path in found}
     if not steps or step not in (None, *steps):
         expected = f"an evaluation at step {step}" if step is not None else "a run with evaluations, or an evaluation"
@@ -89,7 +90,7 @@ def find_evaluation(folder: Path, step: int | None = None) -> Path:
 
 def former_evaluation(folder: Path) -> Path | None:
     """Find the evaluation of the same run before that in `folder` (.../step-00000120)."""
-    earlier = [path for path in folder.parent.glob("step-*") if path.name < folder.name]
+    earlier = [path for path in folder.parent.glob("step-*") if is_step_name(path.name) and path.name < folder.name]
     return max(earlier, key=lambda path: path.name, default=None)
 
 

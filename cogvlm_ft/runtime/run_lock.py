@@ -36,6 +36,8 @@ MISSED_HEARTBEATS = 6
 """The number after which an owner on another host is taken for dead."""
 SHOWN_AFTER_S = 60.0
 """How long a file of another node may stay unseen: NFS keeps the names of a folder for up to a minute."""
+WRITTEN_AFTER_S = 5.0
+"""How long a lock may be unreadable: where there are no hard links, it is created before its content is written."""
 POLL_S = 0.5
 LOST_EXIT_CODE = 1
 
@@ -166,16 +168,18 @@ def _acquire(folder: Path, me: Owner) -> Path:
             "Choose another or change its permissions"
         ) from None
     except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        raise ConfigError(f"output_dir={folder}: read-only here; expected a folder on a writable disk") from None
+        reason = "read-only here" if error.errno == errno.EROFS else error.strerror or str(error)
+        raise ConfigError(
+            f"output_dir={folder}: {reason}; expected a folder on a disk that can be written. Free space on it, or "
+            "choose another"
+        ) from None
 
 
 def _become_owner(folder: Path, me: Owner) -> Path:
     while True:
         newest = _newest(folder)
         if newest is not None:
-            owner = _read(newest)
+            owner = _read_whole(newest)
             if owner is None and newest.exists():
                 raise ConfigError(f"{newest}: not a lock of a run; expected one. Delete it if no training writes there")
             if owner is not None and _is_alive(owner, me, newest):
@@ -221,9 +225,11 @@ def _is_running(owner: Owner) -> bool:
 def _beat(path: Path, ended: threading.Event) -> None:
     """Renew the heartbeat; end this process at once if another has become the owner, because both would write."""
     while not ended.wait(HEARTBEAT_S):
+        newest = None
         with contextlib.suppress(OSError):
             os.utime(path)
-        newest = _newest(path.parent)
+        with contextlib.suppress(OSError):  # of a server that is away: this thread must live on
+            newest = _newest(path.parent)
         if newest is not None and newest != path:
             logger.error("%s: another training has taken it over while this one was suspended; ending", path.parent)
             os._exit(LOST_EXIT_CODE)
@@ -262,12 +268,24 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
+def _read_whole(path: Path) -> Owner | None:
+    """Return what `_read` does; wait for one that is being written, or for a server that is away for a moment."""
+    end_s = time.monotonic() + WRITTEN_AFTER_S
+    while (owner := _read(path)) is None and path.exists() and time.monotonic() < end_s:
+        time.sleep(POLL_S)
+    return owner
+
+
 def _write_new(path: Path, owner: Owner) -> Path:
     partial = path.with_name(f".tmp{path.name}-{owner.host}-{owner.pid}")
-    with open_new(partial, "w") as file:
-        json.dump(asdict(owner), file)
-        file.flush()
-        sync_open(file.fileno())
+    try:
+        with open_new(partial, "w") as file:
+            json.dump(asdict(owner), file)
+            file.flush()
+            sync_open(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     return partial
 
 
@@ -287,10 +305,15 @@ def _create(path: Path, owner: Owner) -> bool:
 
 def _create_exclusively(path: Path, content: str) -> bool:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(content)
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(content)
+    except OSError:  # a full disk: half a lock would keep everybody out
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -103,10 +104,14 @@ def test_the_first_of_every_so_many_steps_stays_for_good(tmp_path: Path) -> None
 def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
     for step in (1, 2):
         write_checkpoint(tmp_path, step)
+    copies = [f"{step_name(1)}-good", f"{step_name(2)}.bak"]  # as users make them
+    for copy, step in zip(copies, (1, 2), strict=True):
+        shutil.copytree(tmp_path / step_name(step), tmp_path / copy)
     (tmp_path / step_name(0)).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1), best_step=None)
-    assert names(tmp_path) == ["notes.txt", step_name(0), step_name(2)]
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=5), best_step=None)
+    assert newest_intact(tmp_path) == tmp_path / step_name(2)
+    assert names(tmp_path) == ["notes.txt", step_name(0), copies[0], step_name(2), copies[1]]
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -97,10 +98,44 @@ def test_an_owner_on_another_host_is_observed(tmp_path: Path, monkeypatch: pytes
             assert (time.monotonic() - begun > 1.1) == (ending == "is silent")
 
 
-def test_what_is_no_lock_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_lock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WRITTEN_AFTER_S", 0)
     (tmp_path / ".lock-000003").write_text("{}")
     with pytest.raises(ConfigError, match=r"\.lock-000003: not a lock of a run"), run_lock(tmp_path):
         pass
+
+
+def test_a_lock_that_is_being_written_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no hard links, the name is there before the content."""
+    monkeypatch.setattr(module, "POLL_S", 0.02)
+    (tmp_path / ".lock-000007").touch()
+    writing = threading.Timer(0.1, lambda: leave(tmp_path))
+    writing.start()
+    with pytest.raises(ConfigError, match="another training writes there"), run_lock(tmp_path):
+        pass
+    writing.join()
+
+
+def test_the_heartbeat_outlives_a_server_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
+    with run_lock(tmp_path) as (name, _):
+        os.utime(tmp_path / name, (0, 0))
+        with monkeypatch.context() as away:
+            away.setattr(module, "_newest", lambda _: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+            time.sleep(0.1)
+        os.utime(tmp_path / name, (0, 0))
+        time.sleep(0.1)
+        assert (tmp_path / name).stat().st_mtime > 0
+
+
+def test_a_full_disk_leaves_no_half_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "sync_open", full)
+    with pytest.raises(ConfigError, match="No space left on device; expected a folder on a disk"), run_lock(tmp_path):
+        pass
+    assert not lock_names(tmp_path)
 
 
 def test_an_owner_that_was_taken_over_ends_at_once(tmp_path: Path) -> None:
