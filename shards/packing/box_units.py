@@ -200,7 +200,8 @@ class UnitSurvey:
         self._texts.add(part)
         if not any(target.boxes_xyxy for target in part.targets):
             return
-        sizes = self._sizes(part) if part.written_as or part.unit_basis != "stated" else []
+        is_in_pixels = part.written_as is not None and part.units != "unit"
+        sizes = self._sizes(part) if is_in_pixels or part.unit_basis != "stated" else []
         self._add_forms(part, sizes)
         if part.unit_basis == "stated":
             self._stated.add(part.units)
