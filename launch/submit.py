@@ -27,6 +27,7 @@ try:
     from cogvlm_ft.config import find_preset, load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.jobs.sweep import load_entry, read_sweep
+    from cogvlm_ft.rehearsal.stand_in import with_model
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import plain_text, say, start_logging
 except ModuleNotFoundError as error:
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         return start_on_nodes(args, config, file, environment)
     cluster = load_cluster(file, {name: getattr(args, name) for name in OF_SLURM[:6]})
     configs = [load_entry(args.config, args.settings, entry) for entry in entries] if entries else [config]
-    for summary in dict.fromkeys(check_plan(one, cluster) for one in configs):
+    for summary in dict.fromkeys(check_plan(with_model(one), cluster) for one in configs):
         say(summary)
     arguments = ["--config", args.config] if args.config else []
     arguments += ["--sweep", str(args.sweep)] if args.sweep else []
@@ -125,7 +126,7 @@ def start_on_nodes(args: argparse.Namespace, config: Config, cluster_file: Path,
         )
     nodes = read_hostfile(args.hostfile)
     sizes = {"nodes": len(nodes), "gpus_per_node": max(nodes.values())}
-    say(check_plan(config, load_cluster(cluster_file, sizes)))
+    say(check_plan(with_model(config), load_cluster(cluster_file, sizes)))
     start = HostfileStart(
         nodes=nodes,
         master_addr=args.master_addr or next(iter(nodes)),

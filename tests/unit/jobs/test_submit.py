@@ -55,6 +55,15 @@ def test_file_and_options_become_sbatch_options(arguments: list[str], capsys: py
     assert given == " ".join(arguments[3:])
 
 
+def test_a_tiny_model_is_submitted_as_it_was_typed(
+    cluster: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["model.path=tiny", f"data.shards={shards}", f"output_dir={tmp_path}/run"]
+    assert submit(["--dry-run", "--cluster", str(cluster), *settings]) == 0
+    summary, command = capsys.readouterr().out.splitlines()
+    assert summary.startswith("4 GPUs: fits:") and "model.path=tiny" in command
+
+
 def test_a_chain_and_what_comes_after(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert submit([*arguments, "--chain", "3", "--after"]) == 0
     _, first, second, third, after = capsys.readouterr().out.splitlines()
