@@ -9,7 +9,6 @@ from cogvlm_ft.shards.packing.candidates import Candidate
 
 _CERTAIN = math.log(1000)
 _FAR = 50
-_MAX_COUNTED = 2  # boxes of one photo, as objects may be close to each other
 
 
 @dataclass
@@ -33,8 +32,7 @@ class PercentEvidence:
         if not (sizes and self.are_possible):
             return
         self.num_boxes += len(boxes)
-        num_counted = min(len(boxes), _MAX_COUNTED)
-        self.log_odds += num_counted * sum(min(0.0, math.log(100 / side)) for side in sizes[0])
+        self.log_odds += sum(min(0.0, math.log(100 / side)) for side in sizes[0])  # boxes of a photo may be close
         self.reach = max(self.reach[0], *(box[2] for box in boxes)), max(self.reach[1], *(box[3] for box in boxes))
         self.largest = max(self.largest, sizes[0])
 
