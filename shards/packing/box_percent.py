@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cogvlm_ft.shards.packing.candidates import Candidate
 
-_CERTAIN = math.log(1000)
+_CERTAIN = math.log(10**6)
 _FAR = 50
 
 

@@ -322,7 +322,7 @@ def test_boxes_of_another_form_are_refused(form: str) -> None:
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(st.integers(400, 4000), st.integers(300, 3000)), min_size=3, max_size=6), st.data())
+@given(st.lists(LARGE, min_size=3, max_size=6), st.data())
 def test_percent_is_no_pixel(sizes: list[tuple[int, int]], data: st.DataObject) -> None:
     boxes = [(float(x), 5.0, x + 40.0, 90.0) for x in data.draw(st.lists(st.integers(15, 59), min_size=3, max_size=6))]
     percent = [candidate(box, size=size) for box, size in zip(boxes, sizes, strict=False)]
