@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -116,7 +116,8 @@ def _called_with_one_layer(model: CogVLMForCausalLM, modules: Iterable[nn.Module
     return called
 
 
-def _towers(model: CogVLMForCausalLM) -> list[nn.Module]:
+def _towers(model: CogVLMForCausalLM) -> list[Any]:
+    """Return the two modules that hold `layers`."""
     return [model.model.vision.transformer, model.model]
 
 
