@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from cogvlm_ft.shards.packing.candidates import Candidate
+from cogvlm_ft.shards.packing.candidates import Box, Candidate
 
 _CERTAIN = math.log(10**6)
 _FAR = 50
@@ -15,13 +15,15 @@ _FAR = 50
 class PercentEvidence:
     """Evidence that boxes in pixels are percent of their photos: all are near the upper left corner of large ones.
 
-    log_odds: how likely that is in pixels, where boxes may be anywhere. reach: the highest
-        x1 and y1. largest: of the photos.
+    log_odds: how likely that is in pixels, where boxes may be anywhere. counted: the boxes that it is about; the same
+        box in another photo, such as that of a logo, says nothing new. reach: the highest x1 and y1. largest: of the
+        photos.
     """
 
     are_possible: bool = True
     num_boxes: int = 0
     log_odds: float = 0.0
+    counted: set[Box] = field(default_factory=set)
     reach: tuple[float, float] = (0.0, 0.0)
     largest: tuple[int, int] = (0, 0)
 
@@ -32,7 +34,9 @@ class PercentEvidence:
         if not (sizes and self.are_possible):
             return
         self.num_boxes += len(boxes)
-        self.log_odds += sum(min(0.0, math.log(100 / side)) for side in sizes[0])  # boxes of a photo may be close
+        if self.log_odds > -_CERTAIN and not self.counted.issuperset(boxes):
+            self.log_odds += sum(min(0.0, math.log(100 / side)) for side in sizes[0])  # boxes of a photo may be close
+            self.counted.update(boxes)
         self.reach = max(self.reach[0], *(box[2] for box in boxes)), max(self.reach[1], *(box[3] for box in boxes))
         self.largest = max(self.largest, sizes[0])
 

@@ -324,13 +324,16 @@ def test_boxes_of_another_form_are_refused(form: str) -> None:
 @settings(max_examples=30)
 @given(st.lists(LARGE, min_size=3, max_size=6), st.data())
 def test_percent_is_no_pixel(sizes: list[tuple[int, int]], data: st.DataObject) -> None:
-    boxes = [(float(x), 5.0, x + 40.0, 90.0) for x in data.draw(st.lists(st.integers(15, 59), min_size=3, max_size=6))]
+    starts = data.draw(st.lists(st.integers(15, 59), min_size=3, max_size=6, unique=True))
+    boxes = [(float(x), 5.0, x + 40.0, 90.0) for x in starts]
     percent = [candidate(box, size=size) for box, size in zip(boxes, sizes, strict=False)]
     with pytest.raises(DataError, match="percent"):
         decided(*percent)
     assert decided(*percent, box_unit="pixel") == "pixels"
     others = [candidate(in_percent(box, size), size=size) for box, size in zip(boxes, sizes, strict=False)]
     assert decided(*others) == "pixels"
+    logos = [candidate(boxes[0], size=size) for size in sizes]
+    assert decided(*logos) == "pixels", "the same place in every photo says no more than one photo"
 
 
 def in_percent(box: Box, size: tuple[int, int]) -> Box:
