@@ -33,8 +33,8 @@ NUM_SCENES = 42
 # Folders. Slurm jobs need most of the time; the short tests at the end keep all workers busy until then.
 ORDER = ("slurm", "golden", "unit", "fuzz", "soak", "distributed", "e2e", "unit/shards")
 
-# Folders whose tests start programs and W&B, or measure memory: not in `make test-fast`.
-SLOW = ("unit/doctor", "unit/export", "unit/jobs", "unit/planning", "unit/tracking")
+# Folders whose tests try many inputs, start programs and W&B, or measure memory: not in `make test-fast`.
+SLOW = ("fuzz", "unit/doctor", "unit/export", "unit/jobs", "unit/planning", "unit/tracking")
 
 TEXTS = [
     "Where is the red circle? Give its box as [[x0,y0,x1,y1]].",
