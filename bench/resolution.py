@@ -72,6 +72,7 @@ def train(out: Path, shards: Path, model: Path, size_px: int, num_steps: int) ->
         "model.path": model,
         "model.image_size": size_px,
         "train.max_steps": num_steps,
+        "train.epochs": 3,
         "evaluate.every_epochs": 1000,
         "tracking.mode": "disabled",
     }
