@@ -12,9 +12,13 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def is_step_name(name: str) -> bool:
-    """Check for a name by `step_name`; step-00000100.bak and step-00000100-good are copies of the user's own."""
-    return re.fullmatch(r"step-\d{8,}", name) is not None
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders with a name by `step_name`, oldest first.
+
+    Others, such as step-00000100.bak and step-00000100-good, are copies of the user's own.
+    """
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(path for path in named if path.is_dir())
 
 
 def is_in_run_folder(file: Path) -> bool:

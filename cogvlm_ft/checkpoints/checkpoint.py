@@ -28,7 +28,7 @@ from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.plain_files import read_json, replaced_file, sync, sync_open
-from cogvlm_ft.run_folder import is_step_name, step_name
+from cogvlm_ft.run_folder import step_folders, step_name
 from cogvlm_ft.runtime.distributed import computed_by_main, from_main, is_main
 from cogvlm_ft.settings import CheckpointConfig
 
@@ -79,12 +79,7 @@ class TrainState:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints that were complete, oldest first."""
-    return [path for path in _step_folders(folder) if (path / MANIFEST_FILE).is_file()]
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    """Return the folders that are named as checkpoints, complete or not. Copies under other names are not ours."""
-    return sorted(path for path in folder.glob("step-*") if is_step_name(path.name) and path.is_dir())
+    return [path for path in step_folders(folder) if (path / MANIFEST_FILE).is_file()]
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -135,7 +130,7 @@ def newest_intact(folder: Path) -> Path | None:
     are corrupt, and OSError, without renaming anything, if one cannot be read at the moment.
     """
     damaged: dict[Path, list[str]] = {}
-    found = computed_by_main(lambda: _step_folders(folder))
+    found = computed_by_main(lambda: step_folders(folder))
     for path in reversed(found):
         problems = find_damage(path) or _misplaced(path)
         if not problems:

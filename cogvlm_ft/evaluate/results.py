@@ -15,7 +15,7 @@ from cogvlm_ft.grounding.metrics import HIT, AnswerScore
 from cogvlm_ft.grounding.prediction import Prediction, score_of
 from cogvlm_ft.grounding.protocols import OURS, PROTOCOLS, Protocol
 from cogvlm_ft.plain_files import json_lines, read_json
-from cogvlm_ft.run_folder import RunFolder, is_step_name
+from cogvlm_ft.run_folder import RunFolder, step_folders
 from cogvlm_ft.tracking.metrics_log import Row, read_rows
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.sample_losses import HighLoss, find_high_losses, read_sample_losses
@@ -78,8 +78,7 @@ def find_evaluation(folder: Path, step: int | None = None) -> Path:
     """Find the evaluation's folder: of a run the last one, or that at a step; else the folder. Raises DataError."""
     if step is None and (folder / PREDICTIONS_FILE).is_file():
         return folder
-    found = sorted(path.parent for path in RunFolder(folder).evaluations.glob(f"step-*/{PREDICTIONS_FILE}"))
-    found = [path for path in found if is_step_name(path.name)]
+    found = [path for path in step_folders(RunFolder(folder).evaluations) if (path / PREDICTIONS_FILE).is_file()]
     steps = {int(path.name.partition("-")[2]): path for path in found}
     if not steps or step not in (None, *steps):
         expected = f"an evaluation at step {step}" if step is not None else "a run with evaluations, or an evaluation"
@@ -90,8 +89,7 @@ def find_evaluation(folder: Path, step: int | None = None) -> Path:
 
 def former_evaluation(folder: Path) -> Path | None:
     """Find the evaluation of the same run before that in `folder` (.../step-00000120)."""
-    earlier = [path for path in folder.parent.glob("step-*") if is_step_name(path.name) and path.name < folder.name]
-    return max(earlier, key=lambda path: path.name, default=None)
+    return max((path for path in step_folders(folder.parent) if path.name < folder.name), default=None)
 
 
 def load_report(folder: Path, run_folder: Path | None = None) -> Report:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
 from cogvlm_ft.grounding.metrics import AVERAGED
 from cogvlm_ft.plain_files import read_json
-from cogvlm_ft.run_folder import RunFolder, is_step_name, step_name
+from cogvlm_ft.run_folder import RunFolder, step_folders, step_name
 
 SHOWN_METRICS = ("mean_iou", "acc@0.5", "not_found_acc", "unreadable", "f1@0.5")
 NUM_SHOWN = 5
@@ -59,8 +59,7 @@ def evaluation_line(
 
 def metrics_before(folder: RunFolder, step: int) -> dict[str, float]:
     """Read the numbers of the last evaluation before a step; nothing if there is none that can be read."""
-    found = (path for path in folder.evaluations.glob("step-*") if is_step_name(path.name))
-    earlier = [path for path in found if path.name < step_name(step)]
+    earlier = [path for path in step_folders(folder.evaluations) if path.name < step_name(step)]
     try:
         found = read_json(max(earlier) / METRICS_FILE)
     except (OSError, ValueError):  # also of max(), if there is none
