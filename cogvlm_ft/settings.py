@@ -273,6 +273,13 @@ class EvaluateConfig:
         unit="boxes",
         least=0,
     )
+    min_confidence: Optional[float] = setting(
+        None,
+        "With tiles, least confidence of a box that counts. null: chosen where the validation data has the highest F1, "
+        "and kept with the checkpoint, for launch/evaluate.py and launch/predict.py.",
+        least=0,
+        most=1,
+    )
     num_pictures: int = setting(8, "Images that are drawn every time, always the same.", least=0)
     protocol: str = setting(
         "ours",

@@ -122,6 +122,12 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help="ask about overlapping tiles of SIDE px of larger photos too, as data.tiles does, and merge the answers",
     )
     group.add_argument("--overlap", type=float, default=0.2, help="of --tiles, as a fraction of SIDE (default: 0.2)")
+    group.add_argument(
+        "--min-confidence",
+        type=float,
+        metavar="C",
+        help="of --tiles, least confidence of a box; 0 keeps all (default: what validation chose, else 0)",
+    )
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32; bf16 with --weights")
     group.add_argument(
         "--weights",
@@ -138,6 +144,8 @@ def choose_tiles(args: argparse.Namespace) -> TilesConfig:
         raise ConfigError(f"--tiles: found {args.tiles}; expected at least 16 px")
     if not 0 <= args.overlap <= 0.9:
         raise ConfigError(f"--overlap: found {args.overlap}; expected 0 to 0.9")
+    if args.min_confidence is not None and (args.tiles is None or not 0 <= args.min_confidence <= 1):
+        raise ConfigError(f"--min-confidence: found {args.min_confidence}; expected 0 to 1, and --tiles")
     return TilesConfig(side_px=args.tiles, overlap=args.overlap)
 
 
@@ -159,13 +167,15 @@ def predict(args: argparse.Namespace) -> int:
     questions = [] if args.serve else read_questions(args.image, args.prompt, args.targets, in_steps=args.steps)
     if args.format:
         check_questions(questions, args.format)
-    names = ("adapter", "image_size", "resize", "decoding", "min_boxes", "max_new_tokens", "reading")
+    names = ("adapter", "image_size", "resize", "decoding", "min_boxes", "max_new_tokens", "reading", "min_confidence")
     settings = {name: getattr(args, name) for name in names}
     settings |= dtype_settings(args.dtype, args.weights) | {"num_devices": args.devices}
     tiles = choose_tiles(args)
     asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, tiles=tiles, **settings)
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
+    if tiles.side_px is not None:
+        say(f"boxes of tiles with a confidence below {predictor.min_confidence:.2f} are removed", file=sys.stderr)
     if args.serve:
         served = ServedModels(predictor, predictor.weights.resolve().name, upright=upright)
         serve(served, host=args.host, port=args.port)

@@ -56,7 +56,8 @@ class TrainState:
     """The position of a run, as a few lines of JSON.
 
     samples_consumed: the position in the data; epoch = samples_consumed // num_samples. evaluated_step: the last step
-    that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set.
+    that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set. min_confidence: of
+    boxes from tiles, as the last evaluation chose it.
     """
 
     step: int = 0
@@ -69,6 +70,7 @@ class TrainState:
     data_sha256: str = ""
     world_size: int = 1
     rates: list[list[Any]] = field(default_factory=list)
+    min_confidence: float | None = None
 
     def advanced(self, num_samples: int, epoch: int) -> TrainState:
         """Return the state one step later."""
@@ -105,7 +107,7 @@ def record_evaluation(folder: Path, state: TrainState) -> None:
     record = evaluation_record(folder / step_name(state.step))
     fields = dataclasses.asdict(state)
     with replaced_file(record, "w") as file:
-        json.dump({name: fields[name] for name in ("evaluated_step", "best")}, file)
+        json.dump({name: fields[name] for name in ("evaluated_step", "best", "min_confidence")}, file)
         file.flush()
         sync_open(file.fileno())
     sync(folder)

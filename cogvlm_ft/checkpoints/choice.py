@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, list_chec
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.grounding.wording import WORDING_FILE, Wording, load_wording
+from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder, step_name
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TILES_FILE = "config.json", "tiles.json"
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -75,3 +77,24 @@ def trained_wording(weights: Path) -> Wording | None:
         return load_wording(load_config(RunFolder.containing(weights).config).data.wording)
     except (ConfigError, OSError, IndexError):
         return None
+
+
+def chosen_min_confidence(weights: Path) -> float | None:
+    """Return the least confidence of boxes from tiles that validation chose for these weights; None without one."""
+    if is_checkpoint(weights):
+        return read_state(weights).min_confidence
+    path = weights / TILES_FILE
+    if not path.is_file():
+        return None
+    try:
+        value = float(read_json(path)["min_confidence"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not 0 <= value <= 1:
+        raise CheckpointError(f"{path}: found min_confidence {value}; expected 0 to 1")
+    return value
+
+
+def save_min_confidence(value: float, folder: Path) -> None:
+    """Write what `chosen_min_confidence` reads from a model folder."""
+    write_text(folder / TILES_FILE, json.dumps({"min_confidence": value}) + "\n")

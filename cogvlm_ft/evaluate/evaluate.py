@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from cogvlm_ft.evaluate.draw import DrawnTurn, draw_boxes, scale_box
 from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.evaluate.looks import Look, LookReader
 from cogvlm_ft.evaluate.questions import asks_for_boxes
-from cogvlm_ft.evaluate.scoring import MergeFacts, score_looks, summarize_merging
+from cogvlm_ft.evaluate.scoring import Reading, rank_merged, score_looks, summarize_merging
 from cogvlm_ft.evaluate.survey import Survey, choose_limit, survey_questions
 from cogvlm_ft.grounding.breakdown import summarize_predictions
+from cogvlm_ft.grounding.confidence import ConfidenceCurve, confidence_curve
 from cogvlm_ft.grounding.grammar import BoxGrammar
 from cogvlm_ft.grounding.prediction import Prediction, is_right
-from cogvlm_ft.grounding.protocols import PROTOCOLS, Protocol
+from cogvlm_ft.grounding.protocols import PROTOCOLS
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
@@ -72,6 +73,10 @@ class Evaluation:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+_Answered = tuple[Look, list[Answer]]
+"""A look with the answers to its turns."""
+
+
 def evaluate(
     model: Any,
     tokenizer: CogVLMTokenizer,
@@ -93,7 +98,7 @@ def evaluate(
     """
     num_samples = min(len(reader), settings.max_samples or len(reader))
     tiles = tiles if tiles is not None and tiles.side_px is not None else None
-    answered: dict[int, list[tuple[Look, list[Answer]]]] = {}
+    answered: dict[int, list[_Answered]] = {}
     grammar = build_grammar(tokenizer, wording, settings.decoding, settings.min_boxes)
     survey = survey_questions(reader, num_samples, wording, tokenizer, model.config, seed, stop_request, tiles)
     limit = choose_limit(survey, model.config, settings.max_new_tokens, grammar.least_tokens if grammar else 1)
@@ -111,7 +116,11 @@ def evaluate(
             for look, row in zip(shown, rows, strict=False):  # a blank image has answers too
                 answered.setdefault(look.question.index, []).append((look.without_image(), row))
     protocol = PROTOCOLS[settings.protocol]
-    scored = {photo: _score(given, wording, protocol, model.config.num_patches) for photo, given in answered.items()}
+    reading = Reading(wording, protocol, model.config.num_patches)
+    curve = _confidence_curve(answered.values(), reading) if tiles and settings.min_confidence is None else None
+    least = curve.threshold if curve else settings.min_confidence or 0.0
+    reading = replace(reading, min_confidence=least)
+    scored = {photo: score_looks(*_columns(given), reading) for photo, given in answered.items()}
     gathered = gather_to_main((scored, looks.num_bad))
     if gathered is None:
         return Evaluation(from_main(None), [], [])
@@ -121,10 +130,18 @@ def evaluate(
     summary = summarize_predictions(predictions, model.config.num_patches, protocol)
     metrics = {**summary.metrics, "num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
     metrics |= _count_left_out(predictions) | summarize_merging([each for _, (_, each) in found if each])
+    metrics |= {"tile_min_confidence": least} if tiles else {}
+    curves = summary.curves | ({"confidence": curve.points} if curve else {})
     facts = {**_about(model.config, reader, wording, settings, seed, predictions), "max_new_tokens": limit}
-    facts |= {**({"tiles": asdict(tiles)} if tiles else {}), **(about or {})}
+    facts |= {"tiles": asdict(tiles), "min_confidence_is_chosen_here": curve is not None} if tiles else {}
     drawn = list(_shown(reader, by_index[: settings.num_pictures]))
-    return Evaluation(from_main(metrics), predictions, drawn, summary.curves, facts)
+    return Evaluation(from_main(metrics), predictions, drawn, curves, facts | dict(about or {}))
+
+
+def _confidence_curve(answered: Iterable[Sequence[_Answered]], reading: Reading) -> ConfidenceCurve | None:
+    """Choose the least confidence of boxes from tiles, over all ranks. Collective."""
+    gathered = gather_to_main([each for given in answered for each in rank_merged(*_columns(given), reading)])
+    return from_main(confidence_curve([each for part in gathered for each in part]) if gathered is not None else None)
 
 
 def _shown(reader: ShardReader, answered: Sequence[tuple[int, list[Prediction]]]) -> Iterator[Shown]:
@@ -230,11 +247,8 @@ def _answer(
     )
 
 
-def _score(
-    given: Sequence[tuple[Look, list[Answer]]], wording: Wording, protocol: Protocol, num_patches: int
-) -> tuple[list[Prediction], MergeFacts | None]:
-    """Score all that was answered about a photo."""
-    return score_looks([look for look, _ in given], [row for _, row in given], wording, protocol, num_patches)
+def _columns(given: Sequence[_Answered]) -> tuple[list[Look], list[list[Answer]]]:
+    return [look for look, _ in given], [row for _, row in given]
 
 
 def _ask(look: Look, size: int, wording: Wording, grammar: BoxGrammar | None) -> _Asked:

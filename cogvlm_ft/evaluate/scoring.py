@@ -14,6 +14,7 @@ from cogvlm_ft.data.record import clip_box, detect_language
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.looks import Look
 from cogvlm_ft.evaluate.questions import Question, in_pixels, truth_boxes
+from cogvlm_ft.grounding.average_precision import RankedBoxes, rank_boxes
 from cogvlm_ft.grounding.boxes import format_boxes, read_boxes
 from cogvlm_ft.grounding.descriptions import text_without_boxes
 from cogvlm_ft.grounding.metrics import PRESENT, score_answer, score_boxes
@@ -31,44 +32,84 @@ _BOXES = re.compile(r"\[\[[0-9,;]*\]\]")
 class MergeFacts:
     """What merging did to the answers about one photo.
 
-    num_duplicates: boxes that it removed. ious: of every question about a present target, (merged, all boxes of all
-    answers, the whole photo's answer alone; NaN if it was not asked).
+    num_duplicates: boxes that it removed. num_removed: boxes below the least confidence. ious: of every question about
+    a present target, (merged, all boxes of all answers, the whole photo's answer alone; NaN if it was not asked).
     """
 
     num_duplicates: int
+    num_removed: int
     ious: tuple[tuple[float, float, float], ...]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How answers are read and scored. min_confidence: of the boxes that are kept where answers are merged.
+
+    num_patches: of the model's input.
+    """
+
+    wording: Wording
+    protocol: Protocol
+    num_patches: int
+    min_confidence: float = 0.0
+
+
+Given = Sequence[tuple[Look, Answer]]
+"""One question's answers about all looks at which it was asked."""
+
+
 def score_looks(
-    looks: Sequence[Look], answers: Sequence[Sequence[Answer]], wording: Wording, protocol: Protocol, num_patches: int
+    looks: Sequence[Look], answers: Sequence[Sequence[Answer]], reading: Reading
 ) -> tuple[list[Prediction], MergeFacts | None]:
     """Score all questions about a photo. answers: one row for each look. The facts are None without tiles."""
     question = looks[0].question
-    by_turn: dict[int, list[tuple[Look, Answer]]] = {}
-    for look, row in zip(looks, answers, strict=True):
-        for number, answer in zip(look.numbers, row, strict=True):
-            by_turn.setdefault(number, []).append((look, answer))
-    predictions, ious, num_duplicates = list[Prediction](), list[tuple[float, float, float]](), 0
-    for number, given in sorted(by_turn.items()):
+    predictions, ious, num_duplicates, num_removed = list[Prediction](), list[tuple[float, float, float]](), 0, 0
+    for number, given in _by_turn(looks, answers):
         whole = next((answer for look, answer in given if look.frame == question.frame), None)
-        alone = None if whole is None else score_turn(question, number, whole, wording, protocol)
+        alone = None if whole is None else score_turn(question, number, whole, reading.wording, reading.protocol)
         if alone is not None and len(given) == 1:
             predictions.append(alone)
             continue
-        tiles = [_tile_answer(look.frame, answer, wording, protocol, num_patches) for look, answer in given]
-        merged = merge_answers(tiles, question.frame.photo_px)
-        predictions.append(_merged_prediction(question, number, given, merged, wording, protocol))
+        tiles = [_tile_answer(look.frame, answer, reading) for look, answer in given]
+        merged = merge_answers(tiles, question.frame.photo_px, reading.min_confidence)
+        predictions.append(_merged_prediction(question, number, given, merged, reading))
         num_duplicates += merged.num_duplicates
+        num_removed += merged.num_removed
         ious += _ious(predictions[-1], tiles, alone)
-    facts = MergeFacts(num_duplicates, tuple(ious)) if len(looks) > 1 else None
-    return predictions, facts
+    return predictions, MergeFacts(num_duplicates, num_removed, tuple(ious)) if len(looks) > 1 else None
+
+
+def rank_merged(looks: Sequence[Look], answers: Sequence[Sequence[Answer]], reading: Reading) -> list[RankedBoxes]:
+    """Match the boxes of the questions about a photo that are asked about several looks, whatever their confidence."""
+    question, found = looks[0].question, []
+    for number, given in _by_turn(looks, answers):
+        turn = question.turns[number]
+        truth = truth_boxes(turn, question.frame.size_px, reading.wording.not_found_sentences)
+        if len(given) == 1 or truth is None or turn.num_cut_boxes or not reading.protocol.takes(truth):
+            continue
+        tiles = [_tile_answer(look.frame, answer, reading) for look, answer in given]
+        merged = merge_answers(tiles, question.frame.photo_px)
+        found.append(rank_boxes(merged.boxes or [], merged.confidences, list(question.frame.invert_boxes(truth))))
+    return found
+
+
+def _by_turn(looks: Sequence[Look], answers: Sequence[Sequence[Answer]]) -> list[tuple[int, Given]]:
+    """Return the number of every question about a photo with its answers about all looks."""
+    found: dict[int, list[tuple[Look, Answer]]] = {}
+    for look, row in zip(looks, answers, strict=True):
+        for number, answer in zip(look.numbers, row, strict=True):
+            found.setdefault(number, []).append((look, answer))
+    return sorted(found.items())
 
 
 def summarize_merging(facts: Sequence[MergeFacts]) -> dict[str, float]:
     """Return the metrics of merging over all photos with tiles; {} if there are none."""
     if not facts:
         return {}
-    found = {"tile_duplicates": sum(each.num_duplicates for each in facts) / len(facts)}
+    found = {
+        "tile_duplicates": sum(each.num_duplicates for each in facts) / len(facts),
+        "tile_removed": sum(each.num_removed for each in facts) / len(facts),
+    }
     ious = np.array([row for each in facts for row in each.ious]).reshape(-1, 3)
     if len(ious):
         found["tile_merge_gain"] = float((ious[:, 0] - ious[:, 1]).mean())
@@ -87,12 +128,12 @@ def _ious(
     return [(merged.score.iou, every.iou, whole)]
 
 
-def _tile_answer(frame: Frame, answer: Answer, wording: Wording, protocol: Protocol, num_patches: int) -> TileAnswer:
+def _tile_answer(frame: Frame, answer: Answer, reading: Reading) -> TileAnswer:
     """Read an answer about a part of the photo, in pixels of the photo."""
     closed = answer.readable()
-    text, side = closed.text.strip(), math.isqrt(num_patches)
-    not_found = text in wording.not_found_sentences
-    boxes = None if not_found else protocol.read(text, frame.size_px)
+    text, side = closed.text.strip(), math.isqrt(reading.num_patches)
+    not_found = text in reading.wording.not_found_sentences
+    boxes = None if not_found else reading.protocol.read(text, frame.size_px)
     read = read_boxes(closed.text, closed.digit_probs)
     known = read is not None and boxes is not None and len(read) == len(boxes)
     return TileAnswer(
@@ -111,26 +152,24 @@ def shown_window(frame: Frame) -> Window:
     return max(0, x0), max(0, y0), min(width, x1), min(height, y1)
 
 
-def merged_text(text: str, merged: MergedAnswer, size_px: tuple[int, int]) -> str:
-    """Return the text of an answer about a tile with the merged boxes, in thousandths of the photo."""
+def merged_text(text: str, merged: MergedAnswer, size_px: tuple[int, int], not_found: Sequence[str]) -> str:
+    """Return the text of an answer about a tile with the merged boxes, in thousandths of the photo.
+
+    not_found: sentences; the first is the text where every box was removed and no answer says "not found".
+    """
     if not merged.boxes:
-        return text
+        return not_found[0] if merged.not_found and text.strip() not in not_found else text
     boxes = format_boxes(merged.boxes, size_px)
     first, *others = _BOXES.split(text)
     return first + boxes + "".join(others) if others else boxes
 
 
 def _merged_prediction(
-    question: Question,
-    number: int,
-    given: Sequence[tuple[Look, Answer]],
-    merged: MergedAnswer,
-    wording: Wording,
-    protocol: Protocol,
+    question: Question, number: int, given: Given, merged: MergedAnswer, reading: Reading
 ) -> Prediction:
     """Score merged boxes in pixels of the photo: thousandths of a large photo are too coarse for a small target."""
-    best, size_px = given[merged.best][1], question.frame.photo_px
-    text = merged_text(best.readable().text, merged, size_px)
+    best, size_px, wording, protocol = given[merged.best][1], question.frame.photo_px, reading.wording, reading.protocol
+    text = merged_text(best.readable().text, merged, size_px, wording.not_found_sentences)
     base = score_turn(question, number, replace(best, text=text, digit_probs=(), truncated=False), wording, protocol)
     truth = base.truth_boxes_xyxy
     assert truth is not None  # else it is not asked in tiles

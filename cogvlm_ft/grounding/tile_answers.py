@@ -6,6 +6,8 @@
 2. A box that ends at an inner edge of its tile is a part of what neighbouring tiles show: a complete box that covers
    half of it replaces it; parts that overlap each other become one box.
 3. Boxes of one answer are never merged with each other.
+4. Of the boxes that are left, those below a least confidence are removed. A target is asked in every tile and is in few
+   of them: the few wrong boxes of a tile, times the number of tiles, outnumber the right ones.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ MIN_PATCHES = 2.0
 class TileAnswer:
     """One answer about one part of a photo. window: what was shown. boxes: in pixels of the photo; None: unreadable.
 
-    confidences: of the boxes; 1 where unknown. patch_px: (width, height) of a vision patch in pixels of the photo.
+    confidences: of the boxes, if there are any; 1 where unknown. patch_px: (width, height) of a vision patch in pixels
+    of the photo.
     """
 
     window: Window
@@ -43,10 +46,12 @@ class TileAnswer:
 
 @dataclass(frozen=True)
 class MergedAnswer:
-    """boxes: None if nothing was found and an answer was unreadable. num_duplicates: boxes that merging removed.
+    """boxes: None if none is left and an answer was unreadable.
 
-    not_found: every answer says so. not_found_prob: the lowest of all answers. best: index of the answer that gave the
-    most confident box; else the first that is not "not found"; else 0.
+    confidences: that of the digits, times the probability that the answer is not "not found"; of merged boxes the
+    highest. num_duplicates: boxes that merging removed. num_removed: boxes below the least confidence. not_found: no
+    box is left, and all answers were readable. not_found_prob: the lowest of all answers. best: index of the answer
+    that gave the most confident box; without boxes, of the first unreadable one, else of the first "not found", else 0.
     """
 
     boxes: list[Box] | None
@@ -54,6 +59,7 @@ class MergedAnswer:
     not_found: bool
     not_found_prob: float | None
     num_duplicates: int
+    num_removed: int
     best: int
 
 
@@ -86,21 +92,24 @@ class _Found:
     slack_px: tuple[float, float]
 
 
-def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int]) -> MergedAnswer:
+def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int], min_confidence: float = 0.0) -> MergedAnswer:
     """Merge the answers to one question. size_px: of the photo."""
     found = [each for number, answer in enumerate(answers) for each in _found_in(number, answer, size_px)]
+    groups = sorted(_group(found), key=lambda group: -group.confidence)
+    kept = [group for group in groups if group.confidence >= min_confidence]
+    saying_so = [number for number, answer in enumerate(answers) if answer.not_found]
+    unreadable = [number for number, answer in enumerate(answers) if not answer.not_found and not answer.boxes]
     probs = [answer.not_found_prob for answer in answers if answer.not_found_prob is not None]
-    prob = min(probs) if probs else None
-    if not found:
-        says_so = all(answer.not_found for answer in answers)
-        readable = all(answer.not_found or answer.boxes is not None for answer in answers)
-        told = [number for number, answer in enumerate(answers) if not answer.not_found]
-        return MergedAnswer([] if readable else None, [], says_so, prob, 0, told[0] if told else 0)
-    groups = _group(found)
-    groups.sort(key=lambda group: -group.confidence)
-    best = max(found, key=lambda each: each.confidence).answer
-    boxes, confidences = [group.box for group in groups], [group.confidence for group in groups]
-    return MergedAnswer(boxes, confidences, False, prob, len(found) - len(groups), best)
+    best = max(found, key=lambda each: each.confidence).answer if kept else next(iter(unreadable or saying_so), 0)
+    return MergedAnswer(
+        boxes=None if not kept and unreadable else [group.box for group in kept],
+        confidences=[group.confidence for group in kept],
+        not_found=not kept and not unreadable,
+        not_found_prob=min(probs) if probs else None,
+        num_duplicates=len(found) - len(groups),
+        num_removed=len(groups) - len(kept),
+        best=best,
+    )
 
 
 def _found_in(number: int, answer: TileAnswer, size_px: tuple[int, int]) -> list[_Found]:
@@ -109,7 +118,9 @@ def _found_in(number: int, answer: TileAnswer, size_px: tuple[int, int]) -> list
     area = max(1, (window[2] - window[0]) * (window[3] - window[1]))
     margin = max(answer.patch_px) / 4
     rows = []
-    for box, confidence in zip(answer.boxes or (), answer.confidences, strict=True):
+    is_there = 1.0 - (answer.not_found_prob or 0.0)
+    for box, of_digits in zip(answer.boxes or (), answer.confidences, strict=True):
+        confidence = is_there * of_digits
         sides = (box[2] - box[0]) / answer.patch_px[0], (box[3] - box[1]) / answer.patch_px[1]
         slack = answer.patch_px if is_whole and min(sides) < MIN_PATCHES else (0.0, 0.0)
         is_part = is_cut(box, window, size_px, margin)

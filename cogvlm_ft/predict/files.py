@@ -289,4 +289,5 @@ def reply_fields(reply: Reply) -> dict[str, Any]:
         "not_found_prob": None if reply.not_found_prob is None else round(reply.not_found_prob, 4),
         **({"truncated": True} if reply.truncated else {}),
         **({"duplicates": reply.num_duplicates} if reply.num_duplicates else {}),
+        **({"removed": reply.num_removed} if reply.num_removed else {}),
     }

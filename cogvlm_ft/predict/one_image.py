@@ -28,6 +28,8 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
             confidence = "" if box.confidence is None else f"  confidence {box.confidence:.2f}"
             notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"
             say("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
+        if reply.num_removed:
+            say(f"  boxes below the least confidence that were removed: {reply.num_removed}")
         if reply.not_found_prob is not None:
             say(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
     draw_replies(photo, replies).save(out)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cogvlm_ft.build import load_whole_model
-from cogvlm_ft.checkpoints.choice import find_weights, model_files, trained_wording
+from cogvlm_ft.checkpoints.choice import chosen_min_confidence, find_weights, model_files, trained_wording
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
@@ -64,7 +64,8 @@ class Asking:
     max_new_tokens: None: room for as many boxes as the wording allows.
     reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
     adapter: a folder in the files of peft, merged into the model.
-    tiles: of photos that are larger than one; off without a side.
+    tiles: of photos that are larger than one; off without a side. min_confidence: of boxes from tiles; None: as
+    validation chose it for the model, else 0.
     """
 
     image_size: int | None = None
@@ -79,6 +80,7 @@ class Asking:
     zoom_patches: float = 0.0
     adapter: Path | None = None
     tiles: TilesConfig = field(default_factory=TilesConfig)
+    min_confidence: float | None = None
     quantized: str | None = None
     num_devices: int = 1
 
@@ -143,6 +145,8 @@ class Predictor:
         self.asking = asking
         self.wording = wording
         self.weights = weights
+        chosen = chosen_min_confidence(weights) if asking.min_confidence is None else asking.min_confidence
+        self.min_confidence = chosen or 0.0
         self._resize = asking.resize or resize_of(model.config)
         self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes)
         least = self._grammar.least_tokens if self._grammar else 1
@@ -266,9 +270,9 @@ class Predictor:
             for i, reply in zip(numbers, row, strict=True):
                 frames[n, i].append(part.frame)
                 replies[n, i].append(reply)
-        num_patches = self.model.config.num_patches
+        rules = self.model.config.num_patches, self.min_confidence, self.wording.not_found_sentences
         return [
-            [merge_replies(frames[n, i], replies[n, i], num_patches) for i in range(len(look.prompts))]
+            [merge_replies(frames[n, i], replies[n, i], *rules) for i in range(len(look.prompts))]
             for n, look in enumerate(looks)
         ]
 

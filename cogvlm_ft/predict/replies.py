@@ -14,7 +14,8 @@ from cogvlm_ft.grounding.tile_answers import TileAnswer, merge_answers
 
 @dataclass(frozen=True)
 class FoundBox:
-    """xyxy: pixels of the photo. confidence: mean probability of its digits, None if unknown.
+    """xyxy: pixels of the photo. confidence: mean probability of its digits, None if unknown; of a box from tiles
+    times the probability that the answer is not "not found".
 
     phrase: its target, where that is known. zoomed: from a second look.
     """
@@ -30,7 +31,8 @@ class Reply:
     """boxes: None if the text holds no readable ones. The text is that of the first look.
 
     truncated: the text was cut at the limit of new tokens; boxes are those that it had closed.
-    num_duplicates: boxes of several tiles that were merged into those that are left.
+    num_duplicates: boxes of several tiles that were merged into those that are left. num_removed: boxes of tiles below
+    the least confidence.
     """
 
     prompt: str
@@ -40,10 +42,20 @@ class Reply:
     not_found_prob: float | None
     truncated: bool = False
     num_duplicates: int = 0
+    num_removed: int = 0
 
 
-def merge_replies(frames: Sequence[Frame], replies: Sequence[Reply], num_patches: int) -> Reply:
-    """Merge the replies to one question about a photo and its tiles; boxes are in pixels of the photo already."""
+def merge_replies(
+    frames: Sequence[Frame],
+    replies: Sequence[Reply],
+    num_patches: int,
+    min_confidence: float,
+    not_found: Sequence[str],
+) -> Reply:
+    """Merge the replies to one question about a photo and its tiles; boxes are in pixels of the photo already.
+
+    not_found: sentences, as in `merged_text`.
+    """
     if len(replies) == 1:
         return replies[0]
     size_px, side = frames[0].photo_px, math.isqrt(num_patches)
@@ -58,15 +70,16 @@ def merge_replies(frames: Sequence[Frame], replies: Sequence[Reply], num_patches
         )
         for frame, reply in zip(frames, replies, strict=True)
     ]
-    merged = merge_answers(answers, size_px)
+    merged = merge_answers(answers, size_px, min_confidence)
     best = replies[merged.best]
     boxes = [FoundBox(*pair) for pair in zip(merged.boxes or (), merged.confidences, strict=True)]
     return replace(
         best,
-        text=merged_text(best.text, merged, size_px),
+        text=merged_text(best.text, merged, size_px, not_found),
         boxes=None if merged.boxes is None else tuple(boxes),
         not_found=merged.not_found,
         not_found_prob=merged.not_found_prob,
         truncated=any(reply.truncated for reply in replies),
         num_duplicates=merged.num_duplicates,
+        num_removed=merged.num_removed,
     )

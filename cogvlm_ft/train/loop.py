@@ -237,7 +237,8 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
         logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
     if tracker:
         report_evaluation(run, state, result, best, tracker)
-    return dataclasses.replace(state, evaluated_step=state.step, best=best)
+    least = result.metrics.get("tile_min_confidence")
+    return dataclasses.replace(state, evaluated_step=state.step, best=best, min_confidence=least)
 
 
 def measure(run: Run, state: TrainState, folder: Path, stop_request: StopRequest) -> Evaluation:

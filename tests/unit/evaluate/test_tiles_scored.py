@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from test_evaluate import NUM_PHOTOS, SEED, SETTINGS, reader_of
 
 from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate import evaluate as evaluation
-from cogvlm_ft.evaluate.evaluate import evaluate
+from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.results import Results
 from cogvlm_ft.evaluate.survey import Survey
@@ -23,14 +24,19 @@ from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer
 from cogvlm_ft.model.generation_memory import Pass
 from cogvlm_ft.report.scores import ceilings_of
 from cogvlm_ft.runtime.distributed import device
+from cogvlm_ft.settings import EvaluateConfig
 from cogvlm_ft.tile_settings import TilesConfig
 
 TILES = TilesConfig(side_px=48, overlap=0.2, min_visible=0.6)
 NOT_FOUND = load_wording("box").languages
 
 
-def perfect_answers(reader: Any, tiles: TilesConfig, asked: list[int]) -> Any:
-    """Replace generation by a model that sees perfectly: what is at least half visible is answered with its box."""
+def perfect_answers(reader: Any, tiles: TilesConfig, asked: list[int], *, doubtful_boxes: bool = False) -> Any:
+    """Replace generation by a model that sees perfectly: what is at least half visible is answered with its box.
+
+    doubtful_boxes: where a tile does not show the target, half of the answers are a wrong box that is hardly more
+    probable than "not found".
+    """
     photos = [reader.read(i) for i in range(NUM_PHOTOS)]
     truth = {(str(i), t.phrase): t for i, each in enumerate(photos) for t in each.record.targets}
     windows = photo_tiles((56, 56), tiles)
@@ -56,6 +62,8 @@ def perfect_answers(reader: Any, tiles: TilesConfig, asked: list[int]) -> Any:
             if min(x1 - x0, y1 - y0) > 0 and (x1 - x0) * (y1 - y0) * 2 >= (box[2] - box[0]) * (box[3] - box[1]):
                 boxes.append((x0 - window[0], y0 - window[1], x1 - window[0], y1 - window[1]))
         size = window[2] - window[0], window[3] - window[1]
+        if not boxes and doubtful_boxes and window != (0, 0, 56, 56) and (photo + window[0]) % 2:
+            return Answer(format_boxes([(1, 1, 4, 4)], size), (), (), (), 0.45)
         text = format_boxes(boxes, size) if boxes else NOT_FOUND[target.language].not_found
         return Answer(text, (), (), (), 0.1 if boxes else 0.9)
 
@@ -80,6 +88,32 @@ def test_perfect_answers_about_tiles_are_right_on_the_photo(
     plain = [each for each in found.predictions if each.truth_boxes_xyxy]
     assert all(each.boxes_xyxy and each.confidences for each in plain)
     assert ceilings_of(Results(Path(), found.metrics, found.about, {}, found.predictions)) == {}, "of whole images only"
+
+
+def test_doubtful_boxes_of_tiles_are_removed_below_a_confidence_that_is_chosen_where_f1_is_highest(
+    tiny_model: CogVLMForCausalLM,
+    tokenizer: CogVLMTokenizer,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    tiles = TilesConfig(side_px=30, overlap=0.2, whole=True)
+    reader, model, wording = reader_of(shards), tiny_model.to(device()), load_wording("box")
+
+    def scored(settings: EvaluateConfig) -> Evaluation:
+        answers = perfect_answers(reader, tiles, [], doubtful_boxes=True)
+        monkeypatch.setattr(evaluation, "generate_answers", answers)
+        return evaluate(model, tokenizer, reader, wording, settings, seed=SEED, tiles=tiles)
+
+    every, chosen = scored(replace(SETTINGS, min_confidence=0.0)), scored(SETTINGS)
+    assert every.metrics["tile_removed"] == 0 and not every.about["min_confidence_is_chosen_here"]
+    assert every.metrics["acc@0.5"] < 0.5 and every.metrics["not_found_acc"] < 0.5
+    assert 0.55 < chosen.metrics["tile_min_confidence"] < 0.9 and chosen.about["min_confidence_is_chosen_here"]
+    assert chosen.metrics["acc@0.5"] == chosen.metrics["not_found_acc"] == 1 and chosen.metrics["tile_removed"] > 1
+    assert chosen.curves["confidence"][0][1] == 1 and "confidence" not in every.curves
+    removed = [each for each in chosen.predictions if each.truth_boxes_xyxy == []]
+    assert removed and all(each.answer in wording.not_found_sentences for each in removed)
+    assert scored(replace(SETTINGS, min_confidence=0.7)).predictions == chosen.predictions
 
 
 def test_all_ranks_run_equally_many_passes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -18,7 +19,8 @@ from run_folder import write_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM
 
-from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
+from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, read_state, record_evaluation
+from cogvlm_ft.checkpoints.choice import chosen_min_confidence
 from cogvlm_ft.checkpoints.model_folder import open_contents
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.blend import pair_with_start
@@ -66,8 +68,9 @@ def test_an_export_holds_the_weights_and_is_verified(
     checkpoint: Path, model: CogVLMForCausalLM, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "exported"
+    record_evaluation(checkpoint.parent, dataclasses.replace(read_state(checkpoint), min_confidence=0.25))
     assert export(checkpoint, out, "--dtype", dtype) == 0
-    assert names(out.parent) == ["exported"]
+    assert names(out.parent) == ["exported"] and chosen_min_confidence(out) == chosen_min_confidence(checkpoint) == 0.25
     plain = AutoModelForCausalLM.from_pretrained(out)
     assert plain.dtype == DTYPES[dtype]
     found, expected = load_file(out / SINGLE_FILE), model.state_dict()

@@ -86,3 +86,23 @@ def test_not_found_only_if_every_answer_says_so() -> None:
     assert merge_answers([says_so, says_so], PHOTO).not_found
     merged = merge_answers([says_so, unreadable], PHOTO)
     assert (merged.not_found, merged.boxes, merged.not_found_prob, merged.best) == (False, None, 0.2, 1)
+
+
+def test_a_box_counts_as_much_as_its_answer_is_not_not_found_and_weak_ones_are_removed() -> None:
+    """The doubtful tile is as sure of its digits as the other one."""
+    right, wrong = (100.0, 100.0, 140.0, 140.0), (600.0, 100.0, 640.0, 140.0)
+    says_so = answer((400, 400, 900, 900), [], not_found=True, not_found_prob=0.9)
+    answers = [
+        answer(RIGHT, [wrong], 0.9, not_found_prob=0.5),
+        answer(LEFT, [right], 0.8, not_found_prob=0.1),
+        says_so,
+    ]
+    merged = merge_answers(answers, PHOTO)
+    assert merged.boxes == [right, wrong] and merged.confidences == pytest.approx([0.72, 0.45])
+    assert (merged.num_removed, merged.best) == (0, 1)
+    merged = merge_answers(answers, PHOTO, min_confidence=0.5)
+    assert (merged.boxes, merged.num_removed, merged.not_found) == ([right], 1, False)
+    merged = merge_answers(answers, PHOTO, min_confidence=0.8)
+    assert (merged.boxes, merged.num_removed, merged.not_found, merged.best) == ([], 2, True, 2)
+    merged = merge_answers([*answers, answer(RIGHT, None)], PHOTO, min_confidence=0.8)
+    assert (merged.boxes, merged.not_found, merged.best) == (None, False, 3), "one answer is not known"

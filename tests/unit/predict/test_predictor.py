@@ -27,6 +27,7 @@ from taught_model import (
     teach,
 )
 
+from cogvlm_ft.checkpoints.choice import TILES_FILE, save_min_confidence
 from cogvlm_ft.data.frames import photo_frame
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.export import export_checkpoint
@@ -224,6 +225,17 @@ def test_tiles_are_asked_as_photos_of_their_own_and_their_boxes_merged(folder: P
     assert reply.num_duplicates or {box.xyxy for box in reply.boxes} >= set(alone)
     [[large]] = predictor(folder, tiles=TilesConfig(side_px=800)).ask([picture], [[WHERE_MANY]])
     assert large.text == plain.text and places(large) == places(plain)
+    strict = predictor(folder, tiles=tiles, min_confidence=1.0)
+    [[none, placed]] = strict.ask([picture], [[WHERE_MANY, "the left dog?"]])
+    assert none.not_found and none.text in strict.wording.not_found_sentences and none.boxes == ()
+    assert none.num_removed == len(reply.boxes) and placed.text == first.text, "only answers about tiles lose boxes"
+    save_min_confidence(0.999, folder)
+    assert predictor(folder, tiles=tiles).min_confidence == 0.999
+    assert predictor(folder, tiles=tiles, min_confidence=0.0).min_confidence == 0
+    (folder / TILES_FILE).write_text('{"min_confidence": 7}')
+    with pytest.raises(CheckpointError, match="expected 0 to 1"):
+        predictor(folder, tiles=tiles)
+    (folder / TILES_FILE).unlink()
 
 
 def places(reply: Reply) -> list[tuple[float, ...]]:

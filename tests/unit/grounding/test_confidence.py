@@ -1,0 +1,34 @@
+"""The least confidence of boxes: where F1 is highest."""
+
+from __future__ import annotations
+
+import pytest
+
+from cogvlm_ft.grounding.average_precision import RankedBoxes, rank_boxes
+from cogvlm_ft.grounding.confidence import confidence_curve
+from cogvlm_ft.grounding.targets import Box
+
+HERE, THERE = (0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)
+
+
+def ranked(boxes: list[Box], confidences: list[float], truth: list[Box]) -> RankedBoxes:
+    return rank_boxes(boxes, confidences, truth)
+
+
+def test_the_threshold_is_halfway_below_the_boxes_that_give_the_highest_f1() -> None:
+    questions = [
+        ranked([HERE, THERE], [0.9, 0.3], [HERE]),
+        ranked([THERE, HERE], [0.7, 0.4], [HERE, THERE]),
+        ranked([HERE], [0.2], []),  # absent
+    ]
+    curve = confidence_curve(questions)
+    assert curve is not None and curve.f1 == 1 and curve.threshold == pytest.approx(0.35)
+    assert curve.points[0] == pytest.approx([0.9, 1, 1 / 3, 0.5]), "the most confident box alone"
+    assert curve.points[-1] == pytest.approx([0.2, 3 / 5, 1, 0.75])
+
+
+def test_boxes_of_equal_confidence_are_kept_or_removed_together_and_all_are_kept_if_that_is_best() -> None:
+    curve = confidence_curve([ranked([HERE], [0.5], [HERE]), ranked([THERE], [0.5], [])])
+    assert curve is not None and (curve.threshold, len(curve.points)) == (0, 1)
+    assert confidence_curve([ranked([], [], [HERE])]) is None and confidence_curve([ranked([HERE], [0.5], [])]) is None
+    assert confidence_curve([]) is None
