@@ -163,7 +163,7 @@ def train(out: Path, shards: Path, model: Path, num_photos: int, num_steps: int,
     """Run launch/train.py in one process, and return what it logged."""
     settings = settings_of(shards, model, num_photos, num_steps)
     arguments = [f"output_dir={out}", *(f"{key}={value}" for key, value in settings.items()), *changes]
-    if start_training(arguments, 1):
+    if not start_training(out, arguments, 1).is_finished:
         raise SystemExit(f"training in {out} failed")
     rows = read_rows(out / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] == "train"]

@@ -110,6 +110,9 @@ def check_encoding() -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # where the program was when Ctrl-C came helps nobody
+        print("\ninterrupted", file=sys.stderr)
+        return
     print(plain_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 

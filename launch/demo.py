@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste
@@ -24,6 +25,9 @@ try:
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
+
+if TYPE_CHECKING:
+    from cogvlm_ft.rehearsal.training import Ended
 
 CONFIG = "demo"  # configs/demo.yaml
 NUM_SCENES = 13000
@@ -45,10 +49,17 @@ def run(args: argparse.Namespace) -> int:
     make_shards(scenes, args.num_scenes, Path(config.data.shards))
     make_start_model(scenes, config)
     start = time.perf_counter()
-    if code := train(args.settings):
-        return code
+    ended = train(config.output_path, args.settings)
+    if not ended.is_finished:
+        say(f"\nThe demo is not finished; to resume it, run:\n  {paste('demo', *own_arguments(args))}")
+        return ended.code
     show(config, time.perf_counter() - start)
     return 0
+
+
+def own_arguments(args: argparse.Namespace) -> list[str]:
+    given = ["--num-scenes", str(args.num_scenes)] if args.num_scenes != NUM_SCENES else []
+    return [*given, *args.settings]
 
 
 def make_shards(scenes: Path, num_scenes: int, shards: Path) -> None:
@@ -86,15 +97,15 @@ def make_start_model(scenes: Path, config: Config) -> None:
     save_tiny_model(folder, texts, IMAGE_SIZE)
 
 
-def train(settings: list[str]) -> int:
-    """Run the command that a user would type, on all GPUs or on two processes; return its exit code."""
+def train(run: Path, settings: list[str]) -> Ended:
+    """Run the command that a user would type, on all GPUs or on two processes."""
     import torch
 
     from cogvlm_ft.rehearsal.training import start_training
 
     num_gpus = torch.cuda.device_count()
     say("4. training:", "launch/train.py", "--config", CONFIG, *settings, flush=True)
-    return start_training(["--config", CONFIG, *settings], num_gpus or 2, on_cpu=not num_gpus)
+    return start_training(run, ["--config", CONFIG, *settings], num_gpus or 2, on_cpu=not num_gpus)
 
 
 def show(config: Config, seconds: float) -> None:

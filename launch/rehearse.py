@@ -20,9 +20,10 @@ try:
     from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste, paste_ranks
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.rehearsal.photos import build_all, count
     from cogvlm_ft.run_folder import RunFolder
-    from cogvlm_ft.settings import Config
-    from cogvlm_ft.shards.build import main as build
+    from cogvlm_ft.settings import Config, TrainConfig
+    from cogvlm_ft.shards.formats.choice import settle_source
     from cogvlm_ft.shards.review import main as review
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
@@ -30,6 +31,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 NUM_PHOTOS, ABSENT = 16, 0.2
+TEXT_MONITOR = "chrf"
 REAL_MODEL = "models/cogvlm-grounding-generalist"
 
 
@@ -58,11 +60,12 @@ def rehearse(args: argparse.Namespace) -> int:
     start = time.monotonic()
     shards, config = args.out / "shards", real_config(args)
     say(f"1/5 review of {args.annotations}", flush=True)
-    source = ["--format", args.format, "--images", str(args.photos), "--annotations", str(args.annotations)]
+    name, annotations = settle_source(args.format, args.annotations, args.photos)
+    source = ["--format", name, "--images", str(args.photos), "--annotations", str(annotations)]
     if code := review([*source, "--out", str(args.out / "review")]):
         return code
     say(f"\n2/5 shards of all photos, in {shards}", flush=True)
-    if code := build([*source, "--out", str(shards), "--negatives", str(ABSENT), "--overwrite"]):
+    if code := build_all([*source, "--negatives", str(ABSENT)], shards):
         return code
     say(f"\n3/5 a tiny model for {args.num_photos} of the photos", flush=True)
     with fast_imports():
@@ -73,8 +76,10 @@ def rehearse(args: argparse.Namespace) -> int:
     say(f"{learned}; {chosen.num_parameters / 1e6:.1f} million parameters")
     num_steps = args.steps or chosen.num_steps
     say(f"\n4/5 training for {num_steps} steps", flush=True)
-    if code := train(chosen, args.out, num_steps, args.processes, ["--config", args.config, *args.settings]):
-        return code
+    ended = train(chosen, args.out, num_steps, args.processes, ["--config", args.config, *args.settings])
+    if not ended.is_finished:
+        say("\nThe rehearsal is not finished; the same command resumes it")
+        return ended.code
     say(f"\n5/5 the result, after {(time.monotonic() - start) / 60:.1f} min")
     show_result(args, num_steps)
     show_real_run(args, config)
@@ -90,39 +95,34 @@ def real_config(args: argparse.Namespace) -> Config:
 
 
 def show_result(args: argparse.Namespace, num_steps: int) -> None:
-    """Print the scores of the last evaluation and where the pictures are."""
-    from cogvlm_ft.evaluate.results import find_evaluation, load_results
+    from cogvlm_ft.rehearsal.result import result_lines
 
-    run = RunFolder(args.out / "run")
-    folder = find_evaluation(run.path)
-    metrics = load_results(folder).metrics
-    asked = f"every target of the {metrics['num_images']:.0f} photos was asked; unreadable answers count as 0"
-    say(f"mean IoU {metrics['mean_iou']:.3f}; {asked}")
-    if not metrics["mean_iou"] > 0.5:
-        advice = f"--steps {2 * num_steps} with another --out trains for longer"
-        say(f"The tiny model has not learned the boxes: expected more than 0.5. {advice}. Else see the review")
-    absent = metrics.get("not_found_acc")
-    is_known = absent is not None and absent == absent  # not NaN
-    say(f"absent targets recognised: {absent:.0%}" if is_known else "absent targets: none among these photos")
-    say(f"report    {run.report}\npictures  {folder / 'pictures'}\nreview    {args.out / 'review' / 'review.html'}")
+    for line in result_lines(RunFolder(args.out / "run"), num_steps):
+        say(line)
+    say(f"review    {args.out / 'review' / 'review.html'}")
 
 
 def show_real_run(args: argparse.Namespace, config: Config) -> None:
     from cogvlm_ft.rehearsal.verdict import judge_real_run
 
-    say("\nA mean IoU above 0.5 shows that photos, labels and boxes fit together;")
-    say("it does not show how well the 17B model will find the same things on photos that it has not seen.")
+    shards = args.out / "shards"
     say("\nThe real run, estimated:")
     for line in judge_real_run(config):
         say(f"  {line}")
+    if not count(shards, "num_samples", ["val"]):
+        say("It needs photos for validation: label more, or name other shards with data.val_shards")
     say("\nIts commands:")
-    for command in commands_of_real_run(args, config):
+    for command in commands_of_real_run(args, config, has_boxes=count(shards, "num_boxes") > 0):
         say(f"  {command}")
 
 
-def commands_of_real_run(args: argparse.Namespace, config: Config) -> list[str]:
-    """Return the commands for one node and for two, with every setting of this command line."""
+def commands_of_real_run(args: argparse.Namespace, config: Config, *, has_boxes: bool = True) -> list[str]:
+    """Return the commands for one node and for two, with every setting of this command line.
+
+    has_boxes: of the data; without any, the best checkpoint is chosen by the texts.
+    """
     needed = {"model.path": config.model.path, "data.shards": config.data.shards, "output_dir": config.output_dir}
+    needed |= {} if has_boxes or config.train.monitor != TrainConfig.monitor else {"train.monitor": TEXT_MONITOR}
     others = [setting for setting in args.settings if setting.partition("=")[0] not in needed]
     settings = [*(f"{key}={value}" for key, value in needed.items()), *others]
     options = ["--config", args.config, *settings]

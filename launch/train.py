@@ -20,6 +20,7 @@ try:
     from cogvlm_ft.command_line import USER_ERROR_EXIT_CODE, add_settings, build_parser, exit_code, fast_imports
     from cogvlm_ft.jobs.sweep import load_task
     from cogvlm_ft.rehearsal.stand_in import with_model
+    from cogvlm_ft.run_folder import RunFolder
     from cogvlm_ft.runtime.outcome import write_outcome
     from cogvlm_ft.runtime.stop_signals import StopRequest
     from cogvlm_ft.settings import Config
@@ -102,7 +103,9 @@ def run(config: Config, stop_request: StopRequest) -> int:
         end = "finished early: no better evaluation in train.patience evaluations" if is_early else end
         end = "stopped: the same command resumes" if is_stopped else end
         say(f"\n{end}. Step {state.step} of {last_step}; everything is in {folder}/")
-        say("  report.html   checkpoints/   metrics.jsonl   evaluations/*/{predictions.jsonl,pictures/}   wandb/")
+        others = [f"{path.name}/" for path in (RunFolder(folder).wandb, RunFolder(folder).tensorboard) if path.exists()]
+        evaluations = "evaluations/*/{predictions.jsonl,pictures/}"
+        say("  " + "   ".join(["report.html", "checkpoints/", "metrics.jsonl", evaluations, *others]))
     shut_down()
     return 0
 

@@ -33,7 +33,8 @@ from cogvlm_ft.data.cutting import TileCut
 from cogvlm_ft.data.reader import MAX_PIXELS
 from cogvlm_ft.data.shard_sets import INDEX_VERSION, read_json_file
 from cogvlm_ft.errors import DataError
-from cogvlm_ft.shards.formats import FORMATS, check_kind, recognise_format
+from cogvlm_ft.shards.formats import FORMATS, check_kind
+from cogvlm_ft.shards.formats.choice import settle_source
 from cogvlm_ft.shards.negatives import KINDS, NegativeSettings, Vocabulary, negatives_report
 from cogvlm_ft.shards.negatives.two_passes import SecondPass, is_exhaustive, run_first_pass
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS, BoxUnits, UnitSurvey
@@ -355,17 +356,15 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> BuildSettings:
     """Convert the command line; report the recognised format."""
-    annotations, name = args.annotations, args.format
-    if name == "auto":
-        name, seen = recognise_format(annotations)
-        say(f"{annotations}: {seen}; reading it as --format {name}", flush=True)
+    images = args.images or (args.annotations if args.annotations.is_dir() else args.annotations.parent)
+    name, annotations = settle_source(args.format, args.annotations, images)
     kinds = dict.fromkeys(args.negative_kinds, 1.0)
     negatives = (
         NegativeSettings(args.negatives, kinds, args.synonyms, args.seed, args.names) if args.negatives else None
     )
     return BuildSettings(
         format=name,
-        images=args.images or (annotations if annotations.is_dir() else annotations.parent),
+        images=images,
         annotations=annotations,
         val_fraction=args.val_fraction,
         split=args.split,

@@ -25,7 +25,8 @@ except ModuleNotFoundError as error:
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.settings import RESIZES, DataConfig
-from cogvlm_ft.shards.formats import FORMATS, recognise_format
+from cogvlm_ft.shards.formats import FORMATS
+from cogvlm_ft.shards.formats.choice import settle_source
 from cogvlm_ft.shards.packing.box_units import BOX_UNITS
 from cogvlm_ft.shards.packing.candidates import Problem
 from cogvlm_ft.shards.packing.tar_writing import to_json_bytes, write_atomically
@@ -127,11 +128,8 @@ def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
     for option, path in (("--annotations", args.annotations), ("--images", args.images)):
         if not path.exists():
             raise DataError(f"{option} {path}: no such file or folder")
-    name = args.format
-    if name == "auto":
-        name, seen = recognise_format(args.annotations)
-        say(f"--format {name}: {seen}")
-    return annotated_items(name, args.annotations, args.images, args.box_unit), f"{args.annotations} ({name})"
+    name, annotations = settle_source(args.format, args.annotations, args.images)
+    return annotated_items(name, annotations, args.images, args.box_unit), f"{annotations} ({name})"
 
 
 def main(argv: list[str] | None = None) -> int:

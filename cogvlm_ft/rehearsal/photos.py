@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,37 @@ from cogvlm_ft.data.record import BadSampleError, Record
 from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.targets import Target
-from cogvlm_ft.plain_files import write_text
+from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.shards.build import BuildSettings, build
+from cogvlm_ft.shards.build import main as build_shards
 from cogvlm_ft.shards.packing.splits import SPLITS
+from cogvlm_ft.terminal import say
 
 LINES, MAX_LINES_BYTES = "lines.jsonl", 1 << 28
+VAL_FRACTIONS = (0.2, 0.5)  # of few photos, if a tenth is none
 STORED_SIDES = 4
 """Photos are stored at this many times the side of the model's input: they are decoded again for every step."""
+
+
+def build_all(source: Sequence[str], shards: Path) -> int:
+    """Build shards of all photos, with at least one for validation if two can be used; return the exit code.
+
+    source: options of shards/build.py.
+    """
+    options = [*source, "--out", str(shards), "--overwrite"]
+    code = build_shards(options)
+    for fraction in VAL_FRACTIONS:
+        if code or count(shards, "num_samples", ["val"]) or count(shards, "num_samples") < 2:
+            break
+        say(f"\nval is empty: building again with --val-fraction {fraction}", flush=True)
+        code = build_shards([*options, "--val-fraction", str(fraction)])
+    return code
+
+
+def count(shards: Path, what: str, splits: Sequence[str] = SPLITS) -> int:
+    """Return the number of `what` in the splits, such as num_samples, by the index of the shards."""
+    found = read_json(shards / "index.json")["splits"]
+    return sum(found[split][what] for split in splits if split in found)
 
 
 def draw_photos(shards: Path, number: int, seed: int) -> list[Sample]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
+from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.formats.coco import read_coco, recognise_coco
 from cogvlm_ft.shards.formats.coco_bboxes import CORNERS, SIZES
@@ -84,25 +86,47 @@ def check_kind(annotations: Path) -> None:
         raise DataError(f"--annotations {annotations}: {found}. Save its content to a file first")
 
 
-def recognise_format(annotations: Path) -> tuple[str, str]:
-    """Return (name of the format, what was recognised). Raises DataError unless exactly one format fits."""
+def fitting_formats(annotations: Path) -> list[tuple[str, str]]:
+    """Return (name, what was recognised) of every format that fits. Raises DataError if the path cannot be read."""
     try:
         check_kind(annotations)
         seen = {name: format.recognise(annotations) for name, format in FORMATS.items()}
-        fits = [(name, what) for name, what in seen.items() if what is not None]
-        if len(fits) == 1:
-            return fits[0]
-        found = "; ".join(f"{what} (--format {name})" for name, what in fits) or _describe(annotations)
+        return [(name, what) for name, what in seen.items() if what is not None]
     except OSError as error:
         raise DataError(f"--annotations {annotations} cannot be read: {error.strerror}") from None
-    unread = None if fits else describe_unread(annotations)
-    if unread:
-        raise DataError(f"--annotations {annotations}: found {unread}")
+
+
+def recognise_format(annotations: Path) -> tuple[str, str]:
+    """Return (name of the format, what was recognised). Raises DataError unless exactly one format fits."""
+    fits = fitting_formats(annotations)
+    if len(fits) == 1:
+        return fits[0]
     if fits:
-        problem, advice = "fits several formats", "Choose one, or name the folder or file of one of them."
-    else:
-        problem, advice = "is of no known format", f"Choose --format {', '.join(FORMATS)}."
+        refuse_several(annotations, fits)
+    try:
+        unread = describe_unread(annotations)
+        if unread:
+            raise DataError(f"--annotations {annotations}: found {unread}")
+        found = _describe(annotations)
+    except OSError as error:
+        raise DataError(f"--annotations {annotations} cannot be read: {error.strerror}") from None
+    problem, advice = "is of no known format", f"Choose --format {', '.join(FORMATS)}."
+    if annotations.is_dir() and _has_photos_only(annotations):
+        advice = "These are photos without labels. Name the file or folder of the labels: --annotations PATH."
     raise DataError(f"--annotations {annotations} {problem}: found {found}. {advice}")
+
+
+def refuse_several(annotations: Path, fits: list[tuple[str, str]], why: str = "") -> NoReturn:
+    """Raise DataError about a path that fits several formats. why: how their labels differ, if that is known."""
+    found = "; ".join(f"{what} (--format {name})" for name, what in fits) + (f"; {why}" if why else "")
+    advice = "Choose one with its --format, or name the folder or file of one of them."
+    raise DataError(f"--annotations {annotations} fits several formats: found {found}. {advice}")
+
+
+def _has_photos_only(folder: Path) -> bool:
+    names = islice(files_below(folder, ""), _MAX_COUNTED)
+    endings = {posixpath.splitext(name)[1].lower().removeprefix(".") for name in names}
+    return bool(endings) and endings <= set(IMAGE_EXTENSIONS)
 
 
 def _describe(annotations: Path) -> str:

@@ -15,8 +15,10 @@ from pathlib import Path
 from cogvlm_ft.data.tars import IMAGE_EXTENSIONS
 from cogvlm_ft.errors import DataError
 
-_ANNOTATION_FOLDERS = re.compile("labels?|annot(ation)?s?|ann?o?s?|xmls?|jsons?|txts?|labelme|voc|yolo", re.I)
-_IMAGE_FOLDERS = re.compile("images?|imgs?|jpegimages|photos?|pictures?|pics|data", re.I)
+_ANNOTATION_FOLDERS = re.compile(
+    "labels?|annot(ation)?s?|ann?o?s?|xmls?|jsons?|txts?|labelme|voc|yolo|标注(文件|数据|结果)?|标签|注释", re.I
+)
+_IMAGE_FOLDERS = re.compile("images?|imgs?|jpegimages|photos?|pictures?|pics|data|图[片像]|[照相]片|原图|数据", re.I)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ _GENERAL_FOLDERS = frozenset(
         "static",
         "upload",
         "uploads",
+        "图像",
+        "图片",
+        "数据",
+        "数据集",
+        "标注",
+        "标签",
+        "照片",
     ]
 )
 """Folders whose names say nothing about which photos are in them."""

@@ -42,7 +42,9 @@ def test_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert code == 0, printed + errors
     shown = dict(line.split(maxsplit=1) for line in printed.splitlines() if line.startswith(("report ", "pictures ")))
     assert Path(shown["report"]).is_file() and any(Path(shown["pictures"]).iterdir())
-    assert "mean IoU" in printed and "it does not show how well the 17B model" in printed
+    assert "mean IoU" in printed and "has not learned the photos" in printed
+    assert "val is empty: building again with --val-fraction 0.2" in printed, "a tenth of four photos is none"
+    assert json.loads((out / "shards" / "index.json").read_bytes())["splits"]["val"]["num_samples"] == 1
     for num_nodes in (1, 2, 4):
         (verdict,) = [line for line in printed.splitlines() if line.startswith(f"  {num_nodes} x 8 GPUs of 80 GB: ")]
         assert "train.global_batch_size=" in verdict and len(verdict) <= 100

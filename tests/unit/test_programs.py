@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,10 @@ def test_an_output_that_cannot_be_a_folder_is_a_mistake_of_one_line(
         assert main_of(program)([*arguments, str(out)]) == 2
         error = capsys.readouterr().err
         assert str(out) in error and len(error.splitlines()) == 1, error
+
+
+def test_ctrl_c_is_no_traceback() -> None:
+    """The program still ends by the signal, so that a loop of a shell ends too."""
+    program = "from cogvlm_ft.terminal import prepare_terminal; prepare_terminal(); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (-signal.SIGINT, "interrupted")

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.launch.rehearse import commands_of_real_run, real_config
-from cogvlm_ft.rehearsal.training import Chosen, start_training, train
+from cogvlm_ft.rehearsal.training import Chosen, training_command, training_settings
 from cogvlm_ft.runtime.distributed import check_gpus
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
-    started: list[tuple[list[str], dict[str, str]]] = []
-
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> subprocess.CompletedProcess[str]:
-        started.append((command, env))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return started
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_on_the_cpu_a_gpu_of_the_machine_is_left_alone(
-    commands: list[tuple[list[str], dict[str, str]]],
-    num_processes: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    num_processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "nvidia0").touch()
-    start_training(["a=1"], num_processes)
-    ((command, environment),) = commands
+    command, environment = training_command(["a=1"], num_processes)
     assert command[-3:] == ["-m", "cogvlm_ft.launch.train", "a=1"]
     # The launcher of several processes overwrites the variable: each process unsets it again.
     visible = environment if num_processes == 1 else dict(part.split("=") for part in command if "DEVICES=" in part)
@@ -44,9 +27,7 @@ def test_on_the_cpu_a_gpu_of_the_machine_is_left_alone(
     check_gpus(tmp_path)
 
 
-def test_what_the_real_run_says_of_the_17b_model_is_left_out(
-    commands: list[tuple[list[str], dict[str, str]]], tmp_path: Path
-) -> None:
+def test_what_the_real_run_says_of_the_17b_model_is_left_out(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text(
         "train: {ema: 0.99, lr_scale: {'lm_head.*': 0.0}, vision_layer_decay: 0.9}\n"
@@ -54,9 +35,8 @@ def test_what_the_real_run_says_of_the_17b_model_is_left_out(
         "adapter: {rank: 8}\nmodel: {freeze: ['model.vision.*']}\n",
         encoding="utf-8",
     )
-    train(Chosen(num_photos=3, num_boxes=3, num_parameters=1), tmp_path, 10, 1, ["--config", str(config)])
-    ((command, _),) = commands
-    settings = load_config(str(config), command[command.index(str(config)) + 1 :])
+    chosen = Chosen(num_photos=3, num_boxes=3, num_parameters=1)
+    settings = load_config(str(config), training_settings(chosen, tmp_path, 10, 1))
     assert (settings.train.ema, settings.train.lr_scale, settings.train.vision_layer_decay) == (None, {}, 1)
     assert (settings.data.tiles.side_px, settings.data.augment.crop, settings.adapter.rank) == (None, 0, None)
     assert settings.model.freeze == [] and settings.data.max_sequence_length > 64
@@ -64,12 +44,9 @@ def test_what_the_real_run_says_of_the_17b_model_is_left_out(
 
 
 @pytest.mark.parametrize(("num_photos", "num_processes", "size"), [(1, 1, 1), (1, 2, 2), (5, 1, 4), (15, 2, 4)])
-def test_any_number_of_photos_can_be_divided(
-    commands: list[tuple[list[str], dict[str, str]]], num_photos: int, num_processes: int, size: int, tmp_path: Path
-) -> None:
-    train(Chosen(num_photos, num_boxes=1, num_parameters=1), tmp_path, 10, num_processes, ["--config", "grounding_490"])
-    ((command, _),) = commands
-    found = load_config("grounding_490", [part for part in command if "=" in part and not part.startswith("CUDA")])
+def test_any_number_of_photos_can_be_divided(num_photos: int, num_processes: int, size: int, tmp_path: Path) -> None:
+    chosen = Chosen(num_photos, num_boxes=1, num_parameters=1)
+    found = load_config("grounding_490", training_settings(chosen, tmp_path, 10, num_processes))
     assert found.train.global_batch_size == size
     assert size % (found.train.micro_batch_size * num_processes) == 0
 

@@ -256,7 +256,7 @@ def test_the_format_is_found_out_and_said(photos: Path, tmp_path: Path, capsys: 
     annotations = write_lines(photos / "x.jsonl", [dog(f"{name}.jpg") for name in "abcde"])
     assert main(["--annotations", str(annotations), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(f"{annotations}: ") and printed[0].endswith("reading it as --format jsonl")
+    assert printed[0].startswith(f"{annotations}: reading --format jsonl: JSON lines")
     assert json.loads((tmp_path / "out" / "index.json").read_bytes())["build"]["format"] == "jsonl"
 
 
