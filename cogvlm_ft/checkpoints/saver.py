@@ -51,7 +51,7 @@ class CheckpointSaver:
 
     With settings.background, slices are copied into host memory, which is all that training waits for; without, they
     are written one tensor at a time before `start` returns. last_step: of the newest checkpoint, published or started;
-    -1 if there is none.
+    0 if there is none, as the state before the first step is that of the model folder; -1 if it could not be saved.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CheckpointSaver:
         folder: Path,
         save_model_files: Callable[[Path], None],
         settings: CheckpointConfig,
-        last_step: int = -1,
+        last_step: int = 0,
     ) -> None:
         """Prepare for `folder`. `save_model_files(path)` writes config and tokenizer; rank 0 calls it."""
         self._engine = engine
@@ -114,7 +114,7 @@ class CheckpointSaver:
 
     def record_evaluation(self, state: TrainState) -> None:
         """Record what an evaluation added to a state whose checkpoint is started or saved. Rank 0 writes."""
-        if not is_main() or self.last_step != state.step:
+        if not is_main() or self.last_step != state.step or state.step == 0:
             return
         try:
             record_evaluation(self._folder, state)

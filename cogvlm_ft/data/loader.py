@@ -32,6 +32,7 @@ from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.preprocess import preprocess_image
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.runtime.stop_signals import kept_from_new_processes
 from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import AugmentConfig
 from cogvlm_ft.terminal import progress_bar
@@ -168,7 +169,9 @@ def read_steps(
     )
     step: list[Batch] = []
     try:
-        for batch in loader:
+        with kept_from_new_processes():
+            batches = iter(loader)
+        for batch in batches:
             step.append(batch)
             if len(step) == num_accum_steps:
                 yield step

@@ -27,6 +27,7 @@ from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import open_new, read_json, sync_open
 from cogvlm_ft.runtime.distributed import from_main, is_main, shared_errors
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
+from cogvlm_ft.runtime.processes import find_process
 from cogvlm_ft.runtime.watchdog import progress
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ LOST_EXIT_CODE = 1
 class Owner:
     """A process that trains. machine: its boot and PID namespace, within which `pid` and `started` name a process.
 
+    started: seconds after boot; in locks of earlier versions, since 1970 by the clock of then.
     batch: what scancel calls its job, if a batch script waits for it.
     """
 
@@ -71,7 +73,8 @@ def this_process() -> Owner:
     job = os.environ.get("SLURM_JOB_ID")
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     pid = os.getpid()
-    started = psutil.Process(pid).create_time()
+    process = find_process(pid)
+    started = process.started_s if process else 0.0
     batch = job_to_signal(os.environ)
     return Owner(socket.gethostname(), machine, pid, started, job, attempt, batch=batch)
 
@@ -216,10 +219,10 @@ def _is_alive(owner: Owner, me: Owner, path: Path) -> bool:
 
 
 def _is_running(owner: Owner) -> bool:
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(owner.pid)
-        return abs(process.create_time() - owner.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    return False
+    process = find_process(owner.pid)
+    if process is None:
+        return False
+    return process.started_s == owner.started or abs(process.started_s + psutil.boot_time() - owner.started) < 1
 
 
 def _beat(path: Path, ended: threading.Event) -> None:

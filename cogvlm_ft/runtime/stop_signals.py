@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import ClassVar
 
-import psutil
+from cogvlm_ft.runtime.processes import Process, parents_of, words_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate", "mpirun", "mpiexec", "orterun"}
@@ -48,7 +48,7 @@ class StopRequest:
     @property
     def is_from_outside(self) -> bool:
         """Whether a signal arrived or a launcher ended, rather than an error on this rank."""
-        return self._was_signalled or not all(_is_running(launcher) for launcher in self._launchers)
+        return self._was_signalled or not all(launcher.is_running for launcher in self._launchers)
 
     def fail(self, error: Exception) -> None:
         """Ask all ranks to stop because of an error on this one."""
@@ -129,28 +129,26 @@ def is_ignored(number: signal.Signals) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
+@contextlib.contextmanager
+def kept_from_new_processes() -> Iterator[None]:
+    """Let no stop signal reach the processes that the block starts, not even while they start: they are the rank's."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def ignore_stop_signals(_worker: int = 0) -> None:
     """Leave stop signals to the rank, in a process that it has started: they reach the whole process group."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def find_launchers() -> list[psutil.Process]:
+def find_launchers() -> list[Process]:
     """Return the programs among the ancestors of this process that start ranks."""
-    with contextlib.suppress(psutil.Error):
-        return [process for process in psutil.Process().parents() if _is_launcher(process)]
-    return []
+    return [process for process in parents_of(os.getpid()) if _is_launcher(words_of(process))]
 
 
-def _is_launcher(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()[:4]  # python -u -m deepspeed.launcher.launch
-    except psutil.Error:
-        return False
-    return any(Path(word).name in LAUNCHERS or word in LAUNCHER_MODULES for word in words)
-
-
-def _is_running(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _is_launcher(words: list[str]) -> bool:
+    return any(Path(word).name in LAUNCHERS or word in LAUNCHER_MODULES for word in words[:4])  # python -u -m MODULE

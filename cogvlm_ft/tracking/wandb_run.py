@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Full, Queue
@@ -196,6 +197,16 @@ class WandbRun:
         logger.warning("W&B stopped (%s: %s); continuing without it", type(error).__name__, error)
         self.stopped_by = error
         self._run = None
+        if isinstance(error, ConnectionError):  # wandb's process was killed, perhaps by a launcher that stops
+            _forget_ended_process()
+
+
+def _forget_ended_process() -> None:
+    """Let wandb not say goodbye to its process when the program exits: it would print a traceback."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def train_key(name: str) -> str:

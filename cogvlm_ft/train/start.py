@@ -21,6 +21,7 @@ from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.agreement import check_agreement
 from cogvlm_ft.runtime.distributed import computed_by_main, shared_errors
 from cogvlm_ft.runtime.nodes import computed_once_per_node
+from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.settings import Config
 from cogvlm_ft.train.early_stopping import is_out_of_patience
 
@@ -33,10 +34,10 @@ class FinishedRun:
     last_step: int
 
 
-def build_checked_run(config: Config) -> Run | FinishedRun:
+def build_checked_run(config: Config, stop_request: StopRequest) -> Run | FinishedRun:
     """Build a run whose validation images can produce `train.monitor`, unless nothing is left to be done.
 
-    Of a finished run no weights are loaded. Collective. Raises ConfigError.
+    Of a finished run no weights are loaded. Collective. Raises ConfigError, and StopRequested before loading weights.
     """
     with shared_errors():
         val_reader = open_split(config, config.data.val_split)
@@ -47,7 +48,10 @@ def build_checked_run(config: Config) -> Run | FinishedRun:
     data = open_training_data(config, val_reader)
     check_agreement(facts_of_files(config, data, val_reader, model_config))
     finished = computed_by_main(lambda: find_finished(config, data))
-    return build_run(config, val_reader, data) if finished is None else finished
+    if finished is not None:
+        return finished
+    stop_request.check()
+    return build_run(config, val_reader, data)
 
 
 def facts_of_files(

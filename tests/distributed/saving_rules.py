@@ -1,7 +1,7 @@
 """Train in three attempts with other batch sizes; in the last, the model folder vanishes and files cannot be written.
 
-Before them, the tars in OUT/foreign are indexed, and the server of the shards goes away during a run in OUT/outage:
-from the moment that OUT/away exists.
+Before them, the tars in OUT/foreign are indexed, the server of the shards goes away during a run in OUT/outage: from
+the moment that OUT/away exists, and a run in OUT/stopped is asked to stop before its first step.
 
 Usage: saving_rules.py MODEL OUT URL SETTING...      model.path is OUT/model; prints a JSON line per attempt
 """
@@ -12,7 +12,9 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +44,7 @@ from cogvlm_ft.runtime.distributed import (
     shut_down,
 )
 from cogvlm_ft.runtime.nodes import computed_once_per_node
-from cogvlm_ft.runtime.stop_signals import StopRequest
+from cogvlm_ft.runtime.stop_signals import StopRequest, StopRequested
 from cogvlm_ft.tracking import metrics_log
 from cogvlm_ft.train import loop
 from cogvlm_ft.train.start import build_checked_run
@@ -72,9 +74,9 @@ def lose_server(out: Path, url: str, settings: list[str]) -> None:
     """Train until the server has been away for longer than data.retry_s; print what every rank says of it."""
     own = [f"output_dir={out / 'outage'}", "data.retry_s=0.2", "train.epochs=4"]
     own += ["train.global_batch_size=4", "train.micro_batch_size=2"]
-    run = build_checked_run(load_config(None, [*settings, *own, f"data.shards={url}"]))
+    run = build_checked_run(load_config(None, [*settings, *own, f"data.shards={url}"]), StopRequest())
     assert isinstance(run, Run)
-    real, errors = loop.train_step, []
+    real, errors, no_stop = loop.train_step, list[str](), StopRequest()
 
     def train_step(*values: Any, **options: Any) -> Any:
         if options["step"] == 2 and is_main():
@@ -83,14 +85,14 @@ def lose_server(out: Path, url: str, settings: list[str]) -> None:
 
     loop.train_step = train_step
     try:
-        loop.train(run, StopRequest())
+        loop.train(run, no_stop)
     except ServerError as error:
         errors.append(str(error))
     loop.train_step = real
     for action in (
         lambda: computed_by_main(lambda: (out / "absent").read_bytes()),
         lambda: evaluate_with_one_disk(run, settings),
-        lambda: build_checked_run(load_config(None, [*settings, *own, f"data.shards={out / f'of-{rank()}'}"])),
+        lambda: build_checked_run(load_config(None, [*settings, *own, f"data.shards={out / f'of-{rank()}'}"]), no_stop),
         lambda: check_agreement(comparable_settings(load_config(None, [*settings, f"train.epochs={rank() + 1}"]))),
     ):  # what one rank alone cannot read, or knows differently
         try:
@@ -101,6 +103,25 @@ def lose_server(out: Path, url: str, settings: list[str]) -> None:
     if everywhere is not None:
         print(json.dumps({"errors": everywhere}), flush=True)
     run.engine.destroy()
+
+
+def stop_at_the_start(out: Path, settings: list[str]) -> None:
+    """Ask one rank to stop before weights are loaded, then before the first step; print what that leaves."""
+    config, endings = load_config(None, [*settings, f"output_dir={out / 'stopped'}"]), list[Any]()
+    with StopRequest() as stop_request:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            build_checked_run(config, stop_request)
+        except StopRequested:
+            endings.append("before loading")
+        run = build_checked_run(config, StopRequest())
+        assert isinstance(run, Run)
+        endings.append(loop.train(run, stop_request).step)
+    run.engine.destroy()
+    if is_main():
+        saved = [path.name for path in (out / "stopped" / "checkpoints").glob("*")]
+        print(json.dumps({"stopped": [*endings, saved]}), flush=True)
 
 
 def index_foreign(out: Path, settings: list[str]) -> None:
@@ -151,11 +172,12 @@ def main() -> None:
     barrier()
     index_foreign(out, settings)
     lose_server(out, url, settings)
+    stop_at_the_start(out, settings)
     for batch_size, max_steps in ATTEMPTS:
         own = [f"train.global_batch_size={batch_size}", "train.micro_batch_size=2"]
         own += [f"train.max_steps={'null' if max_steps is None else max_steps}"]
         own += [] if max_steps else [f"deepspeed={out / 'hpz.json'}"]
-        run = build_checked_run(load_config(None, [*settings, *own]))
+        run = build_checked_run(load_config(None, [*settings, *own]), StopRequest())
         assert isinstance(run, Run)
         barrier()
         if not max_steps:

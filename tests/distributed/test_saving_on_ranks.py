@@ -83,6 +83,12 @@ def test_what_one_rank_cannot_read_saves_and_ends_all_ranks(attempts: tuple[Path
     assert last.samples_consumed == 4 * last.step < 4 * NUM_SAMPLES
 
 
+def test_a_stop_before_the_first_step_writes_no_checkpoint(attempts: tuple[Path, str]) -> None:
+    """Of 17B it would be 68 GB that are in the model folder already; and the weights are not loaded just to stop."""
+    [found] = [json.loads(line)["stopped"] for line in attempts[1].splitlines() if line.startswith('{"stopped"')]
+    assert found == ["before loading", 0, []]
+
+
 def test_other_batch_sizes_end_at_exactly_the_last_epoch(attempts: tuple[Path, str]) -> None:
     folder, output = attempts
     found = [json.loads(line) for line in output.splitlines() if line.startswith('{"step"')]

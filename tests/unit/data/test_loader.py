@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from cogvlm_ft.data import loader
 from cogvlm_ft.data.collate import BadSample, Batch, collate
 from cogvlm_ft.data.encode import encode_turns
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, Item, read_steps
 from cogvlm_ft.data.look import turns_of
+from cogvlm_ft.data.patience import start_loader_process
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import Record
@@ -290,3 +294,17 @@ def test_a_bad_sample_is_counted_once_an_epoch(
     good_keys = [dataset.reader.index.key(i) for i in range(NUM_SAMPLES) if i != spoiled]
     assert Counter(counted_keys(batches)) == Counter(good_keys)
     assert [bad for batch in batches for bad in batch.bad] == [BadSample(key, "broken_image")]
+
+
+def test_a_signal_while_loader_processes_start_ends_none_of_them(
+    shards: Path, tokenizer: CogVLMTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm, docker and deepspeed send SIGTERM to them too, and torch lets it be deadly at first."""
+
+    def signalled_start(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        start_loader_process(worker)
+
+    monkeypatch.setattr(loader, "start_loader_process", signalled_start)
+    assert len(steps_of(build_dataset(shards, tokenizer), 0, num_workers=1)) == -(-NUM_SAMPLES // GLOBAL_BATCH_SIZE)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -14,6 +14,7 @@ import time
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cogvlm_ft.errors import ConfigError
@@ -241,3 +242,19 @@ def test_a_folder_that_another_node_does_not_share_is_refused(tmp_path: Path, mo
             pass
         with pytest.raises(ConfigError, match=f"output_dir={own}: found another folder on "), owned_run_folder(own):
             pass
+
+
+def test_a_step_of_the_clock_loses_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time since 1970 at which a process started moves with the clock of the machine."""
+    with run_lock(tmp_path):
+        booted = psutil.boot_time()
+        for name in ("psutil.boot_time", "psutil._pslinux.boot_time"):
+            monkeypatch.setattr(name, lambda: booted + 3600)
+        with pytest.raises(ConfigError, match="another training writes there"), run_lock(tmp_path):
+            pass
+
+
+def test_a_lock_of_an_earlier_version_is_one(tmp_path: Path) -> None:
+    leave(tmp_path, started=psutil.Process().create_time())
+    with pytest.raises(ConfigError, match="another training writes there"), run_lock(tmp_path):
+        pass

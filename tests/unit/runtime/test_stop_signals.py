@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
+from ranks import run_program
 
 from cogvlm_ft.runtime.stop_signals import STOP_SIGNALS, StopRequest, ignore_stop_signals
 
@@ -43,3 +45,16 @@ def test_loader_processes_leave_them_to_their_rank() -> None:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_after_the_end_is_no_failure(tmp_path: Path) -> None:
+    """The program has done its work and exits, which takes seconds where much memory is freed."""
+    program = tmp_path / "signalled_at_exit.py"
+    program.write_text(
+        "import atexit, os, runpy, signal, sys\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = run_program([program, "launch/train.py", "no.setting=1"])
+    assert done.returncode == 2, done.stderr
