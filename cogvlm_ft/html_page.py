@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from cogvlm_ft.colours import style_sheet
 
+_WIDE = "ᄀ"  # characters from here on are about as wide as high
 _SHARED = Path(__file__).parent
 _NO_NAVIGATION = "base-uri 'none'; form-action 'none'"
 
@@ -63,6 +64,11 @@ class HtmlPage:
         """Fill in the template. Characters that UTF-8 cannot encode become escapes."""
         page = self._template.render(inlined=inlined, **values)
         return page.encode("utf-8", "backslashreplace").decode()
+
+
+def text_width(text: str) -> float:
+    """Return at least how wide a bold text is in the fonts of browsers, in units of the font size."""
+    return sum(1.0 if char >= _WIDE or char in "mwMW@%" else 0.66 for char in text)
 
 
 def both(en: object, zh: object) -> Markup:

@@ -39,6 +39,12 @@ class RunFolder:
         return cls(path.resolve().parents[1])
 
     @property
+    def title(self) -> str:
+        """The name for people: that of the folder, after that of the one above if it is just `run`."""
+        whole = self.path.resolve()
+        return f"{whole.parent.name}/{whole.name}" if whole.name == "run" else whole.name
+
+    @property
     def config(self) -> Path:
         """The settings, complete."""
         return self.path / "config.yaml"

@@ -96,7 +96,7 @@ def load_report(folder: Path, run_folder: Path | None = None) -> Report:
     """Load all that the page shows; missing parts of a run are left out. Raises DataError for the evaluation."""
     before = former_evaluation(folder) if run_folder else None
     report = Report(
-        name=(run_folder or folder).resolve().name,
+        name=RunFolder(run_folder or folder).title,
         results=load_results(folder),
         former=load_results(before) if before and (before / PREDICTIONS_FILE).exists() else None,
     )

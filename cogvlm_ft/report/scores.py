@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -75,9 +76,9 @@ def tiles_of(report: Report, ceilings: Mapping[str, float]) -> list[Tile]:
         ceiling = ceilings.get("") if name == "mean_iou" else None
         tiles.append(
             Tile(
-                number=f"{metrics[name]:.3f}",
+                number=_cell(name, metrics[name]),
                 title=metric_title(name),
-                change="" if abs(change) < 5e-4 else f"{change:+.3f}",
+                change=f"{change:+.3f}" if 5e-4 <= abs(change) < math.inf else "",
                 is_better=(change < 0) == is_lower_better(name),
                 note="" if ceiling is None else both(f"of {ceiling:.3f} possible", f"上限 {ceiling:.3f}"),
             )
@@ -185,6 +186,6 @@ def _rows_of(group: str, metrics: Mapping[str, float], ceilings: Mapping[str, fl
 
 
 def _cell(name: str, value: float | None) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if name == "num" else f"{value:.3f}"

@@ -17,6 +17,7 @@ from cogvlm_ft.data.reader import MAX_PIXELS, Sample, ShardReader, decode_image
 from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.html_page import text_width
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ MAX_BOXES, MAX_LABELS = 200, 16
 TEXT_SHARE = 0.042
 """Height of the labels, in sides of the drawing."""
 _MAX_LABEL_CHARS = 22
-_WIDE = "\u1100"  # characters from here on are about as wide as high
 
 Region = tuple[float, float, float, float]
 
@@ -166,7 +166,7 @@ def _label(drawn: DrawnBox, region: Region) -> str:
     left, top, right, bottom = region
     size = TEXT_SHARE * max(right - left, bottom - top)
     text = drawn.label if len(drawn.label) <= _MAX_LABEL_CHARS else f"{drawn.label[: _MAX_LABEL_CHARS - 1]}…"
-    width = size * (0.5 + sum(1.0 if char >= _WIDE else 0.58 for char in text))
+    width = size * (0.5 + text_width(text))
     (x, _), (y0, y1) = sorted((drawn.box[0], drawn.box[2])), sorted((drawn.box[1], drawn.box[3]))
     y = y0 - 1.3 * size if drawn.style == "truth" else y1
     x, y = max(left, min(x, right - width)), max(top, min(y, bottom - 1.3 * size))

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from cogvlm_ft.colours import TARGET_COLOURS
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.html_page import text_width
 
 NUM_COLOURS = len(TARGET_COLOURS)
 _ENLARGED = 3.5
 """How many times larger a picture is after a click, about."""
-_HEIGHT = 17.0
+_HEIGHT, _FONT_PX = 17.0, 12.0
 _MAX_CHARACTERS = 26
 _MAX_OF_A_PHRASE = 2
 """Boxes of one phrase that have a label while the picture is small."""
-_WIDE = "ᄀ"  # characters from here on are about as wide as high
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def place_labels(named: Sequence[Named], size_px: tuple[int, int], scale: float)
 def _label(named: Named, size_px: tuple[int, int], scale: float, *, only_large: bool) -> Label:
     """Put it above the top left corner, or inside the box at the top, or to the left at the right edge."""
     text = named.phrase if len(named.phrase) <= _MAX_CHARACTERS else f"{named.phrase[: _MAX_CHARACTERS - 1]}…"
-    width = 8 + sum(12.0 if character >= _WIDE else 7.3 for character in text)
+    width = 8 + _FONT_PX * text_width(text)
     x, y = (min(max(edge, 0.0), float(side)) for edge, side in zip(named.box[:2], size_px, strict=True))
     dx = min(0.0, (size_px[0] - x) / scale - width)
     dx = max(dx, -x / scale)

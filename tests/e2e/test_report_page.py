@@ -33,6 +33,10 @@ LOOK = """() => {
     lines: [...document.querySelectorAll(".chart polyline")].map((line) => line.getTotalLength()),
     least_text_px: Math.min(...texts.map((text) => text.getBoundingClientRect().height)),
     cut: texts.filter((text) => text.getBBox().x < 0).length,
+    overflowing: all(".photo .label").filter((label) => {
+      const [tag, text] = [label.querySelector("rect").getBBox(), label.querySelector("text").getBBox()];
+      return text.x + text.width > tag.x + tag.width;
+    }).map((label) => label.textContent),
     links: all(".jump a").filter((link) => all(link.getAttribute("href")).length).length,
     height: document.documentElement.scrollHeight,
   };
@@ -66,6 +70,7 @@ def test_it_can_be_read_and_used(
         assert min(seen["boxes"]) >= 4 and len(seen["photos"]) >= 8 and min(seen["photos"]) > 0
         assert seen["charts"] == 10 and min(seen["lines"]) > 0 and seen["links"] == 8
         assert seen["least_text_px"] >= 10 and seen["cut"] == 0
+        assert seen["overflowing"] == [], "a label is as wide as its text"
         assert set(seen["strokes"]) <= {"rgb({}, {}, {})".format(*rgb(colour)) for colour in TARGET_COLOURS}
         assert len(seen["strokes"]) > 1, "one colour for each target"
         assert not is_too_wide(page)

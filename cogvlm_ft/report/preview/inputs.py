@@ -56,7 +56,7 @@ def try_preview(run: Run, samples_consumed: int) -> Path | None:
     """Write preview.html of a run that starts at this position; whatever goes wrong is a warning. Rank 0 only."""
     path = run.folder.preview
     try:
-        page = render_preview(run.dataset, run.plan, samples_consumed, run.folder.path.resolve().name)
+        page = render_preview(run.dataset, run.plan, samples_consumed, run.folder.title)
         partial = path.with_name(f".tmp-{path.name}")
         partial.write_text(page, encoding="utf-8")
         partial.replace(path)

@@ -26,8 +26,9 @@ from cogvlm_ft.launch.report import main
 from cogvlm_ft.report.figures import curve_panels
 from cogvlm_ft.report.gallery import choose, read_predictions, save_gallery
 from cogvlm_ft.report.report import REPORT_FILE, try_report, write_report
-from cogvlm_ft.report.scores import ceilings_of, phrase_table, tables_of
+from cogvlm_ft.report.scores import ceilings_of, phrase_table, tables_of, tiles_of
 from cogvlm_ft.report.thumbnails import MAX_BOXES, DrawnBox, Photos, Thumbnails, zoom_region
+from cogvlm_ft.run_folder import RunFolder
 
 LAST = f"evaluations/step-{max(STEPS):08d}"
 BOX: Box = (10.0, 10.0, 30.0, 30.0)
@@ -40,7 +41,7 @@ def reader_of(shards: Path, split: str = "val") -> ShardReader:
 
 @pytest.fixture(scope="module")
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report") / "run"
+    folder = tmp_path_factory.mktemp("report") / "mine"
     write_run(folder, shards)
     return folder
 
@@ -263,7 +264,7 @@ def test_the_ceiling_knows_what_the_model_saw() -> None:
 def test_the_program_writes_the_page_again(
     finished: Path, page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "run"
+    folder = tmp_path / "mine"
     shutil.copytree(finished, folder)
     (folder / REPORT_FILE).unlink()
     assert main([str(folder)]) == 0
@@ -321,3 +322,15 @@ def test_curves_are_drawn_for_what_was_recorded() -> None:
     panels = curve_panels([*rows, {"kind": "summary", "best_mean_iou": 0.5}], None)
     assert [panel.title[0] for panel in panels] == ["Forgetting"] and panels[0].chart.count('class="chart"') == 1
     assert curve_panels([], None) == curve_panels([{"kind": "train", "step": 1, "loss": None}], 0.9) == []
+
+
+def test_what_is_not_a_number_is_a_dash_without_a_change(finished: Path) -> None:
+    report = load_report(finished / LAST, finished)
+    report.results.metrics["mean_iou"] = float("nan")
+    first = tiles_of(report, {})[0]
+    assert (first.number, first.change) == ("–", "")
+
+
+def test_a_run_in_a_folder_called_run_is_named_after_its_place(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "raccoons" / "run").title == "raccoons/run"
+    assert RunFolder(tmp_path / "raccoons").title == "raccoons"
