@@ -21,6 +21,7 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
 PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 PATH_ERRORS |= {errno.ELOOP, errno.ENAMETOOLONG}
+FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_HOME = "Could not determine home directory."  # of pathlib, such as for an account without a name in a container
 ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
@@ -49,7 +50,8 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool = False) -> 
 def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> int:
     """Run a program's work and return its exit code; print a user's mistake in one line instead of a traceback.
 
-    explain_paths: files that are missing or not permitted are such a mistake, whatever opened them.
+    explain_paths: files that are missing or not permitted are such a mistake, whatever opened them; a full disk is
+    one line too, but not a mistake.
     """
     allocate_pinned_exactly(os.environ)  # the work imports torch
     try:
@@ -60,6 +62,10 @@ def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> 
         say(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        if explain_paths and error.errno in FULL_ERRORS:
+            where = f"{error.filename}: " if error.filename else ""
+            say(f"OSError: {where}{error.strerror}. Free space, or write to another disk", file=sys.stderr)
+            return 1
         explained = explained_path(error) if explain_paths else None
         if explained is None:
             raise

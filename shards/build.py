@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     try:
         say(build(_settings(args), args.out, num_workers=args.workers, overwrite=args.overwrite))
-    except (DataError, OSError) as error:  # OSError: no space, no permission
+    except (DataError, OSError, sqlite3.Error) as error:  # no space, no permission
         explained = explained_path(error) if isinstance(error, OSError) else None
         say(explained or f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if explained or isinstance(error, DataError) else 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = _settings(args)
         parts, source = _parts(args)
         found = review(parts, source, args.out, settings)
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, DataError, OSError, sqlite3.Error) as error:
         explained = explained_path(error) if isinstance(error, OSError) else None
         say(explained or f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if explained or not isinstance(error, OSError) else 1
+        return 1 if isinstance(error, (OSError, sqlite3.Error)) and not explained else 2
     say(summarize(found, args.out))
     return 0
 

@@ -7,6 +7,7 @@ embedding, which is a row of an embedding there, of the same shape.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -120,6 +121,8 @@ def write_sat(folder: Path, weights: Mapping[str, StoredTensor], dtype: torch.dt
     with torch.serialization.skip_data():  # memory that is never touched is never used
         torch.save({"module": empty}, file)
     del empty
+    with file.open("r+b") as written:  # all of it, now: writing to a mapped part for which there is no room is SIGBUS
+        os.posix_fallocate(written.fileno(), 0, file.stat().st_size)
     with torch.serialization.set_default_mmap_options(_MAP_SHARED), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.load(file, mmap=True, weights_only=True)["module"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -201,10 +203,13 @@ class CheckpointSaver:
             if final.exists():  # of an attempt before, which went further than the checkpoint that this run began with
                 final.rename(final.with_name(f".tmp-old-{final.name}"))
             partial.rename(final)
-            sync(self._folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return str(error)
+        try:
+            sync(self._folder)
+        except OSError as error:  # the checkpoint is there, whole
+            logger.warning("%s: its name could not be synced to disk: %s", final, error)
         logger.info("saved %s", final)
         write_outcome("progress")
         self._prune()
@@ -221,7 +226,7 @@ class CheckpointSaver:
     def _report(self, problem: str) -> None:
         message = (
             f"the checkpoint of step {self._state.step} could not be saved in {self._folder}: {problem}. Earlier ones "
-            "are unchanged. Free space, or lower checkpoint.keep_last"
+            f"are unchanged. {_advice(problem)}"
         )
         self.last_step = -1
         if is_main():
@@ -235,6 +240,13 @@ class CheckpointSaver:
     @property
     def _partial(self) -> Path:
         return self._folder / f".tmp-{step_name(self._state.step)}"
+
+
+def _advice(problem: str) -> str:
+    is_full = any(os.strerror(number) in problem for number in (errno.ENOSPC, errno.EDQUOT))
+    return (
+        "Free space, or lower checkpoint.keep_last" if is_full else "Check the disk and the permissions of the folder"
+    )
 
 
 def _seen_by_watchdog(slices: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -33,6 +33,7 @@ from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
+from cogvlm_ft.plain_files import replaced_file, write_text
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
 from cogvlm_ft.runtime.param_gathering import free_bytes, parameters_gathered
@@ -263,12 +264,15 @@ def _ask(look: Look, size: int, wording: Wording, grammar: BoxGrammar | None) ->
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Save metrics.json, curves.json, predictions.jsonl and the drawn images. Rank 0 only."""
+    """Save metrics.json, curves.json, predictions.jsonl and the drawn images. Rank 0 only.
+
+    Each file is written whole or not at all, and predictions.jsonl, by which evaluations are found, after the numbers.
+    """
     (folder / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
     results = {**evaluation.metrics, ABOUT: evaluation.about}
-    (folder / METRICS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / CURVES_FILE).write_text(json.dumps(evaluation.curves) + "\n", encoding="utf-8")
-    with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
+    write_text(folder / METRICS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CURVES_FILE, json.dumps(evaluation.curves) + "\n")
+    with replaced_file(folder / PREDICTIONS_FILE, "w") as file:
         for prediction in evaluation.predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
     for number, shown in enumerate(evaluation.shown):

@@ -25,7 +25,7 @@ from cogvlm_ft.evaluate.generate import generate_answers
 from cogvlm_ft.evaluate.survey import with_margin
 from cogvlm_ft.grounding.descriptions import corpus_chrf
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
-from cogvlm_ft.plain_files import parse_json, read_bytes
+from cogvlm_ft.plain_files import parse_json, read_bytes, write_text
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import device, from_main, gather_to_main, is_main, rank, world_size
 from cogvlm_ft.runtime.engine import inference
@@ -190,7 +190,7 @@ def _write(path: Path, questions: Sequence[ProbeQuestion], answers: Sequence[str
         for question, answer in zip(questions, answers, strict=True)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _read(path: Path, questions: Sequence[ProbeQuestion]) -> list[str] | None:

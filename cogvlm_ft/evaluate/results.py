@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from cogvlm_ft.tracking.metrics_log import Row, read_rows
 from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.tracking.sample_losses import HighLoss, find_high_losses, read_sample_losses
 from cogvlm_ft.tracking.tracker import read_run_file
+
+logger = logging.getLogger(__name__)
 
 NUM_SUSPECTS = 12
 _MAX_CONFIG = 20_000  # characters
@@ -98,7 +101,7 @@ def load_report(folder: Path, run_folder: Path | None = None) -> Report:
     report = Report(
         name=RunFolder(run_folder or folder).title,
         results=load_results(folder),
-        former=load_results(before) if before and (before / PREDICTIONS_FILE).exists() else None,
+        former=_readable_results(before) if before and (before / PREDICTIONS_FILE).exists() else None,
     )
     if run_folder is None:
         return report
@@ -141,6 +144,15 @@ def load_results(folder: Path) -> Results:
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     curves = dict(_read_json(folder / CURVES_FILE, {}))
     return Results(folder, numbers, dict(about), curves, read_predictions(folder / PREDICTIONS_FILE))
+
+
+def _readable_results(folder: Path) -> Results | None:
+    """Load what `load_results` does; None with a warning if a full disk or a power failure has left half of it."""
+    try:
+        return load_results(folder)
+    except DataError as error:
+        logger.warning("%s; the report compares with no former evaluation", error)
+        return None
 
 
 def _read_json(path: Path, default: Any) -> Any:

@@ -11,6 +11,7 @@ from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.model_folder import build_meta_model
 from cogvlm_ft.checkpoints.sat import open_sat, write_sat
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.export.export import check_free_space
 from cogvlm_ft.export.new_folder import new_folder
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import StoredTensor, check_keys, open_tensors, parameter_shapes, save_weights
@@ -26,6 +27,7 @@ def from_sat(sat: Path, files: Path, out: Path, dtype: torch.dtype) -> int:
         raise CheckpointError(f"--files {files}: found no tokenizer.model; expected a published model folder")
     weights = open_sat(sat, _shapes(files))
     with new_folder(out) as partial:
+        check_free_space(out, weights, dtype)
         partial.mkdir()
         for path in sorted(each for pattern in _COPIED for each in files.glob(pattern)):
             if not path.name.endswith(".index.json"):
@@ -44,6 +46,7 @@ def to_sat(model: Path, out: Path, dtype: torch.dtype) -> int:
     shapes = _shapes(model_files(source))
     check_keys(source, shapes, {name: tuple(weight.shape) for name, weight in weights.items()})
     with new_folder(out) as partial:
+        check_free_space(out, weights, dtype)
         write_sat(partial, {name: weights[name] for name in shapes}, dtype)
     return len(shapes)
 

@@ -50,8 +50,9 @@ def try_report(folder: Path, reader: ShardReader | None, **options: Any) -> Path
     """Write the report; whatever goes wrong is a warning, as a page must not end a training run."""
     try:
         return write_report(folder, reader, **options)
-    except Exception:
-        logger.warning("no %s for %s", REPORT_FILE, folder, exc_info=True)
+    except Exception as error:
+        is_usual = isinstance(error, (OSError, DataError))
+        logger.warning("no %s for %s: %s", REPORT_FILE, folder, error, exc_info=not is_usual)
         return None
 
 

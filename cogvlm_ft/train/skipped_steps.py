@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints, read_state
 from cogvlm_ft.errors import CheckpointError, DataError
-from cogvlm_ft.plain_files import read_json
+from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.runtime.distributed import gather_to_main, world_size
 from cogvlm_ft.train.step import RowLoss
@@ -61,7 +61,7 @@ class SkippedStep:
     def save(self, path: Path) -> None:
         """Write the step as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> SkippedStep:

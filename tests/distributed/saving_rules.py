@@ -24,6 +24,7 @@ from deepspeed.runtime.zero import parameter_offload
 from torch.distributed import distributed_c10d
 
 from cogvlm_ft.build import Run, open_training_data
+from cogvlm_ft.checkpoints import saver
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data import shard
 from cogvlm_ft.data.node_indexes import indexed_once_per_node
@@ -54,7 +55,7 @@ ATTEMPTS = ((8, 2), (4, 6), (12, None))
 
 
 def fill_disk() -> None:
-    """Let the first rows meet a full disk, and evaluations' results always."""
+    """Let the first rows meet a full disk, and evaluations' results always; no name in checkpoints/ can be synced."""
     real, num_left = metrics_log.append_text, [3]
 
     def append_text(path: Path, text: str, patience_s: int) -> None:
@@ -66,6 +67,10 @@ def fill_disk() -> None:
     def save_evaluation(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def sync_folder(folder: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    saver.sync = sync_folder
     metrics_log.append_text = append_text
     loop.save_evaluation = save_evaluation
 

@@ -103,13 +103,17 @@ def test_other_batch_sizes_end_at_exactly_the_last_epoch(attempts: tuple[Path, s
 
 
 def test_files_that_cannot_be_written_and_a_vanished_model_folder_cost_no_state(attempts: tuple[Path, str]) -> None:
-    """Rows that met a full disk were written later; each kind was reported once."""
+    """Rows that met a full disk were written later; each kind was reported once.
+
+    A checkpoint whose name may not outlive a power failure is one.
+    """
     folder, output = attempts
     checkpoint = list_checkpoints(folder / "checkpoints")[-1]
     assert (read_state(checkpoint).step, read_state(checkpoint).evaluated_step) == (10, 10)
     assert (checkpoint / MODEL_FOLDER / "tokenizer.model").is_file()
     assert [row["step"] for row in read_metrics(folder, "train")] == list(range(1, 11))
     assert not (folder / "evaluations" / "step-00000010").exists()
+    assert "step-00000010: its name could not be synced to disk: [Errno 5] Input/output error" in output
     for kind in ("metrics", "sample losses", "results of evaluations"):
         assert output.count(f"{kind} cannot be written: OSError: [Errno 28] No space left on device") == 1, output
 

@@ -20,6 +20,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.html_page import load_page
+from cogvlm_ft.plain_files import write_text
 from cogvlm_ft.report.thumbnails import DrawnBox, Thumbnails
 from cogvlm_ft.runtime.watchdog import progress
 
@@ -57,11 +58,10 @@ def try_preview(run: Run, samples_consumed: int) -> Path | None:
     path = run.folder.preview
     try:
         page = render_preview(run.dataset, run.plan, samples_consumed, run.folder.title)
-        partial = path.with_name(f".tmp-{path.name}")
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except Exception:
-        logger.warning("no %s: training starts without it", path, exc_info=True)
+        write_text(path, page)
+    except Exception as error:
+        is_usual = isinstance(error, (OSError, DataError))
+        logger.warning("no %s: %s; training starts without it", path, error, exc_info=not is_usual)
         return None
     logger.info("the first inputs of the model: %s", path)
     return path

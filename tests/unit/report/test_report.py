@@ -288,6 +288,8 @@ def test_a_report_of_a_run_that_recorded_little(finished: Path, tmp_path: Path) 
     assert (report.rows, report.high_losses, report.config, report.facts) == ([], None, "", {})
     assert report.former is not None and report.former.folder.name == "step-00000020"
     assert 'id="overview"' in write_report(tmp_path / LAST, None, run_folder=tmp_path).read_text(encoding="utf-8")
+    (report.former.folder / "metrics.json").write_text("")  # as a power failure leaves it
+    assert load_report(tmp_path / LAST, tmp_path).former is None
 
 
 def test_phrases_and_confusions_of_them() -> None:
