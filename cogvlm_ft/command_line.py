@@ -114,9 +114,13 @@ def paste(program: str, *arguments: object) -> str:
 
 def paste_ranks(program: str, *arguments: object, num_gpus: int | None = None) -> str:
     """Return a command line that runs a program of launch/ on `num_gpus` GPUs of this node; None: on all."""
-    launcher = [_from_here(str(Path(sys.executable).with_name("deepspeed")))]
-    launcher += [] if num_gpus is None else ["--num_accelerators", str(num_gpus)]
-    return shlex.join([*launcher, "--module", f"cogvlm_ft.launch.{program}", *map(str, arguments)])
+    options = [] if num_gpus is None else ["--num_accelerators", str(num_gpus)]
+    return paste_tool("deepspeed", *options, "--module", f"cogvlm_ft.launch.{program}", *arguments)
+
+
+def paste_tool(name: str, *arguments: object) -> str:
+    """Return a command line that runs a program that is installed with this Python."""
+    return shlex.join([_from_here(str(Path(sys.executable).with_name(name))), *map(str, arguments)])
 
 
 def _from_here(executable: str) -> str:

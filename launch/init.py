@@ -27,8 +27,11 @@ except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
-IMAGE_SIZES = {"large": 490, "small": 756, "tiny": 980}
-"""Size of the targets that matter: at least a tenth of the photo's side; a twentieth; smaller. Value: image_size."""
+SIZES = {"large": (490, 4096, 8), "small": (756, 4096, 8), "tiny": (980, 8192, 2)}
+"""Size of the targets that matter: at least a tenth of the photo's side; a twentieth; smaller.
+
+Values: image_size, max_sequence_length (980 px are 4,900 patches), images evaluated together.
+"""
 MEMORY_WITHOUT_OFFLOAD_GIB = 600  # of all GPUs together: 8 of 80 GB, or 16 of 40 GB
 
 
@@ -116,8 +119,8 @@ def check(name: str, text: str | None) -> Any:
     option = f"--{name.replace('_', '-')}"
     if not text:
         raise ConfigError(f"{option}: found nothing; expected a value. {QUESTIONS[name].text}")
-    if name == "targets" and text not in IMAGE_SIZES:
-        raise ConfigError(f"{option}: found {text!r}; expected {', '.join(IMAGE_SIZES)}. Choose one of them")
+    if name == "targets" and text not in SIZES:
+        raise ConfigError(f"{option}: found {text!r}; expected {', '.join(SIZES)}. Choose one of them")
     try:
         value = QUESTIONS[name].kind(text)
     except ValueError:
@@ -133,20 +136,25 @@ def config_text(answers: dict[str, Any]) -> str:
     total_gib = num_gpus * answers["gpu_memory_gib"]
     engine = "zero3" if answers["nodes"] == 1 else "zero3_multinode"
     engine = engine if total_gib >= MEMORY_WITHOUT_OFFLOAD_GIB else "zero3_offload_optimizer"
-    return f"""# A run on {num_gpus} GPUs, {total_gib:g} GiB together. Every setting: docs/config.md.
+    size, max_tokens, num_together = SIZES[answers["targets"]]
+    gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
+    return f"""# A run on {gpus}, {total_gib:g} GiB together. Every setting: docs/config.md.
 output_dir: {quoted(answers["output"])}
 deepspeed: {engine}  # configs/deepspeed/; the plan says whether the run fits
 model:
   path: {quoted(answers["model"])}
-  image_size: {IMAGE_SIZES[answers["targets"]]}  # px; {answers["targets"]} targets; more finds smaller ones, slower
+  image_size: {size}  # px; {answers["targets"]} targets; more finds smaller ones, slower
 data:
   shards: {quoted(answers["shards"])}
+  max_sequence_length: {max_tokens}  # tokens of an image and its texts; longer samples are not used
 train:
   global_batch_size: {-(-16 // num_gpus) * num_gpus}  # images per step over all GPUs, a multiple of their number
   micro_batch_size: 1  # images per GPU at once; raise it if the plan says that there is room
   epochs: 5
   lr: 5.0e-5
   patience: 3  # evaluations without a new best; then the run ends
+evaluate:
+  batch_size: {num_together}  # images answered together per GPU; fewer need less memory
 """
 
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 try:
-    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste, paste_ranks
+    from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste, paste_ranks, paste_tool
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.rehearsal.photos import build_all, count
@@ -112,8 +112,12 @@ def show_real_run(args: argparse.Namespace, config: Config) -> None:
     if not count(shards, "num_samples", ["val"]):
         say("It needs photos for validation: label more, or name other shards with data.val_shards")
     say("\nIts commands:")
-    for command in commands_of_real_run(args, config, has_boxes=count(shards, "num_boxes") > 0):
-        say(f"  {command}")
+    if config.model.path == REAL_MODEL and not Path(REAL_MODEL).exists():
+        say("  # the model, once: 35 GB")
+        for files in (["THUDM/cogvlm-grounding-generalist-hf"], ["lmsys/vicuna-7b-v1.5", "tokenizer.model"]):
+            say(f"  {paste_tool('hf', 'download', *files, '--local-dir', REAL_MODEL)}")
+    on_one, on_two = commands_of_real_run(args, config, has_boxes=count(shards, "num_boxes") > 0)
+    say(f"  # one node\n  {on_one}\n  # two nodes\n  {on_two}")
 
 
 def commands_of_real_run(args: argparse.Namespace, config: Config, *, has_boxes: bool = True) -> list[str]:

@@ -48,7 +48,9 @@ def test_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for num_nodes in (1, 2, 4):
         (verdict,) = [line for line in printed.splitlines() if line.startswith(f"  {num_nodes} x 8 GPUs of 80 GB: ")]
         assert "train.global_batch_size=" in verdict and len(verdict) <= 100
-    assert f"data.shards={out / 'shards'}" in printed.partition("Its commands:")[2]
+    commands = printed.partition("Its commands:")[2]
+    assert f"data.shards={out / 'shards'}" in commands
+    assert commands.count("hf download ") == commands.count(" --local-dir models/cogvlm-grounding-generalist\n") == 2
     evaluations = list((out / "run" / "evaluations").glob("*/predictions.jsonl"))
     keys = {json.loads(line)["key"] for line in evaluations[-1].read_text(encoding="utf-8").splitlines()}
     assert len(keys) == 3

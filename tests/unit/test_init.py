@@ -12,6 +12,8 @@ import pytest
 from cogvlm_ft.config import load_config
 from cogvlm_ft.launch.init import main
 
+NEEDED = ("model.path", "data.shards", "output_dir")
+
 
 @pytest.mark.parametrize(
     ("nodes", "engine", "command"), [(1, "zero3", "launch.train"), (2, "zero3_multinode", "launch.submit")]
@@ -31,6 +33,19 @@ def test_the_config_is_loaded(
     assert all(Path(program).is_file() for program, *_ in pasted), "found without an activated environment"
     assert command in printed and f"'{out}'" in printed
     assert main([*options, "--out", str(out)]) == 2, "an existing file is kept"
+
+
+@pytest.mark.parametrize("targets", ["large", "small", "tiny"])
+def test_an_image_leaves_room_for_its_texts(targets: str, tmp_path: Path) -> None:
+    options = ["--shards", "s", "--model", "m", "--targets", targets, "--out", str(tmp_path / "run.yaml")]
+    assert main(options) == 0
+    config = load_config(str(tmp_path / "run.yaml"))
+    assert config.model.image_size is not None
+    num_patches = (config.model.image_size // 14) ** 2
+    assert config.data.max_sequence_length - num_patches > 1000
+    preset = load_config("grounding_980" if targets == "tiny" else "grounding_490", [f"{key}=x" for key in NEEDED])
+    assert config.data.max_sequence_length == preset.data.max_sequence_length
+    assert config.evaluate.batch_size == preset.evaluate.batch_size
 
 
 def test_little_memory_means_offload(tmp_path: Path) -> None:
