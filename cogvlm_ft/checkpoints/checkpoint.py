@@ -57,7 +57,7 @@ class TrainState:
 
     samples_consumed: the position in the data; epoch = samples_consumed // num_samples. evaluated_step: the last step
     that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set. min_confidence: of
-    boxes from tiles, as the last evaluation chose it.
+    boxes from tiles, as the last evaluation chose it. seed: of the order of the samples; None in earlier versions.
     """
 
     step: int = 0
@@ -71,6 +71,7 @@ class TrainState:
     world_size: int = 1
     rates: list[list[Any]] = field(default_factory=list)
     min_confidence: float | None = None
+    seed: int | None = None
 
     def advanced(self, num_samples: int, epoch: int) -> TrainState:
         """Return the state one step later."""

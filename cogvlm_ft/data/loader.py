@@ -81,11 +81,12 @@ class GroundingDataset(Dataset):
     def __getitem__(self, item: Item) -> Example:
         """Return the item's sample; an unusable one is reported in `bad` and replaced by a neighbour of weight 0.
 
-        Raises DataError if MAX_REPLACEMENTS samples in a row cannot be used.
+        Raises DataError if MAX_REPLACEMENTS samples in a row, or all that there are, cannot be used.
         """
         bad, why = None, None
         first, part = self.parts.find(item.index) if self.parts is not None else (item.index, TurnsPart(0, 1))
-        for step in range(MAX_REPLACEMENTS):
+        num_tried = min(MAX_REPLACEMENTS, len(self.reader))
+        for step in range(num_tried):
             index = (first + step) % len(self.reader)
             if step > 0 and self.parts is not None:
                 part = self.parts.part(index, 0)
@@ -97,8 +98,9 @@ class GroundingDataset(Dataset):
                     bad = BadSample(error.key, error.reason, error.detail)
             else:
                 return example if step == 0 else replace(example, weight=0.0, bad=bad)
+        tried = f"{num_tried} samples in a row" if num_tried > 1 else "the only sample"
         raise DataError(
-            f"data.shards: {MAX_REPLACEMENTS} samples in a row cannot be used; the first is {why}; "
+            f"data.shards: {tried} cannot be used; the first is {why}; "
             "expected usable samples. Fix the annotations and build the shards again"
         )
 

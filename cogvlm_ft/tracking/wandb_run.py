@@ -32,6 +32,7 @@ RATES = ("images_per_s", "turns_per_s", "tokens_per_s", "step_s", "data_wait_fra
 SPEED = frozenset((*RATES, *SLOWEST, "memory_gib"))
 WORDS = {"@": "_at_", "<": "lt_", ">": "gt_", "+": "_plus", "%": "pct"}  # distinct: <1% and >1% are two metrics
 
+_MAX_SHOWN = 300  # characters
 _set_here: set[str] = set()
 
 Box = tuple[float, float, float, float]
@@ -194,11 +195,16 @@ class WandbRun:
                 return
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning("W&B stopped (%s: %s); continuing without it", type(error).__name__, error)
+        logger.warning("W&B stopped (%s); continuing without it", _in_one_line(error))
         self.stopped_by = error
         self._run = None
         if isinstance(error, ConnectionError):  # wandb's process was killed, perhaps by a launcher that stops
             _forget_ended_process()
+
+
+def _in_one_line(error: Exception) -> str:
+    """Describe an error of wandb, which may list every setting and an address for each."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_SHOWN]}"
 
 
 def _forget_ended_process() -> None:
@@ -236,10 +242,14 @@ def _plain(name: str) -> str:
 def stated_mode(mode: str) -> str:
     """Return WANDB_MODE for "auto" where it is set, else `mode`.
 
-    W&B refuses variables that are empty, as after `export WANDB_MODE=`: they are deleted.
+    W&B refuses variables that are empty, as after `export WANDB_MODE=`: they are deleted; and keys with blanks or the
+    line end of the file that they were read from: these are removed.
     """
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]
+    for name, value in list(os.environ.items()):
+        if name.startswith("WANDB_"):
+            os.environ[name] = value.strip()
+            if not value.strip():
+                del os.environ[name]
     return os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
 
 
@@ -274,7 +284,7 @@ def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
             wandb.teardown()  # the failed attempt holds the run id in wandb's process until that ends
             if is_new:
                 raise
-            reason = f"{type(error).__name__}: {error}"
+            reason = _in_one_line(error)
         logger.warning("W&B: recording offline (%s); send the run later with launch/wandb_sync.py", reason)
     return _init_run("offline", **arguments)
 

@@ -134,6 +134,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
         config_sha256=config_sha256(run.config),
         data_sha256=run.dataset.reader.index.data_sha256,
         rates=settings_of_rates(run.config.train),
+        seed=run.config.seed,
     )
     newest = newest_intact(folder)
     if newest is None:
@@ -157,9 +158,16 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
             f"train.lr_scale, train.vision_layer_decay: found {fresh.rates or 'neither'}; expected "
             f"{state.rates or 'neither'}, with which {newest} was trained. Set the same, or take another output_dir"
         )
+    if is_main() and state.seed not in (None, fresh.seed) and run.plan.position(state.samples_consumed)[1]:
+        logger.warning(
+            "seed=%d: found a checkpoint of seed %d: the rest of this epoch has another order, so that some samples "
+            "come twice in it and some not at all",
+            fresh.seed,
+            state.seed,
+        )
     logger.info("resuming from %s (step %d)", newest, state.step)
     saver = CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint, state.step)
-    return dataclasses.replace(state, config_sha256=fresh.config_sha256), saver
+    return dataclasses.replace(state, config_sha256=fresh.config_sha256, seed=fresh.seed), saver
 
 
 def start_tracking(run: Run, state: TrainState) -> Tracker | None:

@@ -185,6 +185,8 @@ def main() -> None:
         run = build_checked_run(load_config(None, [*settings, *own]), StopRequest())
         assert isinstance(run, Run)
         barrier()
+        if max_steps == ATTEMPTS[1][1]:
+            loop.start_or_resume(replace(run, config=replace(run.config, seed=5)))  # warns
         if not max_steps:
             fill_disk()
             if is_main():

@@ -99,6 +99,7 @@ def test_other_batch_sizes_end_at_exactly_the_last_epoch(attempts: tuple[Path, s
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             seen[row["epoch"]][row["key"]] += 1
     assert [set(of_epoch.values()) for of_epoch in seen.values()] == [{1}, {1}]
+    assert output.count("seed=5: found a checkpoint of seed 0: the rest of this epoch has another order") == 1
     assert len(seen[0]) == len(seen[1]) == NUM_SAMPLES
 
 

@@ -188,7 +188,7 @@ def test_a_wording_without_a_language_stops_the_run(shards: Path, tokenizer: Cog
 
 def test_when_nothing_can_be_used_the_run_stops(shards: Path, tokenizer: CogVLMTokenizer) -> None:
     dataset = build_dataset(shards, tokenizer, max_sequence_length=10)
-    with pytest.raises(DataError, match=r"100 samples in a row .*too_long"):
+    with pytest.raises(DataError, match=rf"{NUM_SAMPLES} samples in a row .*too_long"):
         dataset[Item(0, 2, 1.0)]
 
 

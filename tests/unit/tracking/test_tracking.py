@@ -313,7 +313,7 @@ def train_shortly(folder: Path, mode: str, trouble: str = "", argument: str = ""
 def test_without_a_key_the_run_is_recorded_offline(tmp_path: Path, mode: str) -> None:
     """The home folder cannot be written, as with an arbitrary user in a container, or when its quota is used up."""
     table, home = 'tracker.wandb.log_table(1, ["a"], [["b"]])', {"HOME": "/proc/none", "XDG_DATA_HOME": ""}
-    empty = {"WANDB_MODE": "", "WANDB_ENTITY": ""}
+    empty = {"WANDB_MODE": "", "WANDB_ENTITY": "", "WANDB_API_KEY": "\r\n"}
     started, log = train_shortly(tmp_path, mode, table, WANDB_BASE_URL="http://127.0.0.1:9", **home, **empty)
     assert started == "offline"
     assert log.count("WARNING:cogvlm_ft") == 1
