@@ -248,7 +248,7 @@ def question_on_page(asked: str, mode: str) -> Question:
     if mode not in MODES:
         raise DataError(f"mode: found {mode!r:.40}; expected one of {', '.join(MODES)}")
     if mode == "targets":
-        return question_of(targets=split_phrases(asked.replace("，", "、")))
+        return question_of(targets=split_phrases(re.sub(r"[，\n]", "、", asked)))
     return question_of(asked)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cogvlm_ft.evaluate.evaluate import METRICS_FILE
 from cogvlm_ft.grounding.metrics import AVERAGED
@@ -10,7 +10,7 @@ from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.run_folder import RunFolder, step_folders, step_name
 
 SHOWN_METRICS = ("mean_iou", "acc@0.5", "not_found_acc", "unreadable", "f1@0.5")
-NUM_SHOWN = 5
+NUM_SHOWN, NUM_COLUMNS = 5, 100
 BAR_WITH_END = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} + {remaining}, ends {eta:%d %b %H:%M}, {rate_fmt}"
 
 
@@ -44,7 +44,7 @@ def _duration(seconds: float) -> str:
 def evaluation_line(
     epoch: float, step: int, metrics: Mapping[str, float], before: Mapping[str, float], monitored: str
 ) -> str:
-    """Return the line of one evaluation: five numbers, the monitored one first, and their change.
+    """Return the lines of one evaluation: five numbers, the monitored one first, and their change.
 
     Of averaged weights it has the monitored one alone.
     """
@@ -54,7 +54,18 @@ def evaluation_line(
     for name in names:
         change = f" ({metrics[name] - before[name]:+.2f})" if name in before else ""
         parts.append(f"{name} {metrics[name]:.3f}{change}")
-    return "  ".join(parts)
+    return _wrapped(parts)
+
+
+def _wrapped(parts: Sequence[str]) -> str:
+    """Join parts, two blanks apart, in lines of NUM_COLUMNS."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 2 <= NUM_COLUMNS:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(f"    {part}")
+    return "\n".join(lines)
 
 
 def metrics_before(folder: RunFolder, step: int) -> dict[str, float]:

@@ -62,11 +62,14 @@ def compare(tally: Tally, weights_size: int, image_sizes: Sequence[int]) -> dict
 
 
 def explain(found: dict[str, Any], weights_size: int) -> str:
-    """Return the line for the terminal, "" where the model's own resolution shows enough."""
+    """Return the lines for the terminal, "" where the model's own resolution shows enough."""
     if found["recommended"] in (None, f"model.image_size={weights_size}"):
         return ""
-    options = ", ".join(f"{each['setting']} {each['share']:.1%} at {each['cost']:g} x" for each in found["options"])
-    return (
-        f"small targets: recommended {found['recommended']}. Boxes with {MIN_PATCHES} patches or more, and tokens: "
-        f"{options} (docs/small_targets.md)"
-    )
+    lines = [f"if small targets matter: {found['recommended']} (docs/small_targets.md)"]
+    for each in found["options"]:
+        large, cost = (
+            f"{each['share']:.1%} of the boxes have {MIN_PATCHES} patches or more",
+            f"{each['cost']:g} x the tokens",
+        )
+        lines.append(f"  {each['setting']:24} {large}, {cost}")
+    return "\n".join(lines)

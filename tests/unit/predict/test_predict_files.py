@@ -16,6 +16,7 @@ from cogvlm_ft.grounding.boxes import parse_boxes
 from cogvlm_ft.launch.predict import main as predict
 from cogvlm_ft.predict import large_photos
 from cogvlm_ft.predict.files import MAX_PROMPT_CHARACTERS, read_questions
+from cogvlm_ft.predict.serve import question_on_page
 
 FEW = ("--max-new-tokens", 40, "--decoding", "grammar", "--min-boxes", 1)
 
@@ -164,3 +165,8 @@ def test_the_page_needs_a_free_port(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert run("--model", tiny_folder, "--serve", "--port", taken.getsockname()[1]) == 2
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["red car, dog", "red car、dog", "red car，dog", "red car\ndog\n"])
+def test_the_page_takes_targets_as_people_list_them(asked: str) -> None:
+    assert question_on_page(asked, "targets").targets == ("red car", "dog")

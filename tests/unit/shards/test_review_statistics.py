@@ -82,7 +82,7 @@ def test_resolution_or_tiles() -> None:
     assert not any("224" in setting for setting in shares), "not below the weights' own"
     small = compare(tally_of((0, 0, 300, 300)), 490, IMAGE_SIZES)
     assert small["recommended"] == "model.image_size=490" and explain(small, 490) == ""
-    assert "recommended model.image_size=980" in explain(found, 490)
+    assert "if small targets matter: model.image_size=980" in explain(found, 490)
 
 
 def test_no_box_no_advice() -> None:

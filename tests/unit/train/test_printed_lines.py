@@ -33,8 +33,10 @@ def test_the_line_of_an_evaluation_has_five_numbers_and_their_change(tmp_path: P
         (folder.evaluation(step) / "metrics.json").write_text(json.dumps({"mean_iou": value, "about": {}}))
     line = evaluation_line(2, 8, metrics, metrics_before(folder, 8), "ap")
     assert line == (
-        "epoch 2 (step 8)  ap 0.300  mean_iou 0.500 (+0.25)  acc@0.5 0.600  not_found_acc 0.700  unreadable 0.100"
+        "epoch 2 (step 8)  ap 0.300  mean_iou 0.500 (+0.25)  acc@0.5 0.600  not_found_acc 0.700\n    unreadable 0.100"
     )
+    lines = evaluation_line(12.5, 123456, metrics, dict.fromkeys(metrics, 0.0), "mean_iou").splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 100
 
 
 def test_progress_is_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
