@@ -101,8 +101,8 @@ def _metrics(rows: Sequence[Row], *names: str) -> list[Series]:
 
 
 def evaluation_panels(results: Results) -> list[Panel]:
-    """Draw precision and recall, the threshold of "not found", and IoU by size, where they are known."""
-    panels = [_precision_recall(results), _not_found(results), _iou_by_size(results)]
+    """Draw precision and recall, the thresholds, and IoU by size, where they are known."""
+    panels = [_precision_recall(results), _confidence(results), _not_found(results), _iou_by_size(results)]
     return [panel for panel in panels if panel.chart]
 
 
@@ -115,6 +115,19 @@ def _precision_recall(results: Results) -> Panel:
         "IoU 0.5 时精确率随召回率的变化；框按数字的平均概率排序。",
     )
     return Panel(("Precision and recall", "精确率与召回率"), chart(series, "precision by recall", y_range=UNIT), note)
+
+
+def _confidence(results: Results) -> Panel:
+    points = results.curves.get("confidence", [])
+    titles = (("precision", "精确率"), ("recall", "召回率"), ("F1", "F1"))
+    series = [Series(both(*title), [(row[0], row[i]) for row in points]) for i, title in enumerate(titles, 1)]
+    least = f"{results.metrics.get('tile_min_confidence', 0.0):.2g}"
+    note = both(
+        f"Boxes from tiles with at least this confidence. From {least} on they count: there F1 is highest.",
+        f"切块中不低于该置信度的框；达到 {least} 才计入，此处 F1 最高。",
+    )
+    title = ("Boxes from tiles by confidence", "切块中框的置信度")
+    return Panel(title, chart(series, "boxes by confidence", y_range=UNIT), note)
 
 
 def _not_found(results: Results) -> Panel:

@@ -23,7 +23,7 @@ from cogvlm_ft.grounding.phrases import NOTHING, find_confusions
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.launch.report import main
-from cogvlm_ft.report.figures import curve_panels
+from cogvlm_ft.report.figures import curve_panels, evaluation_panels
 from cogvlm_ft.report.gallery import choose, read_predictions, save_gallery
 from cogvlm_ft.report.report import REPORT_FILE, try_report, write_report
 from cogvlm_ft.report.scores import ceilings_of, phrase_table, tables_of, tiles_of
@@ -324,6 +324,11 @@ def test_curves_are_drawn_for_what_was_recorded() -> None:
     panels = curve_panels([*rows, {"kind": "summary", "best_mean_iou": 0.5}], None)
     assert [panel.title[0] for panel in panels] == ["Forgetting"] and panels[0].chart.count('class="chart"') == 1
     assert curve_panels([], None) == curve_panels([{"kind": "train", "step": 1, "loss": None}], 0.9) == []
+    points = [[0.9, 1.0, 0.5, 0.67], [0.2, 0.6, 0.5, 0.55]]
+    results = Results(Path(), {"tile_min_confidence": 0.55}, {}, {"confidence": points}, [])
+    [panel] = evaluation_panels(results)
+    assert panel.title[0] == "Boxes from tiles by confidence" and panel.chart.count("<polyline") == 3
+    assert "0.55" in panel.note and evaluation_panels(Results(Path(), {}, {}, {}, [])) == []
 
 
 def test_what_is_not_a_number_is_a_dash_without_a_change(finished: Path) -> None:
