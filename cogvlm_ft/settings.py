@@ -275,8 +275,8 @@ class EvaluateConfig:
     )
     min_confidence: Optional[float] = setting(
         None,
-        "With tiles, least confidence of a box that counts. null: chosen where the validation data has the highest F1, "
-        "and kept with the checkpoint, for launch/evaluate.py and launch/predict.py.",
+        "With tiles, every box from this confidence on counts. null: which ones do is chosen where the validation data "
+        "has the highest F1, and kept with the checkpoint, for launch/evaluate.py and launch/predict.py.",
         least=0,
         most=1,
     )

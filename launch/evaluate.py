@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 try:
@@ -53,7 +52,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     check_encoding()
     with fast_imports():
         from cogvlm_ft.build import build_scored_model
-        from cogvlm_ft.checkpoints.choice import chosen_min_confidence, trained_wording
+        from cogvlm_ft.checkpoints.choice import chosen_boxes, trained_wording
         from cogvlm_ft.data.node_indexes import indexed_once_per_node
         from cogvlm_ft.data.reader import open_split
         from cogvlm_ft.evaluate.coco import RESULTS_FILE, TRUTH_FILE, save_coco
@@ -93,10 +92,10 @@ def run(config: Config, args: argparse.Namespace) -> None:
         say(f"scoring {weights} on split {split} of {without_passwords(shards)}, wording {wording.name}", flush=True)
     model, tokenizer = build_scored_model(config, weights, quantized, args.devices)
     about = {"checkpoint": str(weights), "checkpoint_sha256": computed_by_main(lambda: fingerprint(weights))}
-    settings = config.evaluate
-    if settings.min_confidence is None:
-        settings = replace(settings, min_confidence=computed_by_main(lambda: chosen_min_confidence(weights)))
-    result = evaluate(model, tokenizer, reader, wording, settings, seed=config.seed, about=about, tiles=data.tiles)
+    kept = computed_by_main(lambda: chosen_boxes(weights))
+    result = evaluate(
+        model, tokenizer, reader, wording, config.evaluate, seed=config.seed, about=about, tiles=data.tiles, kept=kept
+    )
     result.metrics.update(run_probe(config, model, tokenizer, args.out))
     writes = is_main()
     shut_down()  # before files are written: no rank waits for one that cannot write

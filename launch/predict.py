@@ -126,7 +126,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         "--min-confidence",
         type=float,
         metavar="C",
-        help="of --tiles, least confidence of a box; 0 keeps all (default: what validation chose, else 0)",
+        help="of --tiles, keep every box from this confidence on (default: what validation chose, else 0)",
     )
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32; bf16 with --weights")
     group.add_argument(
@@ -175,7 +175,8 @@ def predict(args: argparse.Namespace) -> int:
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
     if tiles.side_px is not None:
-        say(f"boxes of tiles with a confidence below {predictor.min_confidence:.2f} are removed", file=sys.stderr)
+        only = ", and all but the most confident one" if predictor.kept.only_best else ""
+        say(f"boxes from tiles are removed below confidence {predictor.kept.min_confidence:.2f}{only}", file=sys.stderr)
     if args.serve:
         served = ServedModels(predictor, predictor.weights.resolve().name, upright=upright)
         serve(served, host=args.host, port=args.port)

@@ -27,6 +27,7 @@ from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
 from cogvlm_ft.checkpoints.slices import assign_slices
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.plain_files import read_json, replaced_file, sync, sync_open
 from cogvlm_ft.run_folder import step_folders, step_name
 from cogvlm_ft.runtime.distributed import computed_by_main, from_main, is_main
@@ -56,8 +57,8 @@ class TrainState:
     """The position of a run, as a few lines of JSON.
 
     samples_consumed: the position in the data; epoch = samples_consumed // num_samples. evaluated_step: the last step
-    that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set. min_confidence: of
-    boxes from tiles, as the last evaluation chose it. seed: of the order of the samples; None in earlier versions.
+    that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set. seed: of the order
+    of the samples; None in earlier versions. kept_boxes: from tiles, as the last evaluation chose them.
     """
 
     step: int = 0
@@ -70,8 +71,8 @@ class TrainState:
     data_sha256: str = ""
     world_size: int = 1
     rates: list[list[Any]] = field(default_factory=list)
-    min_confidence: float | None = None
     seed: int | None = None
+    kept_boxes: KeptBoxes | None = None
 
     def advanced(self, num_samples: int, epoch: int) -> TrainState:
         """Return the state one step later."""
@@ -97,8 +98,8 @@ def read_state(checkpoint: Path) -> TrainState:
         if record.is_file():
             path = record
             fields |= read_again(lambda: read_json(record))
-        best = fields.pop("best")
-        return TrainState(**fields, best=Best(**best) if best else None)
+        best, kept = fields.pop("best"), fields.pop("kept_boxes", None)
+        return TrainState(**fields, best=Best(**best) if best else None, kept_boxes=KeptBoxes(**kept) if kept else None)
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -108,7 +109,7 @@ def record_evaluation(folder: Path, state: TrainState) -> None:
     record = evaluation_record(folder / step_name(state.step))
     fields = dataclasses.asdict(state)
     with replaced_file(record, "w") as file:
-        json.dump({name: fields[name] for name in ("evaluated_step", "best", "min_confidence")}, file)
+        json.dump({name: fields[name] for name in ("evaluated_step", "best", "kept_boxes")}, file)
         file.flush()
         sync_open(file.fileno())
     sync(folder)

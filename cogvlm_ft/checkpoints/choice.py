@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, STATE_FILE, list_checkpoints, read_state
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.wording import WORDING_FILE, Wording, load_wording
 from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.run_folder import RunFolder, step_name
@@ -79,22 +81,22 @@ def trained_wording(weights: Path) -> Wording | None:
         return None
 
 
-def chosen_min_confidence(weights: Path) -> float | None:
-    """Return the least confidence of boxes from tiles that validation chose for these weights; None without one."""
+def chosen_boxes(weights: Path) -> KeptBoxes | None:
+    """Return which boxes from tiles count, as validation chose it for these weights; None if it did not."""
     if is_checkpoint(weights):
-        return read_state(weights).min_confidence
+        return read_state(weights).kept_boxes
     path = weights / TILES_FILE
     if not path.is_file():
         return None
     try:
-        value = float(read_json(path)["min_confidence"])
-    except (ValueError, TypeError, KeyError) as error:
+        kept = KeptBoxes(**read_json(path))
+        if 0 <= kept.min_confidence <= 1:
+            return kept
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not 0 <= value <= 1:
-        raise CheckpointError(f"{path}: found min_confidence {value}; expected 0 to 1")
-    return value
+    raise CheckpointError(f"{path}: found min_confidence {kept.min_confidence}; expected 0 to 1")
 
 
-def save_min_confidence(value: float, folder: Path) -> None:
-    """Write what `chosen_min_confidence` reads from a model folder."""
-    write_text(folder / TILES_FILE, json.dumps({"min_confidence": value}) + "\n")
+def save_kept_boxes(kept: KeptBoxes, folder: Path) -> None:
+    """Write what `chosen_boxes` reads from a model folder."""
+    write_text(folder / TILES_FILE, json.dumps(asdict(kept)) + "\n")

@@ -25,10 +25,11 @@ from cogvlm_ft.evaluate.questions import asks_for_boxes
 from cogvlm_ft.evaluate.scoring import Reading, rank_merged, score_looks, summarize_merging
 from cogvlm_ft.evaluate.survey import Survey, choose_limit, survey_questions
 from cogvlm_ft.grounding.breakdown import summarize_predictions
-from cogvlm_ft.grounding.confidence import ConfidenceCurve, confidence_curve
+from cogvlm_ft.grounding.confidence import ConfidenceCurve, KeptBoxes, choose_boxes
 from cogvlm_ft.grounding.grammar import BoxGrammar
 from cogvlm_ft.grounding.prediction import Prediction, is_right
 from cogvlm_ft.grounding.protocols import PROTOCOLS
+from cogvlm_ft.grounding.tile_answers import EVERY_BOX
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.generation_memory import GenerationMemory, Pass
@@ -62,9 +63,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: on every rank. The rest: rank 0 only; predictions and shown in the order of the data.
+    """metrics, kept: on every rank. The rest: rank 0 only; predictions and shown in the order of the data.
 
-    curves: grounding.breakdown.Summary. about: weights, data, questions and scoring.
+    curves: grounding.breakdown.Summary. about: weights, data, questions and scoring. kept: which boxes from tiles
+    counted; None without tiles.
     """
 
     metrics: dict[str, float]
@@ -72,6 +74,7 @@ class Evaluation:
     shown: list[Shown]
     curves: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    kept: KeptBoxes | None = None
 
 
 _Answered = tuple[Look, list[Answer]]
@@ -89,11 +92,13 @@ def evaluate(
     about: Mapping[str, Any] | None = None,
     stop_request: StopRequest | None = None,
     tiles: TilesConfig | None = None,
+    kept: KeptBoxes | None = None,
 ) -> Evaluation:
     """Score `model` (the module inside the engine) on the reader's first `max_samples` images. Collective.
 
     Every rank takes every world_size-th image and runs the same number of batches; no image is scored twice.
-    tiles: asks about the tiles of large photos too (`side_px` is not None).
+    tiles: asks about the tiles of large photos too (`side_px` is not None). kept: which boxes from them count; None:
+    chosen on these images. `settings.min_confidence` replaces it.
     about: facts of the caller about the weights, recorded with the results. stop_request: checked at every batch, and
     asked to stop where shards cannot be read; raises StopRequested.
     """
@@ -116,33 +121,32 @@ def evaluate(
             rows = _answer(model, tokenizer, shown, wording, grammar, limit, size.num_turns, passes[batch])
             for look, row in zip(shown, rows, strict=False):  # a blank image has answers too
                 answered.setdefault(look.question.index, []).append((look.without_image(), row))
-    protocol = PROTOCOLS[settings.protocol]
-    reading = Reading(wording, protocol, model.config.num_patches)
-    curve = _confidence_curve(answered.values(), reading) if tiles and settings.min_confidence is None else None
-    least = curve.threshold if curve else settings.min_confidence or 0.0
-    reading = replace(reading, min_confidence=least)
+    reading = Reading(wording, PROTOCOLS[settings.protocol], model.config.num_patches)
+    rule = kept if settings.min_confidence is None else KeptBoxes(settings.min_confidence)
+    curve = _confidence_curve(answered.values(), reading) if tiles and rule is None else None
+    reading = replace(reading, kept=curve.kept if curve else rule or EVERY_BOX)
+    used = reading.kept if tiles else None
     scored = {photo: score_looks(*_columns(given), reading) for photo, given in answered.items()}
     gathered = gather_to_main((scored, looks.num_bad))
     if gathered is None:
-        return Evaluation(from_main(None), [], [])
+        return Evaluation(from_main(None), [], [], kept=used)
     found = sorted((pair for part, _ in gathered for pair in part.items()), key=lambda pair: pair[0])
     by_index = [(photo, part) for photo, (part, _) in found]
     predictions = [prediction for _, part in by_index for prediction in part]
-    summary = summarize_predictions(predictions, model.config.num_patches, protocol)
+    summary = summarize_predictions(predictions, model.config.num_patches, reading.protocol)
     metrics = {**summary.metrics, "num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
-    metrics |= _count_left_out(predictions) | summarize_merging([each for _, (_, each) in found if each])
-    metrics |= {"tile_min_confidence": least} if tiles else {}
+    metrics |= _count_left_out(predictions) | summarize_merging([each for _, (_, each) in found if each], reading)
     curves = summary.curves | ({"confidence": curve.points} if curve else {})
     facts = {**_about(model.config, reader, wording, settings, seed, predictions), "max_new_tokens": limit}
-    facts |= {"tiles": asdict(tiles), "min_confidence_is_chosen_here": curve is not None} if tiles else {}
+    facts |= {"tiles": asdict(tiles), "kept_boxes_are_chosen_here": curve is not None} if tiles else {}
     drawn = list(_shown(reader, by_index[: settings.num_pictures]))
-    return Evaluation(from_main(metrics), predictions, drawn, curves, facts | dict(about or {}))
+    return Evaluation(from_main(metrics), predictions, drawn, curves, facts | dict(about or {}), used)
 
 
 def _confidence_curve(answered: Iterable[Sequence[_Answered]], reading: Reading) -> ConfidenceCurve | None:
-    """Choose the least confidence of boxes from tiles, over all ranks. Collective."""
+    """Choose which boxes from tiles count, over all ranks. Collective."""
     gathered = gather_to_main([each for given in answered for each in rank_merged(*_columns(given), reading)])
-    return from_main(confidence_curve([each for part in gathered for each in part]) if gathered is not None else None)
+    return from_main(choose_boxes([each for part in gathered for each in part]) if gathered is not None else None)
 
 
 def _shown(reader: ShardReader, answered: Sequence[tuple[int, list[Prediction]]]) -> Iterator[Shown]:

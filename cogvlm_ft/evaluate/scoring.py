@@ -16,12 +16,13 @@ from cogvlm_ft.evaluate.looks import Look
 from cogvlm_ft.evaluate.questions import Question, in_pixels, truth_boxes
 from cogvlm_ft.grounding.average_precision import RankedBoxes, rank_boxes
 from cogvlm_ft.grounding.boxes import format_boxes, read_boxes
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.descriptions import text_without_boxes
 from cogvlm_ft.grounding.metrics import PRESENT, score_answer, score_boxes
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.protocols import Protocol
 from cogvlm_ft.grounding.targets import Box, Turn
-from cogvlm_ft.grounding.tile_answers import MergedAnswer, TileAnswer, merge_answers
+from cogvlm_ft.grounding.tile_answers import EVERY_BOX, MergedAnswer, TileAnswer, merge_answers
 from cogvlm_ft.grounding.tiles import Window
 from cogvlm_ft.grounding.wording import Wording
 
@@ -32,8 +33,8 @@ _BOXES = re.compile(r"\[\[[0-9,;]*\]\]")
 class MergeFacts:
     """What merging did to the answers about one photo.
 
-    num_duplicates: boxes that it removed. num_removed: boxes below the least confidence. ious: of every question about
-    a present target, (merged, all boxes of all answers, the whole photo's answer alone; NaN if it was not asked).
+    num_duplicates: boxes that it removed. num_removed: boxes that do not count. ious: of every question about a
+    present target, (merged, all boxes of all answers, the whole photo's answer alone; NaN if it was not asked).
     """
 
     num_duplicates: int
@@ -43,15 +44,12 @@ class MergeFacts:
 
 @dataclass(frozen=True)
 class Reading:
-    """How answers are read and scored. min_confidence: of the boxes that are kept where answers are merged.
-
-    num_patches: of the model's input.
-    """
+    """How answers are read and scored. num_patches: of the model's input. kept: of the boxes from tiles."""
 
     wording: Wording
     protocol: Protocol
     num_patches: int
-    min_confidence: float = 0.0
+    kept: KeptBoxes = EVERY_BOX
 
 
 Given = Sequence[tuple[Look, Answer]]
@@ -71,7 +69,7 @@ def score_looks(
             predictions.append(alone)
             continue
         tiles = [_tile_answer(look.frame, answer, reading) for look, answer in given]
-        merged = merge_answers(tiles, question.frame.photo_px, reading.min_confidence)
+        merged = merge_answers(tiles, question.frame.photo_px, reading.kept)
         predictions.append(_merged_prediction(question, number, given, merged, reading))
         num_duplicates += merged.num_duplicates
         num_removed += merged.num_removed
@@ -102,13 +100,15 @@ def _by_turn(looks: Sequence[Look], answers: Sequence[Sequence[Answer]]) -> list
     return sorted(found.items())
 
 
-def summarize_merging(facts: Sequence[MergeFacts]) -> dict[str, float]:
+def summarize_merging(facts: Sequence[MergeFacts], reading: Reading) -> dict[str, float]:
     """Return the metrics of merging over all photos with tiles; {} if there are none."""
     if not facts:
         return {}
     found = {
         "tile_duplicates": sum(each.num_duplicates for each in facts) / len(facts),
         "tile_removed": sum(each.num_removed for each in facts) / len(facts),
+        "tile_min_confidence": reading.kept.min_confidence,
+        "tile_only_best": float(reading.kept.only_best),
     }
     ious = np.array([row for each in facts for row in each.ious]).reshape(-1, 3)
     if len(ious):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, list_checkpoints
-from cogvlm_ft.checkpoints.choice import chosen_min_confidence, save_min_confidence, trained_wording
+from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes, trained_wording
 from cogvlm_ft.checkpoints.model_folder import open_contents, write_model_folder
 from cogvlm_ft.config import load_run_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
@@ -61,9 +61,9 @@ def export_checkpoint(
         wording = trained_wording(checkpoint)
         if wording and not (partial / WORDING_FILE).exists():  # of an earlier version
             save_wording(wording, partial / WORDING_FILE)
-        least = chosen_min_confidence(checkpoint)
-        if least is not None:
-            save_min_confidence(least, partial)
+        kept = chosen_boxes(checkpoint)
+        if kept:
+            save_kept_boxes(kept, partial)
         result = verify_export(partial, checkpoint / MODEL_FOLDER, contents, dtype) if verify else None
         if result:
             result.save(partial)

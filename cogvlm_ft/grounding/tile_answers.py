@@ -6,8 +6,8 @@
 2. A box that ends at an inner edge of its tile is a part of what neighbouring tiles show: a complete box that covers
    half of it replaces it; parts that overlap each other become one box.
 3. Boxes of one answer are never merged with each other.
-4. Of the boxes that are left, those below a least confidence are removed. A target is asked in every tile and is in few
-   of them: the few wrong boxes of a tile, times the number of tiles, outnumber the right ones.
+4. Of the boxes that are left, those below a least confidence are removed, and perhaps all but the most confident one.
+   A target is asked in every tile and is in few of them: a few wrong boxes per tile outnumber the right ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.overlap import enclosing_box, pairwise_iou
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.grounding.tiles import Window, is_cut
 
 SAME = 0.5
 """Least IoU of two boxes of one object, and least fraction of a part that the complete box covers."""
+EVERY_BOX = KeptBoxes()
 MIN_PATCHES = 2.0
 """A box with fewer patches on its shorter side is barely seen."""
 
@@ -49,7 +51,7 @@ class MergedAnswer:
     """boxes: None if none is left and an answer was unreadable.
 
     confidences: that of the digits, times the probability that the answer is not "not found"; of merged boxes the
-    highest. num_duplicates: boxes that merging removed. num_removed: boxes below the least confidence. not_found: no
+    highest. num_duplicates: boxes that merging removed. num_removed: boxes that do not count. not_found: no
     box is left, and all answers were readable. not_found_prob: the lowest of all answers. best: index of the answer
     that gave the most confident box; without boxes, of the first unreadable one, else of the first "not found", else 0.
     """
@@ -92,11 +94,11 @@ class _Found:
     slack_px: tuple[float, float]
 
 
-def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int], min_confidence: float = 0.0) -> MergedAnswer:
+def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int], rule: KeptBoxes = EVERY_BOX) -> MergedAnswer:
     """Merge the answers to one question. size_px: of the photo."""
     found = [each for number, answer in enumerate(answers) for each in _found_in(number, answer, size_px)]
     groups = sorted(_group(found), key=lambda group: -group.confidence)
-    kept = [group for group in groups if group.confidence >= min_confidence]
+    kept = [group for group in groups if group.confidence >= rule.min_confidence][: 1 if rule.only_best else None]
     saying_so = [number for number, answer in enumerate(answers) if answer.not_found]
     unreadable = [number for number, answer in enumerate(answers) if not answer.not_found and not answer.boxes]
     probs = [answer.not_found_prob for answer in answers if answer.not_found_prob is not None]

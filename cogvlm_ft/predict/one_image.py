@@ -29,7 +29,7 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
             notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"
             say("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
         if reply.num_removed:
-            say(f"  boxes below the least confidence that were removed: {reply.num_removed}")
+            say(f"  weaker boxes from tiles that were removed: {reply.num_removed}")
         if reply.not_found_prob is not None:
             say(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
     draw_replies(photo, replies).save(out)

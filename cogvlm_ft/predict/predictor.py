@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cogvlm_ft.build import load_whole_model
-from cogvlm_ft.checkpoints.choice import chosen_min_confidence, find_weights, model_files, trained_wording
+from cogvlm_ft.checkpoints.choice import chosen_boxes, find_weights, model_files, trained_wording
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.data.frames import Frame, fit, photo_frame
 from cogvlm_ft.data.record import clip_box
@@ -27,8 +27,10 @@ from cogvlm_ft.evaluate.generate import Answer, generate_answers
 from cogvlm_ft.evaluate.looks import can_ask_in_tiles, split_turns
 from cogvlm_ft.evaluate.survey import answer_limit, longest_worded_answer
 from cogvlm_ft.grounding.boxes import boxes_from_bins, close_cut_list, parse_boxes, read_boxes
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box, Turn
+from cogvlm_ft.grounding.tile_answers import EVERY_BOX
 from cogvlm_ft.grounding.wording import Wording, load_wording
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.model.generation_memory import GenerationMemory
@@ -64,8 +66,8 @@ class Asking:
     max_new_tokens: None: room for as many boxes as the wording allows.
     reading: one of READINGS, or "expected". zoom_patches: boxes that cover fewer vision patches get a second look.
     adapter: a folder in the files of peft, merged into the model.
-    tiles: of photos that are larger than one; off without a side. min_confidence: of boxes from tiles; None: as
-    validation chose it for the model, else 0.
+    tiles: of photos that are larger than one; off without a side. min_confidence: every box from
+    tiles from this on; None: those that validation chose for the model, else all.
     """
 
     image_size: int | None = None
@@ -145,8 +147,8 @@ class Predictor:
         self.asking = asking
         self.wording = wording
         self.weights = weights
-        chosen = chosen_min_confidence(weights) if asking.min_confidence is None else asking.min_confidence
-        self.min_confidence = chosen or 0.0
+        least = asking.min_confidence
+        self.kept = (chosen_boxes(weights) or EVERY_BOX) if least is None else KeptBoxes(least)
         self._resize = asking.resize or resize_of(model.config)
         self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes)
         least = self._grammar.least_tokens if self._grammar else 1
@@ -270,7 +272,7 @@ class Predictor:
             for i, reply in zip(numbers, row, strict=True):
                 frames[n, i].append(part.frame)
                 replies[n, i].append(reply)
-        rules = self.model.config.num_patches, self.min_confidence, self.wording.not_found_sentences
+        rules = self.model.config.num_patches, self.kept, self.wording.not_found_sentences
         return [
             [merge_replies(frames[n, i], replies[n, i], *rules) for i in range(len(look.prompts))]
             for n, look in enumerate(looks)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from cogvlm_ft.data.frames import Frame
 from cogvlm_ft.evaluate.scoring import merged_text, shown_window
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.grounding.tile_answers import TileAnswer, merge_answers
 
@@ -31,8 +32,8 @@ class Reply:
     """boxes: None if the text holds no readable ones. The text is that of the first look.
 
     truncated: the text was cut at the limit of new tokens; boxes are those that it had closed.
-    num_duplicates: boxes of several tiles that were merged into those that are left. num_removed: boxes of tiles below
-    the least confidence.
+    num_duplicates: boxes of several tiles that were merged into those that are left. num_removed: boxes from tiles
+    that do not count.
     """
 
     prompt: str
@@ -49,12 +50,12 @@ def merge_replies(
     frames: Sequence[Frame],
     replies: Sequence[Reply],
     num_patches: int,
-    min_confidence: float,
+    kept: KeptBoxes,
     not_found: Sequence[str],
 ) -> Reply:
     """Merge the replies to one question about a photo and its tiles; boxes are in pixels of the photo already.
 
-    not_found: sentences, as in `merged_text`.
+    kept: which boxes count. not_found: sentences, as in `merged_text`.
     """
     if len(replies) == 1:
         return replies[0]
@@ -70,7 +71,7 @@ def merge_replies(
         )
         for frame, reply in zip(frames, replies, strict=True)
     ]
-    merged = merge_answers(answers, size_px, min_confidence)
+    merged = merge_answers(answers, size_px, kept)
     best = replies[merged.best]
     boxes = [FoundBox(*pair) for pair in zip(merged.boxes or (), merged.confidences, strict=True)]
     return replace(

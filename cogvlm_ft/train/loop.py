@@ -245,8 +245,7 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
         logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
     if tracker:
         report_evaluation(run, state, result, best, tracker)
-    least = result.metrics.get("tile_min_confidence")
-    return dataclasses.replace(state, evaluated_step=state.step, best=best, min_confidence=least)
+    return dataclasses.replace(state, evaluated_step=state.step, best=best, kept_boxes=result.kept)
 
 
 def measure(run: Run, state: TrainState, folder: Path, stop_request: StopRequest) -> Evaluation:

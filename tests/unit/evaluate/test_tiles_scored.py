@@ -106,9 +106,9 @@ def test_doubtful_boxes_of_tiles_are_removed_below_a_confidence_that_is_chosen_w
         return evaluate(model, tokenizer, reader, wording, settings, seed=SEED, tiles=tiles)
 
     every, chosen = scored(replace(SETTINGS, min_confidence=0.0)), scored(SETTINGS)
-    assert every.metrics["tile_removed"] == 0 and not every.about["min_confidence_is_chosen_here"]
+    assert every.metrics["tile_removed"] == 0 and not every.about["kept_boxes_are_chosen_here"]
     assert every.metrics["acc@0.5"] < 0.5 and every.metrics["not_found_acc"] < 0.5
-    assert 0.55 < chosen.metrics["tile_min_confidence"] < 0.9 and chosen.about["min_confidence_is_chosen_here"]
+    assert 0.55 < chosen.metrics["tile_min_confidence"] < 0.9 and chosen.about["kept_boxes_are_chosen_here"]
     assert chosen.metrics["acc@0.5"] == chosen.metrics["not_found_acc"] == 1 and chosen.metrics["tile_removed"] > 1
     assert chosen.curves["confidence"][0][1] == 1 and "confidence" not in every.curves
     removed = [each for each in chosen.predictions if each.truth_boxes_xyxy == []]

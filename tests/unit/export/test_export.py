@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM
 
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER, read_state, record_evaluation
-from cogvlm_ft.checkpoints.choice import chosen_min_confidence
+from cogvlm_ft.checkpoints.choice import chosen_boxes
 from cogvlm_ft.checkpoints.model_folder import open_contents
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.blend import pair_with_start
 from cogvlm_ft.export.blend_scores import PROBE, BlendScore, best_blend, held, set_blend
 from cogvlm_ft.export.export import check_free_space, export_checkpoint, rejected_path
 from cogvlm_ft.export.verification import Verification, compare_tensors, verify_export
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_config, load_model, preprocess_image
 from cogvlm_ft.model.loading import (
@@ -68,9 +69,9 @@ def test_an_export_holds_the_weights_and_is_verified(
     checkpoint: Path, model: CogVLMForCausalLM, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "exported"
-    record_evaluation(checkpoint.parent, dataclasses.replace(read_state(checkpoint), min_confidence=0.25))
+    record_evaluation(checkpoint.parent, dataclasses.replace(read_state(checkpoint), kept_boxes=KeptBoxes(0.25, True)))
     assert export(checkpoint, out, "--dtype", dtype) == 0
-    assert names(out.parent) == ["exported"] and chosen_min_confidence(out) == chosen_min_confidence(checkpoint) == 0.25
+    assert names(out.parent) == ["exported"] and chosen_boxes(out) == chosen_boxes(checkpoint) == KeptBoxes(0.25, True)
     plain = AutoModelForCausalLM.from_pretrained(out)
     assert plain.dtype == DTYPES[dtype]
     found, expected = load_file(out / SINGLE_FILE), model.state_dict()

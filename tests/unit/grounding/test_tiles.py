@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.grounding.tile_answers import TileAnswer, merge_answers
 from cogvlm_ft.grounding.tiles import Window, clip_to_window, tile_windows, visible_fractions
@@ -100,9 +101,11 @@ def test_a_box_counts_as_much_as_its_answer_is_not_not_found_and_weak_ones_are_r
     merged = merge_answers(answers, PHOTO)
     assert merged.boxes == [right, wrong] and merged.confidences == pytest.approx([0.72, 0.45])
     assert (merged.num_removed, merged.best) == (0, 1)
-    merged = merge_answers(answers, PHOTO, min_confidence=0.5)
+    merged = merge_answers(answers, PHOTO, KeptBoxes(0.5))
     assert (merged.boxes, merged.num_removed, merged.not_found) == ([right], 1, False)
-    merged = merge_answers(answers, PHOTO, min_confidence=0.8)
+    merged = merge_answers(answers, PHOTO, KeptBoxes(0.8))
     assert (merged.boxes, merged.num_removed, merged.not_found, merged.best) == ([], 2, True, 2)
-    merged = merge_answers([*answers, answer(RIGHT, None)], PHOTO, min_confidence=0.8)
+    merged = merge_answers(answers, PHOTO, KeptBoxes(only_best=True))
+    assert (merged.boxes, merged.num_removed, merged.confidences) == ([right], 1, pytest.approx([0.72]))
+    merged = merge_answers([*answers, answer(RIGHT, None)], PHOTO, KeptBoxes(0.8))
     assert (merged.boxes, merged.not_found, merged.best) == (None, False, 3), "one answer is not known"

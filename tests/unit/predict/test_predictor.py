@@ -27,10 +27,11 @@ from taught_model import (
     teach,
 )
 
-from cogvlm_ft.checkpoints.choice import TILES_FILE, save_min_confidence
+from cogvlm_ft.checkpoints.choice import TILES_FILE, save_kept_boxes
 from cogvlm_ft.data.frames import photo_frame
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.export import export_checkpoint
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_model
@@ -229,9 +230,10 @@ def test_tiles_are_asked_as_photos_of_their_own_and_their_boxes_merged(folder: P
     [[none, placed]] = strict.ask([picture], [[WHERE_MANY, "the left dog?"]])
     assert none.not_found and none.text in strict.wording.not_found_sentences and none.boxes == ()
     assert none.num_removed == len(reply.boxes) and placed.text == first.text, "only answers about tiles lose boxes"
-    save_min_confidence(0.999, folder)
-    assert predictor(folder, tiles=tiles).min_confidence == 0.999
-    assert predictor(folder, tiles=tiles, min_confidence=0.0).min_confidence == 0
+    save_kept_boxes(KeptBoxes(0.1, only_best=True), folder)
+    [[best]] = predictor(folder, tiles=tiles).ask([picture], [[WHERE_MANY]])
+    assert places(best) == places(reply)[:1] and best.num_removed == len(reply.boxes) - 1
+    assert predictor(folder, tiles=tiles, min_confidence=0.0).kept == KeptBoxes(), "the option replaces the choice"
     (folder / TILES_FILE).write_text('{"min_confidence": 7}')
     with pytest.raises(CheckpointError, match="expected 0 to 1"):
         predictor(folder, tiles=tiles)
