@@ -27,7 +27,10 @@ ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
 
 def build_parser(doc: str | None, *, allow_abbrev: bool = True) -> argparse.ArgumentParser:
-    """Build a parser whose --help opens with the program's docstring and ends with its part from "Examples:" on."""
+    """Build a parser whose --help opens with the program's docstring and ends with its part from "Examples:" on.
+
+    In arguments of type Path, ~ is the home folder: shells leave it in --out=~/x and in quotes.
+    """
     prepare_terminal()
     description, _, examples = (doc or "").partition("\nExamples:\n")
     parser = argparse.ArgumentParser(
@@ -36,8 +39,16 @@ def build_parser(doc: str | None, *, allow_abbrev: bool = True) -> argparse.Argu
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=allow_abbrev,
     )
+    parser.register("type", Path, _path_from_home)
     parser.add_argument("--version", action="version", version=f"cogvlm-ft {__version__}")
     return parser
+
+
+def _path_from_home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: found no such home folder; write the path in full") from None
 
 
 def add_settings(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

@@ -138,7 +138,7 @@ def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
 
     image_size = config.model.image_size
     if file is None and (config.model.folder / "config.json").is_file():
-        return load_model_config(config.model.path, image_size), config.model.path
+        return load_model_config(config.model.folder, image_size), config.model.path
     if file is not None and not file.is_file():
         raise ConfigError(f"--model-config {file}: no such file")
     sizes = CogVLMConfig.from_json_file(file) if file else CogVLMConfig()

@@ -93,7 +93,7 @@ def read_adapters(options: list[str]) -> dict[str, Path]:
         name, _, folder = option.partition("=")
         if not name or not folder or name in found or "." in name:
             raise ConfigError(f"--adapter {option}: expected NAME=FOLDER, each name once and without dots")
-        found[name] = Path(folder)
+        found[name] = Path(folder).expanduser()
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cogvlm_ft import __version__
-from cogvlm_ft.command_line import exit_code, paste
+from cogvlm_ft.command_line import build_parser, exit_code, paste
 from cogvlm_ft.errors import CheckpointError, ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -99,6 +99,18 @@ def test_mistakes_of_the_user_are_one_line(error: Exception, capsys: pytest.Capt
 def test_a_home_folder_that_is_not_known_is_a_mistake_of_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: Path("~no-such-user/x").expanduser() and 0) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_shells_leave_the_home_folder_of_an_option_to_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = build_parser("Do it.")
+    parser.add_argument_group("places").add_argument("--out", type=Path)
+    assert parser.parse_args(["--out=~/a b"]).out == tmp_path / "a b"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out=~no-such-user/x"])
+    assert "~no-such-user/x: found no such home folder" in capsys.readouterr().err
 
 
 def test_other_failures_keep_their_traceback() -> None:

@@ -104,10 +104,18 @@ def test_the_program_prints_text_and_json(small_config: str, capsys: pytest.Capt
         (["--answer-tokens", "61"], "--answer-tokens 61: expected at most --turn-tokens, 60"),
         (["--model-config", "absent.json"], "--model-config absent.json: no such file"),
         (["train.lrr=1"], "train.lrr"),
+        (["model.path=~", "model.image_size=500"], "model.image_size: image_size=500 is not a multiple"),
         (["model.image_size=500"], "model.image_size: image_size=500 is not a multiple of the patch size 14"),
     ],
 )
-def test_mistakes_are_reported(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(
+    arguments: list[str],
+    message: str,
+    small_config: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(small_config).parent))
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
