@@ -104,7 +104,7 @@ def test_the_program_prints_text_and_json(small_config: str, capsys: pytest.Capt
         (["--answer-tokens", "61"], "--answer-tokens 61: expected at most --turn-tokens, 60"),
         (["--model-config", "absent.json"], "--model-config absent.json: no such file"),
         (["train.lrr=1"], "train.lrr"),
-        (["model.path=~", "model.image_size=500"], "model.image_size: image_size=500 is not a multiple"),
+        (["model.path=~/.", "model.image_size=500"], "model.image_size: image_size=500 is not a multiple"),
         (["model.image_size=500"], "model.image_size: image_size=500 is not a multiple of the patch size 14"),
     ],
 )
