@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rehearse(args: argparse.Namespace) -> int:
-    for name, path in (("PHOTOS", args.photos), ("--annotations", args.annotations)):
-        if not path.exists():
-            raise ConfigError(f"{name} {path}: found nothing; expected a file or folder. Check the path")
+    check_arguments(args)
     start = time.monotonic()
     shards, config = args.out / "shards", real_config(args)
     say(f"1/5 review of {args.annotations}", flush=True)
@@ -84,6 +82,18 @@ def rehearse(args: argparse.Namespace) -> int:
     show_result(args, num_steps)
     show_real_run(args, config)
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if not args.photos.is_dir():
+        found = "a file" if args.photos.exists() else "nothing"
+        advice = "Unpack an archive first; a file of labels belongs to --annotations"
+        raise ConfigError(f"PHOTOS {args.photos}: found {found}; expected the folder of the photos. {advice}")
+    if not args.annotations.exists():
+        raise ConfigError(f"--annotations {args.annotations}: found nothing; expected a file or folder. Check the path")
+    for name, number in (("--num-photos", args.num_photos), ("--steps", args.steps)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}: found {number}; expected 1 or more. Correct the number")
 
 
 def real_config(args: argparse.Namespace) -> Config:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cogvlm_ft.config import load_config
-from cogvlm_ft.launch.rehearse import commands_of_real_run, real_config
+from cogvlm_ft.launch.rehearse import commands_of_real_run, main, real_config
 from cogvlm_ft.rehearsal.training import Chosen, training_command, training_settings
 from cogvlm_ft.runtime.distributed import check_gpus
 
@@ -60,3 +60,27 @@ def test_the_commands_of_the_real_run_can_be_pasted_and_keep_every_setting(tmp_p
         assert Path(program).is_file(), "found without an activated environment"
         found = load_config("grounding_490", options[options.index("grounding_490") + 1 :])
         assert found == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["gone"], "PHOTOS gone: found nothing; expected the folder"),
+        (["photos.zip"], "PHOTOS photos.zip: found a file; expected the folder of the photos. Unpack"),
+        ([".", "--annotations", "gone"], "--annotations gone: found nothing"),
+        ([".", "--num-photos", "0"], "--num-photos: found 0; expected 1 or more"),
+        ([".", "--steps", "-1"], "--steps: found -1; expected 1 or more"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line_at_once(
+    arguments: list[str],
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos.zip").touch()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert found in printed.err and not printed.out
