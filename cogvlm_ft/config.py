@@ -7,6 +7,7 @@ may come from somebody else and would read the environment of whoever opens it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Loade
     Raises ConfigError with the source, the key and, for a mistyped one, the nearest.
     """
     file = None if path is None else find_preset(path, RUN_PRESETS, "--config ")
-    merged = OmegaConf.structured(Config)
+    merged = copy.deepcopy(_defaults())
     if file is not None:
         with _naming(f"--config {path}"):
             merged.merge_with(OmegaConf.create(_read_yaml(file)))
@@ -96,16 +98,22 @@ def load_run_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
     Raises ConfigError.
     """
-    merged = OmegaConf.structured(Config)
+    merged = copy.deepcopy(_defaults())
     with _naming(str(file)):
         merged.merge_with(OmegaConf.create(_read_yaml(file)))
-    defaults = OmegaConf.structured(Config)
+    defaults = _defaults()
     for key, written in _raw_settings(merged):
         if has_resolver(written):
             OmegaConf.update(merged, key, _as_text(written), merge=False)
             if OmegaConf.select(merged, key, throw_on_resolution_failure=False) is None:  # it is to be a number
                 OmegaConf.update(merged, key, OmegaConf.select(defaults, key), merge=False)
     return _config_of(merged, _merge_arguments(merged, overrides))
+
+
+@cache
+def _defaults() -> Any:
+    """Build the settings with their defaults; a copy takes a fifth of the time."""
+    return OmegaConf.structured(Config)
 
 
 def _merge_arguments(merged: Any, overrides: Sequence[str]) -> Any:

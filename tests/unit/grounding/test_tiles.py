@@ -26,9 +26,9 @@ def test_tiles_cover_the_photo_and_show_small_targets_whole(
 ) -> None:
     windows = tile_windows(size_px, side_px, overlap)
     assert len(set(windows)) == len(windows)
-    for x0, y0, x1, y1 in windows:
-        assert (x1 - x0, y1 - y0) == tuple(min(side_px, length) for length in size_px)
-        assert x0 >= 0 and y0 >= 0 and x1 <= size_px[0] and y1 <= size_px[1]
+    corners = np.array(windows)
+    assert (corners[:, 2:] - corners[:, :2] == [min(side_px, length) for length in size_px]).all()
+    assert (corners[:, :2] >= 0).all() and (corners[:, 2:] <= size_px).all()
     longest = max(1, math.floor(side_px * overlap))
     box: list[float] = []
     for length in size_px:
