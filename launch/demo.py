@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste
     from cogvlm_ft.config import load_config
+    from cogvlm_ft.run_folder import RunFolder, step_folders
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
@@ -120,10 +121,10 @@ def show(config: Config, seconds: float) -> None:
                 f"{row['epoch']:5.3g}  {row['mean_iou']:8.3f}  {row['acc@0.5']:7.3f}"
                 f"  {row['not_found_acc']:35.3f}  {row['unreadable']:10.3f}"
             )
-    checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
-    evaluation = sorted((run / "evaluations").glob("step-*"))[-1]
+    checkpoint = step_folders(RunFolder(run).checkpoints)[-1]
+    evaluation = step_folders(RunFolder(run).evaluations)[-1]
     wandb_run = sorted((run / "wandb").glob("*run-*"))[-1:]
-    say(f"\ncheckpoint   {checkpoint}\nmetrics      {run / 'metrics.jsonl'}")
+    say(f"\nreport       {run / 'report.html'}\ncheckpoint   {checkpoint}\nmetrics      {run / 'metrics.jsonl'}")
     say(f"predictions  {evaluation / 'predictions.jsonl'}\nimages       {evaluation / 'pictures'}")
     say(f"W&B run      {wandb_run[0] if wandb_run else 'none'}")
     export = paste("export", "--checkpoint", checkpoint, "--out", run.parent / "exported")

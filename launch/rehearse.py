@@ -12,6 +12,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,7 @@ def rehearse(args: argparse.Namespace) -> int:
     say(f"\n2/5 shards of all photos, in {shards}", flush=True)
     if code := build_all([*source, "--negatives", str(ABSENT)], shards):
         return code
+    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no GPU
     say(f"\n3/5 a tiny model for {args.num_photos} of the photos", flush=True)
     with fast_imports():
         from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE

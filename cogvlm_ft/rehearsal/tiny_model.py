@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from cogvlm_ft.data.look import turns_of
 from cogvlm_ft.data.record import Record
@@ -42,5 +43,6 @@ def save_tiny_model(folder: Path, texts: Sequence[str], image_size: int = IMAGE_
     torch.manual_seed(0)
     longest = max(len(tokenizer.encode(text)) for text in texts)
     model = build_demo_model(len(tokenizer), image_size, max_positions=max(256, 4 * longest), small=small)
+    disable_progress_bar()  # of transformers, for a file of a few MB
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

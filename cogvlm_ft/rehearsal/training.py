@@ -159,7 +159,7 @@ def training_command(
     if num_processes == 1:
         return [*program, *arguments], environment
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_processes)]
-    command += ["--master_port", str(free_port()), "--no_python", "--no_local_rank"]
+    command += ["--master_port", str(free_port()), "--no_python", "--no_local_rank", "--log_level", "error"]
     # The launcher gives each process a GPU of its own, in CUDA_VISIBLE_DEVICES, on the CPU too.
     command += [*(["env", "=".join(NO_GPUS)] if on_cpu else []), *program]
     return [*command, *arguments], environment

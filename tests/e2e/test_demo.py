@@ -25,7 +25,7 @@ def test_demo(tmp_path: Path) -> None:
     result = run_program(command, environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     shown = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if str(tmp_path) in line)
-    for name in ("checkpoint", "metrics", "predictions", "images"):
+    for name in ("report", "checkpoint", "metrics", "predictions", "images"):
         assert Path(shown[name]).exists(), name
     assert any((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
