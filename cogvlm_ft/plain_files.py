@@ -11,14 +11,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 MAX_JSON_BYTES = 2**30
 NOT_SYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What fsync answers for folders on CIFS and some FUSE file systems."""
 
 
-def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
+def open_regular(path: str | Path, *, follow: bool = True) -> io.BufferedReader:
     """Open a regular file for reading. Raises OSError, also for a named pipe, which would block.
 
     follow: also where the path is a link; else that is an error.

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from cogvlm_ft.errors import CheckpointError
-from cogvlm_ft.plain_files import open_new, sync_open
+from cogvlm_ft.plain_files import open_new, open_regular, parse_json, sync_open
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
 CHUNK_BYTES = 2**24
 MAX_READ_BYTES = 2**30  # Linux gives less than 2 GiB at once
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -110,12 +111,13 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+            with open_regular(path) as file:
+                size, total = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+                header = parse_json(file.read(min(size, MAX_HEADER_BYTES)))
             self._start = 8 + size
             self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+            _check_entries(self._entries, total - self._start)
         except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
 
@@ -131,6 +133,23 @@ class TensorFile:
             if not _read_all(file, values.view(np.uint8).data):
                 raise CheckpointError(f"{self.path} ends within {name}")
         return torch.from_numpy(values)
+
+
+def _check_entries(entries: Mapping[str, Any], num_bytes: int) -> None:
+    """Raise ValueError unless the tensors fill the data in turn, each as long as its shape says."""
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda pair: pair[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*entry["shape"], start, stop)):
+            raise ValueError(f"{name}: found {entry!r:.80}; expected whole numbers from 0")
+        length = math.prod(entry["shape"]) * ITEM_BYTES.get(entry["dtype"], 0)
+        if start != position or (length and stop - start != length) or stop < start:
+            raise ValueError(
+                f"{name}: found data at {start} to {stop}; expected {length or 'some'} bytes at {position}"
+            )
+        position = stop
+    if position > num_bytes:
+        raise ValueError(f"found {num_bytes} bytes of data; expected {position}")
 
 
 def _read_all(file: Any, values: memoryview) -> bool:
@@ -154,7 +173,7 @@ def hash_file(path: Path) -> FileRecord:
 
 def read_chunks(path: Path) -> Iterator[memoryview]:
     """Yield a file in parts, each valid until the next."""
-    buffer = memoryview(bytearray(CHUNK_BYTES if path.stat().st_size > CHUNK_BYTES else 2**16))
-    with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(buffer):
+    with open_regular(path) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES if os.fstat(file.fileno()).st_size > CHUNK_BYTES else 2**16))
+        while num_bytes := file.raw.readinto(buffer):
             yield buffer[:num_bytes]

@@ -65,7 +65,13 @@ class AdapterRecord:
         if not path.is_file():
             return None
         try:
-            return cls(**read_again(lambda: read_json(path)))
+            record = cls(**read_again(lambda: read_json(path)))
+            texts = (record.base, record.base_sha256, *record.targets, *record.full)
+            if not (all(isinstance(text, str) for text in texts) and type(record.rank) is int and record.rank > 0):
+                raise ValueError("expected texts, and a rank of 1 or more")
+            if not math.isfinite(record.alpha):
+                raise ValueError(f"alpha={record.alpha}; expected a number")
+            return record
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -40,7 +41,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
     try:
         manifest = read_again(lambda: read_json(path))
         records, found = manifest["files"], manifest["sha256"]
-        files = {name: FileRecord(**record) for name, record in records.items()}
+        files = {name: _checked(name, FileRecord(**record)) for name, record in records.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {checkpoint} is not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -51,6 +52,13 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
     if outside:
         raise CheckpointError(f"{path} names files outside its folder: {outside}")
     return files
+
+
+def _checked(name: str, record: FileRecord) -> FileRecord:
+    """Return the record; ValueError if its name cannot be that of a file, or its values are of other types."""
+    if "\0" in name or not os.fsencode(name) or type(record.num_bytes) is not int or type(record.sha256) is not str:
+        raise ValueError(name)
+    return record
 
 
 def find_damage(checkpoint: Path) -> list[str]:

@@ -6,6 +6,7 @@ base.json                                         of an export of ours: name and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.adapters import FACTORS, factor_name, is_adapter, name_from_peft_file
 from cogvlm_ft.model.fingerprint import fingerprint
-from cogvlm_ft.model.loading import Assign, FileTensor, open_file, read_whole
+from cogvlm_ft.model.loading import Assign, FileTensor, check_floats, open_file, read_whole
 from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.settings import AdapterConfig
 
@@ -54,6 +55,8 @@ def open_peft_adapter(folder: Path, base: Path, parameters: Mapping[str, tuple[i
         settings = dict(read_json(folder / CONFIG_FILE))
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
         stored = open_file(folder / WEIGHTS_FILE)
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r={rank}, lora_alpha={alpha}: expected numbers, and a rank of 1 or more")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: {error!r}; expected {CONFIG_FILE} and {WEIGHTS_FILE} of peft") from None
     unusual = [key for key, plain in _PLAIN.items() if key in settings and settings[key] not in plain]
@@ -63,7 +66,10 @@ def open_peft_adapter(folder: Path, base: Path, parameters: Mapping[str, tuple[i
             f"{', '.join(unusual)}; expected plain LORA. Merge it with peft, and use the merged model"
         )
     _check_base(folder, base)
+    check_floats(folder, {name: tensor.dtype for name, tensor in stored.items()})
     tensors = {name_from_peft_file(name): tensor for name, tensor in stored.items()}
+    if len(tensors) < len(stored):
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: found two tensors for one weight; expected one")
     _check_shapes(folder, base, rank, tensors, parameters)
     return PeftAdapter(folder, rank, alpha, tensors)
 
@@ -71,7 +77,10 @@ def open_peft_adapter(folder: Path, base: Path, parameters: Mapping[str, tuple[i
 def _check_base(folder: Path, base: Path) -> None:
     if not (folder / BASE_FILE).is_file():
         return  # of another program: names and shapes of the tensors are compared
-    expected = read_json(folder / BASE_FILE)
+    try:
+        expected = dict(read_json(folder / BASE_FILE))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / BASE_FILE}: {error!r}; expected the file of an export") from None
     found = fingerprint(base)
     if found != expected.get("sha256"):
         raise CheckpointError(

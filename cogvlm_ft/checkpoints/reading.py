@@ -45,7 +45,7 @@ def read_again(read: Callable[[], T]) -> T:
 def is_wrong_part(error: OSError) -> bool:
     """Return whether the error is about what is there, not about reading it: nothing, a folder, a pipe, a huge file."""
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-    return missing or error.errno in (errno.EINVAL, errno.EFBIG, errno.ELOOP)
+    return missing or error.errno in (errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def stop_if_unreadable(checkpoint: Path, problem: str) -> None:

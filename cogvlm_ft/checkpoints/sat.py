@@ -19,13 +19,14 @@ from torch import Tensor
 
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model.loading import READ_ELEMENTS, StoredTensor, check_keys
-from cogvlm_ft.plain_files import sync
+from cogvlm_ft.plain_files import read_bytes, sync
 from cogvlm_ft.terminal import progress_bar
 
 FILE_NAME = "mp_rank_00_model_states.pt"
 LATEST = "latest"
 """The file that names the folder of the weights."""
 RELEASE = "1"
+MAX_NAME = 100
 
 _LAYER, _VIT = r"model\.layers\.(\d+)\.", r"model\.vision\.transformer\.layers\.(\d+)\."
 _SAT_VIT = "mixins.eva.vit_model"
@@ -76,7 +77,7 @@ def find_file(path: Path) -> Path:
     if path.is_file():
         return path
     latest = path / LATEST
-    release = latest.read_text(encoding="utf-8").strip() if latest.is_file() else RELEASE
+    release = read_bytes(latest).decode("utf-8", "replace").strip()[:MAX_NAME] if latest.is_file() else RELEASE
     for file in (path / release / FILE_NAME, path / FILE_NAME):
         if Path(release).name == release and file.is_file():
             return file
@@ -107,8 +108,11 @@ def _load(file: Path) -> dict[str, Tensor]:
         found: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of many kinds: a zip archive, a pickle
         raise CheckpointError(f"{file}: {error!r:.200}; expected a checkpoint of SAT with tensors only") from error
-    module = found.get("module") if isinstance(found, dict) else None
-    if not isinstance(module, dict) or not all(isinstance(value, Tensor) for value in module.values()):
+    module: Any = found.get("module") if isinstance(found, dict) else None
+    texts_to_tensors = isinstance(module, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in module.items()
+    )
+    if not texts_to_tensors:
         raise CheckpointError(f"{file}: found no tensors under 'module'; expected a checkpoint of SAT")
     return module
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvlm_ft.checkpoints.reading import read_again
+from cogvlm_ft.checkpoints.reading import is_wrong_part, read_again
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.model.adapters import checkpointed
 from cogvlm_ft.plain_files import read_json
@@ -46,6 +46,7 @@ from cogvlm_ft.terminal import progress_bar
 
 LAYOUT_FILE = "layout.json"
 WEIGHT = "weight"
+MAX_RANKS = 2**16
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class Layout:
         try:
             fields = read_again(lambda: read_json(path))
             shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
-            return cls(shapes=shapes, **fields)
+            layout = cls(shapes=shapes, **fields)
+            numbers = [layout.world_size, layout.optimizer_step, *(size for shape in shapes.values() for size in shape)]
+            if not all(type(number) is int and number >= 0 for number in numbers) or layout.world_size > MAX_RANKS:
+                raise ValueError(f"expected whole numbers from 0, and at most {MAX_RANKS} ranks")
+            return layout
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
@@ -128,11 +133,12 @@ class SlicedTensor:
         start = 0
         for file in files:
             if key in file.shapes:
-                stop = start + file.shapes[key][0]
+                stop = start + math.prod(file.shapes[key])
                 self._pieces.append((start, stop, file))
                 start = stop
         if start != math.prod(shape):
-            raise CheckpointError(f"{files[0].path.parent}: {start} elements of {key}; expected {list(shape)}")
+            where = files[0].path.parent if files else "no file"
+            raise CheckpointError(f"{where}: {start} elements of {key}; expected {list(shape)}")
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return elements start to stop of the flattened tensor, float32[stop - start]."""
@@ -147,14 +153,22 @@ class SlicedTensor:
 def open_slices(checkpoint: Path, kind: str = WEIGHT) -> dict[str, SlicedTensor]:
     """Return every tensor of a kind by parameter name; all but weights exist only for parameters that were trained."""
     layout = Layout.load(checkpoint)
-    paths = [checkpoint / rank_file(number) for number in range(layout.world_size)]
-    files = [read_again(partial(TensorFile, path)) for path in paths]
+    files = [_open(checkpoint / rank_file(number)) for number in range(layout.world_size)]
     keys = {name: f"{kind}/{name}" for name in layout.shapes}
     return {
         name: SlicedTensor(key, layout.shapes[name], files)
         for name, key in keys.items()
         if kind == WEIGHT or any(key in file.shapes for file in files)
     }
+
+
+def _open(path: Path) -> TensorFile:
+    try:
+        return read_again(partial(TensorFile, path))
+    except OSError as error:
+        if not is_wrong_part(error):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def check_averages_kept(checkpoint: Path, ema: float | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # vision_config of the published 490 px checkpoints: EVA2-CLIP-E without its last layer, 35 x 35 patches + cls.
 EVA2_CLIP_E_490: dict[str, Any] = {
@@ -25,6 +26,20 @@ EVA2_CLIP_E_490: dict[str, Any] = {
 PUBLISHED_AUTO_MAP = {
     "AutoConfig": "configuration_cogvlm.CogVLMConfig",
     "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+}
+
+
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**19,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**12,
+    "num_heads": 2**12,
+    "num_positions": 2**20,
+    "image_size": 2**16,
+    "patch_size": 2**12,
+    "in_channels": 2**8,
 }
 
 
@@ -76,6 +91,22 @@ class CogVLMConfig(PreTrainedConfig):
         """`vision_config`, never None."""
         assert self.vision_config is not None
         return self.vision_config
+
+    def check_sizes(self) -> None:
+        """Raise ValueError for a size that is none, or that no model has."""
+        for name, most in _LARGEST.items():
+            for where in (vars(self), self.vision):
+                value = where.get(name, 1)
+                if type(value) is not int or not 1 <= value <= most:
+                    raise ValueError(f"{name}: found {value!r:.40}; expected a whole number from 1 to {most}")
+        for act in (self.hidden_act, self.vision["hidden_act"]):
+            if act not in ACT2FN:
+                raise ValueError(f"hidden_act: found {act!r:.40}; expected an activation, such as silu or gelu")
+        for eps in (self.rms_norm_eps, self.vision["layer_norm_eps"]):
+            if not isinstance(eps, float) or not 0 <= eps < 1:
+                raise ValueError(f"rms_norm_eps, layer_norm_eps: found {eps!r:.40}; expected a number, such as 1e-5")
+        if self.hidden_size % self.num_attention_heads or self.vision["hidden_size"] % self.vision["num_heads"]:
+            raise ValueError("hidden_size: expected a multiple of the number of heads")
 
     def at_image_size(self, image_size: int) -> CogVLMConfig:
         """Return a copy for square inputs of `image_size` pixels, a multiple of the patch size."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ INDEX_FILE = "model.safetensors.index.json"
 POSITION_TABLE = "model.vision.patch_embedding.position_embedding.weight"
 MAX_FILE_BYTES = 5 * 2**30
 MAX_CONFIG_BYTES = 2**24
+MAX_NAME_BYTES = 256
 CPU = torch.device("cpu")
+_FLOATS = ("F32", "BF16", "F16", "F64")
 READ_ELEMENTS = 2**22  # at a time: 16 MiB of fp32
 
 # Read slices of the first dimension: fetch(start, stop) -> float[stop - start, ...]
@@ -68,7 +71,8 @@ def load_config(folder: str | Path, image_size: int | None = None, resize: str |
     try:
         read_json(folder / "config.json", MAX_CONFIG_BYTES)
         config = CogVLMConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        config.check_sizes()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         expected = "expected JSON as the published model folder has it. Download it again"
         raise CheckpointError(f"{folder / 'config.json'}: {error}; {expected}") from None
     if image_size is not None and image_size != config.image_size:
@@ -152,11 +156,33 @@ def load_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], assig
 
 def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Return key -> safetensors slice (a view into the mapped file)."""
-    slices = {}
+    slices: dict[str, Any] = {}
     for path in weight_files(folder):
         file = stack.enter_context(_open(path))
-        slices.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
+        found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        _check_once(path, slices, found)
+        slices |= found
+    check_floats(folder, {key: view.get_dtype() for key, view in slices.items()})
     return slices
+
+
+def _check_once(path: Path, earlier: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raise CheckpointError if a file holds a tensor that an earlier one of its folder holds too."""
+    twice = sorted(earlier.keys() & found.keys())
+    if twice:
+        raise CheckpointError(
+            f"{path}: found {twice[0]}, which is in another file too; expected each once. Download it again"
+        )
+
+
+def check_floats(source: Path, dtypes: Mapping[str, str]) -> None:
+    """Raise CheckpointError for weights of another type, unless they are quantised here and have their scales."""
+    other = next((name for name, dtype in dtypes.items() if dtype not in _FLOATS), None)
+    if other is not None and not any(name.endswith(SCALE) for name in dtypes):
+        raise CheckpointError(
+            f"{source}: found {other} as {dtypes[other]}; expected one of {', '.join(_FLOATS)}. Give the model that it "
+            "was converted from"
+        )
 
 
 def _open(path: Path) -> Any:
@@ -198,6 +224,7 @@ class FileTensor:
     path: Path
     name: str
     shape: torch.Size
+    dtype: str
 
     def read(self, start: int, stop: int) -> Tensor:
         """Read elements start to stop of the flattened tensor, in the dtype of the file."""
@@ -210,17 +237,22 @@ class FileTensor:
 
 def open_tensors(folder: Path) -> dict[str, FileTensor]:
     """Open all tensors of a model folder by name, buffers included; raise CheckpointError for a damaged file."""
-    tensors = {}
+    tensors: dict[str, FileTensor] = {}
     for path in weight_files(folder):
-        tensors.update(open_file(path))
+        found = open_file(path)
+        _check_once(path, tensors, found)
+        tensors |= found
+    check_floats(folder, {name: tensor.dtype for name, tensor in tensors.items()})
     return tensors
 
 
 def open_file(path: Path) -> dict[str, FileTensor]:
     """Open the tensors of one safetensors file by name; raise CheckpointError if it is damaged."""
     with _open(path) as file:
-        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {name: FileTensor(path, name, shape) for name, shape in shapes.items()}
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: FileTensor(path, name, torch.Size(view.get_shape()), view.get_dtype()) for name, view in views.items()
+        }
 
 
 def read_whole(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -240,7 +272,10 @@ def read_whole(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def _indexed_files(index: Path) -> list[str]:
     try:
-        return sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not all(len(os.fsencode(name)) < MAX_NAME_BYTES for name in names):
+            raise ValueError("a name that no file has")
+        return names
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: no readable weight_map ({error!r}). Download it again") from error
 

@@ -44,7 +44,14 @@ class CogVLMTokenizer:
                 f"{self.model_file}: not found. Copy Vicuna's tokenizer.model (lmsys/vicuna-7b-v1.5) into the folder"
             )
         self._files = _read_files(self.model_file)
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._files[MODEL_FILE])
+        try:
+            if not self._files[MODEL_FILE]:
+                raise RuntimeError("no bytes")
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._files[MODEL_FILE])
+        except RuntimeError:
+            raise CheckpointError(
+                f"{self.model_file}: found no model of SentencePiece; expected Vicuna's. Download it again"
+            ) from None
         self.bos_token_id: int = self._pieces.bos_id()
         self.eos_token_id: int = self._pieces.eos_id()
         self.pad_token_id: int = self._pieces.unk_id()
