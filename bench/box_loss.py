@@ -1,9 +1,10 @@
 """Compare losses of coordinates at equal steps: cross entropy, an expected distance, GIoU, and weights of digits.
 
-    python bench/box_loss.py [--steps 400] [--seeds 3] [--scenes 64] [--image-size 64]
+    python bench/box_loss.py [--base base/] [--steps 400] [--seeds 3] [--scenes 64] [--image-size 64]
 
-A tiny random model learns to find coloured boxes at continuous places and sizes. All variants see the same scenes in
-the same order and start from the same weights. Answers are read twice: as written, and with the expected coordinates.
+A tiny model learns to find coloured boxes at continuous places and sizes. It is random, or with --base the one that
+bench/small_targets.py --base trained with cross entropy until it finds boxes. All variants see the same scenes in the
+same order and start from the same weights. Answers are read twice: as written, and with the expected coordinates.
 A difference counts only if it exceeds the spread of the seeds, the largest minus the smallest value of any variant.
 A model that finds nothing yet compares nothing: raise --steps until cross entropy reaches an acc@0.5 well above 0.
 """
@@ -14,6 +15,7 @@ import argparse
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.grounding.boxes import boxes_from_bins, read_boxes
 from cogvlm_ft.grounding.overlap import pairwise_iou
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.model import load_model
 from cogvlm_ft.model.box_loss import build_box_loss
 from cogvlm_ft.settings import BoxLossConfig, TrainConfig
 
@@ -40,6 +43,7 @@ COLUMNS = ("mean IoU", "acc@0.5", "acc@0.75", "acc@0.9", "IoU < 1 patch", "IoU <
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="model folder to start from (default: a random model)")
     parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
@@ -65,7 +69,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> tuple[list[float], li
         scene = make_scene(rng, size_px, SIZES_PX, NUM_TARGETS)
         return scene.image, turns_of(scene.targets, scene.image.size)
 
-    model = build_model(tokenizer, size_px, seed)
+    model = load_model(args.base, size_px, torch.float32) if args.base else build_model(tokenizer, size_px, seed)
     model.box_loss = build_box_loss(VARIANTS[name], tokenizer)
     train(model, tokenizer, draw, seed=seed, batch_size=args.batch_size, num_steps=args.steps)
     rng = random.Random("held out")

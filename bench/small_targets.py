@@ -1,6 +1,6 @@
 """Compare ways to see small targets: whole photo, raised resolution, zoom, tiles; equal training cost for all.
 
-    python bench/small_targets.py --base base/ [--base-s 1080] [--cpu-s 90] [--seeds 3] [--scenes 48] [--shrunk]
+    python bench/small_targets.py --base base/ [--base-s 1080] [--cpu-s 60] [--seeds 3] [--scenes 48] [--shrunk]
 
 Scenes are 512 px wide, their coloured boxes 3 to 16 px. The model sees 64 px in patches of 8 px, so every target is
 smaller than one patch of the whole photo. A tiny model first learns to find larger boxes, of 4 to 36 px in scenes of
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--shrunk", action="store_true", help="smaller photos, which a tiny model learns in minutes")
     parser.add_argument("--base", type=Path, help="model folder of the training on larger boxes; written if missing")
     parser.add_argument("--base-s", type=float, default=1080.0, help="CPU time of the training on larger boxes")
-    parser.add_argument("--cpu-s", type=float, default=90.0, help="CPU time of the training of each way")
+    parser.add_argument("--cpu-s", type=float, default=60.0, help="CPU time of the training of each way")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=48, help="that are asked about after training")
@@ -96,7 +96,7 @@ def main() -> None:
     found: dict[str, Results] = defaultdict(Results)
     for seed in range(args.seeds):
         run_seed(seed, args, setting, base, tokenizer, found)
-    print(table(found, setting))
+        print(table(found, setting), flush=True)  # of all seeds so far
     print(verdict(found, setting))
 
 
