@@ -115,11 +115,11 @@ def show_result(args: argparse.Namespace, num_steps: int) -> None:
 
 
 def show_real_run(args: argparse.Namespace, config: Config) -> None:
-    from cogvlm_ft.rehearsal.verdict import judge_real_run
+    from cogvlm_ft.rehearsal.verdict import advice_on_size, judge_real_run
 
     shards = args.out / "shards"
     say("\nThe real run, estimated:")
-    for line in judge_real_run(config):
+    for line in filter(None, [*judge_real_run(config), advice_on_size(args.out / "review", config)]):
         say(f"  {line}")
     if not count(shards, "num_samples", ["val"]):
         say("It needs photos for validation: label more, or name other shards with data.val_shards")

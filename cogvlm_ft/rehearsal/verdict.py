@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from cogvlm_ft.model import CogVLMConfig
+from cogvlm_ft.plain_files import read_json
 from cogvlm_ft.planning.data_turns import largest_pass
 from cogvlm_ft.planning.memory import GIB, Cluster, Planner, judge
 from cogvlm_ft.planning.preflight import count_images
@@ -41,6 +43,19 @@ def judge_real_run(config: Config) -> list[str]:
             f"{GPU_GIB:.0f} GiB; train.global_batch_size={batch_size}{epoch}"
         )
     return lines
+
+
+def advice_on_size(review: Path, config: Config) -> str:
+    """Return what the review recommends for small targets, unless the settings have it; "" if it recommends nothing.
+
+    review: the folder of its results.
+    """
+    recommended = read_json(review / "review.json")["small_targets"]["recommended"]
+    key, _, value = (recommended or "").partition("=")
+    size = config.model.image_size or CogVLMConfig().image_size
+    if not recommended or config.data.tiles.side_px or (key == "model.image_size" and int(value) <= size):
+        return ""
+    return f"Many targets are small: the review recommends {recommended} instead of {size} px (docs/small_targets.md)"
 
 
 def _rounded(seconds: float) -> str:

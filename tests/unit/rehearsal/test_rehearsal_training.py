@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from cogvlm_ft.config import load_config
 from cogvlm_ft.launch.rehearse import commands_of_real_run, main, real_config
 from cogvlm_ft.rehearsal.training import Chosen, training_command, training_settings
+from cogvlm_ft.rehearsal.verdict import advice_on_size
 from cogvlm_ft.runtime.distributed import check_gpus
 
 
@@ -84,3 +86,23 @@ def test_a_mistake_in_the_command_is_one_line_at_once(
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert found in printed.err and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("recommended", "settings", "is_advised"),
+    [
+        ("model.image_size=980", ["model.image_size=490"], True),
+        ("model.image_size=980", ["model.image_size=980"], False),
+        ("model.image_size=490", [], False),
+        ("data.tiles.side_px=490", [], True),
+        ("data.tiles.side_px=490", ["data.tiles.side_px=640"], False),
+        (None, [], False),
+    ],
+)
+def test_a_real_run_that_cannot_see_the_targets_is_advised(
+    recommended: str | None, settings: list[str], is_advised: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "review.json").write_text(json.dumps({"small_targets": {"recommended": recommended}}))
+    config = load_config("grounding_490", ["model.path=x", "data.shards=y", "output_dir=z", *settings])
+    advice = advice_on_size(tmp_path, config)
+    assert bool(advice) == is_advised and (str(recommended) in advice) == is_advised and len(advice) <= 120
