@@ -1,9 +1,10 @@
 """Be single ranks of a large job, one after the other, and record the collectives that each issues.
 
-Usage: fake_ranks.py MODEL SHARDS OUT WORLD_SIZE:RANK,RANK... ...
+Usage: fake_ranks.py MODEL SHARDS OUT SITUATION:WORLD_SIZE:RANK,RANK... ...
 
 torch's fake process group completes every collective at once with this rank's own tensors, so no other rank runs.
-Each rank trains a step, evaluates and trains again. OUT/WORLD_SIZE-RANK.txt lists its collectives, one a line.
+Each rank trains a step, evaluates and trains again, with the settings of one of SITUATIONS.
+OUT/SITUATION-WORLD_SIZE-RANK.txt lists its collectives, one a line.
 """
 
 from __future__ import annotations
@@ -36,8 +37,15 @@ from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.runtime import distributed
 from cogvlm_ft.runtime.distributed import init_distributed
+from cogvlm_ft.runtime.partitions import averages_as_weights, update_averages
 from cogvlm_ft.train.step import train_step
 
+SITUATIONS = {
+    "plain": [],
+    "ema": ["train.ema=0.9"],
+    "adapters": ["adapter.rank=2"],
+    "tiles": ["data.tiles.side_px=60"],  # of photos of several sizes: ranks ask about different numbers of looks
+}
 RECORDED = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "broadcast", "barrier")
 
 
@@ -87,28 +95,35 @@ def recorded(number: int, sent: list[Any]) -> Iterator[list[str]]:
             setattr(dist, name, function)
 
 
-def be_rank(number: int, num_ranks: int, model: str, shards: str, out: Path) -> list[str]:
+def be_rank(situation: str, number: int, num_ranks: int, model: str, shards: str, out: Path) -> list[str]:
     """Return the collectives of one rank: a step, an evaluation, a step."""
     os.environ.update(RANK=str(number), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(number % 8))
     dist.init_process_group("fake", rank=number, world_size=num_ranks, store=fake_pg.FakeStore())
     (out / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     settings = [f"model.path={model}", f"data.shards={shards}", f"output_dir={out}", f"deepspeed={out}/zero.json"]
     settings += [f"train.global_batch_size={num_ranks}", "train.micro_batch_size=1", "evaluate.max_new_tokens=2"]
-    config = load_config(None, [*settings, "evaluate.batch_size=2", "evaluate.gather=layerwise"])
-    broadcasts = out / f"{num_ranks}-broadcasts.pickle"  # of rank 0, which comes first
+    settings += ["evaluate.batch_size=2", "evaluate.gather=layerwise"]
+    config = load_config(None, [*settings, *SITUATIONS[situation]])
+    broadcasts = out / f"{situation}-{num_ranks}-broadcasts.pickle"  # of rank 0, which comes first
     sent = pickle.loads(broadcasts.read_bytes()) if number else []
     with recorded(number, sent) as calls, patch.object(distributed, "share_cores"):  # a fake group gathers nothing
         init_distributed()  # DeepSpeed looks torch's functions up here
         engine, tokenizer = build_model_engine(config)
         for parameter in engine.module.parameters():
-            parameter.ds_tensor.fill_(0.01)  # the same on all ranks, as after a real gather
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.fill_(0.01)  # the same on all ranks, as after a real gather
         turns = [Turn("dog", "No.")] * (1 + number % 2)
         image = torch.ones(3, 56, 56)
         encoded = encode_turns(turns, tokenizer, engine.module.config)
         batch = collate([Example("x", Item(0, 0, 1.0), image, encoded, 1.0, len(turns))])
         train_step(engine, [batch], lr=0.0, seed=0, step=0)
         reader = ShardReader(load_index(shards, "val"))
-        evaluate(engine.module, tokenizer, reader, load_wording("box"), config.evaluate, seed=0)
+        options = {"seed": 0, "tiles": config.data.tiles}
+        evaluate(engine.module, tokenizer, reader, load_wording("box"), config.evaluate, **options)
+        if config.train.ema:
+            update_averages(engine, config.train.ema)
+            with averages_as_weights(engine):
+                evaluate(engine.module, tokenizer, reader, load_wording("box"), config.evaluate, **options)
         train_step(engine, [batch], lr=0.0, seed=0, step=1)
     if number == 0:
         broadcasts.write_bytes(pickle.dumps(sent))
@@ -118,14 +133,14 @@ def be_rank(number: int, num_ranks: int, model: str, shards: str, out: Path) -> 
 def main() -> None:
     model, shards, out, *jobs = sys.argv[1:]
     for job in jobs:
-        num_ranks, _, numbers = job.partition(":")
+        situation, num_ranks, numbers = job.split(":")
         for number in map(int, numbers.split(",")):
             child = os.fork()  # DeepSpeed keeps its process groups for the life of a process
             if child:
                 assert os.waitpid(child, 0)[1] == 0
                 continue
-            calls = be_rank(number, int(num_ranks), model, shards, Path(out))
-            Path(out, f"{num_ranks}-{number}.txt").write_text("\n".join(calls), encoding="utf-8")
+            calls = be_rank(situation, number, int(num_ranks), model, shards, Path(out))
+            Path(out, f"{situation}-{num_ranks}-{number}.txt").write_text("\n".join(calls), encoding="utf-8")
             os._exit(0)
 
 
