@@ -104,7 +104,7 @@ def training_settings(chosen: Chosen, out: Path, num_steps: int, num_processes: 
         "adapter.start": "null",
         "adapter.base": "null",
         **dict.fromkeys((f"data.augment.{each.name}" for each in fields(AugmentConfig) if each.name != "min_crop"), 0),
-        "data.shards": json.dumps(shards),
+        "data.shards": json.dumps(shards, ensure_ascii=False),  # YAML joins no halves of an escaped emoji
         "data.val_shards": "null",
         "data.train_split": "train",
         "data.val_split": "train",

@@ -45,6 +45,13 @@ def test_what_the_real_run_says_of_the_17b_model_is_left_out(tmp_path: Path) -> 
     assert settings.data.wording == "detection", "the user's words are rehearsed"
 
 
+def test_the_folder_may_have_any_name(tmp_path: Path) -> None:
+    out = tmp_path / "it's 彩排😀 a=b, #1"
+    found = load_config("grounding_490", training_settings(Chosen(3, 3, 1), out, 10, 1))
+    assert [each["path"] for each in found.data.shards] == [str(out / "chosen" / "shards")]
+    assert (found.output_dir, found.model.path) == (str(out / "run"), str(out / "start"))
+
+
 @pytest.mark.parametrize(("num_photos", "num_processes", "size"), [(1, 1, 1), (1, 2, 2), (5, 1, 4), (15, 2, 4)])
 def test_any_number_of_photos_can_be_divided(num_photos: int, num_processes: int, size: int, tmp_path: Path) -> None:
     chosen = Chosen(num_photos, num_boxes=1, num_parameters=1)
