@@ -26,7 +26,7 @@ from cogvlm_ft.terminal import plain_line, say
 _TOLERANCE = 0.01  # of a side: tools round to pixels, and count from 0 or 1
 _WHOLE = {"unit": 1.0, "thousandths": 1000.0}
 _LISTS = (".csv", ".jsonl", ".json")
-_MAX_INSPECTED = 50
+_MAX_INSPECTED, _MAX_NAMED = 50, 3
 
 
 class Source(NamedTuple):
@@ -76,7 +76,8 @@ def choose_source(annotations: Path, images: Path) -> Source:
         if len(files) == 1:
             return files[0]
         if files:
-            found = ", ".join(str(source.annotations) for source in files)
+            found = ", ".join(str(source.annotations) for source in files[:_MAX_NAMED])
+            found += ", ..." if len(files) > _MAX_NAMED else ""
             raise DataError(
                 f"--annotations {annotations}: found {len(files)} files with labels: {found}; expected one. Name it: "
                 f"--annotations {files[0].annotations} --images {images}"
