@@ -35,8 +35,12 @@ class TilesConfig:
         "false: only the records' own absent targets are.",
     )
     absent: float = setting(
-        0.2, "Fraction of absent targets among the questions about a tile, where there are any.", least=0, below=1
+        0.4,
+        "Fraction of absent targets among the questions about a tile, where there are any; rounded in each tile: 0.4 "
+        "is one beside one or two targets.",
+        least=0,
+        below=1,
     )
     empty: float = setting(
-        0.1, "Fraction of training tiles without a target; each asks for one absent target.", least=0, below=1
+        0.4, "Fraction of training tiles without a target; each asks for one absent target.", least=0, below=1
     )
