@@ -174,7 +174,7 @@ def predict(args: argparse.Namespace) -> int:
     asking = Asking(wording=args.wording, in_steps=args.steps, zoom_patches=args.zoom, tiles=tiles, **settings)
     predictor = load_predictor(args.model, asking)
     say(f"model {predictor.weights}, wording {predictor.wording.name}", file=sys.stderr)
-    if tiles.side_px is not None:
+    if tiles.side_px is not None and (predictor.kept.min_confidence or predictor.kept.only_best):
         only = ", and all but the most confident one" if predictor.kept.only_best else ""
         say(f"boxes from tiles are removed below confidence {predictor.kept.min_confidence:.2f}{only}", file=sys.stderr)
     if args.serve:

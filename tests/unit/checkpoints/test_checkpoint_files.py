@@ -32,6 +32,7 @@ from cogvlm_ft.checkpoints.checkpoint import (
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
 from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.plain_files import sync_tree
 from cogvlm_ft.run_folder import step_name
@@ -42,6 +43,7 @@ STATE = TrainState(
     epoch=1,
     samples_consumed=190,
     evaluated_step=10,
+    kept_boxes=KeptBoxes(0.3, only_best=True),
     best=Best(value=0.5, step=10, num_since=1),
     wandb_run_id="abc",
     config_sha256="c",
