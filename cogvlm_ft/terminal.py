@@ -61,6 +61,12 @@ def say(*parts: object, file: TextIO | None = None, flush: bool = False) -> None
     print(plain_text(" ".join(map(str, parts))), file=file, flush=flush)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 photo`, `2 boxes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("x") else "s"
+    return f"{number} {noun}{ending}"
+
+
 def prepare_terminal() -> None:
     """Let no character end the program: where the terminal cannot show one, its escape is printed."""
     for stream in (sys.stdout, sys.stderr):

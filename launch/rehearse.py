@@ -26,7 +26,7 @@ try:
     from cogvlm_ft.settings import Config, TrainConfig
     from cogvlm_ft.shards.formats.choice import settle_source
     from cogvlm_ft.shards.review import main as review
-    from cogvlm_ft.terminal import say
+    from cogvlm_ft.terminal import counted, say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -72,7 +72,7 @@ def rehearse(args: argparse.Namespace) -> int:
         from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE
         from cogvlm_ft.rehearsal.training import prepare, train
     chosen = prepare(shards, args.out, config, args.num_photos, args.seed)
-    learned = f"{chosen.num_photos} photos at {IMAGE_SIZE} px with {chosen.num_boxes} boxes"
+    learned = f"{counted(chosen.num_photos, 'photo')} at {IMAGE_SIZE} px with {counted(chosen.num_boxes, 'box')}"
     say(f"{learned}; {chosen.num_parameters / 1e6:.1f} million parameters")
     num_steps = args.steps or chosen.num_steps
     say(f"\n4/5 training for {num_steps} steps", flush=True)

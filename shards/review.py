@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     from cogvlm_ft.command_line import build_parser, explained_path
-    from cogvlm_ft.terminal import say
+    from cogvlm_ft.terminal import counted, say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -61,10 +61,14 @@ def review(parts: Parts, source: str, out: Path, settings: ReviewSettings | None
 def summarize(found: Survey, out: Path) -> str:
     """Format the summary for the terminal: the same numbers as on the page."""
     counts, best, suspects = found.report["counts"], found.report["recommended"], found.report["suspects"]
-    lines = [
-        f"{counts['photos']} photos, {counts['targets']} targets, {counts['boxes']} boxes,"
-        f" {counts['absent']} absent targets, {counts['turns']} verbatim turns"
-    ]
+    nouns = {
+        "photos": "photo",
+        "targets": "target",
+        "boxes": "box",
+        "absent": "absent target",
+        "turns": "verbatim turn",
+    }
+    lines = [", ".join(counted(counts[name], noun) for name, noun in nouns.items())]
     if best["image_size"]:
         own = ", the weights' own" if best["image_size"] == best["weights_size"] else ""
         fraction = f"{best['share']:.1%} of the boxes are at least one patch wide"

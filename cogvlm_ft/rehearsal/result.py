@@ -6,6 +6,7 @@ import math
 
 from cogvlm_ft.evaluate.results import find_evaluation, load_results
 from cogvlm_ft.run_folder import RunFolder
+from cogvlm_ft.terminal import counted
 
 LEARNED_IOU = 0.5
 LEARNED_TEXTS = 0.5  # of answers without boxes
@@ -36,7 +37,7 @@ def is_learned(metrics: dict[str, float]) -> bool:
 
 
 def _scores(metrics: dict[str, float]) -> list[str]:
-    photos = f"{metrics['num_images']:.0f} photos"
+    photos = counted(round(metrics["num_images"]), "photo")
     lines = []
     if "mean_iou" in metrics:
         asked = f"every target of the {photos} was asked; unreadable answers count as 0"

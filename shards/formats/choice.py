@@ -21,7 +21,7 @@ from cogvlm_ft.shards.formats.folders import files_below
 from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.packing.photo_headers import PhotoHeaders
 from cogvlm_ft.shards.packing.photo_names import with_photos
-from cogvlm_ft.terminal import plain_line, say
+from cogvlm_ft.terminal import counted, plain_line, say
 
 _TOLERANCE = 0.01  # of a side: tools round to pixels, and count from 0 or 1
 _WHOLE = {"unit": 1.0, "thousandths": 1000.0}
@@ -52,7 +52,7 @@ class _Labels:
 
     @property
     def counted(self) -> str:
-        return f"{self.num_boxes} boxes in {len(self.photos)} photos"
+        return f"{counted(self.num_boxes, 'box')} in {counted(len(self.photos), 'photo')}"
 
 
 def settle_source(name: str, annotations: Path, images: Path) -> tuple[str, Path]:

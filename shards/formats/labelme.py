@@ -39,6 +39,7 @@ from cogvlm_ft.shards.packing.candidates import (
     shown,
 )
 from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_ends, read_inside
+from cogvlm_ft.terminal import counted
 
 _ENDING = ".json"
 _IGNORED = ("__ignore__", "_background_")
@@ -81,7 +82,8 @@ def recognise_labelme(annotations: Path) -> str | None:
     """Look for "shapes" at both ends of the first .json files."""
     if annotations.is_dir():
         names = list(files_below(annotations, _ENDING))
-        first, what = [annotations / name for name in names[:_MAX_INSPECTED]], f"{len(names)} .json files of labelme"
+        first = [annotations / name for name in names[:_MAX_INSPECTED]]
+        what = f"{counted(len(names), '.json file')} of labelme"
     else:
         first, what = [annotations], "a .json file of labelme"
     return what if any(_is_labelme(path) for path in first) else None

@@ -37,6 +37,7 @@ from cogvlm_ft.shards.packing.candidates import (
     shown,
 )
 from cogvlm_ft.shards.packing.files import read_inside
+from cogvlm_ft.terminal import counted
 
 _ENDING = ".xml"
 _CORNERS = tuple(f"bndbox/{name}" for name in ("xmin", "ymin", "xmax", "ymax"))
@@ -82,7 +83,8 @@ def recognise_voc(annotations: Path) -> str | None:
     """Look for the outermost element at the beginning of the first .xml files."""
     if annotations.is_dir():
         names = list(files_below(annotations, _ENDING))
-        first, what = [annotations / name for name in names[:_MAX_INSPECTED]], f"{len(names)} Pascal VOC .xml files"
+        first = [annotations / name for name in names[:_MAX_INSPECTED]]
+        what = counted(len(names), "Pascal VOC .xml file")
     else:
         first, what = [annotations], "a Pascal VOC .xml file"
     return what if any(_is_voc(path) for path in first) else None

@@ -34,6 +34,7 @@ from cogvlm_ft.shards.packing.candidates import (
     shown,
 )
 from cogvlm_ft.shards.packing.files import read_inside
+from cogvlm_ft.terminal import counted
 
 _ENDING = ".txt"
 _LINE_END = re.compile("\r\n|\r|\n")
@@ -91,7 +92,7 @@ def recognise_yolo(annotations: Path) -> str | None:
     paths = (annotations / file for file in files)
     filled = (path for path in paths if path.is_file() and path.stat().st_size)
     is_yolo = any(is_label_file(path) for path in islice(filled, _MAX_INSPECTED))
-    return f"{len(files)} .txt files with YOLO lines" if is_yolo else None
+    return f"{counted(len(files), '.txt file')} with YOLO lines" if is_yolo else None
 
 
 def _is_list_of_names(root: Path, source: str) -> bool:

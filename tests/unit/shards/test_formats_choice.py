@@ -15,6 +15,7 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.shards.build import main as build
 from cogvlm_ft.shards.formats.choice import choose_source
 from cogvlm_ft.shards.review import main as review
+from cogvlm_ft.terminal import counted
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 SIZE = (200, 100)
@@ -131,3 +132,8 @@ def test_photos_without_labels_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(("path", "name"), [("coco128_train", "yolo"), ("xlabel_phrases", "labelme")])
 def test_real_sets_with_conversions_beside_them(path: str, name: str) -> None:
     assert choose_source(DATA / path, DATA / path).format == name
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 boxes"), (1, "1 box"), (2, "2 boxes")])
+def test_numbers_agree_with_their_nouns(number: int, shown: str) -> None:
+    assert counted(number, "box") == shown
