@@ -99,9 +99,21 @@ def read_state(checkpoint: Path) -> TrainState:
             path = record
             fields |= read_again(lambda: read_json(record))
         best, kept = fields.pop("best"), fields.pop("kept_boxes", None)
-        return TrainState(**fields, best=Best(**best) if best else None, kept_boxes=KeptBoxes(**kept) if kept else None)
+        best, kept = Best(**best) if best else None, KeptBoxes(**kept) if kept else None
+        return _checked(TrainState(**fields, best=best, kept_boxes=kept))
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _checked(state: TrainState) -> TrainState:
+    """Return the state; ValueError if a number in it is none."""
+    numbers = [state.step, state.epoch, state.samples_consumed, state.evaluated_step + 1, state.world_size]
+    numbers += [state.best.step, state.best.num_since] if state.best else []
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("expected whole numbers from 0")
+    if state.best and not isinstance(state.best.value, (int, float)):
+        raise ValueError(f"best: found {state.best.value!r:.40}; expected a number")
+    return state
 
 
 def record_evaluation(folder: Path, state: TrainState) -> None:

@@ -16,6 +16,7 @@ from run_folder import write_run
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
+from cogvlm_ft.checkpoints.checkpoint import read_state
 from cogvlm_ft.checkpoints.manifest import read_manifest, write_manifest
 from cogvlm_ft.checkpoints.model_folder import open_contents
 from cogvlm_ft.checkpoints.peft_files import open_peft_adapter
@@ -139,6 +140,16 @@ def test_values_of_json(file: str, fields: dict[str, Any], checkpoint: Path) -> 
     path.write_text(json.dumps({**content, **fields}))
     with pytest.raises(CheckpointError):
         read_all(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"step": "7"}, {"step": -1}, {"samples_consumed": 1.5}, {"best": {"value": "x", "step": 1}}, {"best": 7}]
+)
+def test_values_of_a_state(fields: dict[str, Any], checkpoint: Path) -> None:
+    content = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**content, **fields}))
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        read_state(checkpoint)
 
 
 @pytest.mark.parametrize("record", [FileRecord("x", 5), FileRecord(1, "x")])  # type: ignore[arg-type]
