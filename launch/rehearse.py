@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def rehearse(args: argparse.Namespace) -> int:
     check_arguments(args)
-    start = time.monotonic()
-    shards, config = args.out / "shards", real_config(args)
+    start, shards, config = time.monotonic(), args.out / "shards", real_config(args)
     say(f"1/5 review of {args.annotations}", flush=True)
     name, annotations = settle_source(args.format, args.annotations, args.photos)
     source = ["--format", name, "--images", str(args.photos), "--annotations", str(annotations)]
@@ -100,7 +99,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def real_config(args: argparse.Namespace) -> Config:
     """Load the settings of the real run, on the shards of all photos."""
-    needed = {"model.path": REAL_MODEL, "data.shards": args.out / "shards", "output_dir": Path("runs", args.out.name)}
+    is_taken = Path("runs", args.out.name).absolute() == args.out.absolute()
+    run = Path("runs", f"{args.out.name}-17b" if is_taken else args.out.name)
+    needed = {"model.path": REAL_MODEL, "data.shards": args.out / "shards", "output_dir": run}
     given = {setting.partition("=")[0] for setting in args.settings}
     stand_ins = [f"{key}={value}" for key, value in needed.items() if key not in given]
     return load_config(args.config, [*stand_ins, *args.settings])

@@ -113,3 +113,9 @@ def test_a_real_run_that_cannot_see_the_targets_is_advised(
     config = load_config("grounding_490", ["model.path=x", "data.shards=y", "output_dir=z", *settings])
     advice = advice_on_size(tmp_path, config)
     assert bool(advice) == is_advised and (str(recommended) in advice) == is_advised and len(advice) <= 120
+
+
+@pytest.mark.parametrize(("out", "run"), [("runs/rehearsal/cats", "runs/cats"), ("runs/cats", "runs/cats-17b")])
+def test_the_real_run_has_a_folder_of_its_own(out: str, run: str) -> None:
+    args = argparse.Namespace(config="grounding_490", settings=[], out=Path(out))
+    assert real_config(args).output_dir == run
