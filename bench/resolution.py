@@ -1,110 +1,102 @@
-"""Compare training at a low and at a higher resolution on targets smaller than one patch.
+"""Compare continued training at a low and at a higher resolution, at equal steps, by the size of targets.
 
-    python bench/resolution.py [--low 8] [--high 16] [--steps 1600] [--before 0] [--scenes 13000]
+    python bench/resolution.py --base base/ --low 64 --high 128 [--steps 120] [--seeds 1]
+    python bench/resolution.py [--low 32] [--high 64] [--before 1600] [--steps 400] [--seeds 1]
 
-The demo's scenes are 32 px wide and their objects 12 or 16 px. In a model input of 8 px each object is smaller than one
-patch of 8 px. launch/train.py runs twice from the demo's start model with the same photos, questions, steps and
-learning rates: once at the low resolution, once with a higher `model.image_size` and the interpolated position table.
---before N first trains the start model at the low resolution for N steps. Takes about 20 minutes on one core.
+Scenes are 128 px wide, their coloured boxes 3 to 40 px. A tiny model with patches of 8 px first trains at the low
+resolution (--before), or is the one that bench/small_targets.py --base trained at 64 px. Then copies of it continue for
+as many steps as each other (--steps), on the same scenes:
 
-A position table of one patch cannot be interpolated: a model trained on one patch must relearn positions for four.
+low           at the low resolution
+high          at the higher one, with the position table interpolated as when weights are loaded
+high, random  at the higher one, with a new random position table
+
+Accuracies at IoU 0.5 are those before and after the continued training, of targets under and from one patch of the
+low resolution on the shorter side.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
+import random
+from collections import defaultdict
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PHOTO_PX, PATCH_PX = 32, 8
-CONFIG = "configs/demo.yaml"
+import numpy as np
+import torch
+from small_scenes import Shown, ask, build_model, build_tokenizer, make_scene, train, turns_of
+from small_targets import at_size
+
+from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
+from cogvlm_ft.grounding.metrics import score_boxes
+from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
+
+PHOTO_PX, PATCH_PX, SIZES_PX, NUM_TARGETS = 128, 8, (3.0, 40.0), 2
+WAYS = ("low", "high", "high, random")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--low", type=int, default=8, help="low resolution in px, a multiple of 8")
-    parser.add_argument("--high", type=int, default=16, help="higher resolution in px, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=1600, help="steps of each run")
-    parser.add_argument("--before", type=int, default=0, help="steps at the low resolution before both runs")
-    parser.add_argument("--scenes", type=int, default=13000)
-    parser.add_argument("--out", type=Path, help="folder for all outputs (default: a temporary folder)")
+    parser.add_argument("--base", type=Path, help="model folder to start from (default: a random model)")
+    parser.add_argument("--low", type=int, default=32, help="px, a multiple of 8")
+    parser.add_argument("--high", type=int, default=64, help="px, a multiple of 8")
+    parser.add_argument("--before", type=int, default=1600, help="steps at the low resolution before all runs")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--scenes", type=int, default=96, help="that are asked about")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.out or Path(temporary)).resolve()
-        shards, start = make_data(folder, args.scenes)
-        if args.before:
-            start = train(folder / "before", shards, start, args.low, args.before)
-        for size_px in (args.low, args.high):
-            began = time.perf_counter()
-            train(folder / f"{size_px}px", shards, start, size_px, args.steps)
-            before, after = (accuracy(scores, args.low) for scores in evaluations(folder / f"{size_px}px"))
-            seconds = time.perf_counter() - began
-            print(
-                f"{size_px} px: acc@0.5 of targets under one patch {after:.3f} (before {before:.3f}), {seconds:.0f} s"
-            )
+    torch.set_num_threads(1)  # matrices this small do not benefit from more
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for seed in range(args.seeds):
+        run_seed(seed, args, found)
+    heads = ("all", "under one patch", "from one patch")
+    print("| way | " + " | ".join(f"{head}, {when}" for when in ("before", "after") for head in heads) + " |")
+    print("|---" * 7 + "|")
+    for way in WAYS:
+        print(f"| {way} | " + " | ".join(f"{value:.3f}" for value in np.mean(found[way], axis=0)) + " |")
+    gain = np.mean([high[4] - low[4] for low, high in zip(found["low"], found["high"], strict=True)])
+    print(f"higher resolution, acc@0.5 under one patch: {gain:+.3f}")
 
 
-def make_data(folder: Path, num_scenes: int) -> tuple[Path, Path]:
-    """Make shards and a random model as the demo does; return both folders."""
-    code = (
-        "import sys; from pathlib import Path; from cogvlm_ft.launch import demo; "
-        "from cogvlm_ft.config import load_config; "
-        "folder, scenes = Path(sys.argv[1]), int(sys.argv[2]); "
-        "demo.make_shards(folder / 'scenes', scenes, folder / 'shards'); "
-        f"config = load_config('{CONFIG}', [f'model.path={{folder}}/model']); "
-        "demo.make_start_model(folder / 'scenes', config)"
-    )
-    run(["-c", code, folder, num_scenes])
-    return folder / "shards", folder / "model"
+def run_seed(seed: int, args: argparse.Namespace, found: dict[str, list[list[float]]]) -> None:
+    """Train the start model, then each way; add its accuracies before and after."""
+    tokenizer = build_tokenizer()
+    if args.base:
+        start = load_model(args.base, args.low, torch.float32)
+    else:
+        start = build_model(tokenizer, args.low, seed)
+        train(start, tokenizer, draw, seed=seed, batch_size=args.batch_size, num_steps=args.before)
+    for way in WAYS:
+        model = at_size(start, args.low if way == "low" else args.high)
+        if way == "high, random":
+            torch.nn.init.normal_(model.model.vision.patch_embedding.position_embedding.weight)
+        before = accuracies(model, tokenizer, args)
+        train(model, tokenizer, draw, seed=seed + 100, batch_size=args.batch_size, num_steps=args.steps)
+        found[way].append([*before, *accuracies(model, tokenizer, args)])
+        print(f"seed {seed}, {way}: " + ", ".join(f"{value:.3f}" for value in found[way][-1]), flush=True)
 
 
-def train(out: Path, shards: Path, model: Path, size_px: int, num_steps: int) -> Path:
-    """Train and export; return the folder of the exported model."""
-    settings = {
-        "output_dir": out,
-        "data.shards": shards,
-        "model.path": model,
-        "model.image_size": size_px,
-        "train.max_steps": num_steps,
-        "train.epochs": 3,
-        "evaluate.every_epochs": 1000,
-        "tracking.mode": "disabled",
-    }
-    run(["launch/train.py", "--config", CONFIG, *(f"{key}={value}" for key, value in settings.items())])
-    checkpoint = max((out / "checkpoints").glob("step-*"))
-    run(["launch/export.py", "--checkpoint", checkpoint, "--out", out / "exported"])
-    return out / "exported"
+def draw(rng: random.Random) -> Shown:
+    scene = make_scene(rng, PHOTO_PX, SIZES_PX, NUM_TARGETS)
+    return scene.image, turns_of(scene.targets, scene.image.size)
 
 
-def run(arguments: list[object]) -> None:
-    # One thread: matrices this small do not benefit from more.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True)
-    if done.returncode:
-        sys.exit(done.stderr.decode(errors="replace")[-4000:])
-
-
-def evaluations(run_folder: Path) -> list[Path]:
-    """Return the evaluations before the first step and after the last."""
-    found = sorted((run_folder / "evaluations").glob("step-*"))
-    return [found[0], found[-1]]
-
-
-def accuracy(evaluation: Path, low_px: int) -> float:
-    """Return acc@0.5 of targets smaller than one patch at the low resolution."""
-    hits = []
-    for line in (evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        sides_px = [max(x1 - x0, y1 - y0) * low_px / PHOTO_PX for x0, y0, x1, y1 in row["truth_boxes_xyxy"]]
-        if sides_px and max(sides_px) < PATCH_PX:
-            hits.append(row["score"]["iou"] >= 0.5)
-    return sum(hits) / len(hits)
+def accuracies(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, args: argparse.Namespace) -> list[float]:
+    """Return acc@0.5 of all targets, of those under one patch of the low resolution, and of the others."""
+    rng = random.Random("held out")
+    scenes = [make_scene(rng, PHOTO_PX, SIZES_PX, NUM_TARGETS) for _ in range(args.scenes)]
+    rows = ask(model, tokenizer, [s.image for s in scenes], [[t.phrase for t in s.targets] for s in scenes])
+    sides, hits = list[float](), list[bool]()
+    for scene, row in zip(scenes, rows, strict=True):
+        for target, answer in zip(scene.targets, row, strict=True):
+            boxes = boxes_from_bins(parse_boxes(answer.text) or [], scene.image.size).tolist()
+            x0, y0, x1, y1 = target.boxes_xyxy[0]
+            sides.append(min(x1 - x0, y1 - y0))
+            hits.append(score_boxes(boxes, False, target.boxes_xyxy).iou >= 0.5)
+    is_small = np.array(sides) < PATCH_PX * PHOTO_PX / args.low
+    right = np.array(hits)
+    return [float(part.mean()) for part in (right, right[is_small], right[~is_small])]
 
 
 if __name__ == "__main__":
