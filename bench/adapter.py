@@ -1,10 +1,10 @@
 """Compare adapters with full fine-tuning: gain in mean IoU, trained parameters, time of a step, peak memory.
 
-    python bench/adapter.py [--photos 16] [--steps 300] [--rank 16]
+    python bench/adapter.py [--photos 8000] [--start-steps 1600] [--steps 600] [--rank 4] [--folder FOLDER]
 
-A tiny model learns scenes of some colours by heart: the start. From there it learns scenes of other colours, once in
-full and once by adapters beside frozen weights (with adapter.full=[bridge]). Scores are on the photos that it learns,
-as few photos are learned in minutes on one core; photos that it has not seen would need the whole demo.
+The demo's model learns scenes of some colours: the start. From there it learns scenes of other colours, once in full
+and once by adapters beside frozen weights. Scores are on scenes that it has not seen.
+--folder keeps what was trained; the same command goes on from there, and bench/forgetting.py starts from it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.record import record_from_json
 from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
@@ -27,9 +28,11 @@ from cogvlm_ft.shards.build import main as build
 from cogvlm_ft.shards.demo_scenes import COLOURS, write_scenes
 from cogvlm_ft.tracking.metrics_log import read_rows
 
-IMAGE_PX = 32
+IMAGE_PX, BATCH_SIZE = 32, 16
+NUM_VAL = 200
+RANK = 4  # 4 % of the parameters of a model this small
 WORDING = "configs/demo_wording.yaml"
-TARGETS = "adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision]"
+TARGETS = "adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision,bridge]"
 OLD, NEW = ("red", "green", "blue"), ("yellow", "black", "white")  # colours of the start's scenes, and of the new ones
 
 
@@ -59,13 +62,13 @@ class Trained:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=RANK, help=f"of the adapters (default: {RANK})")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        made = prepare(folder, args.photos, args.steps)
-        full = train(folder / "full", made.new, made.start, args.photos, args.steps)
-        lora = train(folder / "lora", made.new, made.start, args.photos, args.steps, *adapter_settings(args.rank))
+        folder = args.folder or Path(temporary)
+        made = prepare(folder, args)
+        full = train(folder / "full", {made.new: 1.0}, made.start, args.steps)
+        lora = train(folder / "lora", {made.new: 1.0}, made.start, args.steps, *adapter_settings(args.rank))
         before = first_iou(full.folder)
         print(f"start: IoU {before:.3f} on the new scenes")
         for name, each in (("full", full), ("LoRA", lora)):
@@ -81,40 +84,46 @@ def main() -> None:
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the options that decide how long it takes."""
-    parser.add_argument("--photos", type=int, default=16, help="of each set of scenes (default: 16)")
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
+    parser.add_argument("--photos", type=int, default=8000, help="of each set of scenes (default: 8000)")
+    parser.add_argument("--start-steps", type=int, default=1600, help="of the start (default: 1600)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run from the start (default: 600)")
+    parser.add_argument("--folder", type=Path, help="keep everything there (default: a temporary folder)")
 
 
 def adapter_settings(rank: int) -> list[str]:
-    return [f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", TARGETS, "adapter.full=[bridge]", "train.lr=4e-3"]
+    return [f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", TARGETS, "train.lr=4e-3"]
 
 
-def prepare(folder: Path, num_photos: int, num_steps: int) -> Prepared:
+def prepare(folder: Path, args: argparse.Namespace) -> Prepared:
     """Draw both sets of scenes, and train the start on the old one."""
-    old, new = (make_shards(folder / colours[0], colours, num_photos) for colours in (OLD, NEW))
+    made = Prepared(folder / OLD[0] / "shards", folder / NEW[0] / "shards", folder / "start")
+    if (made.start / "model.safetensors").exists():
+        return made
+    old, new = (make_shards(folder / colours[0], colours, args.photos) for colours in (OLD, NEW))
     wording = load_wording(WORDING)
     records = [
         record_from_json(json.dumps(row).encode(), row["image"]) for shards in (old, new) for row in rows_of(shards)
     ]
     save_tiny_model(folder / "random", texts_of(records, wording, seed=0), IMAGE_PX)
-    run = train(folder / "before", old, folder / "random", num_photos, num_steps)
+    run = train(folder / "before", {old: 1.0}, folder / "random", args.start_steps)
     print(f"start: IoU {run.iou:.3f} on its own scenes", flush=True)
-    export(run.checkpoint, folder / "start")
-    return Prepared(old, new, folder / "start")
+    export(run.checkpoint, made.start)
+    return made
 
 
 def export(checkpoint: Path, out: Path, **options: Any) -> Path:
-    """Write a model folder and return it."""
+    """Write a model folder, if it is not there already, and return it."""
     import torch
 
-    export_checkpoint(checkpoint, out, torch.float32, verify=False, **options)
+    if not out.exists():
+        export_checkpoint(checkpoint, out, torch.float32, verify=False, **options)
     return out
 
 
 def make_shards(folder: Path, colours: tuple[str, ...], num_photos: int) -> Path:
     """Build shards of scenes whose targets have these colours alone, and all are present."""
     words = [word for colour in colours for word in (colour, COLOURS[colour][0])]
-    annotations = write_scenes(folder / "scenes", 4 * num_photos, IMAGE_PX, seed=len(colours[0]))
+    annotations = write_scenes(folder / "scenes", 2 * num_photos, IMAGE_PX, seed=len(colours[0]))
     kept: list[dict[str, Any]] = []
     for line in annotations.read_text(encoding="utf-8").splitlines():
         scene = json.loads(line)
@@ -123,13 +132,14 @@ def make_shards(folder: Path, colours: tuple[str, ...], num_photos: int) -> Path
             kept.append({"image": scene["image"], "targets": targets})
     annotations.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     arguments = ["--format", "jsonl", "--images", folder / "scenes", "--annotations", annotations]
-    assert build([str(each) for each in (*arguments, "--out", folder / "shards", "--val-fraction", 0)]) == 0
+    val_fraction = min(0.5, NUM_VAL / len(kept))
+    assert build([str(each) for each in (*arguments, "--out", folder / "shards", "--val-fraction", val_fraction)]) == 0
     return folder / "shards"
 
 
 def rows_of(shards: Path) -> list[dict[str, Any]]:
-    """Return the scenes of a set as records."""
-    lines = (shards.parent / "scenes" / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
+    """Return the first scenes of a set as records."""
+    lines = (shards.parent / "scenes" / "annotations.jsonl").read_text(encoding="utf-8").splitlines()[:500]
     rows = [json.loads(line) for line in lines]
     for row in rows:
         row["image_size_px"] = (IMAGE_PX, IMAGE_PX)
@@ -137,21 +147,29 @@ def rows_of(shards: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def settings_of(shards: Path, model: Path, num_photos: int, num_steps: int, num_evaluations: int = 1) -> dict[str, Any]:
-    """Return the settings of a run that learns the photos of these shards by heart."""
-    epochs = -(-num_steps // num_evaluations)
+def settings_of(model: Path, num_steps: int, shown: dict[Path, float]) -> dict[str, Any]:
+    """Return the settings of a run of one epoch. shown: shards, and the fraction of the shown photos from each.
+
+    The first are validated on.
+    """
+    shards = [
+        {"path": str(path), "weight": fraction * num_steps * BATCH_SIZE / len(load_index(path, "train"))}
+        for path, fraction in shown.items()
+    ]
     return {
         **SCHEDULE,
         "deepspeed": "single_gpu",
         "model.path": model,
         "model.gradient_checkpointing": "none",
-        "data.shards": json.dumps([{"path": str(shards), "weight": float(epochs)}]),
-        "data.val_split": "train",
+        "data.shards": json.dumps(shards),
+        "data.val_shards": next(iter(shown)),
         "data.wording": WORDING,
         "data.num_workers": 0,
-        "train.epochs": num_evaluations,
-        "train.global_batch_size": num_photos,
-        "train.micro_batch_size": min(16, num_photos),
+        "train.lr": 1e-3,
+        "train.epochs": 1,
+        "train.max_steps": num_steps,
+        "train.global_batch_size": BATCH_SIZE,
+        "train.micro_batch_size": BATCH_SIZE,
         "train.log_every": 1,
         "evaluate.batch_size": 32,
         "evaluate.num_pictures": 0,
@@ -159,9 +177,9 @@ def settings_of(shards: Path, model: Path, num_photos: int, num_steps: int, num_
     }
 
 
-def train(out: Path, shards: Path, model: Path, num_photos: int, num_steps: int, *changes: str) -> Trained:
-    """Run launch/train.py in one process, and return what it logged."""
-    settings = settings_of(shards, model, num_photos, num_steps)
+def train(out: Path, shown: dict[Path, float], model: Path, num_steps: int, *changes: str) -> Trained:
+    """Run launch/train.py in one process, and return what it logged. A run that is there already is not repeated."""
+    settings = settings_of(model, num_steps, shown)
     arguments = [f"output_dir={out}", *(f"{key}={value}" for key, value in settings.items()), *changes]
     if not start_training(out, arguments, 1).is_finished:
         raise SystemExit(f"training in {out} failed")
