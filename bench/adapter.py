@@ -4,7 +4,7 @@
 
 The demo's model learns scenes of some colours: the start. From there it learns scenes of other colours, once in full
 and once by adapters beside frozen weights. Scores are on scenes that it has not seen.
---folder keeps what was trained; the same command goes on from there, and bench/forgetting.py starts from it.
+--folder keeps what was made: the same command resumes there, and bench/forgetting.py uses the same start.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def export(checkpoint: Path, out: Path, **options: Any) -> Path:
 
 def make_shards(folder: Path, colours: tuple[str, ...], num_photos: int) -> Path:
     """Build shards of scenes whose targets have these colours alone, and all are present."""
+    if (folder / "shards" / "index.json").exists():
+        return folder / "shards"
     words = [word for colour in colours for word in (colour, COLOURS[colour][0])]
     annotations = write_scenes(folder / "scenes", 2 * num_photos, IMAGE_PX, seed=len(colours[0]))
     kept: list[dict[str, Any]] = []
