@@ -27,7 +27,7 @@ from cogvlm_ft.model import load_model
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 0.9)
 FROZEN = 'model.freeze=["model.vision.*", "*.self_attn.*"]'
-REPLAYED = 0.25  # of the photos
+REPLAYED = (0.25, 0.5)  # fractions of the photos
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def models(folder: Path, made: Prepared, num_steps: int) -> Iterator[tuple[str, 
         "a quarter of the steps": (own, num_steps // 4, []),
         "frozen parts": (own, num_steps, [FROZEN]),
         "LoRA": (own, num_steps, adapter_settings(RANK)),
-        "replay": ({made.new: 1 - REPLAYED, made.old: REPLAYED}, num_steps, []),
+        **{f"replay {part:g}": ({made.new: 1 - part, made.old: part}, num_steps, []) for part in REPLAYED},
     }
     for name, (shown, steps, changes) in ways.items():
         run = train(folder / name, shown, made.start, steps, *changes)
