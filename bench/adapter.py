@@ -3,7 +3,8 @@
     python bench/adapter.py [--photos 8000] [--start-steps 1600] [--steps 600] [--rank 4] [--folder FOLDER]
 
 The demo's model learns scenes of some colours: the start. From there it learns scenes of other colours, once in full
-and once by adapters beside frozen weights. Scores are on scenes that it has not seen.
+and twice by adapters: beside frozen weights in fp32, and in int4. The latter are also merged into the weights in fp32,
+beside which they were not trained. Scores are on scenes that the model has not seen.
 --folder keeps what was made: the same command resumes there, and bench/forgetting.py uses the same start.
 """
 
@@ -17,11 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogvlm_ft.build import load_tokenizer
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
+from cogvlm_ft.data.reader import open_split
 from cogvlm_ft.data.record import record_from_json
+from cogvlm_ft.evaluate.evaluate import evaluate
 from cogvlm_ft.export.export import export_checkpoint
 from cogvlm_ft.grounding.wording import load_wording
+from cogvlm_ft.model import load_model
 from cogvlm_ft.rehearsal.tiny_model import save_tiny_model, texts_of
 from cogvlm_ft.rehearsal.training import SCHEDULE, start_training
 from cogvlm_ft.shards.build import main as build
@@ -33,6 +39,7 @@ NUM_VAL = 200
 RANK = 4  # 4 % of the parameters of a model this small
 WORDING = "configs/demo_wording.yaml"
 TARGETS = "adapter.targets=[attention.language,attention.vision_expert,mlp.language,mlp.vision_expert,vision,bridge]"
+INT4 = "adapter.base=int4"
 OLD, NEW = ("red", "green", "blue"), ("yellow", "black", "white")  # colours of the start's scenes, and of the new ones
 
 
@@ -69,10 +76,13 @@ def main() -> None:
         made = prepare(folder, args)
         full = train(folder / "full", {made.new: 1.0}, made.start, args.steps)
         lora = train(folder / "lora", {made.new: 1.0}, made.start, args.steps, *adapter_settings(args.rank))
+        int4 = train(folder / "int4", {made.new: 1.0}, made.start, args.steps, *adapter_settings(args.rank), INT4)
+        merged = score(export(int4.checkpoint, folder / "int4 merged"), made.new)
         before = first_iou(full.folder)
         print(f"start: IoU {before:.3f} on the new scenes")
         for name, each in (("full", full), ("LoRA", lora)):
             print(f"{name}: IoU {each.iou:.3f}, step {1000 * each.step_s:.0f} ms, peak {each.memory_gib:.2f} GiB")
+        print(f"LoRA beside int4: IoU {int4.iou:.3f}; merged into fp32: {merged:.3f}")
         gain = (lora.iou - before) / max(full.iou - before, 1e-9)
         percent = 100 * num_elements(lora.checkpoint) / num_elements(full.checkpoint)
         speed, memory = full.step_s / lora.step_s, lora.memory_gib / full.memory_gib
@@ -193,6 +203,16 @@ def train(out: Path, shown: dict[Path, float], model: Path, num_steps: int, *cha
         statistics.median(float(row["step_s"]) for row in steps),
         max(float(row["memory_gib"]) for row in steps),
     )
+
+
+def score(folder: Path, shards: Path) -> float:
+    """Return the mean IoU of a model folder on the validation scenes of a set."""
+    model = load_model(folder)
+    settings = settings_of(folder, 1, {shards: 1.0})
+    config = load_config(None, ["output_dir=unused", *(f"{key}={value}" for key, value in settings.items())])
+    reader, wording = open_split(config, "val"), load_wording(config.data.wording)
+    tokenizer = load_tokenizer(folder, model.config)
+    return evaluate(model, tokenizer, reader, wording, config.evaluate, seed=0).metrics["mean_iou"]
 
 
 def first_iou(run: Path) -> float:

@@ -15,15 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapter import RANK, Prepared, adapter_settings, add_sizes, export, prepare, settings_of, train
+from adapter import RANK, Prepared, adapter_settings, add_sizes, export, prepare, score, train
 
-from cogvlm_ft.build import load_tokenizer
-from cogvlm_ft.config import load_config
-from cogvlm_ft.data.reader import open_split
-from cogvlm_ft.evaluate.evaluate import evaluate
 from cogvlm_ft.export.blend import Blend
-from cogvlm_ft.grounding.wording import load_wording
-from cogvlm_ft.model import load_model
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 0.9)
 FROZEN = 'model.freeze=["model.vision.*", "*.self_attn.*"]'
@@ -72,14 +66,7 @@ def models(folder: Path, made: Prepared, num_steps: int) -> Iterator[tuple[str, 
 
 def scores(made: Prepared, folder: Path) -> tuple[float, float]:
     """Return the mean IoU on the scenes of the start and on the new ones."""
-    model, found = load_model(folder), []
-    tokenizer = load_tokenizer(folder, model.config)
-    for shards in (made.old, made.new):
-        settings = settings_of(folder, 1, {shards: 1.0})
-        config = load_config(None, ["output_dir=unused", *(f"{key}={value}" for key, value in settings.items())])
-        reader, wording = open_split(config, "val"), load_wording(config.data.wording)
-        found.append(evaluate(model, tokenizer, reader, wording, config.evaluate, seed=0).metrics["mean_iou"])
-    return found[0], found[1]
+    return score(folder, made.old), score(folder, made.new)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cogvlm_ft.rehearsal.training import Ended
 
 CONFIG = "demo"  # configs/demo.yaml
-NUM_SCENES = 16000
+NUM_SCENES = 13000
 IMAGE_SIZE = 32
 VAL_FRACTION = 0.02
 

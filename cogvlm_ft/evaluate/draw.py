@@ -36,13 +36,14 @@ _PIECE = re.compile(r"[!-~]{1,24} *|.")
 class DrawnTurn:
     """A question, its answer, and the truth as far as it is known. Boxes: pixels of the image, xyxy.
 
-    answer_boxes: None = unreadable. truth: the true text; None = not known. is_right: None = not scored.
+    readable: boxes, "not found" or free text. truth: the true text; None = not known. is_right: None = not scored.
     """
 
     prompt: str
     answer: str
     phrase: str = ""
-    answer_boxes: Sequence[Box] | None = ()
+    answer_boxes: Sequence[Box] = ()
+    readable: bool = True
     truth: str | None = None
     truth_boxes: Sequence[Box] = ()
     is_right: bool | None = None
@@ -57,7 +58,7 @@ def draw_boxes(image: Image.Image, turns: Sequence[DrawnTurn]) -> Image.Image:
         for box in turn.truth_boxes:
             _draw_solid(pen, _scaled(box, scale), target_colour(number))
     for number, turn in enumerate(turns):
-        for box in turn.answer_boxes or ():
+        for box in turn.answer_boxes:
             _draw_dashed(pen, _scaled(box, scale), target_colour(number))
     labels = [label for number, turn in enumerate(turns) for label in _labels(number, turn, scale)]
     for place, text, colour in labels[:MAX_LABELS]:
@@ -92,7 +93,7 @@ def _labels(number: int, turn: DrawnTurn, scale: float) -> Iterator[tuple[tuple[
     for box in turn.truth_boxes:
         x0, y0, _, _ = _scaled(box, scale)
         yield (x0, y0 - LABEL_PX), phrase, colour
-    answered = list(turn.answer_boxes or ())
+    answered = list(turn.answer_boxes)
     overlaps = pairwise_iou(answered, turn.truth_boxes) if answered and turn.truth_boxes else None
     for place, box in enumerate(answered):
         x0, _, _, y1 = _scaled(box, scale)
@@ -144,7 +145,7 @@ def _draw_strip(turns: Sequence[DrawnTurn], width: int) -> Image.Image:
         font.report_missing(f"{turn.prompt}{turn.truth or ''}")
         question = _wrap(turn.prompt, width, font)
         rows += [(None if place else number, line, TEXT_COLOUR) for place, line in enumerate(question)]
-        unreadable = "  (无法解析 unreadable)" if turn.answer_boxes is None and turn.is_right is False else ""
+        unreadable = "" if turn.readable else "  (无法解析 unreadable)"
         rows += [(None, line, TEXT_COLOUR) for line in _wrap(f"回答 answer: {turn.answer}{unreadable}", width, font)]
         if turn.truth is not None:
             rows += [(None, line, SOFT_COLOUR) for line in _wrap(f"标注 truth: {turn.truth}", width, font)]

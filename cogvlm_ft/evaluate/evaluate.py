@@ -280,16 +280,18 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
         for prediction in evaluation.predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
     for number, shown in enumerate(evaluation.shown):
-        picture = draw_boxes(shown.image, [_drawn(prediction, shown.scale) for prediction in shown.predictions])
+        picture = draw_boxes(shown.image, [drawn_turn(prediction, shown.scale) for prediction in shown.predictions])
         picture.save(folder / PICTURES_FOLDER / f"{number:02d}-{_as_file_name(shown.key)}.png")
 
 
-def _drawn(prediction: Prediction, scale: float) -> DrawnTurn:
+def drawn_turn(prediction: Prediction, scale: float) -> DrawnTurn:
+    """Return how a prediction is drawn. scale: from pixels of the stored image to those of the drawn one."""
     return DrawnTurn(
         prompt=prediction.prompt,
         answer=prediction.answer,
         phrase=prediction.phrase,
-        answer_boxes=prediction.boxes_xyxy and [scale_box(box, scale) for box in prediction.boxes_xyxy],
+        answer_boxes=[scale_box(box, scale) for box in prediction.boxes_xyxy or ()],
+        readable=prediction.score is None or prediction.score.readable,
         truth=prediction.truth,
         truth_boxes=[scale_box(box, scale) for box in prediction.truth_boxes_xyxy or ()],
         is_right=is_right(prediction),

@@ -337,7 +337,8 @@ def _yolo() -> Sample:
     files = {"9.txt": lines, "witness.txt": b"0 0.5 0.5 0.2 0.1\n", "classes.txt": names}
 
     def given(data: bytes) -> int:
-        return 1 + sum(bool(line.strip()) for line in data.decode("utf-8-sig", "surrogateescape").split("\n"))
+        text = data.decode("utf-8-sig", "surrogateescape").replace("\r", "\n")
+        return 1 + sum(bool(line.strip()) for line in text.split("\n"))
 
     images = {"9.jpg": (640, 480), "witness.jpg": SIZE}
     return Sample("yolo", files, "9.txt", "", images, given, _boxes_and_problems(), num_images=lambda data: 2)

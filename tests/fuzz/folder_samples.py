@@ -63,7 +63,8 @@ def _yolo(lines: str, settings: str, changed: str = "labels/a.txt", *, has_witne
     def given(data: bytes) -> int | None:
         if changed != "labels/a.txt":
             return None
-        return 1 + sum(bool(line.strip()) for line in data.decode("utf-8-sig", "surrogateescape").split("\n"))
+        text = data.decode("utf-8-sig", "surrogateescape").replace("\r", "\n")
+        return 1 + sum(bool(line.strip()) for line in text.split("\n"))
 
     return Sample("yolo", files, changed, "", IMAGES, given, _boxes_and_problems(), has_witness, lambda data: 3)
 

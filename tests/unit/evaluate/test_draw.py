@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw
 from cogvlm_ft.colours import RIGHT_COLOUR, TARGET_COLOURS, WRONG_COLOUR, ink_on, rgb, style_sheet
 from cogvlm_ft.evaluate import fonts
 from cogvlm_ft.evaluate.draw import STRIP_COLOUR, TEXT_COLOUR, DrawnTurn, draw_boxes
+from cogvlm_ft.evaluate.evaluate import drawn_turn
 from cogvlm_ft.evaluate.fonts import SHIPPED_FONT, TextFont, glyph
+from cogvlm_ft.grounding.metrics import AnswerScore
+from cogvlm_ft.grounding.prediction import Prediction
 
 GREY, FIRST, SECOND = (128, 128, 128), *map(rgb, TARGET_COLOURS[:2])
 BOX = (10, 20, 30, 40)
@@ -56,9 +59,20 @@ def test_answered_boxes_are_dashed_in_the_colour_of_their_turn() -> None:
     assert dashes.sum() > gaps.sum() > 30
 
 
+def test_only_an_unreadable_answer_is_called_so() -> None:
+    """A present target that is answered with "not found" has no boxes either, but was read."""
+    known = dict(key="a", turn=0, prompt="Where?", answer="Here", truth="", boxes_xyxy=None, truth_boxes_xyxy=[BOX])
+    missed, garbled = AnswerScore("present", said_not_found=True), AnswerScore("present", readable=False)
+    given = [Prediction(**known, image_size_px=(56, 56), score=score) for score in (missed, garbled, None)]
+    shown = [drawn_turn(prediction, 1.0) for prediction in given]
+    assert [each.readable for each in shown] == [True, False, True]
+    widths = [(draw(each)[448:] != rgb(STRIP_COLOUR)).any(axis=(0, 2)).nonzero()[0].max() for each in shown]
+    assert widths[0] == widths[2] < widths[1], "the remark beside the answer"
+
+
 def test_an_inverted_answer_is_drawn_and_an_unreadable_one_is_not() -> None:
     assert is_colour(draw(turn(answer_boxes=[(30, 40, 10, 20)]))[:448], FIRST).any()
-    assert is_colour(draw(turn(answer_boxes=None))[:448], GREY).all()
+    assert is_colour(draw(turn(readable=False))[:448], GREY).all()
 
 
 @pytest.mark.parametrize("box", [(0, 0, 56, 56), (0, 0, 0, 0), (55.9, 55.9, 56, 56), (20, 20, 20, 20)])
