@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cogvlm_ft.data.encode import encode_prompt
 from cogvlm_ft.grounding.boxes import close_cut_list
-from cogvlm_ft.grounding.grammar import BoxGrammar, GrammarState
-from cogvlm_ft.model.cache import TurnCache
+from cogvlm_ft.grounding.grammar import BoxGrammar
+from cogvlm_ft.model.cache import TurnCache, slots_needed
 from cogvlm_ft.model.configuration import CogVLMConfig
 from cogvlm_ft.model.layout import PAD_BLOCK, build_layout, turn_mask
 from cogvlm_ft.model.tokenizer import CogVLMTokenizer
@@ -30,6 +30,9 @@ from cogvlm_ft.runtime.param_gathering import forget_order, needs_all_ranks
 from cogvlm_ft.runtime.watchdog import progress
 
 FIRST_TEXT_POSITION = 4  # bos 0, boi 1, patches 2, eoi 3
+NO_TURN = -1
+WORTH_DROPPING = 0.75
+"""Finished turns leave the batch once this fraction of it suffices: keys and values of the others are copied then."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,11 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Step:
-    """One new token of every turn. ids: i64[B, T]. The rest float[B, T, ...]: the probability of the chosen token, of
-    the ten digits, and of the token that each not-found sentence has in this place."""
+    """One new token of every turn; zeros for finished ones.
+
+    ids: i64[N]. The rest float[N, ...]: the probability of the chosen token, of the ten digits, and of the token that
+    each not-found sentence has in this place. In a batch [B, T, ...] instead of [N, ...].
+    """
 
     ids: Tensor
     prob: Tensor
@@ -125,8 +131,9 @@ def generate_answers(
     for number, (chunk, asked) in enumerate(zip(chunks, laid_out, strict=True)):
         allowed = [rule for row in rules for rule in row[chunk]]
         logits = _prefill(model, asked, cache, max_new_tokens, None if number else pixel_values)
-        steps = _decode(model, tokenizer, logits, cache, asked, max_new_tokens, allowed, sentences)
-        answers = iter(_read_answers(steps, asked.lengths > 0, tokenizer, sentences))
+        more = number + 1 < num_chunks
+        steps = _decode(model, tokenizer, logits, cache, asked, max_new_tokens, allowed, sentences, keep_images=more)
+        answers = iter(_read_answers(steps, tokenizer, sentences))
         for row, questions in zip(found, prompts, strict=True):
             row += [next(answers) for _ in questions[chunk]]
     return found
@@ -154,7 +161,7 @@ def _lay_out(
 
 def _allocate(chunks: Sequence[_Asked], max_new_tokens: int, config: CogVLMConfig) -> TurnCache:
     """Build the cache of the first chunk, with slots for the largest one."""
-    num_slots = [c.block_ids.shape[1] + c.lengths.shape[1] * (max_new_tokens - 1) for c in chunks]
+    num_slots = [slots_needed(c.block_ids, c.lengths.shape[1], max_new_tokens) for c in chunks]
     first, layers = chunks[0], config.num_hidden_layers
     return TurnCache(first.block_ids, first.lengths.shape[1], max_new_tokens, layers, max(num_slots))
 
@@ -196,28 +203,36 @@ def _decode(
     max_new_tokens: int,
     rules: Sequence[BoxGrammar | None],
     sentences: Sequence[list[int]],
+    *,
+    keep_images: bool,
 ) -> list[_Step]:
     """Generate the tokens of all turns, until every turn has its eos.
 
-    logits: after the prompts. rules: one for every existing turn.
+    Finished turns are dropped from the batch. logits: after the prompts. rules: one for every existing turn.
+    keep_images: images whose turns are all finished stay in the cache, for the next chunk.
     """
     forget_order(model)  # from here on neither the vision tower nor the vision experts are called
     digits = torch.tensor(list(tokenizer.digits.items()), device=logits.device).T
     expected = torch.tensor(list(zip_longest(*sentences, fillvalue=0)), device=logits.device, dtype=torch.long)
-    finished, constraint = asked.lengths == 0, _Constraint(rules, asked.lengths > 0, max_new_tokens)
+    constraint, numbers = _Constraint(rules, max_new_tokens), _number_turns(asked.lengths > 0)
     position_ids = FIRST_TEXT_POSITION + asked.lengths
     steps: list[_Step] = []
     while True:
         progress()
-        ids = constraint.choose(logits, finished)  # of finished turns too, whose tokens are ignored
-        steps.append(_probabilities(logits, ids, digits, expected[len(steps) : len(steps) + 1]))
-        finished = finished | (ids == tokenizer.eos_token_id)
-        if len(steps) == max_new_tokens or _is_done(model, bool(finished.all())):
+        ids = constraint.choose(logits, numbers)
+        probabilities = _probabilities(logits, ids, digits, expected[len(steps) : len(steps) + 1])
+        steps.append(_by_number(probabilities, numbers, len(rules)))
+        numbers = numbers.where(ids != tokenizer.eos_token_id, NO_TURN)
+        if len(steps) == max_new_tokens or _is_done(model, bool((numbers == NO_TURN).all())):
             return steps
+        rows, columns = _unfinished_places(numbers, keep_images)
+        if columns.numel() <= WORTH_DROPPING * numbers.numel():
+            cache.keep(rows, columns)
+            numbers, ids, position_ids = (each[rows].gather(1, columns) for each in (numbers, ids, position_ids))
         logits = model(
             input_ids=ids,
             position_ids=position_ids,
-            attention_mask=cache.step_mask(),
+            attention_mask=cache.add_step(),
             past_key_values=cache,
             use_cache=True,
         ).logits
@@ -229,8 +244,25 @@ def _is_done(model: Any, done_here: bool) -> bool:
     return every_rank(done_here) if needs_all_ranks(model) else done_here
 
 
+def _number_turns(exists: Tensor) -> Tensor:
+    """Return i64[B, T]: the number of every turn, row by row, where bool[B, T] is true; elsewhere NO_TURN."""
+    return exists.flatten().cumsum(0).sub(1).view_as(exists).where(exists, NO_TURN)
+
+
+def _unfinished_places(numbers: Tensor, keep_images: bool) -> tuple[Tensor, Tensor]:
+    """Return i64[B'], the images with unfinished turns, and i64[B', T'], the places of these; at least one of each.
+
+    numbers: i64[B, T], NO_TURN where no turn is unfinished. keep_images: return all images.
+    """
+    unfinished = numbers != NO_TURN
+    is_kept = unfinished.any(dim=1) | keep_images
+    is_kept[0] |= ~is_kept.any()
+    width = max(1, int(unfinished.sum(dim=1).max()))
+    return is_kept.nonzero()[:, 0], unfinished.int().argsort(dim=1, descending=True, stable=True)[is_kept, :width]
+
+
 def _probabilities(logits: Tensor, ids: Tensor, digits: Tensor, expected: Tensor) -> _Step:
-    """Collect the probabilities of one step.
+    """Collect the probabilities of one step, for each place of the batch.
 
     digits: i64[2, n], ids and the digits that they write. expected: i64[1, sentences], the tokens of the not-found
     sentences in this place; i64[0, ...] after their end.
@@ -241,42 +273,56 @@ def _probabilities(logits: Tensor, ids: Tensor, digits: Tensor, expected: Tensor
     return _Step(ids, chosen, of_digits, probs[..., expected.flatten()])
 
 
+def _by_number(step: _Step, numbers: Tensor, num_turns: int) -> _Step:
+    """Move the values from their places in the batch, [B, T, ...], to the numbers of their turns, [N, ...]."""
+    is_turn = numbers != NO_TURN
+
+    def moved(values: Tensor) -> Tensor:
+        found = values.new_zeros(num_turns, *values.shape[2:])
+        found[numbers[is_turn]] = values[is_turn]
+        return found
+
+    return _Step(moved(step.ids), moved(step.prob), moved(step.digits), moved(step.not_found))
+
+
 class _Constraint:
     """Keeps the state of every turn in its grammar and chooses the most probable token that is allowed."""
 
-    def __init__(self, rules: Sequence[BoxGrammar | None], exists: Tensor, max_new_tokens: int) -> None:
-        """Start every grammar. exists: bool[B, T], one True per rule, in the same order."""
-        turns = [(b, t) for b, t in exists.nonzero().tolist()]
-        self._turns = [(turn, rule) for turn, rule in zip(turns, rules, strict=True) if rule is not None]
-        self._states: list[GrammarState] = [rule.start(max_new_tokens) for _, rule in self._turns]
+    def __init__(self, rules: Sequence[BoxGrammar | None], max_new_tokens: int) -> None:
+        """Start every grammar. rules: of all turns, by their numbers."""
+        self._rules = rules
+        self._states = [rule and rule.start(max_new_tokens) for rule in rules]
         self._remaining = max_new_tokens
 
-    def choose(self, logits: Tensor, finished: Tensor) -> Tensor:
-        """Choose i64[B, T] from float[B, T, V]; arbitrary in finished turns."""
-        if not self._turns:
+    def choose(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """Choose i64[B, T] from float[B, T, V]; arbitrary where i64[B, T], the numbers of the turns, is NO_TURN."""
+        active = [
+            (b, t, number, rule, state)
+            for b, row in enumerate(numbers.tolist())
+            for t, number in enumerate(row)
+            if number != NO_TURN and (rule := self._rules[number]) and (state := self._states[number])
+        ]
+        if not active:
             return logits.argmax(dim=-1)
-        done, barred = finished.tolist(), torch.zeros(logits.shape, dtype=torch.bool)
-        active = [(n, b, t, rule) for n, ((b, t), rule) in enumerate(self._turns) if not done[b][t]]
-        for n, b, t, rule in active:
-            admitted = rule.admitted(self._states[n], self._remaining)
+        barred = torch.zeros(logits.shape, dtype=torch.bool)
+        for b, t, _, rule, state in active:
+            admitted = rule.admitted(state, self._remaining)
             barred[b, t] = admitted.only
             barred[b, t, torch.tensor(admitted.tokens, dtype=torch.long)] = not admitted.only
         ids = logits.masked_fill(barred.to(logits.device), float("-inf")).argmax(dim=-1)
         chosen = ids.tolist()
-        for n, b, t, rule in active:
-            self._states[n] = rule.advance(self._states[n], chosen[b][t])
+        for b, t, number, rule, state in active:
+            self._states[number] = rule.advance(state, chosen[b][t])
         self._remaining -= 1
         return ids
 
 
-def _read_answers(
-    steps: Sequence[_Step], exists: Tensor, tokenizer: CogVLMTokenizer, sentences: Sequence[list[int]]
-) -> list[Answer]:
-    """Read one answer for every True of bool[B, T], row by row."""
-    ids = torch.stack([step.ids[exists] for step in steps], dim=1).tolist()
-    probs = torch.stack([step.prob[exists] for step in steps], dim=1).tolist()
-    digits = torch.stack([step.digits[exists] for step in steps], dim=1).tolist()
-    expected = [step.not_found[exists].tolist() for step in steps]
+def _read_answers(steps: Sequence[_Step], tokenizer: CogVLMTokenizer, sentences: Sequence[list[int]]) -> list[Answer]:
+    """Read the answer of every turn."""
+    ids = torch.stack([step.ids for step in steps], dim=1).tolist()
+    probs = torch.stack([step.prob for step in steps], dim=1).tolist()
+    digits = torch.stack([step.digits for step in steps], dim=1).tolist()
+    expected = [step.not_found.tolist() for step in steps]
     answers = []
     for n, tokens in enumerate(ids):
         if tokenizer.eos_token_id in tokens:

@@ -312,7 +312,7 @@ def test_turns_in_chunks_and_images_apart_where_memory_is_short(
     num_passes: list[int] = []
     monkeypatch.setattr(evaluation, "free_bytes", lambda: 0)
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_decode", lambda *args: num_passes.append(1) or decode(*args))
+        patch.setattr(generation, "_decode", lambda *args, **named: num_passes.append(1) or decode(*args, **named))
         found = run(model, tokenizer, shards)
     assert found.predictions == expected.predictions and found.metrics == expected.metrics
     assert len(num_passes) == len(found.predictions), "one turn of one image in each"

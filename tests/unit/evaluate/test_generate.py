@@ -296,13 +296,41 @@ def test_an_image_is_stored_once_whatever_it_is_asked(model: CogVLMForCausalLM, 
 
 def test_the_mask_of_a_step_shows_the_prefix_and_the_own_turn() -> None:
     block_ids = torch.tensor([[0, 0, 1, 2, 2, -1], [0, 0, 1, 1, -1, -1]], dtype=torch.int32)
-    cache = TurnCache(block_ids, num_turns=2, max_new_tokens=3, num_layers=1)
-    cache.update(torch.zeros(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), 0)
-    cache.update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4), 0)
-    assert cache.step_mask().int().tolist() == [
+    cache = TurnCache(block_ids, num_turns=2, max_new_tokens=4, num_layers=1)
+    keys = torch.arange(2.0)[:, None, None, None].expand(2, 1, 6, 4)  # of each image its number
+    cache.update(keys, keys, 0)
+    assert cache.add_step().shape == (2, 1, 2, 8)
+    cache.update(keys[:, :, :2], keys[:, :, :2], 0)
+    assert cache.add_step().int().tolist() == [
         [[[1, 1, 1, 0, 0, 0, 1, 0, 1, 0], [1, 1, 0, 1, 1, 0, 0, 1, 0, 1]]],
         [[[1, 1, 1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0, 0, 1, 0, 1]]],
     ]
+    cache.update(keys[:, :, :2], keys[:, :, :2], 0)
+    cache.keep(torch.tensor([1]), torch.tensor([[1]]))  # the second turn of the second image
+    assert cache.add_step().int().tolist() == [[[[1, 1, 0, 0, 0, 0, 0, 1, 0, 1, 1]]]]
+    found, _ = cache.update(keys[1:, :, :1], keys[1:, :, :1], 0)
+    assert found.shape == (1, 1, 11, 4) and bool((found == 1).all())
+
+
+@pytest.mark.parametrize("turns_per_pass", [None, 2])
+def test_finished_turns_leave_the_batch(
+    model: CogVLMForCausalLM, ids_only: IdTokenizer, pixels: Tensor, turns_per_pass: int | None
+) -> None:
+    """Every image stays while chunks follow: they need its prefix."""
+    choose_eos(model, ids_only, pixels)
+    shapes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, named: shapes.append(named["input_ids"].shape), with_kwargs=True
+    )
+    answers = generate_answers(model, ids_only, pixels, PROMPTS, NUM_NEW, turns_per_pass=turns_per_pass)
+    hook.remove()
+    starts = [n for n, shape in enumerate(shapes) if shape[1] > 4]
+    *first, last = [shapes[start + 1 : stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    assert all(rows == 3 for chunk in first for rows, _ in chunk)
+    turns = [answer for row in answers for answer in row[len(first) * (turns_per_pass or 0) :]]
+    for step, (rows, columns) in enumerate(last, start=1):
+        assert sum(len(answer.token_ids) > step for answer in turns) <= rows * columns
+    assert last[-1][0] < 3
 
 
 def step_probabilities(model: CogVLMForCausalLM, prompt_ids: list[int], image: Tensor, new_ids: list[int]) -> Tensor:
