@@ -237,6 +237,7 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
     settings = deepspeed_settings(config)
     model_config = model_config_of(config)
     tokenizer = load_tokenizer(config.model.folder, model_config)
+    box_loss = build_box_loss(config.train, tokenizer)
     if config.adapter.base:
         model = load_quantized_base(config, model_config)
     else:
@@ -249,7 +250,7 @@ def build_model_engine(config: Config) -> tuple[Any, CogVLMTokenizer]:
         if config.adapter.start:
             start_adapters(model, config)
     enable_gradient_checkpointing(model, config.model.gradient_checkpointing)
-    model.box_loss = build_box_loss(config.train, tokenizer)
+    model.box_loss = box_loss
     if config.model.compile:
         compile_elementwise()
     return build_engine(model, config, settings), tokenizer

@@ -336,8 +336,11 @@ def _expected(value: Any, rules: Rules) -> str:
     """Describe what is allowed if `value` is not; "" if it is."""
     if value is None:
         return ""
-    if isinstance(value, dict) and rules.least is not None:
-        return next(filter(None, (_expected(each, rules) for each in value.values())), "")
+    if isinstance(value, list) and rules.length not in (None, len(value)):
+        return f"{rules.length} values"
+    if isinstance(value, (dict, list)) and (rules.least, rules.above) != (None, None):
+        values = value.values() if isinstance(value, dict) else value
+        return next(filter(None, (_expected(each, rules) for each in values)), "")
     if rules.choices and value not in rules.choices:
         return f"one of {', '.join(rules.choices)}"
     if rules.is_path and isinstance(value, str) and value.startswith("$") and not has_resolver(value):

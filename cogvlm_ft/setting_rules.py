@@ -10,7 +10,8 @@ from typing import Any
 class Rules:
     """What a setting means, and which values it takes; null is always allowed where the type is optional.
 
-    least, most: allowed themselves; above, below: not. choices: all there are; empty: any value of the type.
+    least, most: allowed themselves; above, below: not; of every value in a list or mapping. length: of a list.
+    choices: all there are; empty: any value of the type.
     """
 
     description: str
@@ -19,6 +20,7 @@ class Rules:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    length: int | None = None
     choices: tuple[str, ...] = ()
     is_path: bool = False
 

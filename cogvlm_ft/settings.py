@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "bf16")
 CHECKPOINTED_LAYERS = ("none", "vision", "language", "all")
 RESIZES = ("squash", "letterbox")
 BOX_LOSSES = ("expected", "giou")
+NUM_DIGITS = 3  # of a coordinate
 GATHERS = ("auto", "once", "layerwise")
 DECODINGS = ("free", "grammar")
 ON_ERRORS = ("stop", "continue")
@@ -190,10 +191,11 @@ class TrainConfig:
     )
     box_loss: BoxLossConfig = field(default_factory=BoxLossConfig)
     digit_weights: list[float] = setting(
-        [1.0, 1.0, 1.0],
+        [1.0] * NUM_DIGITS,
         "Factors of the cross entropy of a coordinate's hundreds, tens and units, such as `[4, 2, 1]`; they are scaled "
         "to a mean of 1.",
         above=0,
+        length=NUM_DIGITS,
     )
     min_lr_ratio: float = setting(
         0.1, "Learning rate at the end of the cosine, as a fraction of the peak.", least=0, most=1

@@ -256,7 +256,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         if self.box_loss is None:
             loss_sum = F.nll_loss(log_probs, expected, reduction="sum")
         else:
-            loss_sum = self.box_loss.loss_sum(scores, log_probs, targets)
+            loss_sum = self.box_loss.loss_sum(log_probs, targets)
         token_losses = torch.zeros_like(targets, dtype=log_probs.dtype)
         token_losses[is_labelled] = -log_probs.detach().gather(1, expected[:, None])[:, 0]
         loss = loss_sum / (is_labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

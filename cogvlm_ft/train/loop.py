@@ -48,6 +48,7 @@ from cogvlm_ft.tracking.tracker import Tracker
 from cogvlm_ft.train.early_stopping import is_out_of_patience, updated_best
 from cogvlm_ft.train.printed_lines import BAR_WITH_END, evaluation_line, metrics_before
 from cogvlm_ft.train.schedule import lr_at
+from cogvlm_ft.train.start import changed_settings
 from cogvlm_ft.train.step import StepStats, train_step
 from cogvlm_ft.train.step_log import StepLog
 from cogvlm_ft.train.step_reader import StepReader
@@ -166,6 +167,8 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
             state.seed,
         )
     logger.info("resuming from %s (step %d)", newest, state.step)
+    if is_main() and (changed := changed_settings(run.config)):
+        logger.info("settings changed since the last start: %s", "; ".join(changed))
     saver = CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint, state.step)
     return dataclasses.replace(state, config_sha256=fresh.config_sha256, seed=fresh.seed), saver
 

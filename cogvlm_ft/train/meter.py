@@ -40,8 +40,10 @@ class Report:
 class Meter:
     """Collects steps and reports them as one dict of numbers."""
 
-    def __init__(self, flops: StepFlops) -> None:
+    def __init__(self, flops: StepFlops, *, has_box_loss: bool = False) -> None:
+        """Set up. has_box_loss: whether the loss holds more than the cross entropy, which is then reported too."""
         self._flops = flops
+        self._has_box_loss = has_box_loss
         self._steps: list[tuple[StepStats, float]] = []
         self._num_skipped = 0
 
@@ -55,11 +57,12 @@ class Meter:
         Skipped steps count as time, but not in the loss.
         """
         steps = [step for step, _ in self._steps]
-        times, loss_sums = self._reduce()
+        times, loss_sums, entropies = self._reduce()
         self._steps = []
         self._num_skipped += sum(step.is_skipped for step in steps)
         values = {
             "loss": _mean_loss(steps, loss_sums),
+            **({"cross_entropy": _mean_loss(steps, entropies)} if self._has_box_loss else {}),
             "grad_norm": steps[-1].grad_norm,
             **self._rates(steps, times),
             "memory_gib": peak_memory_gib(),
@@ -73,16 +76,18 @@ class Meter:
         timings = [Timing(each.own_s / len(steps), each.data_wait_s / len(steps)) for each in times]
         return Report(values, losses, timings)
 
-    def _reduce(self) -> tuple[list[_RankTime], list[float]]:
-        """Return the time of every rank, and the loss sum over all ranks of every step. One all-reduce."""
+    def _reduce(self) -> tuple[list[_RankTime], list[float], list[float]]:
+        """Return the time of every rank, and sums over all ranks of every step: loss, cross entropy. One all-reduce."""
         stats, waits = [step for step, _ in self._steps], [wait for _, wait in self._steps]
         busy_s, data_wait_s = sum(step.step_s for step in stats), sum(waits)
         own_s = sum(wait + step.step_s - step.sync_wait_s for step, wait in self._steps)
         slots = [0.0] * (3 * world_size())
         slots[3 * rank() : 3 * rank() + 3] = own_s, data_wait_s, busy_s
-        reduced = all_reduce_sum([*slots, *(step.loss_sum.item() for step in stats)])
+        losses = [step.loss_sum.item() for step in stats]
+        reduced = all_reduce_sum([*slots, *losses, *(step.row_losses.sum().item() for step in stats)])
         times = [_RankTime(*reduced[start : start + 3]) for start in range(0, len(slots), 3)]
-        return times, reduced[len(slots) :]
+        sums = reduced[len(slots) :]
+        return times, sums[: len(losses)], sums[len(losses) :]
 
     def _rates(self, steps: Sequence[StepStats], times: Sequence[_RankTime]) -> dict[str, float]:
         """Return what was done per second, by the mean time of the ranks."""

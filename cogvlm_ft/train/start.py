@@ -10,9 +10,9 @@ from typing import Any
 from cogvlm_ft.build import Run, TrainingData, build_run, last_step_of, open_training_data
 from cogvlm_ft.checkpoints.checkpoint import TrainState, list_checkpoints, read_state
 from cogvlm_ft.checkpoints.manifest import has_all_files
-from cogvlm_ft.config import config_sha256
+from cogvlm_ft.config import config_sha256, load_run_config, settings_of, value_at, written_settings
 from cogvlm_ft.data.reader import ShardReader, open_split
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.evaluate.measurable import check_monitor
 from cogvlm_ft.evaluate.probe import load_probe
 from cogvlm_ft.model import CogVLMConfig, model_config_of
@@ -23,6 +23,7 @@ from cogvlm_ft.runtime.distributed import computed_by_main, shared_errors
 from cogvlm_ft.runtime.nodes import computed_once_per_node
 from cogvlm_ft.runtime.stop_signals import StopRequest
 from cogvlm_ft.settings import Config
+from cogvlm_ft.tracking.provenance import without_passwords
 from cogvlm_ft.train.early_stopping import is_out_of_patience
 
 
@@ -88,3 +89,14 @@ def find_finished(config: Config, data: TrainingData) -> FinishedRun | None:
     last_step = last_step_of(data.plan, config.train, state)
     is_over = state.step >= last_step or is_out_of_patience(state, config.train)
     return FinishedRun(state, last_step) if is_whole and is_same and is_over else None
+
+
+def changed_settings(config: Config) -> list[str]:
+    """Describe the settings that differ from those of the last start in this folder; none if those are unreadable."""
+    try:
+        before = load_run_config(RunFolder(config.output_path).config)
+    except (ConfigError, OSError):
+        return []
+    old, new = (without_passwords(written_settings(each)) for each in (before, config))
+    pairs = [(key, value_at(old, key), value_at(new, key)) for key, _, _ in settings_of(config)]
+    return [f"{key}: {was} -> {now}" for key, was, now in pairs if was != now]

@@ -32,7 +32,8 @@ class StepLog:
     def __init__(self, run: Run, state: TrainState, tracker: Tracker | None) -> None:
         self._run = run
         self._tracker = tracker
-        self._meter = Meter(step_flops(run.config, run.model.config))
+        has_box_loss = run.model.box_loss is not None
+        self._meter = Meter(step_flops(run.config, run.model.config), has_box_loss=has_box_loss)
         self._health = Health()
         self._bad_samples = BadSamples(run, state.epoch)
         self._sample_losses = SampleLosses(run.folder.path, rank(), world_size(), state.step)

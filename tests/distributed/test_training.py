@@ -295,6 +295,7 @@ def test_adapters_resume_on_another_number_of_ranks_and_on_their_base_only(
         shutil.rmtree(path)
     alone = run(["launch/train.py", *settings, "deepspeed=single_gpu"], 1, tmp_path / "logs")
     assert "resuming from" in alone
+    assert re.search(r"settings changed since the last start: .*deepspeed: zero3\w* -> single_gpu", alone)
     for kind, expected in whole.items():
         for name, value in open_slices(newest(folder), kind).items():
             torch.testing.assert_close(read_whole(value, torch.float32), expected[name], atol=1e-5, rtol=0)

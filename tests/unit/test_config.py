@@ -310,6 +310,8 @@ def test_an_unknown_preset_lists_the_names() -> None:
         ("data.augment.min_crop=0.01", r"at least 0\.05"),
         ("train.lr=inf", "expected a finite number"),
         ("train.weight_decay=nan", "expected a finite number"),
+        ("train.box_loss.weight=-1", "expected at least 0"),
+        ("train.box_loss.kind=iou", "expected one of expected, giou"),
         ("seed=-1", "expected at least 0"),
         ("seed=9223372036854775808", r"at most 9\.223372037e\+18"),
         ("data.resize=stretch", "expected one of squash, letterbox$"),
@@ -320,6 +322,14 @@ def test_values_out_of_bounds(override: str, expected: str) -> None:
     key, _, value = override.partition("=")
     with pytest.raises(ConfigError, match=rf"^{key}='?{value.replace('$', '.')}.*{expected}"):
         load_config(None, [*MANDATORY, override])
+
+
+@pytest.mark.parametrize("value", ["[0,0,0]", "[1,-1,1]", "[nan,1,1]", "[4,2]", "[4,2,1,1]", "[]"])
+def test_values_in_a_list_out_of_bounds(value: str) -> None:
+    expected = "more than 0" if value.count(",") == 2 else "3 values"
+    with pytest.raises(ConfigError, match=rf"^train\.digit_weights=\[.*\]: expected .*{expected}"):
+        load_config(None, [*MANDATORY, f"train.digit_weights={value}"])
+    assert load_config(None, [*MANDATORY, "train.digit_weights=[4,2,1]"]).train.digit_weights == [4, 2, 1]
 
 
 def test_a_date_is_a_seed() -> None:

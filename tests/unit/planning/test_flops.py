@@ -47,7 +47,17 @@ def test_the_meter_reports_operations_per_second(flops: StepFlops) -> None:
     found = meter.report().values
     assert found["tflops"] == pytest.approx(2 * flops.of(1, 2, flops.prefix + 60, 10) / 2.0 / 1e12)
     assert found["data_wait_fraction"] == pytest.approx(0.25)
-    assert ("mfu" in found) == (flops.peak is not None)
+    assert ("mfu" in found) == (flops.peak is not None) and "cross_entropy" not in found
+
+
+def test_the_meter_reports_the_cross_entropy_beside_a_loss_that_holds_more(flops: StepFlops) -> None:
+    meter = Meter(flops, has_box_loss=True)
+    one = {"num_images": 1, "num_turns": 2, "num_tokens": 60, "num_bad": 0, "num_cut_boxes": 0, "grad_norm": 1.0}
+    for loss, entropy, skipped in ((2.0, 1.5, False), (4.0, 2.5, False), (float("nan"), float("nan"), True)):
+        rows = {"loss_sum": torch.tensor(loss), "row_losses": torch.tensor([entropy - 1, 1.0]), "num_target_tokens": 10}
+        meter.add(StepStats(**one, **rows, is_skipped=skipped, step_s=0.5), data_wait_s=0.0)
+    found = meter.report().values
+    assert (found["loss"], found["cross_entropy"]) == (pytest.approx(0.3), pytest.approx(0.2))
 
 
 def test_the_share_of_the_peak(flops: StepFlops) -> None:
