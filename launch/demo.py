@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste
     from cogvlm_ft.config import load_config
+    from cogvlm_ft.rehearsal.own_folder import own_folder
     from cogvlm_ft.run_folder import RunFolder, step_folders
+    from cogvlm_ft.runtime.run_lock import Use
     from cogvlm_ft.settings import Config
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
@@ -46,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(CONFIG, args.settings)
+    folder = config.output_path.parent
+    with own_folder(folder, config.output_path, Use("demo", str(folder), "output_dir")):
+        return run_alone(args, config)
+
+
+def run_alone(args: argparse.Namespace, config: Config) -> int:
     scenes = config.output_path.parent / "scenes"
     make_shards(scenes, args.num_scenes, Path(config.data.shards))
     make_start_model(scenes, config)

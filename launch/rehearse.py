@@ -21,8 +21,10 @@ try:
     from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste, paste_ranks, paste_tool
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.rehearsal.own_folder import own_folder
     from cogvlm_ft.rehearsal.photos import build_all, count
     from cogvlm_ft.run_folder import RunFolder
+    from cogvlm_ft.runtime.run_lock import Use
     from cogvlm_ft.settings import Config, TrainConfig
     from cogvlm_ft.shards.formats.choice import settle_source
     from cogvlm_ft.shards.review import main as review
@@ -56,7 +58,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def rehearse(args: argparse.Namespace) -> int:
     check_arguments(args)
-    start, shards, config = time.monotonic(), args.out / "shards", real_config(args)
+    config = real_config(args)
+    with own_folder(args.out, args.out / "run", Use("rehearsal", f"--out {args.out}", "--out")):
+        return rehearse_alone(args, config)
+
+
+def rehearse_alone(args: argparse.Namespace, config: Config) -> int:
+    start, shards = time.monotonic(), args.out / "shards"
     say(f"1/5 review of {args.annotations}", flush=True)
     name, annotations = settle_source(args.format, args.annotations, args.photos)
     source = ["--format", name, "--images", str(args.photos), "--annotations", str(annotations)]

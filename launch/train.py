@@ -67,7 +67,7 @@ def run(config: Config, stop_request: StopRequest) -> int:
             rank,
             shut_down,
         )
-        from cogvlm_ft.runtime.run_lock import owned_run_folder
+        from cogvlm_ft.runtime.owned_folder import owned_run_folder
         from cogvlm_ft.runtime.watchdog import watched
         from cogvlm_ft.tracking.tensorboard_log import check_tensorboard
         from cogvlm_ft.train.loop import train

@@ -1,4 +1,4 @@
-"""One training per output_dir, also on a shared file system.
+"""One training per output_dir, one demo or rehearsal per folder, also on a shared file system.
 
     output_dir/.lock-000003      {"host": ..., "pid": ..., "job": ..., ...}; its mtime is the owner's heartbeat
 
@@ -20,32 +20,30 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.plain_files import open_new, read_json, sync_open
-from cogvlm_ft.runtime.distributed import from_main, is_main, shared_errors
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
 from cogvlm_ft.runtime.processes import find_process
-from cogvlm_ft.runtime.watchdog import progress
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 MISSED_HEARTBEATS = 6
 """The number after which an owner on another host is taken for dead."""
-SHOWN_AFTER_S = 60.0
-"""How long a file of another node may stay unseen: NFS keeps the names of a folder for up to a minute."""
 WRITTEN_AFTER_S = 5.0
 """How long a lock may be unreadable: where there are no hard links, it is created before its content is written."""
 POLL_S = 0.5
 LOST_EXIT_CODE = 1
+STOP = "Stop it with launch/stop.py"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that trains. machine: its boot and PID namespace, within which `pid` and `started` name a process.
+    """The process of a folder. machine: its boot and PID namespace, within which `pid` and `started` name a process.
 
     started: seconds after boot; in locks of earlier versions, since 1970 by the clock of then.
     batch: what scancel calls its job, if a batch script waits for it.
@@ -63,6 +61,15 @@ class Owner:
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}"
+
+
+class Use(NamedTuple):
+    """What a folder is owned for, in messages: `where` names it, `setting` chooses another, `stop` ends the owner."""
+
+    work: str
+    where: str
+    setting: str
+    stop: str = "Stop it"
 
 
 def this_process() -> Owner:
@@ -91,7 +98,7 @@ def job_to_signal(environment: Mapping[str, str]) -> str | None:
 def current_owner(folder: Path) -> Owner | None:
     """Return the process that trains there; None if none does, as far as can be seen from here."""
     newest = _newest(folder)
-    owner = _read(newest) if newest else None
+    owner = read_owner(newest) if newest else None
     if owner is None or owner.is_released or (is_on_this_machine(owner) and not _is_running(owner)):
         return None
     return owner
@@ -102,52 +109,15 @@ def is_on_this_machine(owner: Owner) -> bool:
 
 
 @contextlib.contextmanager
-def owned_run_folder(folder: Path) -> Iterator[None]:
-    """Own the folder on rank 0 meanwhile. Collective.
-
-    Raises ConfigError on all ranks if another training owns it, or if it is another folder on another node.
-    """
-    with contextlib.ExitStack() as stack:
-        problem: str | None = None
-        lock: tuple[str, Owner] | None = None
-        if is_main():
-            try:
-                lock = stack.enter_context(run_lock(folder))
-            except (ConfigError, OSError) as error:
-                problem = str(error)
-        problem_of_main, lock_of_main = from_main((problem, lock))
-        if problem_of_main:
-            raise ConfigError(problem_of_main)
-        with shared_errors():
-            _check_shared(folder, *lock_of_main)
-        yield
-
-
-def _check_shared(folder: Path, name: str, owner: Owner) -> None:
-    """Raise ConfigError if rank 0's lock is not seen here: each rank would write its part of a checkpoint elsewhere."""
-    end_s = time.monotonic() + SHOWN_AFTER_S
-    while _read(folder / name) != owner:
-        if time.monotonic() > end_s:
-            raise ConfigError(
-                f"output_dir={folder}: found another folder on {socket.gethostname()} than on {owner.host}, where rank "
-                "0 is; expected the same on all nodes. Choose one on a file system that all nodes share"
-            )
-        progress()
-        time.sleep(POLL_S)
-        with contextlib.suppress(OSError):
-            list(folder.iterdir())  # makes NFS ask its server
-
-
-@contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[tuple[str, Owner]]:
+def run_lock(folder: Path, use: Use | None = None) -> Iterator[tuple[str, Owner]]:
     """Own the folder meanwhile; create it if necessary. Yields the name of the lock file and its content.
 
-    Raises ConfigError if another training owns it.
+    use: for messages; that of a training run by default. Raises ConfigError if another process owns the folder.
 
     Waits up to a minute to find out whether an owner on another host is alive.
     """
     me = this_process()
-    path = _acquire(folder, me)
+    path = _acquire(folder, me, use or Use("training", f"output_dir={folder}", "output_dir", STOP))
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="run lock")
     heart.start()
@@ -160,38 +130,40 @@ def run_lock(folder: Path) -> Iterator[tuple[str, Owner]]:
             _replace(path, me, is_released=True)
 
 
-def _acquire(folder: Path, me: Owner) -> Path:
+def _acquire(folder: Path, me: Owner, use: Use) -> Path:
     """Return the lock file that makes this process the owner."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _become_owner(folder, me)
+        return _become_owner(folder, me, use)
     except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
-            f"output_dir={folder}: {error.strerror} ({error.filename}); expected a folder that this account may write. "
+            f"{use.where}: {error.strerror} ({error.filename}); expected a folder that this account may write. "
             "Choose another or change its permissions"
         ) from None
     except OSError as error:
         reason = "read-only here" if error.errno == errno.EROFS else error.strerror or str(error)
         raise ConfigError(
-            f"output_dir={folder}: {reason}; expected a folder on a disk that can be written. Free space on it, or "
+            f"{use.where}: {reason}; expected a folder on a disk that can be written. Free space on it, or "
             "choose another"
         ) from None
 
 
-def _become_owner(folder: Path, me: Owner) -> Path:
+def _become_owner(folder: Path, me: Owner, use: Use) -> Path:
     while True:
         newest = _newest(folder)
         if newest is not None:
             owner = _read_whole(newest)
             if owner is None and newest.exists():
-                raise ConfigError(f"{newest}: not a lock of a run; expected one. Delete it if no training writes there")
+                raise ConfigError(
+                    f"{newest}: not a lock of a run; expected one. Delete it if no {use.work} writes there"
+                )
             if owner is not None and _is_alive(owner, me, newest):
                 raise ConfigError(
-                    f"output_dir={folder}: another training writes there: {owner}; expected one per folder. Stop it, "
-                    "wait for its end, or choose another output_dir"
+                    f"{use.where}: another {use.work} writes there: {owner}; expected one per folder. "
+                    f"{use.stop}, wait for its end, or choose another {use.setting}"
                 )
             if owner is not None and not owner.is_released:
-                logger.warning("output_dir=%s: %s, which owned it, has ended; this run continues", folder, owner)
+                logger.warning("%s: %s, which owned it, has ended; this run continues", use.where, owner)
         path = _lock_file(folder, 1 + (_number(newest) if newest else 0))
         if _create(path, me):
             if _newest(folder) == path:
@@ -214,7 +186,7 @@ def _is_alive(owner: Owner, me: Owner, path: Path) -> bool:
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_S / 5)
         if _mtime(path) != seen:  # released, or alive, or taken over
-            return path == _newest(path.parent) and not (_read(path) or owner).is_released
+            return path == _newest(path.parent) and not (read_owner(path) or owner).is_released
     return False
 
 
@@ -263,7 +235,7 @@ def _mtime(path: Path) -> int | None:
         return None
 
 
-def _read(path: Path) -> Owner | None:
+def read_owner(path: Path) -> Owner | None:
     """Return the owner, None if the file is not ours or just vanished."""
     try:
         return Owner(**read_json(path))
@@ -272,9 +244,9 @@ def _read(path: Path) -> Owner | None:
 
 
 def _read_whole(path: Path) -> Owner | None:
-    """Return what `_read` does; wait for one that is being written, or for a server that is away for a moment."""
+    """Return what `read_owner` does; wait for one that is being written, or for a server that is away for a moment."""
     end_s = time.monotonic() + WRITTEN_AFTER_S
-    while (owner := _read(path)) is None and path.exists() and time.monotonic() < end_s:
+    while (owner := read_owner(path)) is None and path.exists() and time.monotonic() < end_s:
         time.sleep(POLL_S)
     return owner
 

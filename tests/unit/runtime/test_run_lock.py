@@ -18,8 +18,10 @@ import psutil
 import pytest
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.runtime import owned_folder
 from cogvlm_ft.runtime import run_lock as module
-from cogvlm_ft.runtime.run_lock import Owner, owned_run_folder, run_lock, this_process
+from cogvlm_ft.runtime.owned_folder import owned_run_folder
+from cogvlm_ft.runtime.run_lock import Owner, Use, run_lock, this_process
 
 NUM_STARTS = 100
 FORK = multiprocessing.get_context("fork")
@@ -50,6 +52,13 @@ def test_an_owner_is_named_and_its_folder_stays_its_own(tmp_path: Path) -> None:
         assert lock_names(tmp_path / "run") == [".lock-000001"]
     with run_lock(tmp_path / "run"):
         assert lock_names(tmp_path / "run") == [".lock-000002"]
+
+
+def test_a_message_names_what_the_folder_is_used_for(tmp_path: Path) -> None:
+    use = Use("rehearsal", f"--out {tmp_path}", "--out")
+    message = rf"^--out {tmp_path}: another rehearsal writes there: process {os.getpid()} on .* choose another --out$"
+    with run_lock(tmp_path, use), pytest.raises(ConfigError, match=message), run_lock(tmp_path, use):
+        pass
 
 
 def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -230,14 +239,14 @@ def test_a_name_for_people() -> None:
 
 def test_a_folder_that_another_node_does_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a lock of the same number, of an earlier run on that node."""
-    monkeypatch.setattr(module, "SHOWN_AFTER_S", 0.1)
-    monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(owned_folder, "SHOWN_AFTER_S", 0.1)
+    monkeypatch.setattr(owned_folder, "POLL_S", 0.01)
     shared, own = tmp_path / "shared", tmp_path / "own"
     with run_lock(own):
         pass
     with run_lock(shared) as lock:
-        monkeypatch.setattr(module, "is_main", lambda: False)
-        monkeypatch.setattr(module, "from_main", lambda _: (None, lock))
+        monkeypatch.setattr(owned_folder, "is_main", lambda: False)
+        monkeypatch.setattr(owned_folder, "from_main", lambda _: (None, lock))
         with owned_run_folder(shared):
             pass
         with pytest.raises(ConfigError, match=f"output_dir={own}: found another folder on "), owned_run_folder(own):
