@@ -1,4 +1,4 @@
-"""Settings of LoRA adapters, and what they allow together."""
+"""Settings of LoRA adapters, and checks of their combinations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUANTIZED_BASES = ("int4",)
 
 @dataclass
 class AdapterConfig:
-    """LoRA adapters. Small matrices are trained beside frozen weights; off unless `rank` is set."""
+    """LoRA adapters. Small matrices are trained while the weights are frozen; off unless `rank` is set."""
 
     rank: Optional[int] = setting(
         None, "Rank of the matrices, such as 16. null: no adapters; the model itself is trained.", least=1
@@ -29,13 +29,13 @@ class AdapterConfig:
         list(ADAPTER_TARGETS[:4]),
         "Parts of the model that get adapters: " + ", ".join(f"`{name}`" for name in ADAPTER_TARGETS) + ".",
     )
-    full: list[str] = setting([], "Parts trained in full beside the adapters: `bridge`.")
+    full: list[str] = setting([], "Parts that are fully trained in addition to the adapters: `bridge`.")
     start: Optional[str] = setting(
-        None, "Folder of an adapter in the files of peft to start from. null: new adapters.", is_path=True
+        None, "Folder of an adapter in peft's format to start from. null: new adapters.", is_path=True
     )
     base: Optional[str] = setting(
         None,
-        "`int4`: the frozen linear layers are quantised to NF4 while they are read (QLoRA), on one GPU. "
+        "`int4`: quantise the frozen linear layers to NF4 while they are read (QLoRA), on one GPU. "
         "null: frozen weights in `train.precision`.",
         choices=QUANTIZED_BASES,
     )

@@ -1,4 +1,4 @@
-"""Settings of tiles: large photos are shown in parts."""
+"""Settings of tiles, overlapping parts of large photos."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ class TilesConfig:
 
     side_px: Optional[int] = setting(
         None,
-        "Side of a tile in pixels of the photo, such as 980. null: no tiles. Photos that are not larger stay whole.",
+        "Side of a tile in pixels of the photo, such as 980. null: no tiles. Photos that are not larger are not cut.",
         unit="px",
         least=16,
     )
     overlap: float = setting(
-        0.2, "Least overlap of neighbouring tiles, as a fraction of their side.", least=0, most=0.9
+        0.2, "Minimum overlap of neighbouring tiles, as a fraction of their side.", least=0, most=0.9
     )
-    whole: bool = setting(True, "Show the whole photo too. In training it is shown anyway where no tile asks a target.")
+    whole: bool = setting(
+        True, "Also show the whole photo. In training, it is always shown if a target is not used in any tile."
+    )
     min_visible: float = setting(
         0.6,
-        "Least fraction of a box inside a tile for its target to be asked there, with the box clipped. Below it the "
-        "target is neither asked nor called absent in that tile.",
+        "Minimum fraction of a box inside a tile for its target to be used there, with the box clipped. If less is "
+        "inside, the tile has no question about the target, neither as present nor as absent.",
         above=0,
         most=1,
     )
     fully_annotated: bool = setting(
         False,
-        "Every object that a phrase can mean is annotated, so a target elsewhere in the photo is absent from a tile. "
-        "false: only the records' own absent targets are.",
+        "Every object that a phrase can mean is annotated, so a target elsewhere in the photo is an absent target of "
+        "the tile. false: only the absent targets of the record are.",
     )
     absent: float = setting(
         0.4,
-        "Fraction of absent targets among the questions about a tile, where there are any; rounded in each tile: 0.4 "
-        "is one beside one or two targets.",
+        "Fraction of absent targets among the questions about a tile, if there are any, rounded for each tile: 0.4 is "
+        "one absent target for one or two present ones.",
         least=0,
         below=1,
     )
     empty: float = setting(
-        0.4, "Fraction of training tiles without a target; each asks for one absent target.", least=0, below=1
+        0.4,
+        "Fraction of training tiles without a target; each has one question, about an absent target.",
+        least=0,
+        below=1,
     )
