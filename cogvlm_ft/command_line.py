@@ -20,8 +20,10 @@ from cogvlm_ft.terminal import prepare_terminal, say
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
 PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
-PATH_ERRORS |= {errno.ELOOP, errno.ENAMETOOLONG}
+PATH_ERRORS |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_UTF_8 = "surrogates not allowed"  # of codecs: bytes of a name that are not UTF-8
 NO_HOME = "Could not determine home directory."  # of pathlib, such as for an account without a name in a container
 ACTIVATE = "activate the environment first: source .venv/bin/activate"
 
@@ -77,10 +79,19 @@ def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> 
             where = f"{error.filename}: " if error.filename else ""
             say(f"OSError: {where}{error.strerror}. Free space, or write to another disk", file=sys.stderr)
             return 1
+        if explain_paths and error.filename and error.errno in DISK_ERRORS:
+            say(f"OSError: {error.filename}: {error.strerror}. Check the path, and its disk or server", file=sys.stderr)
+            return 1
         explained = explained_path(error) if explain_paths else None
         if explained is None:
             raise
         say(explained, file=sys.stderr)
+    except UnicodeEncodeError as error:
+        if error.reason != NO_UTF_8:
+            raise
+        name = error.object.encode("utf-8", "backslashreplace").decode()
+        expected = "expected UTF-8. Rename the file or folder, or type the text in UTF-8"
+        say(f"ConfigError: {name:.200}: found a text that is not UTF-8; {expected}", file=sys.stderr)
     except RuntimeError as error:
         if str(error) != NO_HOME:
             raise

@@ -345,6 +345,8 @@ def _expected(value: Any, rules: Rules) -> str:
         return f"one of {', '.join(rules.choices)}"
     if rules.is_path and isinstance(value, str) and value.startswith("$") and not has_resolver(value):
         return "a path; environment variables are not expanded in it, except as ${oc.env:NAME}"
+    if isinstance(value, str) and "\0" in value:
+        return "a text without the character NUL"
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         return ""
     is_low = (rules.least is not None and value < rules.least) or (rules.above is not None and value <= rules.above)

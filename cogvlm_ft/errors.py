@@ -1,4 +1,4 @@
-"""The three kinds of a user's mistake, and the failure of a server, which is none.
+"""The three kinds of a user's mistake, and the failure of a server or disk, which is none.
 
 A message reads `<key or file>: <what was found>; expected <what>. <what to do>.`
 """
@@ -17,4 +17,7 @@ class CheckpointError(Exception):
 
 
 class ServerError(Exception):
-    """A server of shards did not answer in time. Another attempt may succeed, so Slurm may start the job again."""
+    """A server of shards, or the file system of a run, did not answer in time.
+
+    Another attempt may succeed, so Slurm may start the job again.
+    """

@@ -18,6 +18,11 @@ NOT_SYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What fsync answers for folders on CIFS and some FUSE file systems."""
 
 
+def real_path(path: Path) -> Path:
+    """Return the absolute path without links; of a loop of links, what leads to it."""
+    return Path(os.path.realpath(path))  # not Path.resolve(): before Python 3.13, a loop is a RuntimeError there
+
+
 def open_regular(path: str | Path, *, follow: bool = True) -> io.BufferedReader:
     """Open a regular file for reading. Raises OSError, also for a named pipe, which would block.
 
@@ -50,14 +55,24 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
-            raise OSError(errno.EFBIG, f"found {num_bytes} bytes; expected at most {max_bytes}", str(path))
-        return file.read(num_bytes)  # not more: a buffer of that size would be allocated
+            raise OSError(errno.EINVAL, f"found {num_bytes} bytes; expected at most {max_bytes}", str(path))
+        with _naming(path):
+            return file.read(num_bytes)  # not more: a buffer of that size would be allocated
 
 
 def read_file(path: str | Path) -> bytes:
     """Return the content of a regular file of any size, for a user's own files. Raises OSError."""
-    with open_regular(path) as file:
+    with open_regular(path) as file, _naming(path):
         return file.read()
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Add the file to an error of the disk while it is read."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -99,8 +114,8 @@ def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 def open_new(path: Path, mode: str = "wb", buffering: int = -1) -> IO[Any]:
     """Open a file that did not exist before, in place of one or of a link that did."""
     path.unlink(missing_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    return open(path, mode, buffering=buffering, encoding=encoding, opener=_create)
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # of names that are not UTF-8
+    return open(path, mode, buffering=buffering, opener=_create, **text)  # type: ignore[call-overload,no-any-return]
 
 
 def _create(path: str, flags: int) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def step_name(step: int) -> str:
@@ -13,18 +17,31 @@ def step_name(step: int) -> str:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Return the folders with a name by `step_name`, oldest first.
+    """Return the folders with a name by `step_name`, oldest first. Raises OSError as `entries` does.
 
     Others, such as step-00000100.bak and step-00000100-good, are copies of the user's own.
     """
-    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-    return sorted(path for path in named if path.is_dir())
+    return sorted(path for path in entries(folder) if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, nothing if there is no such folder. Raises OSError if it cannot be listed.
+
+    Path.glob is silent then, for permissions or, from Python 3.13 on, for any error: a run would begin again.
+    """
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        if error.errno in NO_FOLDER:
+            return []
+        raise
 
 
 def is_in_run_folder(file: Path) -> bool:
     """Check whether a file is in the folder of a run, by way of a link too."""
     names = ("run.json", "metrics.jsonl", "checkpoints", "evaluations")
-    return any((folder / name).exists() for folder in {file.parent, file.resolve().parent} for name in names)
+    folders = {file.parent, Path(os.path.realpath(file)).parent}
+    return any((folder / name).exists() for folder in folders for name in names)
 
 
 @dataclass(frozen=True)
@@ -36,12 +53,12 @@ class RunFolder:
     @classmethod
     def containing(cls, path: Path) -> RunFolder:
         """Return the run folder that a checkpoint, an evaluation or a skipped step is in."""
-        return cls(path.resolve().parents[1])
+        return cls(Path(os.path.realpath(path)).parents[1])
 
     @property
     def title(self) -> str:
         """The name for people: that of the folder, after that of the one above if it is just `run`."""
-        whole = self.path.resolve()
+        whole = Path(os.path.realpath(self.path))
         return f"{whole.parent.name}/{whole.name}" if whole.name == "run" else whole.name
 
     @property

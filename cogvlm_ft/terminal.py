@@ -73,6 +73,17 @@ def prepare_terminal() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _report
+    _warn_of_file_names()
+
+
+def _warn_of_file_names() -> None:
+    """Report an encoding of the locale in which a file with a Chinese name counts as unreadable."""
+    encoding = sys.getfilesystemencoding()
+    try:
+        "狗".encode(encoding)
+    except UnicodeEncodeError:
+        expected = "expected UTF-8. Set PYTHONUTF8=1 where the program is started: export PYTHONUTF8=1"
+        say(f"locale: found the encoding {encoding}, in which no file has a Chinese name; {expected}", file=sys.stderr)
 
 
 def outlive_terminal() -> None:

@@ -22,6 +22,7 @@ try:
     from cogvlm_ft.command_line import build_parser, exit_code, paste, paste_ranks
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.plain_files import write_text
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -67,11 +68,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_config(args: argparse.Namespace) -> None:
+    if args.out.exists() and not args.out.is_file():
+        raise ConfigError(f"--out {args.out}: found no regular file; expected a file, or nothing. Choose another name")
     if args.out.exists() and not args.overwrite:
         raise ConfigError(f"--out {args.out}: found a file; expected a new one. Add --overwrite, or rename it")
     answers = {name: answer(name, getattr(args, name)) for name in QUESTIONS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(config_text(answers), encoding="utf-8")
+    write_text(args.out, config_text(answers))
     load_config(str(args.out))
     nodes, per_node = answers["nodes"], answers["gpus_per_node"]
     named = ("--config", args.out, "--nodes", nodes, "--gpus-per-node", per_node)

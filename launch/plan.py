@@ -135,13 +135,14 @@ def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
     """Return (sizes of the model, where they come from)."""
     from cogvlm_ft.model import CogVLMConfig
     from cogvlm_ft.model import load_config as load_model_config
+    from cogvlm_ft.model.loading import read_config
 
     image_size = config.model.image_size
     if file is None and (config.model.folder / "config.json").is_file():
         return load_model_config(config.model.folder, image_size), config.model.path
     if file is not None and not file.is_file():
         raise ConfigError(f"--model-config {file}: no such file")
-    sizes = CogVLMConfig.from_json_file(file) if file else CogVLMConfig()
+    sizes = read_config(file) if file else CogVLMConfig()
     source = str(file) if file else "the 17B model's: neither model.path nor --model-config has a config.json"
     try:
         return (sizes.at_image_size(image_size) if image_size else sizes), source

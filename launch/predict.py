@@ -19,6 +19,7 @@ try:
     from cogvlm_ft.command_line import build_parser, exit_code, fast_imports
     from cogvlm_ft.errors import ConfigError
     from cogvlm_ft.grounding.boxes import READINGS
+    from cogvlm_ft.plain_files import real_path
     from cogvlm_ft.settings import DECODINGS, RESIZES
     from cogvlm_ft.terminal import say
     from cogvlm_ft.tile_settings import TilesConfig
@@ -153,7 +154,7 @@ def predict(args: argparse.Namespace) -> int:
     """Answer the questions, or serve the page; return the exit code."""
     with fast_imports():
         from cogvlm_ft.predict.files import predict_files, read_questions
-        from cogvlm_ft.predict.one_image import answer_image
+        from cogvlm_ft.predict.one_image import answer_image, check_picture
         from cogvlm_ft.predict.predictor import Asking, dtype_settings, load_predictor
         from cogvlm_ft.predict.serve import check_installed, serve
         from cogvlm_ft.predict.served import ServedModels
@@ -167,6 +168,8 @@ def predict(args: argparse.Namespace) -> int:
     questions = [] if args.serve else read_questions(args.image, args.prompt, args.targets, in_steps=args.steps)
     if args.format:
         check_questions(questions, args.format)
+    is_one = bool(args.image) and args.image.is_file() and args.image.suffix.lower() != ".jsonl" and not args.format
+    picture = check_picture(args.out or Path(f"{args.image.stem}-answer.png")) if is_one else None
     names = ("adapter", "image_size", "resize", "decoding", "min_boxes", "max_new_tokens", "reading", "min_confidence")
     settings = {name: getattr(args, name) for name in names}
     settings |= dtype_settings(args.dtype, args.weights) | {"num_devices": args.devices}
@@ -178,11 +181,11 @@ def predict(args: argparse.Namespace) -> int:
         only = ", and all but the most confident one" if predictor.kept.only_best else ""
         say(f"boxes from tiles are removed below confidence {predictor.kept.min_confidence:.2f}{only}", file=sys.stderr)
     if args.serve:
-        served = ServedModels(predictor, predictor.weights.resolve().name, upright=upright)
+        served = ServedModels(predictor, real_path(predictor.weights).name, upright=upright)
         serve(served, host=args.host, port=args.port)
         return 0
-    if args.image.is_file() and args.image.suffix.lower() != ".jsonl" and not args.format:
-        answer_image(predictor, questions, args.out or Path(f"{args.image.stem}-answer.png"), upright)
+    if picture:
+        answer_image(predictor, questions, picture, upright)
         return 0
     out, pictures = args.out or Path("answers"), not args.no_pictures
     counts = predict_files(predictor, questions, out, batch_size=args.batch_size, upright=upright, pictures=pictures)

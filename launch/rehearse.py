@@ -21,6 +21,7 @@ try:
     from cogvlm_ft.command_line import build_parser, exit_code, fast_imports, paste, paste_ranks, paste_tool
     from cogvlm_ft.config import load_config
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.plain_files import real_path
     from cogvlm_ft.rehearsal.own_folder import own_folder
     from cogvlm_ft.rehearsal.photos import build_all, count
     from cogvlm_ft.run_folder import RunFolder
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
     args = parser.parse_intermixed_args(argv)
     args.annotations = args.annotations or args.photos
-    args.out = args.out or Path("runs", "rehearsal", args.photos.resolve().name)
+    args.out = args.out or Path("runs", "rehearsal", real_path(args.photos).name)
     return exit_code(lambda: rehearse(args))
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 try:
     from cogvlm_ft.command_line import build_parser, exit_code, fast_imports
     from cogvlm_ft.errors import ConfigError
+    from cogvlm_ft.plain_files import real_path
     from cogvlm_ft.settings import DECODINGS, RESIZES
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     names = ("image_size", "resize", "decoding", "wording")
     settings = {name: getattr(args, name) for name in names} | dtype_settings(args.dtype, args.weights)
     predictor = load_predictor(args.model, Asking(zoom_patches=args.zoom, num_devices=args.devices, **settings))
-    name = args.name or predictor.weights.resolve().name
+    name = args.name or real_path(predictor.weights).name
     served = ServedModels(predictor, name, adapters, upright=args.exif == "apply")
     say(f"models {', '.join(served.names)}, wording {predictor.wording.name}", file=sys.stderr)
     serve(served, host=args.host, port=args.port, endpoints=Endpoints(True, key, args.photos))

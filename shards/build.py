@@ -22,6 +22,7 @@ from typing import Any
 
 try:
     from cogvlm_ft.command_line import build_parser, explained_path
+    from cogvlm_ft.plain_files import real_path
     from cogvlm_ft.terminal import say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
@@ -197,7 +198,7 @@ def _signature(settings: BuildSettings) -> dict[str, Any]:
     """
     negatives = settings.negatives.signature() if settings.negatives else None
     parts = {"negatives": negatives, "tiles": vars(settings.tiles) if settings.tiles else None}
-    signature = {**vars(settings), "images": str(settings.images.resolve()), **parts}
+    signature = {**vars(settings), "images": str(real_path(settings.images)), **parts}
     read_or_decided = ("annotations", "decisions", "exif", "box_unit", "names")
     return {name: value for name, value in signature.items() if name not in read_or_decided}
 

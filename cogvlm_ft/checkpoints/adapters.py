@@ -27,7 +27,7 @@ from cogvlm_ft.model.loading import (
     open_tensors,
     read_whole,
 )
-from cogvlm_ft.plain_files import read_json, write_text
+from cogvlm_ft.plain_files import read_json, real_path, write_text
 from cogvlm_ft.settings import AdapterConfig
 
 ADAPTER_FILE = "model/adapter.json"
@@ -52,7 +52,7 @@ class AdapterRecord:
     @classmethod
     def of_run(cls, folder: Path, adapter: AdapterConfig) -> AdapterRecord:
         settings = adapter.rank or 0, adapter.alpha, adapter.dropout, adapter.targets, adapter.full, adapter.base
-        return cls(str(folder.resolve()), fingerprint(folder), *settings)
+        return cls(str(real_path(folder)), fingerprint(folder), *settings)
 
     @property
     def settings(self) -> AdapterConfig:

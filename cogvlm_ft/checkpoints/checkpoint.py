@@ -20,16 +20,17 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
-from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable
+from cogvlm_ft.checkpoints.reading import read_again, stop_if_unreadable, unreadable
 from cogvlm_ft.checkpoints.slices import assign_slices
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.errors import CheckpointError, ServerError
 from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.plain_files import read_json, replaced_file, sync, sync_open
-from cogvlm_ft.run_folder import step_folders, step_name
+from cogvlm_ft.run_folder import entries, step_folders, step_name
 from cogvlm_ft.runtime.distributed import computed_by_main, from_main, is_main
 from cogvlm_ft.settings import CheckpointConfig
 
@@ -129,8 +130,8 @@ def record_evaluation(folder: Path, state: TrainState) -> None:
 
 def discard_later_evaluations(folder: Path, step: int) -> None:
     """Delete the records of steps after this one, from which the run continues. Rank 0 only."""
-    for record in folder.glob("evaluated-*.json"):
-        if record > evaluation_record(folder / step_name(step)):
+    for record in entries(folder):
+        if fnmatch(record.name, "evaluated-*.json") and record > evaluation_record(folder / step_name(step)):
             record.unlink()
 
 
@@ -143,10 +144,10 @@ def newest_intact(folder: Path) -> Path | None:
     """Return the newest checkpoint that is as it was written, or None if there is none at all. Collective.
 
     Newer ones that are corrupt are renamed, so that they are neither loaded nor counted. Raises CheckpointError if all
-    are corrupt, and OSError, without renaming anything, if one cannot be read at the moment.
+    are corrupt, and ServerError, without renaming anything, if one cannot be read at the moment.
     """
     damaged: dict[Path, list[str]] = {}
-    found = computed_by_main(lambda: step_folders(folder))
+    found = computed_by_main(lambda: _listed(folder))
     for path in reversed(found):
         problems = find_damage(path) or _misplaced(path)
         if not problems:
@@ -161,6 +162,18 @@ def newest_intact(folder: Path) -> Path | None:
             f"{folder} holds no intact checkpoint; restore one, or use another output_dir to start over:\n  {listed}"
         )
     return None
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Return the checkpoints, whole or not. Rank 0 only. Raises CheckpointError or ServerError."""
+    try:
+        return read_again(lambda: step_folders(folder))
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{folder}: {error.strerror}; expected a folder that this account can read. Change its permissions"
+        ) from None
+    except OSError as error:
+        raise ServerError(unreadable(folder, error.strerror or str(error))) from None
 
 
 def _misplaced(checkpoint: Path) -> list[str]:
@@ -228,7 +241,7 @@ def _milestones(checkpoints: list[Path], every: int | None) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left half written or half deleted. Rank 0 only."""
-    for path in folder.glob(".tmp-*"):
+    for path in (path for path in entries(folder) if path.name.startswith(".tmp-")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

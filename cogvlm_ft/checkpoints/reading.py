@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from cogvlm_ft.errors import ServerError
 from cogvlm_ft.runtime.distributed import from_main, gather_to_main
 from cogvlm_ft.runtime.watchdog import progress
 
@@ -45,15 +46,18 @@ def read_again(read: Callable[[], T]) -> T:
 def is_wrong_part(error: OSError) -> bool:
     """Return whether the error is about what is there, not about reading it: nothing, a folder, a pipe, a huge file."""
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-    return missing or error.errno in (errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG)
+    return missing or error.errno in (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def stop_if_unreadable(checkpoint: Path, problem: str) -> None:
-    """Raise OSError on all ranks if one of them has a problem. Collective."""
+    """Raise ServerError on all ranks if one of them has a problem. Collective."""
     gathered = gather_to_main(problem)
     found = from_main("; ".join(filter(None, gathered)) if gathered is not None else None)
     if found:
-        raise OSError(
-            f"{checkpoint}: {found}; expected a file system that can be read. Nothing was changed: start again when it "
-            "answers"
-        )
+        raise ServerError(unreadable(checkpoint, found))
+
+
+def unreadable(path: Path, problem: str) -> str:
+    """Describe what a file system did not answer."""
+    expected = "expected a file system that can be read. Nothing was changed: start again when it answers"
+    return f"{path}: {problem}; {expected}"

@@ -25,6 +25,7 @@ from cogvlm_ft.data.tars import (
 )
 from cogvlm_ft.data.versions import note_indexed
 from cogvlm_ft.data.whole_files import Cache
+from cogvlm_ft.plain_files import real_path
 
 _UNKNOWN = (-1, -1)
 
@@ -58,7 +59,7 @@ def load_shard(path: Path, cache: Cache | None = None) -> Shard:
             return shard_of_offsets(json.loads(offsets_path.read_bytes()), path, size)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("%s does not match %s (%s); scanning the tar instead", offsets_path.name, path, error)
-    scan = kept_scan(cache, str(path.resolve()), state_of_file(status), lambda: scan_tar(path))
+    scan = kept_scan(cache, str(real_path(path)), state_of_file(status), lambda: scan_tar(path))
     return shard_of_scan(path, scan, size)
 
 

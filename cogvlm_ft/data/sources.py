@@ -26,6 +26,7 @@ from cogvlm_ft.data.addresses import (
 )
 from cogvlm_ft.data.object_store import matching
 from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.plain_files import real_path
 
 SEPARATOR = "::"  # between locations, as in WebDataset
 
@@ -80,7 +81,7 @@ def check_once(source: str, found: Sequence[str]) -> None:
     """Raise DataError if a location is named twice: by two names of one file, or beside its compressed copy."""
     first: dict[str, str] = {}
     for each in found:
-        file = each if is_url(each) else str(Path(each).expanduser().resolve())
+        file = each if is_url(each) else str(real_path(Path(each).expanduser()))
         other = first.setdefault(unpacked_name(file), each)
         if other is not each:
             what = "is named twice" if other == each else f"is {shown(other)} again"

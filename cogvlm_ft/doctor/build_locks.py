@@ -10,6 +10,7 @@ from typing import NamedTuple
 import psutil
 
 from cogvlm_ft.doctor.examination import Examination, Finding, Reading, green, red, yellow
+from cogvlm_ft.plain_files import real_path
 from cogvlm_ft.runtime.compiled_extensions import build_root, problem_of
 
 STALE_AFTER_S = 600  # a build takes one minute; on a shared home directory it may run on another node
@@ -45,7 +46,7 @@ def _maker_of(path: Path) -> int | None:
     """Find the process that has the file open, as torch does while it builds."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if any(file.path == str(path.resolve()) for file in process.open_files()):
+            if any(file.path == str(real_path(path)) for file in process.open_files()):
                 return process.pid
     return None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from cogvlm_ft.grounding.prediction import Prediction
 from cogvlm_ft.grounding.targets import Box
+from cogvlm_ft.plain_files import write_text
 
 TRUTH_FILE, RESULTS_FILE = "coco_truth.json", "coco_results.json"
 
@@ -55,7 +56,7 @@ def save_coco(predictions: Sequence[Prediction], folder: Path) -> None:
         "annotations": [{"id": number, **annotation} for number, annotation in enumerate(truth, 1)],
     }
     for name, content in ((TRUTH_FILE, data_set), (RESULTS_FILE, results)):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def _asked_once(predictions: Iterable[Prediction]) -> Iterable[tuple[str, Prediction]]:

@@ -19,7 +19,7 @@ from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import READ_ELEMENTS, FileTensor, Weight, open_tensors, weight_files
 from cogvlm_ft.model.tokenizer import MODEL_FILE
-from cogvlm_ft.plain_files import read_json
+from cogvlm_ft.plain_files import read_json, write_text
 from cogvlm_ft.terminal import progress_bar
 
 PROOF_FILE = "proof.json"
@@ -53,9 +53,7 @@ class Verification:
 
     def save(self, folder: Path) -> None:
         """Write proof.json."""
-        (folder / PROOF_FILE).write_text(
-            json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_text(folder / PROOF_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Verification | None:

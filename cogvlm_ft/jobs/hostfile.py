@@ -27,10 +27,12 @@ from pathlib import Path
 from types import FrameType
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.plain_files import read_bytes, real_path
 from cogvlm_ft.runtime.stop_signals import STOP_SIGNALS, is_ignored
 from cogvlm_ft.terminal import say
 
 MAX_NODES = 1024  # that pdsh starts at the same time
+MAX_HOSTFILE_BYTES = 2**20
 ENVIRONMENT_FILE = ".deepspeed_env"
 OF_A_SESSION = re.compile(
     r"HOME|USER|LOGNAME|SHELL|MAIL|PWD|OLDPWD|SHLVL|_|HOSTNAME|TERM|DISPLAY|XAUTHORITY|KRB5CCNAME|BASHOPTS|SHELLOPTS|"
@@ -83,7 +85,7 @@ class HostfileStart:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Read lines such as `node1 slots=8`; raise ConfigError with the number of a line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path, MAX_HOSTFILE_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--hostfile {path}: {error}; expected lines such as: node1 slots=8") from error
     nodes: dict[str, int] = {}
@@ -170,7 +172,7 @@ def run_on_nodes(start: HostfileStart) -> int:
 def environment_file(folder: Path, text: str) -> Iterator[Path]:
     """Write the file, which only its owner can read, and delete it at the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(".sh", f"{ENVIRONMENT_FILE}-", folder.resolve())  # mode 0600
+    descriptor, name = tempfile.mkstemp(".sh", f"{ENVIRONMENT_FILE}-", real_path(folder))  # mode 0600
     path = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:

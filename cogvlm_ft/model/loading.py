@@ -68,13 +68,7 @@ def load_config(folder: str | Path, image_size: int | None = None, resize: str |
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json found; expected a model folder")
-    try:
-        read_json(folder / "config.json", MAX_CONFIG_BYTES)
-        config = CogVLMConfig.from_pretrained(folder)
-        config.check_sizes()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        expected = "expected JSON as the published model folder has it. Download it again"
-        raise CheckpointError(f"{folder / 'config.json'}: {error}; {expected}") from None
+    config = read_config(folder / "config.json")
     if image_size is not None and image_size != config.image_size:
         try:
             config = config.at_image_size(image_size)
@@ -82,6 +76,18 @@ def load_config(folder: str | Path, image_size: int | None = None, resize: str |
             raise ConfigError(f"model.image_size: {error}") from error
     if resize is not None:
         config.image_resize = resize  # saved with the weights, in their config.json
+    return config
+
+
+def read_config(file: Path) -> CogVLMConfig:
+    """Return the config in a config.json. Raises CheckpointError."""
+    try:
+        read_json(file, MAX_CONFIG_BYTES)
+        config = CogVLMConfig.from_pretrained(file)
+        config.check_sizes()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        expected = "expected JSON as the published model folder has it. Download it again"
+        raise CheckpointError(f"{file}: {error}; {expected}") from None
     return config
 
 

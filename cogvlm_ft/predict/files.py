@@ -123,13 +123,19 @@ def _checked(question: Question) -> Question:
         problem = "an empty prompt"
     elif length > MAX_PROMPT_CHARACTERS or len(texts) > MAX_PHRASES:
         problem = f"{len(texts)} text(s) of {length} characters; at most {MAX_PHRASES} of {MAX_PROMPT_CHARACTERS}"
-    elif any("\ud800" <= character <= "\udfff" for text in _all_texts(question) for character in text):
+    elif _has_surrogate(question.name):
+        problem = "a file name that is not UTF-8; expected UTF-8. Rename the photo"
+    elif any(map(_has_surrogate, _all_texts(question))):
         problem = "half of a surrogate pair in its text"
     return Question(question.path, question.name, problem=problem) if problem else question
 
 
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _all_texts(question: Question) -> list[str]:
-    return [question.name, question.prompt, *question.targets, *(text for pair in question.said for text in pair)]
+    return [question.prompt, *question.targets, *(text for pair in question.said for text in pair)]
 
 
 def answer_questions(

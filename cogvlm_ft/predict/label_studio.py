@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 
+from cogvlm_ft.plain_files import real_path
 from cogvlm_ft.predict.batching import Order
 from cogvlm_ft.predict.bodies import MAX_UPLOAD_BYTES, RefusedError, decode_data_url
 from cogvlm_ft.predict.files import question_of
@@ -77,7 +78,7 @@ def _load(address: object, field: str, photos: Path | None) -> bytes:
     name = unquote(parse_qs(parts.query).get("d", [""])[0])
     if photos is None:
         raise RefusedError(400, f"{field}: found a file of local storage; expected --photos FOLDER at the server")
-    path, root = (photos / name.replace("\0", "")).resolve(), photos.resolve()
+    path, root = real_path(photos / name.replace("\0", "")), real_path(photos)
     if not path.is_relative_to(root) or not path.is_file():
         raise RefusedError(400, f"{field}: no such file below --photos. Start the server with the storage's root")
     if path.stat().st_size > MAX_UPLOAD_BYTES:

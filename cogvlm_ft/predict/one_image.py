@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cogvlm_ft.errors import DataError
+from PIL import Image
+
+from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.predict.files import Question, answer_questions
 from cogvlm_ft.predict.large_photos import load_photo
 from cogvlm_ft.predict.predictor import Predictor, draw_replies
 from cogvlm_ft.terminal import plain_line, say
+
+
+def check_picture(out: Path) -> Path:
+    """Return where the drawn image is saved; ConfigError if its name has no ending that Pillow writes."""
+    if out.suffix.lower() not in {
+        ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE
+    }:
+        found = "a folder" if out.is_dir() else f"the ending {out.suffix}" if out.suffix else "no ending"
+        raise ConfigError(f"--out {out}: found {found}; expected a picture for one --image. Name it such as {out}.png")
+    return out
 
 
 def answer_image(predictor: Predictor, questions: list[Question], out: Path, upright: bool) -> None:
@@ -32,5 +44,6 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
             say(f"  weaker boxes from tiles that were removed: {reply.num_removed}")
         if reply.not_found_prob is not None:
             say(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     draw_replies(photo, replies).save(out)
     say(f"drawn: {out}")

@@ -21,6 +21,7 @@ from PIL import Image
 
 from cogvlm_ft.errors import ConfigError, DataError
 from cogvlm_ft.html_page import SERVED_POLICY, load_page
+from cogvlm_ft.plain_files import real_path
 from cogvlm_ft.predict.access import KEY_VARIABLE, KeyRequired
 from cogvlm_ft.predict.api import Api, endpoint
 from cogvlm_ft.predict.batching import AnswerQueue
@@ -190,7 +191,7 @@ def _page_files(served: ServedModels) -> dict[str, tuple[str, str]]:
     predictor = served.base
     page = load_page(Path(__file__).parent)
     shown = page.render_served(
-        model_name=predictor.weights.resolve().name,
+        model_name=real_path(predictor.weights).name,
         step=trained_step(predictor.weights),
         image_size=predictor.model.config.image_size,
         wording=predictor.wording.name,
@@ -207,7 +208,7 @@ def trained_step(model: Path) -> int | None:
     """Return the step of an exported model, from its model card, or of a checkpoint; None if neither is known."""
     card = model / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = _STEP_OF_CARD.search(text) or _STEP_OF_FOLDER.search(model.resolve().name)
+    found = _STEP_OF_CARD.search(text) or _STEP_OF_FOLDER.search(real_path(model).name)
     return int(found[1]) if found else None
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.jobs.stop import ask_to_stop, find_owner
-from cogvlm_ft.plain_files import read_bytes
+from cogvlm_ft.plain_files import read_bytes, real_path
 from cogvlm_ft.rehearsal.photos import LINES, MAX_LINES_BYTES, draw_photos, lines_of, write_chosen
 from cogvlm_ft.rehearsal.tiny_model import IMAGE_SIZE, save_tiny_model, texts_of
 from cogvlm_ft.runtime.outcome import OUTCOME_VARIABLE
@@ -89,7 +89,7 @@ def training_settings(chosen: Chosen, out: Path, num_steps: int, num_processes: 
     micro_batch_size = min(BATCH_SIZE, chosen.num_photos + num_processes - 1) // num_processes
     batch_size = micro_batch_size * num_processes
     num_passes = -(-num_steps * batch_size // (NUM_EPOCHS * chosen.num_photos))
-    shards = [{"path": str((out / "chosen" / "shards").resolve()), "weight": float(num_passes)}]
+    shards = [{"path": str(real_path(out / "chosen" / "shards")), "weight": float(num_passes)}]
     settings: dict[str, Any] = {
         **SCHEDULE,
         "train.monitor": "mean_iou" if chosen.num_boxes else "text_exact",

@@ -23,7 +23,7 @@ from cogvlm_ft.data.stored_photo import whole_image
 from cogvlm_ft.errors import DataError, ServerError
 from cogvlm_ft.grounding.metrics import ABSENT, PRESENT, pairwise_iou
 from cogvlm_ft.grounding.targets import Box
-from cogvlm_ft.plain_files import json_lines, read_json, replaced_file, write_text
+from cogvlm_ft.plain_files import json_lines, read_json, real_path, replaced_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +195,8 @@ def load_pictures(folder: Path, predictions: Sequence[Answered]) -> dict[str, li
 
 def photo_inside(evaluations: Path, file: object) -> Path | None:
     """Return the file of an image that a gallery names; None, with a warning, for one outside of the run's folder."""
-    folder = evaluations.resolve()
-    path = (folder / str(file)).resolve()
+    folder = real_path(evaluations)
+    path = real_path(folder / str(file))
     if folder not in path.parents:
         logger.warning("an image of the gallery cannot be shown: %s is outside of %s", file, evaluations)
         return None

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.plain_files import real_path
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.tracking.metrics_log import json_value
 from cogvlm_ft.tracking.provenance import git_state, has_password, without_passwords
@@ -148,7 +149,7 @@ class WandbRun:
             import wandb
 
             artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=dict(facts))
-            artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+            artifact.add_reference(real_path(folder).as_uri(), checksum=False)
             run.log_artifact(artifact, aliases=["latest", alias])
 
         self._with_run(log)

@@ -130,6 +130,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
     Raises ConfigError if there are checkpoints but `resume` is off, CheckpointError if they belong to other data.
     """
     folder = run.folder.checkpoints
+    newest = newest_intact(folder)
     computed_by_main(lambda: remove_leftovers(folder))
     fresh = TrainState(
         config_sha256=config_sha256(run.config),
@@ -137,7 +138,6 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
         rates=settings_of_rates(run.config.train),
         seed=run.config.seed,
     )
-    newest = newest_intact(folder)
     if newest is None:
         return fresh, CheckpointSaver(run.engine, folder, run.save_model_files, run.config.checkpoint)
     if not run.config.resume:

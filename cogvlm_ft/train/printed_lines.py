@@ -70,8 +70,8 @@ def _wrapped(parts: Sequence[str]) -> str:
 
 def metrics_before(folder: RunFolder, step: int) -> dict[str, float]:
     """Read the numbers of the last evaluation before a step; nothing if there is none that can be read."""
-    earlier = [path for path in step_folders(folder.evaluations) if path.name < step_name(step)]
     try:
+        earlier = [path for path in step_folders(folder.evaluations) if path.name < step_name(step)]
         found = read_json(max(earlier) / METRICS_FILE)
     except (OSError, ValueError):  # also of max(), if there is none
         return {}

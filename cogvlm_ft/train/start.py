@@ -76,10 +76,10 @@ def find_finished(config: Config, data: TrainingData) -> FinishedRun | None:
     Of the newest checkpoint only the files' sizes are checked. Whatever is doubtful is None: then the start checks it
     and reports it. Rank 0 only.
     """
-    checkpoints = list_checkpoints(RunFolder(config.output_path).checkpoints)
-    if not checkpoints or not config.resume:
-        return None
     try:
+        checkpoints = list_checkpoints(RunFolder(config.output_path).checkpoints)
+        if not checkpoints or not config.resume:
+            return None
         state = read_state(checkpoints[-1])
         is_whole = has_all_files(checkpoints[-1])
     except (CheckpointError, OSError):

@@ -332,6 +332,11 @@ def test_values_in_a_list_out_of_bounds(value: str) -> None:
     assert load_config(None, [*MANDATORY, "train.digit_weights=[4,2,1]"]).train.digit_weights == [4, 2, 1]
 
 
+def test_no_path_holds_the_character_nul(write_yaml: WriteYaml) -> None:
+    with pytest.raises(ConfigError, match=r"^output_dir='a\\x00b': expected a text without the character NUL"):
+        load_config(write_yaml('output_dir: "a\\0b"'), MANDATORY[1:])
+
+
 def test_a_date_is_a_seed() -> None:
     assert load_config(None, [*MANDATORY, "seed=20251128"]).seed == 20251128
 

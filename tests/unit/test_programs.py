@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -111,6 +112,65 @@ def test_shells_leave_the_home_folder_of_an_option_to_the_program(
     with pytest.raises(SystemExit):
         parser.parse_args(["--out=~no-such-user/x"])
     assert "~no-such-user/x: found no such home folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2), (errno.ELOOP, 2), (errno.ENOSPC, 1)]
+)
+def test_a_disk_or_a_path_that_fails_is_one_line(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "photos/a.jpg")
+
+    assert exit_code(fail) == code
+    printed = capsys.readouterr().err
+    assert f"Error: photos/a.jpg: {os.strerror(number)}. " in printed and printed.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: len("runs/\udcd5\udcd5".encode())) == 2
+    assert capsys.readouterr().err.startswith("ConfigError: runs/\\udcd5\\udcd5: found a text that is not UTF-8; ")
+    with pytest.raises(UnicodeEncodeError):
+        exit_code(lambda: len("红".encode("ascii")))
+
+
+HOSTILE = ("missing", "file/x", "loop", "loop/x", "x" * 300, "new\nline", "pipe", "folder", "binary", "empty", "\udcff")
+READ_BY = {
+    "plan": ["data.shards=unset", "output_dir=out", "model.path=unset", "--model-config"],
+    "submit": ["--dry-run", "model.path=m", "data.shards=s", "output_dir=out", "--hostfile"],
+    "report": ["--config"],
+    "stop": [],
+    "best": [],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("program", READ_BY)
+def test_a_path_that_cannot_be_read_is_one_line(
+    program: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_hostile(tmp_path)
+    before = [str(tmp_path)] if program == "report" else []
+    assert main_of(f"launch/{program}.py")([*before, *READ_BY[program], name]) == 2
+    printed = capsys.readouterr().err
+    assert "Error: " in printed and "Traceback" not in printed
+
+
+def make_hostile(folder: Path) -> None:
+    for name in ("file", "empty"):
+        (folder / name).touch()
+    (folder / "file").write_text("text", encoding="utf-8")
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "folder").mkdir()
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+
+
+def test_a_pipe_is_no_file_to_write_settings_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_hostile(tmp_path)
+    for name in ("pipe", "folder"):
+        assert main_of("launch/init.py")(["--out", str(tmp_path / name), "--overwrite"]) == 2
+        assert f"--out {tmp_path / name}: found no regular file; expected" in capsys.readouterr().err
 
 
 def test_other_failures_keep_their_traceback() -> None:

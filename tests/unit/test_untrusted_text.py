@@ -118,6 +118,17 @@ def test_no_terminal_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
         assert raw.getvalue().decode(encoding).startswith(("红", "\\u7ea2"))
 
 
+@pytest.mark.parametrize(("encoding", "is_good"), [("utf-8", True), ("gbk", True), ("ascii", False)])
+def test_a_locale_without_chinese_file_names_is_reported(
+    encoding: str, is_good: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    prepare_terminal()
+    printed = capsys.readouterr().err
+    assert printed == "" if is_good else f"locale: found the encoding {encoding}" in printed and "PYTHONUTF8" in printed
+
+
 @pytest.mark.parametrize(
     ("encoding", "is_good"), [("UTF-8", True), ("ISO-8859-1", True), ("GBK", False), ("Big5", False)]
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cogvlm_ft import plain_files
 from cogvlm_ft.data.record import box_defect
 from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.targets import Box
@@ -153,7 +154,7 @@ def check_names(paths: Mapping[str, Path], *, file_each: bool) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    plain_files.write_text(path, text)
 
 
 def write_json(path: Path, content: Any) -> None:

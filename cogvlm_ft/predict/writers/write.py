@@ -39,9 +39,10 @@ _FILE_EACH = ("labelme", "voc", "yolo")
 
 def check_questions(questions: Sequence[Question], name: str) -> None:
     """Raise ConfigError if no answer can be written in this format, before anything is predicted."""
-    if questions and not any(question.targets or question.in_steps for question in questions):
+    asked = [question for question in questions if not question.problem]
+    if asked and not any(question.targets or question.in_steps for question in asked):
         raise ConfigError(f"--format {name}: no box would have a name; expected targets. Ask with --targets.")
-    paths = {question.name: question.path for question in questions if not question.problem}
+    paths = {question.name: question.path for question in asked}
     check_names(paths, file_each=name in _FILE_EACH)
 
 
@@ -59,8 +60,7 @@ def write_predictions(questions: Sequence[Question], out: Path, name: str | None
         names = {question.name: file_of(question.path) for question in questions}
         lines.sort(key=lambda line: ranks.get(names.get(line["image"], ""), len(ranks)))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (out / f"{PREDICTIONS_FILE}.partial").write_text(text, encoding="utf-8")
-        (out / f"{PREDICTIONS_FILE}.partial").replace(out / PREDICTIONS_FILE)
+        write_text(out / PREDICTIONS_FILE, text)
         write_text(out / ORDER_FILE, "".join(f"{photo.name}\n" for photo in photos))
         done.append(f"the most doubtful photos first, as listed in {out / ORDER_FILE}")
     if name is not None:

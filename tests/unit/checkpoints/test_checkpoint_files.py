@@ -31,7 +31,7 @@ from cogvlm_ft.checkpoints.checkpoint import (
 )
 from cogvlm_ft.checkpoints.manifest import MANIFEST_FILE, find_damage
 from cogvlm_ft.checkpoints.slices import MOMENTS, WEIGHT, open_slices, rank_file
-from cogvlm_ft.errors import CheckpointError
+from cogvlm_ft.errors import CheckpointError, ServerError
 from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.plain_files import sync_tree
@@ -292,6 +292,33 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
     assert newest_intact(tmp_path) == tmp_path / step_name(2)
     assert open_slices(tmp_path / step_name(2)) and num_left == [0]
     num_left[0] = 100
-    with pytest.raises(OSError, match=r"expected a file system that can be read\. Nothing was changed"):
+    with pytest.raises(ServerError, match=r"expected a file system that can be read\. Nothing was changed"):
         newest_intact(tmp_path)
     assert names(tmp_path) == [step_name(1), step_name(2)]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected", "message"),
+    [
+        (errno.EIO, ServerError, "Input/output error; expected a file system that can be read. Nothing was changed"),
+        (errno.EACCES, CheckpointError, "Permission denied; expected a folder that this account can read. Change"),
+    ],
+)
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    number: int, expected: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the run would begin again."""
+    write_checkpoint(tmp_path, 1)
+    monkeypatch.setattr(Path, "iterdir", lambda _: fail(number))
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    with pytest.raises(expected, match=f"^{tmp_path}: {message}"):
+        newest_intact(tmp_path)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        list_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gone", "file/x", "loop", "x" * 300])
+def test_where_there_is_no_folder_there_are_no_checkpoints(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert list_checkpoints(tmp_path / name) == [] and newest_intact(tmp_path / name) is None

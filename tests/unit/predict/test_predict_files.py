@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -170,3 +171,28 @@ def test_the_page_needs_a_free_port(
 @pytest.mark.parametrize("asked", ["red car, dog", "red car、dog", "red car，dog", "red car\ndog\n"])
 def test_the_page_takes_targets_as_people_list_them(asked: str) -> None:
     assert question_on_page(asked, "targets").targets == ("red car", "dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("answers", "no ending"), ("a.txt", "the ending .txt"), ("sub", "a folder")]
+)
+def test_a_picture_that_cannot_be_written_is_reported_before_the_model_is_loaded(
+    name: str, found: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", "gone", "--image", photos / "b.jpg", "--targets", "dog")
+    assert run(*asked, "--out", photos / name) == 2
+    error = capsys.readouterr().err
+    assert f"--out {photos / name}: found {found}; expected a picture for one --image" in error
+    assert run(*asked, "--out", photos / "new" / "a.jpg") == 2
+    assert "--model gone: found no such folder" in capsys.readouterr().err
+
+
+def test_a_photo_with_a_name_that_is_not_utf_8_is_named_as_such(tiny_folder: Path, tmp_path: Path) -> None:
+    """As of an archive made on Chinese Windows."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.new("RGB", (60, 40)).save(photos / os.fsdecode("狗".encode("gbk") + b".png"))
+    asked = ("--model", tiny_folder, "--image", photos, "--targets", "dog", "--format", "labelme")
+    assert run(*asked, "--out", out) == 2
+    [line] = lines_of(out)
+    assert "a file name that is not UTF-8; expected UTF-8. Rename the photo" in str(line)
