@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 
+_KEPT = ("kept_boxes", "averaged_kept_boxes")
+
 
 @dataclass(frozen=True)
 class Best:
@@ -59,7 +61,8 @@ class TrainState:
 
     samples_consumed: the position in the data; epoch = samples_consumed // num_samples. evaluated_step: the last step
     that was evaluated. rates: `train.lr_scale` and `train.vision_layer_decay`, where they are set. seed: of the order
-    of the samples; None in earlier versions. kept_boxes: from tiles, as the last evaluation chose them.
+    of the samples; None in earlier versions. kept_boxes, averaged_kept_boxes: from tiles, as the last evaluation chose
+    them for the weights and for their running averages.
     """
 
     step: int = 0
@@ -74,6 +77,7 @@ class TrainState:
     rates: list[list[Any]] = field(default_factory=list)
     seed: int | None = None
     kept_boxes: KeptBoxes | None = None
+    averaged_kept_boxes: KeptBoxes | None = None
 
     def advanced(self, num_samples: int, epoch: int) -> TrainState:
         """Return the state one step later."""
@@ -99,9 +103,9 @@ def read_state(checkpoint: Path) -> TrainState:
         if record.is_file():
             path = record
             fields |= read_again(lambda: read_json(record))
-        best, kept = fields.pop("best"), fields.pop("kept_boxes", None)
-        best, kept = Best(**best) if best else None, KeptBoxes(**kept) if kept else None
-        return _checked(TrainState(**fields, best=best, kept_boxes=kept))
+        best = fields.pop("best")
+        kept = {name: KeptBoxes(**fields.pop(name)) for name in _KEPT if fields.get(name)}
+        return _checked(TrainState(**{**fields, **kept}, best=Best(**best) if best else None))
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -122,7 +126,7 @@ def record_evaluation(folder: Path, state: TrainState) -> None:
     record = evaluation_record(folder / step_name(state.step))
     fields = dataclasses.asdict(state)
     with replaced_file(record, "w") as file:
-        json.dump({name: fields[name] for name in ("evaluated_step", "best", "kept_boxes")}, file)
+        json.dump({name: fields[name] for name in ("evaluated_step", "best", *_KEPT)}, file)
         file.flush()
         sync_open(file.fileno())
     sync(folder)

@@ -81,10 +81,13 @@ def trained_wording(weights: Path) -> Wording | None:
         return None
 
 
-def chosen_boxes(weights: Path) -> KeptBoxes | None:
-    """Return which boxes from tiles count, as validation chose it for these weights; None if it did not."""
+def chosen_boxes(weights: Path, *, averaged: bool = False) -> KeptBoxes | None:
+    """Return which boxes from tiles count, as validation chose it for these weights; None if it did not.
+
+    Also that of an adapter in the files of peft. averaged: for the running averages of a checkpoint.
+    """
     if is_checkpoint(weights):
-        return read_state(weights).kept_boxes
+        return _chosen_in(weights, averaged)
     path = weights / TILES_FILE
     if not path.is_file():
         return None
@@ -95,6 +98,21 @@ def chosen_boxes(weights: Path) -> KeptBoxes | None:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     raise CheckpointError(f"{path}: found min_confidence {kept.min_confidence}; expected 0 to 1")
+
+
+def _chosen_in(checkpoint: Path, averaged: bool) -> KeptBoxes | None:
+    state = read_state(checkpoint)
+    kept = state.averaged_kept_boxes if averaged else state.kept_boxes
+    if kept and state.evaluated_step != state.step:
+        logger.warning(
+            "%s: which boxes from tiles count was chosen by the evaluation of step %d; none has chosen it for step %d",
+            checkpoint,
+            state.evaluated_step,
+            state.step,
+        )
+    if state.kept_boxes and not kept:
+        logger.warning("%s: no evaluation chose which boxes from tiles count for the averaged weights", checkpoint)
+    return kept
 
 
 def save_kept_boxes(kept: KeptBoxes, folder: Path) -> None:

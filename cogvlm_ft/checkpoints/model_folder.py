@@ -14,6 +14,7 @@ from transformers import initialization
 
 from cogvlm_ft.checkpoints.adapters import ADAPTER_FILE, merged_with_base
 from cogvlm_ft.checkpoints.checkpoint import MODEL_FOLDER
+from cogvlm_ft.checkpoints.choice import TILES_FILE
 from cogvlm_ft.checkpoints.consolidate import open_weights
 from cogvlm_ft.checkpoints.manifest import read_manifest
 from cogvlm_ft.checkpoints.peft_files import open_peft_adapter
@@ -25,7 +26,7 @@ from cogvlm_ft.plain_files import copy_regular, read_json, write_text
 from cogvlm_ft.settings import RESIZES
 
 CONFIG_FILE = "config.json"
-_OF_WEIGHTS = (INDEX_FILE, "proof.json")
+_OF_WEIGHTS = (INDEX_FILE, "proof.json", TILES_FILE)
 
 
 def build_meta_model(config: CogVLMConfig) -> CogVLMForCausalLM:

@@ -23,6 +23,8 @@ QUALITY = 95
 """Of tiles of JPEG photos, without colour subsampling."""
 MIN_SIDE_PX, MAX_OVERLAP = 16, 0.9
 """As for `data.tiles`."""
+MAX_SIDE_PX = 10_000
+"""Of a tile and of the smaller image, each of which is decoded at once."""
 MAX_BAND_BYTES = 2**28
 """Most bytes of the rows that one row of tiles needs."""
 
@@ -41,8 +43,10 @@ class TileCut:
 
     def __post_init__(self) -> None:
         """Raise DataError for a value that cannot be used."""
-        if self.side_px < MIN_SIDE_PX:
-            raise DataError(f"--tiles: {self.side_px}; expected {MIN_SIDE_PX} px or more")
+        if not MIN_SIDE_PX <= self.side_px <= MAX_SIDE_PX:
+            raise DataError(f"--tiles: {self.side_px}; expected {MIN_SIDE_PX} to {MAX_SIDE_PX} px")
+        if self.whole_side_px > MAX_SIDE_PX:
+            raise DataError(f"--max-side: {self.whole_side_px}; expected at most {MAX_SIDE_PX} px with --tiles")
         if not 0 <= self.overlap <= MAX_OVERLAP:
             raise DataError(f"--overlap: {self.overlap}; expected 0 to {MAX_OVERLAP}")
         if self.quality is not None and not 1 <= self.quality <= 100:
@@ -96,9 +100,9 @@ def _crops(rows: RowStream, windows: list[Window], smaller: _Smaller) -> Iterato
     width = rows.size_px[0]
     kept, first = np.zeros((0, width, 3), np.uint8), 0
     for top, bottom in sorted({(window[1], window[3]) for window in windows}):
-        band = np.empty((bottom - top, width, 3), np.uint8)
         left = max(0, first + len(kept) - top)
-        band[:left] = kept[top - first :]
+        band = kept if len(kept) == bottom - top else np.empty((bottom - top, width, 3), np.uint8)
+        band[:left] = kept[len(kept) - left :]
         for start in range(left, bottom - top, _BLOCK_ROWS):
             block = rows.read(min(_BLOCK_ROWS, bottom - top - start))
             band[start : start + len(block)] = block

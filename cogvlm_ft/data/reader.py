@@ -106,6 +106,9 @@ class ShardReader:
         if sum(tiles.num_bytes) != num_bytes or size_px is None:
             detail = f"tiles: found {sum(tiles.num_bytes)} bytes of a photo of {size_px}; expected {num_bytes} bytes"
             raise BadSampleError(key, "size_mismatch", detail)
+        most = max((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in ((0, 0, *tiles.whole_px), *tiles.windows_xyxy))
+        if most > self.max_pixels:
+            raise BadSampleError(key, "too_many_pixels", f"a tile of {most} pixels; expected at most {self.max_pixels}")
         member = _Member(self, key, int(self.index.shard_number[i]), int(self.index.image_offset[i]))
         return Sample(_fit_record(record, size_px), StoredPhoto(size_px, tiles, member))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.prediction import Prediction, ranked_boxes
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.plain_files import write_text
 
@@ -45,9 +45,7 @@ def save_coco(predictions: Sequence[Prediction], folder: Path) -> None:
     for phrase, each in asked:
         where = {"image_id": image_ids[each.key], "category_id": category_ids[phrase]}
         truth += [{**where, **coco_box(box)} for box in each.truth_boxes_xyxy or ()]
-        boxes = each.boxes_xyxy or []
-        scores = each.confidences if each.confidences and len(each.confidences) == len(boxes) else [1.0] * len(boxes)
-        answered = zip(boxes, scores, strict=True)
+        answered = zip(*ranked_boxes(each), strict=True)
         results += [{**where, "bbox": coco_box(box)["bbox"], "score": score} for box, score in answered]
     data_set = {
         "info": {"description": "what the evaluation asked about"},

@@ -121,25 +121,25 @@ def evaluate(
             rows = _answer(model, tokenizer, shown, wording, grammar, limit, size.num_turns, passes[batch])
             for look, row in zip(shown, rows, strict=False):  # a blank image has answers too
                 answered.setdefault(look.question.index, []).append((look.without_image(), row))
+    answered = {photo: given for photo, given in answered.items() if photo not in looks.bad}
     reading = Reading(wording, PROTOCOLS[settings.protocol], model.config.num_patches)
     rule = kept if settings.min_confidence is None else KeptBoxes(settings.min_confidence)
     curve = _confidence_curve(answered.values(), reading) if tiles and rule is None else None
     reading = replace(reading, kept=curve.kept if curve else rule or EVERY_BOX)
     used = reading.kept if tiles else None
     scored = {photo: score_looks(*_columns(given), reading) for photo, given in answered.items()}
-    gathered = gather_to_main((scored, looks.num_bad))
+    gathered = gather_to_main((scored, len(looks.bad)))
     if gathered is None:
         return Evaluation(from_main(None), [], [], kept=used)
     found = sorted((pair for part, _ in gathered for pair in part.items()), key=lambda pair: pair[0])
-    by_index = [(photo, part) for photo, (part, _) in found]
-    predictions = [prediction for _, part in by_index for prediction in part]
+    predictions = [prediction for _, (part, _) in found for prediction in part]
     summary = summarize_predictions(predictions, model.config.num_patches, reading.protocol)
-    metrics = {**summary.metrics, "num_images": float(len(by_index)), "num_bad": float(sum(bad for _, bad in gathered))}
+    metrics = {**summary.metrics, "num_images": float(len(found)), "num_bad": float(sum(bad for _, bad in gathered))}
     metrics |= _count_left_out(predictions) | summarize_merging([each for _, (_, each) in found if each], reading)
     curves = summary.curves | ({"confidence": curve.points} if curve else {})
     facts = {**_about(model.config, reader, wording, settings, seed, predictions), "max_new_tokens": limit}
     facts |= {"tiles": asdict(tiles), "kept_boxes_are_chosen_here": curve is not None} if tiles else {}
-    drawn = list(_shown(reader, by_index[: settings.num_pictures]))
+    drawn = list(_shown(reader, [(photo, part) for photo, (part, _) in found[: settings.num_pictures]]))
     return Evaluation(from_main(metrics), predictions, drawn, curves, facts | dict(about or {}), used)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from PIL import Image
 from cogvlm_ft.data.frames import Frame, fit
 from cogvlm_ft.data.mentions import compares_in_image
 from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.stored_photo import StoredPhoto
 from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate.questions import Question, asks_for_boxes, read_questions
@@ -18,6 +20,8 @@ from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.tiles import Window
 from cogvlm_ft.grounding.wording import Wording
 from cogvlm_ft.tile_settings import TilesConfig
+
+logger = logging.getLogger(__name__)
 
 _NO_IMAGE = Image.new("RGB", (1, 1))
 
@@ -95,24 +99,34 @@ class LookReader:
         self.reader, self.wording, self.seed, self.resize, self.tiles = reader, wording, seed, resize, tiles
         self._photo: int | None = None
         self._looks: list[Look] = []
-        self.num_bad = 0
+        self.bad: set[int] = set()
 
     def read(self, places: Iterable[LookPlace]) -> Iterator[Look]:
-        """Yield the looks of usable photos; the others are counted in `num_bad`.
+        """Yield the looks of usable photos; `bad` holds the others, also those of which some looks were shown already.
 
-        Raises BadSampleError for a damaged tile of a photo whose other tiles are perhaps shown already.
+        A photo with a damaged tile is not usable.
         """
         for place in places:
             if place.photo != self._photo:
                 self._photo, self._looks = place.photo, self._looks_at(place.photo)
-                self.num_bad += not self._looks
-            if place.number < len(self._looks):
-                look = self._looks[place.number]
-                if isinstance(look.question.image, StoredPhoto):
-                    look.question.image.show(look.frame.window_px)
+            look = self._looks[place.number] if place.number < len(self._looks) else None
+            if look is None or not _can_be_shown(look):
+                self.bad.add(place.photo)
+            if look is not None and place.photo not in self.bad:
                 yield look
 
     def _looks_at(self, photo: int) -> list[Look]:
         questions = read_questions(self.reader, [photo], self.wording, self.seed, self.resize)
         sentences = self.wording.not_found_sentences
         return [look for each in questions for look in looks_at(each, self.tiles, self.resize, sentences)]
+
+
+def _can_be_shown(look: Look) -> bool:
+    """Decode the stored tile of a look; report one that is damaged."""
+    try:
+        if isinstance(look.question.image, StoredPhoto):
+            look.question.image.show(look.frame.window_px)
+    except BadSampleError as error:
+        logger.warning("validation image cannot be used: %s", error)
+        return False
+    return True

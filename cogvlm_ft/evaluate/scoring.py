@@ -136,10 +136,11 @@ def _tile_answer(frame: Frame, answer: Answer, reading: Reading) -> TileAnswer:
     boxes = None if not_found else reading.protocol.read(text, frame.size_px)
     read = read_boxes(closed.text, closed.digit_probs)
     known = read is not None and boxes is not None and len(read) == len(boxes)
+    certainty = float(np.mean([box.confidence for box in read])) if read else 1.0  # where a protocol joins boxes
     return TileAnswer(
         window=shown_window(frame),
         boxes=None if boxes is None else [clip_box(box, frame.photo_px) for box in frame.invert_boxes(boxes)],
-        confidences=[box.confidence for box in read] if read and known else [1.0] * len(boxes or ()),
+        confidences=[box.confidence for box in read] if read and known else [certainty] * len(boxes or ()),
         patch_px=(frame.size_px[0] / side, frame.size_px[1] / side),
         not_found=not_found,
         not_found_prob=answer.not_found_prob,
@@ -152,13 +153,19 @@ def shown_window(frame: Frame) -> Window:
     return max(0, x0), max(0, y0), min(width, x1), min(height, y1)
 
 
-def merged_text(text: str, merged: MergedAnswer, size_px: tuple[int, int], not_found: Sequence[str]) -> str:
+def merged_text(
+    prompt: str, text: str, merged: MergedAnswer, size_px: tuple[int, int], not_found: Sequence[str]
+) -> str:
     """Return the text of an answer about a tile with the merged boxes, in thousandths of the photo.
 
-    not_found: sentences; the first is the text where every box was removed and no answer says "not found".
+    not_found: sentences; where every box was removed and no answer says "not found", the text is the first one in the
+    language of the prompt.
     """
     if not merged.boxes:
-        return not_found[0] if merged.not_found and text.strip() not in not_found else text
+        if not merged.not_found or text.strip() in not_found:
+            return text
+        language = detect_language(prompt)
+        return next((each for each in not_found if detect_language(each) == language), not_found[0])
     boxes = format_boxes(merged.boxes, size_px)
     first, *others = _BOXES.split(text)
     return first + boxes + "".join(others) if others else boxes
@@ -169,7 +176,8 @@ def _merged_prediction(
 ) -> Prediction:
     """Score merged boxes in pixels of the photo: thousandths of a large photo are too coarse for a small target."""
     best, size_px, wording, protocol = given[merged.best][1], question.frame.photo_px, reading.wording, reading.protocol
-    text = merged_text(best.readable().text, merged, size_px, wording.not_found_sentences)
+    prompt, not_found = question.turns[number].prompt, wording.not_found_sentences
+    text = merged_text(prompt, best.readable().text, merged, size_px, not_found)
     base = score_turn(question, number, replace(best, text=text, digit_probs=(), truncated=False), wording, protocol)
     truth = base.truth_boxes_xyxy
     assert truth is not None  # else it is not asked in tiles
@@ -181,6 +189,8 @@ def _merged_prediction(
         score=None if base.score is None else score,
         confidences=[round(each, 4) for each in merged.confidences] if merged.boxes else None,
         expected_boxes_xyxy=None,
+        removed_boxes_xyxy=[box for box, _ in merged.removed] or None,
+        removed_confidences=[round(confidence, 4) for _, confidence in merged.removed] or None,
         not_found_prob=None if prob is None else round(prob, 4),
         truncated=any(answer.truncated for _, answer in given),
     )

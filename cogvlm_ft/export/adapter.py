@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cogvlm_ft.checkpoints.adapters import AdapterRecord
+from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes
 from cogvlm_ft.checkpoints.consolidate import open_last_or_average
 from cogvlm_ft.checkpoints.manifest import find_damage
 from cogvlm_ft.checkpoints.model_folder import open_merged, write_merged_folder
@@ -30,6 +31,9 @@ def export_merged(folder: Path, base: Path, out: Path, dtype: torch.dtype) -> in
         contents = open_merged(folder, base)
         check_free_space(out, contents, dtype)
         write_merged_folder(base, contents, partial, dtype)
+        kept = chosen_boxes(folder)
+        if kept:
+            save_kept_boxes(kept, partial)
     return len(contents)
 
 
@@ -53,6 +57,9 @@ def export_adapter(checkpoint: Path, out: Path, *, averaged: bool = False) -> in
         config.save_pretrained(partial)
         base = {"name": Path(record.base).name, "sha256": record.base_sha256}
         write_text(partial / BASE_FILE, json.dumps(base) + "\n")
+        kept = chosen_boxes(checkpoint, averaged=averaged)
+        if kept:
+            save_kept_boxes(kept, partial)
         factors = open_last_or_average(checkpoint, averaged=averaged)
         specs = [TensorSpec(name_in_peft_file(name), tuple(factor.shape)) for name, factor in factors.items()]
         write_tensors(partial / WEIGHTS_FILE, specs, (read_whole(each, torch.float32) for each in factors.values()))

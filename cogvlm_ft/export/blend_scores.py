@@ -74,7 +74,8 @@ def score_blends(
     scores = []
     for fraction in sorted(fractions):
         set_blend(model, pairs, fraction)
-        metrics = dict(evaluate(model, tokenizer, reader, wording, config.evaluate, seed=config.seed).metrics)
+        found = evaluate(model, tokenizer, reader, wording, config.evaluate, seed=config.seed, tiles=config.data.tiles)
+        metrics = dict(found.metrics)
         if questions:
             answers = ask_probe(model, tokenizer, questions, config.evaluate)
             untouched = untouched or answers

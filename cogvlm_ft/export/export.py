@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from cogvlm_ft.model.loading import Weight
 from cogvlm_ft.plain_files import sync, sync_tree
 from cogvlm_ft.run_folder import RunFolder
 from cogvlm_ft.settings import Config
+
+logger = logging.getLogger(__name__)
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -61,8 +64,10 @@ def export_checkpoint(
         wording = trained_wording(checkpoint)
         if wording and not (partial / WORDING_FILE).exists():  # of an earlier version
             save_wording(wording, partial / WORDING_FILE)
-        kept = chosen_boxes(checkpoint)
-        if kept:
+        kept = chosen_boxes(checkpoint, averaged=averaged)
+        if kept and blend:
+            logger.warning("--blend: no evaluation chose which boxes from tiles count for a blend; every box counts")
+        elif kept:
             save_kept_boxes(kept, partial)
         result = verify_export(partial, checkpoint / MODEL_FOLDER, contents, dtype) if verify else None
         if result:

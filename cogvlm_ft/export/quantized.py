@@ -9,7 +9,7 @@ from huggingface_hub import save_torch_state_dict
 
 from cogvlm_ft.build import load_whole_model
 from cogvlm_ft.checkpoints.adapters import ADAPTER_FILE
-from cogvlm_ft.checkpoints.choice import model_files
+from cogvlm_ft.checkpoints.choice import chosen_boxes, model_files, save_kept_boxes
 from cogvlm_ft.export.new_folder import new_folder
 from cogvlm_ft.model import load_config
 from cogvlm_ft.model.loading import INDEX_FILE
@@ -32,6 +32,9 @@ def export_quantized(weights: Path, out: Path, kind: str) -> int:
         for path in sorted(files.iterdir()):
             if path.is_file() and not any(path.match(pattern) for pattern in _NOT_COPIED):
                 copy_regular(path, partial / path.name, follow=True)
+        kept = chosen_boxes(weights)
+        if kept:  # of a checkpoint it is in none of these files
+            save_kept_boxes(kept, partial)
         config = load_config(files)
         config.dtype = torch.bfloat16
         setattr(config, WEIGHT_FORMAT, kind)

@@ -22,7 +22,7 @@ from cogvlm_ft.grounding.average_precision import (
 from cogvlm_ft.grounding.descriptions import description_metrics, text_without_boxes
 from cogvlm_ft.grounding.metrics import ABSENT, HIT, PRESENT, match_iou, summarize
 from cogvlm_ft.grounding.not_found import NotFoundCurve, not_found_curve
-from cogvlm_ft.grounding.prediction import Prediction
+from cogvlm_ft.grounding.prediction import Prediction, ranked_boxes
 from cogvlm_ft.grounding.protocols import OURS, Protocol
 from cogvlm_ft.grounding.targets import Box
 
@@ -134,7 +134,7 @@ def _is_ranked(each: Prediction) -> bool:
 
 
 def _rank(each: Prediction, area_px2: tuple[float, float] = ANY_AREA) -> RankedBoxes:
-    return rank_boxes(each.boxes_xyxy or [], each.confidences, each.truth_boxes_xyxy or [], area_px2)
+    return rank_boxes(*ranked_boxes(each), each.truth_boxes_xyxy or [], area_px2)
 
 
 def _groups(predictions: Sequence[Prediction], num_patches: int) -> dict[str, list[Prediction]]:

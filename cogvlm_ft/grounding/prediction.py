@@ -18,6 +18,7 @@ class Prediction:
 
     history: the true (prompt, answer) pairs before it. num_cut_boxes: true boxes that need not be named.
     confidences, expected_boxes_xyxy: of each answered box (grounding.boxes.ReadBox); None = not known.
+    removed_boxes_xyxy, removed_confidences: boxes from tiles that do not count, but are ranked; None = there are none.
     not_found_prob: the model's probability of the not-found sentence; None = not known.
     described: the true answer includes a description of the target, so its text is compared too.
     language, source, style: "zh" or "en"; the source of the image; the style of the question, "own" for the user's.
@@ -39,6 +40,8 @@ class Prediction:
     num_cut_boxes: int = 0
     confidences: list[float] | None = None
     expected_boxes_xyxy: list[Box] | None = None
+    removed_boxes_xyxy: list[Box] | None = None
+    removed_confidences: list[float] | None = None
     not_found_prob: float | None = None
     described: bool = False
     language: str = ""
@@ -47,6 +50,16 @@ class Prediction:
     frame_px: tuple[int, int] = (0, 0)
     phrase: str = ""
     truncated: bool = False
+
+
+def ranked_boxes(prediction: Prediction) -> tuple[list[Box], list[float]]:
+    """Return all answered boxes with their confidences, 1 where unknown, also those from tiles that do not count.
+
+    A ranking needs them: which boxes count is decided by a threshold, and average precision is the mean over all.
+    """
+    boxes, confidences = prediction.boxes_xyxy or [], prediction.confidences or []
+    known = confidences if len(confidences) == len(boxes) else [1.0] * len(boxes)
+    return [*boxes, *(prediction.removed_boxes_xyxy or [])], [*known, *(prediction.removed_confidences or [])]
 
 
 def score_of(prediction: Prediction) -> float | None:

@@ -2,7 +2,7 @@
 
 1. Boxes of several tiles with IoU 0.5 or more are one: their mean, weighted by confidence / area of the tile, because
    the error of a coordinate grows with what is shown. So is a box of the whole photo, unless it is so small there that
-   it was barely seen: then a box of a tile that it touches, or misses by a patch, replaces it.
+   it was barely seen: then the nearest box of a tile that it touches, or misses by a patch, replaces it.
 2. A box that ends at an inner edge of its tile is a part of what neighbouring tiles show: a complete box that covers
    half of it replaces it; parts that overlap each other become one box.
 3. Boxes of one answer are never merged with each other.
@@ -51,9 +51,10 @@ class MergedAnswer:
     """boxes: None if none is left and an answer was unreadable.
 
     confidences: that of the digits, times the probability that the answer is not "not found"; of merged boxes the
-    highest. num_duplicates: boxes that merging removed. num_removed: boxes that do not count. not_found: no
-    box is left, and all answers were readable. not_found_prob: the lowest of all answers. best: index of the answer
-    that gave the most confident box; without boxes, of the first unreadable one, else of the first "not found", else 0.
+    highest. removed: boxes that do not count, with their confidences. num_duplicates: boxes that merging removed.
+    not_found: no box is left, and all answers were readable. not_found_prob: the lowest of all answers. best: index of
+    the answer that gave the most confident box; without boxes, of the first unreadable one, else of the first "not
+    found", else 0.
     """
 
     boxes: list[Box] | None
@@ -61,8 +62,12 @@ class MergedAnswer:
     not_found: bool
     not_found_prob: float | None
     num_duplicates: int
-    num_removed: int
+    removed: list[tuple[Box, float]]
     best: int
+
+    @property
+    def num_removed(self) -> int:
+        return len(self.removed)
 
 
 @dataclass
@@ -98,7 +103,9 @@ def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int], rule:
     """Merge the answers to one question. size_px: of the photo."""
     found = [each for number, answer in enumerate(answers) for each in _found_in(number, answer, size_px)]
     groups = sorted(_group(found), key=lambda group: -group.confidence)
-    kept = [group for group in groups if group.confidence >= rule.min_confidence][: 1 if rule.only_best else None]
+    num_kept = sum(group.confidence >= rule.min_confidence for group in groups)
+    num_kept = min(num_kept, 1) if rule.only_best else num_kept
+    kept, removed = groups[:num_kept], groups[num_kept:]
     saying_so = [number for number, answer in enumerate(answers) if answer.not_found]
     unreadable = [number for number, answer in enumerate(answers) if not answer.not_found and not answer.boxes]
     probs = [answer.not_found_prob for answer in answers if answer.not_found_prob is not None]
@@ -109,7 +116,7 @@ def merge_answers(answers: Sequence[TileAnswer], size_px: tuple[int, int], rule:
         not_found=not kept and not unreadable,
         not_found_prob=min(probs) if probs else None,
         num_duplicates=len(found) - len(groups),
-        num_removed=len(groups) - len(kept),
+        removed=[(group.box, group.confidence) for group in removed],
         best=best,
     )
 
@@ -131,41 +138,64 @@ def _found_in(number: int, answer: TileAnswer, size_px: tuple[int, int]) -> list
 
 
 def _group(found: Sequence[_Found]) -> list[_Group]:
-    """Group complete boxes of tiles first, then those of the whole photo, then parts; each by confidence."""
+    """Group complete boxes of tiles first, then those of the whole photo, then parts; each by confidence.
+
+    A box joins the group that it overlaps most. What was barely seen waits until all others have found theirs: within a
+    patch there may be several objects.
+    """
     order = sorted(found, key=lambda each: (each.is_part, each.is_whole_photo, -each.confidence))
-    complete: list[_Group] = []
+    complete, boxes, barely_seen = list[_Group](), np.zeros((len(found), 4)), list[_Found]()
     for each in (each for each in order if not each.is_part):
-        same = next((group for group in complete if each.answer not in group.answers and _is_same(each, group)), None)
-        if same is None:
-            group = _Group(each.box, each.confidence, {each.answer}, [(each.box, each.weight)])
-            complete.append(group)
+        same = _others(each, complete, pairwise_iou([each.box], boxes[: len(complete)])[0], SAME)
+        if same is None and any(each.slack_px):
+            barely_seen.append(each)
             continue
-        same.answers.add(each.answer)
-        same.confidence = max(same.confidence, each.confidence)
-        if not any(each.slack_px):
-            same.members.append((each.box, each.weight))
-            same.box = same.mean()
+        number = len(complete) if same is None else same
+        if same is None:
+            complete.append(_Group(each.box, each.confidence, set()))
+        _join(each, complete[number])
+        boxes[number] = complete[number].box
+    for each in barely_seen:
+        near = _others(each, complete, _nearness(each, boxes[: len(complete)]))
+        if near is None:
+            boxes[len(complete)] = each.box
+            complete.append(_Group(each.box, each.confidence, set()))
+        _join(each, complete[-1 if near is None else near])
     parts: list[_Group] = []
     for each in (each for each in order if each.is_part):
-        if any(_covered(each.box, group.box) >= SAME for group in complete):
-            continue
-        _join_part(each, parts)
+        if (_covered(each.box, boxes[: len(complete)]) < SAME).all():
+            _join_part(each, parts)
     return complete + parts
 
 
-def _is_same(each: _Found, group: _Group) -> bool:
-    if pairwise_iou([each.box], [group.box]).item() >= SAME:
-        return True
-    if not any(each.slack_px):
-        return False
+def _others(each: _Found, groups: Sequence[_Group], scores: NDArray[np.float64], least: float = 0.0) -> int | None:
+    """Return the group with the highest positive score from `least` on that has no box of the same answer."""
+    usable = np.flatnonzero((scores >= least) & (scores > 0))
+    best_first = usable[np.argsort(-scores[usable], kind="stable")].tolist()
+    return next((number for number in best_first if each.answer not in groups[number].answers), None)
+
+
+def _nearness(each: _Found, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a score for each box that touches this one, grown by its slack: higher for nearer centres; else 0."""
     x0, y0, x1, y1 = each.box
-    grown = (x0 - each.slack_px[0], y0 - each.slack_px[1], x1 + each.slack_px[0], y1 + each.slack_px[1])
-    return pairwise_iou([grown], [group.box]).item() > 0
+    (dx, dy), centre = each.slack_px, np.array([x0 + x1, y0 + y1])
+    touches = pairwise_iou([(x0 - dx, y0 - dy, x1 + dx, y1 + dy)], boxes)[0] > 0
+    return np.where(touches, 1 / (1 + np.hypot(*(boxes[:, :2] + boxes[:, 2:] - centre).T)), 0)
+
+
+def _join(each: _Found, group: _Group) -> None:
+    """Add a complete box to a group. What was barely seen changes no coordinate."""
+    group.answers.add(each.answer)
+    group.confidence = max(group.confidence, each.confidence)
+    if not any(each.slack_px):
+        group.members.append((each.box, each.weight))
+        group.box = group.mean() if len(group.members) > 1 else each.box
 
 
 def _join_part(part: _Found, parts: list[_Group]) -> None:
     """Join a part with the groups of parts of other tiles that it overlaps."""
-    touched = [g for g in parts if part.answer not in g.answers and pairwise_iou([part.box], [g.box]).item() > 0]
+    overlaps = pairwise_iou([part.box], [group.box for group in parts])[0] > 0
+    touched = [g for g, is_near in zip(parts, overlaps, strict=True) if is_near and part.answer not in g.answers]
     box, answers, confidence = part.box, {part.answer}, part.confidence
     for group in touched:
         box, answers = enclosing_box([box, group.box]), answers | group.answers
@@ -174,8 +204,8 @@ def _join_part(part: _Found, parts: list[_Group]) -> None:
     parts.append(_Group(box, confidence, answers))
 
 
-def _covered(part: Box, box: Box) -> float:
-    """Return the fraction of the part that a box covers."""
-    sides: NDArray[np.float64] = np.minimum(part[2:], box[2:]) - np.maximum(part[:2], box[:2])
+def _covered(part: Box, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the fraction of the part that each box covers."""
+    sides = np.minimum(part[2:], boxes[:, 2:]) - np.maximum(part[:2], boxes[:, :2])
     area = (part[2] - part[0]) * (part[3] - part[1])
-    return float(np.clip(sides, 0, None).prod() / area) if area > 0 else 0.0
+    return np.clip(sides, 0, None).prod(axis=1) / area if area > 0 else np.zeros(len(boxes))

@@ -148,7 +148,7 @@ class Predictor:
         self.wording = wording
         self.weights = weights
         least = asking.min_confidence
-        self.kept = (chosen_boxes(weights) or EVERY_BOX) if least is None else KeptBoxes(least)
+        self.kept = (chosen_boxes(asking.adapter or weights) or EVERY_BOX) if least is None else KeptBoxes(least)
         self._resize = asking.resize or resize_of(model.config)
         self._grammar = build_grammar(tokenizer, self.wording, asking.decoding, asking.min_boxes)
         least = self._grammar.least_tokens if self._grammar else 1

@@ -76,7 +76,7 @@ def merge_replies(
     boxes = [FoundBox(*pair) for pair in zip(merged.boxes or (), merged.confidences, strict=True)]
     return replace(
         best,
-        text=merged_text(best.text, merged, size_px, not_found),
+        text=merged_text(best.prompt, best.text, merged, size_px, not_found),
         boxes=None if merged.boxes is None else tuple(boxes),
         not_found=merged.not_found,
         not_found_prob=merged.not_found_prob,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -238,9 +237,11 @@ def is_patience_over(run: Run, state: TrainState) -> bool:
 def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_request: StopRequest) -> TrainState:
     """Evaluate, save the results and update the best value. Collective. Raises StopRequested."""
     result = measure(run, state, run.folder.evaluation(state.step), stop_request)
+    averaged_kept = None
     if run.config.train.ema:
-        averaged = measure_averages(run, state, stop_request) if state.step else result.metrics
-        of_averages = {AVERAGED + name: value for name, value in averaged.items() if "/" not in name}
+        averaged = measure_averages(run, state, stop_request) if state.step else result
+        averaged_kept = averaged.kept
+        of_averages = {AVERAGED + name: value for name, value in averaged.metrics.items() if "/" not in name}
         result = dataclasses.replace(result, metrics=result.metrics | of_averages)
     train, value = run.config.train, monitor_value(result.metrics, run.config.train.monitor)
     best = updated_best(state.best, value, state.step, train)
@@ -248,7 +249,8 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
         logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
     if tracker:
         report_evaluation(run, state, result, best, tracker)
-    return dataclasses.replace(state, evaluated_step=state.step, best=best, kept_boxes=result.kept)
+    state = dataclasses.replace(state, kept_boxes=result.kept, averaged_kept_boxes=averaged_kept)
+    return dataclasses.replace(state, evaluated_step=state.step, best=best)
 
 
 def measure(run: Run, state: TrainState, folder: Path, stop_request: StopRequest) -> Evaluation:
@@ -272,7 +274,7 @@ def measure(run: Run, state: TrainState, folder: Path, stop_request: StopRequest
     return dataclasses.replace(result, metrics=result.metrics | probed)
 
 
-def measure_averages(run: Run, state: TrainState, stop_request: StopRequest) -> Mapping[str, float]:
+def measure_averages(run: Run, state: TrainState, stop_request: StopRequest) -> Evaluation:
     """Measure the averaged weights, and save the results beside those of the weights. Collective."""
     folder = run.folder.averaged_evaluation(state.step)
     with averages_as_weights(run.engine):
@@ -280,7 +282,7 @@ def measure_averages(run: Run, state: TrainState, stop_request: StopRequest) -> 
     if is_main():
         with failures_as_warnings("results of evaluations", Exception):
             save_evaluation(result, folder)
-    return result.metrics
+    return result
 
 
 def about_weights(run: Run, state: TrainState) -> dict[str, str | int]:

@@ -49,7 +49,8 @@ def test_what_is_asked_in_a_tile_what_is_absent_and_what_is_neither() -> None:
         target("cow", (90, 50, 130, 90)),
     )
     targets = [whole, mostly, little, target("pig", (300, 0, 320, 20)), target("fox"), target("left hen", (1, 1, 9, 9))]
-    targets += [target("largest rat", (1, 20, 9, 30)), target("最大的猫", (40, 40, 50, 50))]
+    for phrase in ("largest rat", "bigger rat", "rat behind it", "最大的猫", "更大的猫", "前面的猫"):
+        targets.append(target(phrase, (40, 40, 50, 50)))
     (found,) = tile_contents(targets, [(0, 0, 100, 100)], 0.6, True)
     assert found.asked == (whole, target("dog", (80, 0, 100, 20))), "two thirds of the dog are inside; clipped"
     assert found.absent == (target("pig"), target("fox")), "neither the cow, a quarter of which is inside"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from test_evaluate import NUM_PHOTOS, SEED, SETTINGS, reader_of
 
 from cogvlm_ft.data.tiling import photo_tiles
 from cogvlm_ft.evaluate import evaluate as evaluation
+from cogvlm_ft.evaluate.coco import RESULTS_FILE, save_coco
 from cogvlm_ft.evaluate.evaluate import Evaluation, evaluate
 from cogvlm_ft.evaluate.generate import Answer
 from cogvlm_ft.evaluate.results import Results
 from cogvlm_ft.evaluate.survey import Survey
 from cogvlm_ft.grounding.boxes import format_boxes
+from cogvlm_ft.grounding.prediction import ranked_boxes
 from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.grounding.tiles import clip_to_window
 from cogvlm_ft.grounding.wording import load_wording
@@ -111,8 +114,15 @@ def test_doubtful_boxes_of_tiles_are_removed_below_a_confidence_that_is_chosen_w
     assert 0.55 < chosen.metrics["tile_min_confidence"] < 0.9 and chosen.about["kept_boxes_are_chosen_here"]
     assert chosen.metrics["acc@0.5"] == chosen.metrics["not_found_acc"] == 1 and chosen.metrics["tile_removed"] > 1
     assert chosen.curves["confidence"][0][1] == 1 and "confidence" not in every.curves
-    removed = [each for each in chosen.predictions if each.truth_boxes_xyxy == []]
-    assert removed and all(each.answer in wording.not_found_sentences for each in removed)
+    ranking = [name for name in chosen.metrics if name.startswith(("ap", "ar"))]
+    assert len(ranking) > 6 and chosen.metrics["ap"] < 0.99
+    assert all(chosen.metrics[name] == every.metrics[name] for name in ranking), "the threshold decides no ranking"
+    removed = [each for each in chosen.predictions if each.truth_boxes_xyxy == [] and each.removed_boxes_xyxy]
+    assert {each.language for each in removed} == {"en", "zh"}
+    assert all(each.answer == wording.languages[each.language].not_found for each in removed)
+    save_coco(chosen.predictions, tmp_path)
+    results = json.loads((tmp_path / RESULTS_FILE).read_text())
+    assert len(results) == sum(len(ranked_boxes(each)[0]) for each in chosen.predictions if each.score)
     assert scored(replace(SETTINGS, min_confidence=0.7)).predictions == chosen.predictions
 
 

@@ -26,6 +26,7 @@ from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.blend import pair_with_start
 from cogvlm_ft.export.blend_scores import PROBE, BlendScore, best_blend, held, set_blend
 from cogvlm_ft.export.export import check_free_space, export_checkpoint, rejected_path
+from cogvlm_ft.export.quantized import export_quantized
 from cogvlm_ft.export.verification import Verification, compare_tensors, verify_export
 from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.launch.export import main
@@ -95,6 +96,25 @@ def test_an_export_holds_the_weights_and_is_verified(
     assert f"verified: {len(expected)} tensors equal those of the checkpoint bit for bit in {torch_name}" in (
         capsys.readouterr().out
     )
+
+
+def test_the_choice_of_boxes_from_tiles_is_that_of_the_exported_weights(
+    checkpoint: Path, start_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The averages have one of their own, a blend has none; it is kept where the weights are quantised."""
+    kept, step = KeptBoxes(0.25, True), read_state(checkpoint).step
+    state = dataclasses.replace(read_state(checkpoint), kept_boxes=kept, evaluated_step=step)
+    record_evaluation(checkpoint.parent, state)
+    assert chosen_boxes(checkpoint) == kept and not caplog.messages
+    assert chosen_boxes(checkpoint, averaged=True) is None and "for the averaged weights" in caplog.messages[-1]
+    record_evaluation(checkpoint.parent, dataclasses.replace(state, averaged_kept_boxes=KeptBoxes(0.5)))
+    assert chosen_boxes(checkpoint, averaged=True) == KeptBoxes(0.5) and chosen_boxes(checkpoint) == kept
+    export_quantized(checkpoint, tmp_path / "int8", "int8")
+    assert chosen_boxes(tmp_path / "int8") == kept
+    assert export(checkpoint, tmp_path / "blended", "--blend", 0.6, "--start", start_model) == 0
+    assert chosen_boxes(tmp_path / "blended") is None and "--blend: no evaluation chose" in caplog.messages[-1]
+    record_evaluation(checkpoint.parent, dataclasses.replace(state, evaluated_step=step - 1))
+    assert chosen_boxes(checkpoint) == kept and f"none has chosen it for step {step}" in caplog.messages[-1]
 
 
 def test_a_blend_is_between_the_start_and_the_checkpoint(

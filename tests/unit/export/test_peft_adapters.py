@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvlm_ft.build import load_whole_model
+from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes
 from cogvlm_ft.checkpoints.peft_files import WEIGHTS_FILE, open_peft_adapter, put_beside, put_into
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.adapter import export_merged
+from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 from cogvlm_ft.model.adapters import TARGETS, add_adapters, of_base
@@ -66,8 +68,12 @@ def test_it_starts_a_training_run_and_is_merged(
     shapes = of_base(parameter_shapes(started.named_parameters()).items())
     opened = open_peft_adapter(adapter, start_model, shapes)
     put_into(started, opened, SETTINGS, whole_assign(started.named_parameters()))
-    arguments = ["--checkpoint", adapter, "--base", start_model, "--out", tmp_path / "merged"]
+    base = shutil.copytree(start_model, tmp_path / "base")
+    save_kept_boxes(KeptBoxes(0.9), base)
+    arguments = ["--checkpoint", adapter, "--base", base, "--out", tmp_path / "merged"]
     assert main([str(argument) for argument in arguments]) == 0
+    assert chosen_boxes(tmp_path / "merged") is None, "which boxes from tiles count was chosen for other weights"
+    assert load_predictor(base, Asking(adapter=adapter)).kept == KeptBoxes()
     assert "merged" in capsys.readouterr().out
     asked = load_predictor(start_model, Asking(adapter=adapter)).model
     for model in (started, asked, load_model(tmp_path / "merged")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from cogvlm_ft.data.record import BadSampleError
 from cogvlm_ft.data.stored_photo import StoredPhoto
 from cogvlm_ft.data.tiling import photo_tiles, plan_tiles, show_tile
 from cogvlm_ft.errors import ConfigError, DataError
+from cogvlm_ft.evaluate.looks import LookPlace, LookReader
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.predict import large_photos
 from cogvlm_ft.predict.large_photos import load_photo
@@ -108,6 +110,29 @@ def test_the_same_is_asked_about_stored_tiles(readers: list[ShardReader]) -> Non
         plan_tiles(readers[1], load_wording("box"), TilesConfig(side_px=64, overlap=0.25), None, seed=3)
 
 
+def test_a_photo_with_a_damaged_tile_is_not_usable_in_an_evaluation(readers: list[ShardReader], tmp_path: Path) -> None:
+    """It is counted, and none of the other photos is lost."""
+    index = readers[1].index
+    folder = shutil.copytree(index.shard_paths[0].parent, tmp_path / "shards")
+    stored = readers[1].read(1).image
+    assert isinstance(stored, StoredPhoto)
+    start = int(index.image_offset[1]) + stored.tiles.place(2)[0]
+    with (folder / "train-000000.tar").open("r+b") as tar:
+        tar.seek(start)
+        tar.write(bytes(100))
+    reader = ShardReader(load_index(folder, "train"))
+    looks = LookReader(reader, load_wording("box"), 0, "squash", TILES)
+    num_looks = 1 + len(photo_tiles(SIZE_PX, TILES))
+    shown = list(looks.read([LookPlace(photo, number) for photo in range(4) for number in range(num_looks)]))
+    counts = [sum(look.question.index == photo for look in shown) for photo in range(4)]
+    assert looks.bad == {1} and counts.pop(1) < num_looks and counts == [num_looks] * 3
+
+
+def test_a_tile_that_is_too_large_to_decode_is_not_read(readers: list[ShardReader]) -> None:
+    with pytest.raises(BadSampleError, match=r"too_many_pixels: a tile of \d+ pixels; expected at most 9000"):
+        ShardReader(readers[1].index, max_pixels=9000).read(0)
+
+
 def test_a_member_that_is_not_what_its_record_says(readers: list[ShardReader]) -> None:
     stored = readers[1].read(0).image
     assert isinstance(stored, StoredPhoto)
@@ -159,6 +184,8 @@ def test_settings_of_tiles() -> None:
         ((8, 0.2), "--tiles: 8"),
         ((100, 0.95), "--overlap: 0.95"),
         ((100, 0.2, 0), "--tile-quality: 0"),
+        ((10_001, 0.2), "--tiles: 10001; expected 16 to 10000"),
+        ((100, 0.2, None, 20_000), "--max-side: 20000; expected at most 10000"),
     ):
         with pytest.raises(DataError, match=name):
             TileCut(*values)  # type: ignore[arg-type]
