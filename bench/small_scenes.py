@@ -143,6 +143,7 @@ def ask(
     tokenizer: CogVLMTokenizer,
     images: Sequence[Image.Image],
     phrases: Sequence[Sequence[str]],
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[list[Answer]]:
     """Return the answers about each image, 32 images at a time."""
     model.eval()
@@ -152,5 +153,5 @@ def ask(
             part = slice(start, start + 32)
             prompts = [[f"{phrase}?" for phrase in row] for row in phrases[part]]
             pixels = _pixels(images[part], model)
-            found += generate_answers(model, tokenizer, pixels, prompts, MAX_NEW_TOKENS, not_found=[NOT_FOUND])
+            found += generate_answers(model, tokenizer, pixels, prompts, max_new_tokens, not_found=[NOT_FOUND])
     return found

@@ -35,7 +35,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from small_scenes import Scene, Shown, build_model, build_tokenizer, make_scene, train, turns_of
+from small_scenes import MAX_NEW_TOKENS, Scene, Shown, build_model, build_tokenizer, make_scene, train, turns_of
 from small_targets_asking import (
     PATCH_PX,
     Results,
@@ -65,17 +65,32 @@ TILES = ("tiles", "tiles, confident", "tiles, every box")
 WAYS = ("whole", "resolution", "zoom", *TILES)
 
 _TILES = TilesConfig(side_px=144, overlap=0.14, whole=False, fully_annotated=True, absent=0.4, empty=0.4)
-FULL = Setting(512, 64, 128, 232, _TILES, (3.0, 16.0), (128, 4.0, 12.0), ((3, 6), (7, 11), (12, 16)), 6)
-SHRUNK = Setting(
-    128,
-    32,
-    64,
-    128,
-    replace(_TILES, side_px=32, overlap=0.5, whole=True),
-    (3.0, 40.0),
-    (32, 4.0, 7.0),
-    ((3, 6), (7, 11), (12, 16), (17, 31), (32, 40)),
-    3,
+FULL = Setting(
+    low_px=64,
+    high_px=128,
+    tiles=_TILES,
+    zoom_px=128,
+    whole_tokens=MAX_NEW_TOKENS,
+    part_tokens=MAX_NEW_TOKENS,
+    photo_px=512,
+    dense_px=232,
+    sizes_px=(3.0, 16.0),
+    large_px=(128, 4.0, 12.0),
+    groups_px=((3, 6), (7, 11), (12, 16)),
+    num_colours=6,
+)
+SHRUNK = replace(
+    FULL,
+    low_px=32,
+    high_px=64,
+    tiles=replace(_TILES, side_px=32, overlap=0.5, whole=True),
+    zoom_px=32,
+    photo_px=128,
+    dense_px=128,
+    sizes_px=(3.0, 40.0),
+    large_px=(32, 4.0, 7.0),
+    groups_px=((3, 6), (7, 11), (12, 16), (17, 31), (32, 40)),
+    num_colours=3,
 )
 
 
@@ -156,14 +171,14 @@ def ask_in_tiles(
     others = [setting.draw_scene(rng) for _ in range(len(scenes) // 2)]
     of_others = ask_tiles(model, tokenizer, others, setting)
     for way, only_best in (("tiles", True), ("tiles, confident", False)):
-        kept = choose_confidence(others, of_others, setting, only_best)
+        kept = choose_confidence(others, of_others, only_best)
         rules = [KeptBoxes(n / 50, only_best) for n in range(50)]
-        best, at = max((accuracy_with(scenes, given, setting, rule), rule.min_confidence) for rule in rules)
+        best, at = max((accuracy_with(scenes, given, rule), rule.min_confidence) for rule in rules)
         best_for_these = f"the best for these scenes is {at:.2f}: acc@0.5 {best:.3f}"
         print(f"{way}: from {kept.min_confidence:.2f} on; {best_for_these}", flush=True)
-        add(found[way], scenes, merged(given, setting, kept), seconds)
-    add(found["tiles, every box"], scenes, merged(given, setting, EVERY_BOX), seconds)
-    print(f"tiles: {diagnosis(scenes, given, setting)}", flush=True)
+        add(found[way], scenes, merged(scenes, given, kept), seconds)
+    add(found["tiles, every box"], scenes, merged(scenes, given, EVERY_BOX), seconds)
+    print(f"tiles: {diagnosis(scenes, given)}", flush=True)
 
 
 def at_size(model: CogVLMForCausalLM, size_px: int) -> CogVLMForCausalLM:

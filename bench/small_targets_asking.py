@@ -1,7 +1,8 @@
-"""Questions about small targets in every way of bench/small_targets.py, and the scores of the answers."""
+"""Questions about small targets, asked in every way of bench/small_targets.py, and the scores of the answers."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,17 +27,29 @@ PATCH_PX, NUM_TARGETS = 8, 2
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes in pixels: of the photo, the low, the high input, and the one that sees as much as tiles; of targets.
+class Looks:
+    """How photos are shown: input sizes in pixels, tiles, the side of a second look in pixels of the photo.
+
+    whole_tokens, part_tokens: most new tokens of an answer about the whole photo, or about a part of it.
+    """
+
+    low_px: int
+    high_px: int
+    tiles: TilesConfig
+    zoom_px: int
+    whole_tokens: int
+    part_tokens: int
+
+
+@dataclass(frozen=True)
+class Setting(Looks):
+    """Sizes in pixels: of the photo, of the input that sees as much as tiles, of targets.
 
     large_px: (side of scenes, least and most size of the smallest box, the largest is 3 times as wide) before.
     """
 
     photo_px: int
-    low_px: int
-    high_px: int
     dense_px: int
-    tiles: TilesConfig
     sizes_px: tuple[float, float]
     large_px: tuple[int, float, float]
     groups_px: tuple[tuple[int, int], ...]
@@ -46,10 +59,6 @@ class Setting:
     def patch_px(self) -> float:
         """Return the side of a patch in pixels of the whole photo."""
         return PATCH_PX * self.photo_px / self.low_px
-
-    @property
-    def zoom_px(self) -> int:
-        return self.photo_px // 4
 
     def draw_scene(self, rng: random.Random) -> Scene:
         scene = make_scene(rng, self.photo_px, self.sizes_px, NUM_TARGETS, self.num_colours)
@@ -92,55 +101,61 @@ Row = list[tuple[list[Box], int, int]]
 """For each question the boxes in pixels of the photo, and how many duplicates and weak boxes were removed."""
 
 
-def ask_whole(
-    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, scenes: Sequence[Scene], setting: Setting
-) -> list[Row]:
-    answers = ask(model, tokenizer, [s.image for s in scenes], [[t.phrase for t in s.targets] for s in scenes])
-    return [[(boxes_in(answer, (0, 0, setting.photo_px, setting.photo_px)), 0, 0) for answer in row] for row in answers]
+def ask_whole(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, scenes: Sequence[Scene], looks: Looks) -> list[Row]:
+    phrases = [[target.phrase for target in scene.targets] for scene in scenes]
+    answers = ask(model, tokenizer, [scene.image for scene in scenes], phrases, looks.whole_tokens)
+    return [
+        [(boxes_in(answer, (0, 0, *scene.image.size)), 0, 0) for answer in row]
+        for scene, row in zip(scenes, answers, strict=True)
+    ]
 
 
 def ask_zoomed(
-    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, scenes: Sequence[Scene], setting: Setting
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, scenes: Sequence[Scene], looks: Looks
 ) -> list[Row]:
-    """Ask about the whole photo, then about the part around the first box, whose answer replaces it."""
-    found = []
-    for scene, row in zip(scenes, ask_whole(model, tokenizer, scenes, setting), strict=True):
-        zoomed: Row = []
-        for target, (boxes, *_) in zip(scene.targets, row, strict=True):
-            if boxes:
-                window = window_around(boxes[0], setting)
-                [[second]] = ask(model, tokenizer, [scene.image.crop(window)], [[target.phrase]])
-                boxes = boxes_in(second, window) or boxes
-            zoomed.append((boxes, 0, 0))
-        found.append(zoomed)
+    """Ask about the whole photo, then about the part around each box, which the nearest box found there replaces."""
+    found = ask_whole(model, tokenizer, scenes, looks)
+    places = [(s, t, k) for s, row in enumerate(found) for t, (boxes, *_) in enumerate(row) for k in range(len(boxes))]
+    windows = [window_around(found[s][t][0][k], looks.zoom_px, scenes[s].image.size) for s, t, k in places]
+    images: list[Image.Image] = [scenes[s].image.crop(at) for (s, *_), at in zip(places, windows, strict=True)]
+    phrases = [[scenes[s].targets[t].phrase] for s, t, _ in places]
+    answers = ask(model, tokenizer, images, phrases, looks.part_tokens)
+    for (s, t, k), window, [answer] in zip(places, windows, answers, strict=True):
+        first = found[s][t][0][k]
+        found[s][t][0][k] = min(boxes_in(answer, window), key=lambda box: distance(box, first), default=first)
     return found
 
 
-def window_around(box: Box, setting: Setting) -> Window:
-    side, most = setting.zoom_px, setting.photo_px - setting.zoom_px
-    x0, y0 = (int(min(max(0, (box[i] + box[i + 2]) / 2 - side / 2), most)) for i in (0, 1))
-    return x0, y0, x0 + side, y0 + side
+def distance(box: Box, other: Box) -> float:
+    """Return the distance of the centres."""
+    return float(np.hypot(*(np.add(box[:2], box[2:]) - np.add(other[:2], other[2:]))) / 2)
+
+
+def window_around(box: Box, side_px: int, size_px: tuple[int, int]) -> Window:
+    x0, y0 = (int(min(max(0, (box[i] + box[i + 2]) / 2 - side_px / 2), size_px[i] - side_px)) for i in (0, 1))
+    return x0, y0, x0 + side_px, y0 + side_px
 
 
 def ask_tiles(
-    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, scenes: Sequence[Scene], setting: Setting
+    model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, scenes: Sequence[Scene], looks: Looks
 ) -> list[list[list[TileAnswer]]]:
     """Return the answers about all tiles, for each scene and target."""
-    size_px = setting.photo_px, setting.photo_px
-    windows = photo_tiles(size_px, setting.tiles)
-    windows += [(0, 0, *size_px)] if setting.tiles.whole else []
-    images: list[Image.Image] = [scene.image.crop(window) for scene in scenes for window in windows]
-    phrases = [[t.phrase for t in scene.targets] for scene in scenes for _ in windows]
-    answers = iter(ask(model, tokenizer, images, phrases))
-    parts = [[[tile_answer(each, window, setting) for each in next(answers)] for window in windows] for _ in scenes]
+    windows = [photo_tiles(scene.image.size, looks.tiles) for scene in scenes]
+    if looks.tiles.whole:
+        windows = [[*tiles, (0, 0, *scene.image.size)] for scene, tiles in zip(scenes, windows, strict=True)]
+    shown = [(scene, window) for scene, tiles in zip(scenes, windows, strict=True) for window in tiles]
+    images: list[Image.Image] = [scene.image.crop(window) for scene, window in shown]
+    phrases = [[target.phrase for target in scene.targets] for scene, _ in shown]
+    answers = iter(ask(model, tokenizer, images, phrases, looks.part_tokens))
+    parts = [[[tile_answer(each, window, looks) for each in next(answers)] for window in tiles] for tiles in windows]
     return [[list(column) for column in zip(*rows, strict=True)] for rows in parts]
 
 
-def tile_answer(answer: Answer, window: Window, setting: Setting) -> TileAnswer:
+def tile_answer(answer: Answer, window: Window, looks: Looks) -> TileAnswer:
     boxes, read = boxes_in(answer, window), read_boxes(answer.text, answer.digit_probs)
     confidences = [each.confidence for each in read] if read and len(read) == len(boxes) else [1.0] * len(boxes)
-    patch_px = PATCH_PX * (window[2] - window[0]) / setting.low_px
-    return TileAnswer(window, boxes, confidences, (patch_px, patch_px), not boxes, answer.not_found_prob)
+    patch_px = [PATCH_PX * (window[i + 2] - window[i]) / looks.low_px for i in (0, 1)]
+    return TileAnswer(window, boxes, confidences, (patch_px[0], patch_px[1]), not boxes, answer.not_found_prob)
 
 
 def boxes_in(answer: Answer, window: Window) -> list[Box]:
@@ -149,35 +164,35 @@ def boxes_in(answer: Answer, window: Window) -> list[Box]:
     return [(a + x0, b + y0, c + x0, d + y0) for a, b, c, d in boxes]
 
 
-def merged(given: Sequence[Sequence[Sequence[TileAnswer]]], setting: Setting, kept: KeptBoxes) -> list[Row]:
+def merged(scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]], kept: KeptBoxes) -> list[Row]:
     """Merge the answers about tiles."""
-    size_px = setting.photo_px, setting.photo_px
-    rows = [[merge_answers(answers, size_px, kept) for answers in row] for row in given]
+    rows = [
+        [merge_answers(answers, scene.image.size, kept) for answers in row]
+        for scene, row in zip(scenes, given, strict=True)
+    ]
     return [[(each.boxes or [], each.num_duplicates, each.num_removed) for each in row] for row in rows]
 
 
 def choose_confidence(
-    scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]], setting: Setting, only_best: bool
+    scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]], only_best: bool
 ) -> KeptBoxes:
     """Choose which boxes count where F1 is highest, as an evaluation during training does."""
     ranked = []
     for scene, row in zip(scenes, given, strict=True):
         for target, answers in zip(scene.targets, row, strict=True):
-            answer = merge_answers(answers, (setting.photo_px, setting.photo_px))
+            answer = merge_answers(answers, scene.image.size)
             ranked.append(rank_boxes(answer.boxes or [], answer.confidences, target.boxes_xyxy))
     curve = confidence_curve(ranked, only_best=only_best)
     return curve.kept if curve else EVERY_BOX
 
 
-def accuracy_with(
-    scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]], setting: Setting, kept: KeptBoxes
-) -> float:
+def accuracy_with(scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]], kept: KeptBoxes) -> float:
     results = Results()
-    add(results, scenes, merged(given, setting, kept), 0.0)
-    return results.accuracy(0, setting.photo_px)
+    add(results, scenes, merged(scenes, given, kept), 0.0)
+    return results.accuracy(0, math.inf)
 
 
-def diagnosis(scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]], setting: Setting) -> str:
+def diagnosis(scenes: Sequence[Scene], given: Sequence[Sequence[Sequence[TileAnswer]]]) -> str:
     """Say how often tiles with and without a target are answered rightly, and what merging is given."""
     hits, near, says_so, num_wrong, seen = list[bool](), list[bool](), list[bool](), list[int](), list[bool]()
     for scene, row in zip(scenes, given, strict=True):
