@@ -12,7 +12,8 @@ high          at the higher one, with the position table interpolated as when we
 high, random  at the higher one, with a new random position table
 
 Accuracies at IoU 0.5 are those before and after the continued training, of targets under and from one patch of the
-low resolution on the shorter side.
+low resolution on the shorter side. "centre" is how often the centre of the answered box is in the target, "width" the
+median of answered / true width: a model that reads sizes in patches answers too large boxes in a larger image.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from small_scenes import Shown, ask, build_model, build_tokenizer, make_scene, t
 from small_targets import at_size
 
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
-from cogvlm_ft.grounding.metrics import score_boxes
+from cogvlm_ft.grounding.metrics import AnswerScore, score_boxes
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 
 PHOTO_PX, PATCH_PX, SIZES_PX, NUM_TARGETS = 128, 8, (3.0, 40.0), 2
 WAYS = ("low", "high", "high, random")
+HEADS = ("all", "under one patch", "from one patch", "centre", "width")
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--high", type=int, default=64, help="px, a multiple of 8")
     parser.add_argument("--before", type=int, default=1600, help="steps at the low resolution before all runs")
     parser.add_argument("--steps", type=int, default=400, help="steps of each run")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--scenes", type=int, default=96, help="that are asked about")
@@ -50,30 +53,31 @@ def main() -> None:
     found: dict[str, list[list[float]]] = defaultdict(list)
     for seed in range(args.seeds):
         run_seed(seed, args, found)
-    heads = ("all", "under one patch", "from one patch")
-    print("| way | " + " | ".join(f"{head}, {when}" for when in ("before", "after") for head in heads) + " |")
-    print("|---" * 7 + "|")
-    for way in WAYS:
+    print("| way | " + " | ".join(f"{head}, {when}" for when in ("before", "after") for head in HEADS) + " |")
+    print("|---" * (1 + 2 * len(HEADS)) + "|")
+    for way in args.ways:
         print(f"| {way} | " + " | ".join(f"{value:.3f}" for value in np.mean(found[way], axis=0)) + " |")
-    gain = np.mean([high[4] - low[4] for low, high in zip(found["low"], found["high"], strict=True)])
+    gain = np.mean(
+        [high[len(HEADS) + 1] - low[len(HEADS) + 1] for low, high in zip(found["low"], found["high"], strict=True)]
+    )
     print(f"higher resolution, acc@0.5 under one patch: {gain:+.3f}")
 
 
 def run_seed(seed: int, args: argparse.Namespace, found: dict[str, list[list[float]]]) -> None:
-    """Train the start model, then each way; add its accuracies before and after."""
+    """Train the start model, then each way; add what it reaches before and after."""
     tokenizer = build_tokenizer()
     if args.base:
         start = load_model(args.base, args.low, torch.float32)
     else:
         start = build_model(tokenizer, args.low, seed)
         train(start, tokenizer, draw, seed=seed, batch_size=args.batch_size, num_steps=args.before)
-    for way in WAYS:
+    for way in args.ways:
         model = at_size(start, args.low if way == "low" else args.high)
         if way == "high, random":
             torch.nn.init.normal_(model.model.vision.patch_embedding.position_embedding.weight)
-        before = accuracies(model, tokenizer, args)
+        before = measure(model, tokenizer, args)
         train(model, tokenizer, draw, seed=seed + 100, batch_size=args.batch_size, num_steps=args.steps)
-        found[way].append([*before, *accuracies(model, tokenizer, args)])
+        found[way].append([*before, *measure(model, tokenizer, args)])
         print(f"seed {seed}, {way}: " + ", ".join(f"{value:.3f}" for value in found[way][-1]), flush=True)
 
 
@@ -82,21 +86,23 @@ def draw(rng: random.Random) -> Shown:
     return scene.image, turns_of(scene.targets, scene.image.size)
 
 
-def accuracies(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, args: argparse.Namespace) -> list[float]:
-    """Return acc@0.5 of all targets, of those under one patch of the low resolution, and of the others."""
+def measure(model: CogVLMForCausalLM, tokenizer: CogVLMTokenizer, args: argparse.Namespace) -> list[float]:
+    """Return the values of HEADS over held-out scenes."""
     rng = random.Random("held out")
     scenes = [make_scene(rng, PHOTO_PX, SIZES_PX, NUM_TARGETS) for _ in range(args.scenes)]
     rows = ask(model, tokenizer, [s.image for s in scenes], [[t.phrase for t in s.targets] for s in scenes])
-    sides, hits = list[float](), list[bool]()
+    sides, scores, widths = list[float](), list[AnswerScore](), list[float]()
     for scene, row in zip(scenes, rows, strict=True):
         for target, answer in zip(scene.targets, row, strict=True):
             boxes = boxes_from_bins(parse_boxes(answer.text) or [], scene.image.size).tolist()
             x0, y0, x1, y1 = target.boxes_xyxy[0]
             sides.append(min(x1 - x0, y1 - y0))
-            hits.append(score_boxes(boxes, False, target.boxes_xyxy).iou >= 0.5)
+            scores.append(score_boxes(boxes, False, target.boxes_xyxy))
+            widths += [(box[2] - box[0]) / (x1 - x0) for box in boxes[:1]]
     is_small = np.array(sides) < PATCH_PX * PHOTO_PX / args.low
-    right = np.array(hits)
-    return [float(part.mean()) for part in (right, right[is_small], right[~is_small])]
+    right = np.array([score.iou >= 0.5 for score in scores])
+    parts = [float(part.mean()) for part in (right, right[is_small], right[~is_small])]
+    return [*parts, float(np.mean([score.centre for score in scores])), float(np.median(widths or [np.nan]))]
 
 
 if __name__ == "__main__":
