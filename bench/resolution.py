@@ -1,7 +1,7 @@
 """Compare continued training at a low and at a higher resolution, at equal steps, by the size of targets.
 
     python bench/resolution.py --base base/ --low 64 --high 128 [--steps 120] [--seeds 1]
-    python bench/resolution.py [--low 32] [--high 64] [--before 1600] [--steps 400] [--seeds 1]
+    python bench/resolution.py [--low 32] [--high 64] [--before 1600] [--steps 400] [--seeds 1] [--smooth]
 
 Scenes are 128 px wide, their coloured boxes 3 to 40 px. A tiny model with patches of 8 px first trains at the low
 resolution (--before), or is the one that bench/small_targets.py --base trained at 64 px. Then copies of it continue for
@@ -11,14 +11,19 @@ low           at the low resolution
 high          at the higher one, with the position table interpolated as when weights are loaded
 high, random  at the higher one, with a new random position table
 
+--smooth: the random model starts with a position table in which neighbours are alike, as a large model's may be. In
+a table that starts at random neighbours stay unrelated ("similarity", the mean cosine), so what is interpolated between
+them tells no place.
+
 Accuracies at IoU 0.5 are those before and after the continued training, of targets under and from one patch of the
 low resolution on the shorter side. "centre" is how often the centre of the answered box is in the target, "width" the
-median of answered / true width: a model that reads sizes in patches answers too large boxes in a larger image.
+median of answered / true width.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -27,6 +32,7 @@ import numpy as np
 import torch
 from small_scenes import Shown, ask, build_model, build_tokenizer, make_scene, train, turns_of
 from small_targets import at_size
+from torch import Tensor
 
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.metrics import AnswerScore, score_boxes
@@ -43,6 +49,7 @@ def main() -> None:
     parser.add_argument("--low", type=int, default=32, help="px, a multiple of 8")
     parser.add_argument("--high", type=int, default=64, help="px, a multiple of 8")
     parser.add_argument("--before", type=int, default=1600, help="steps at the low resolution before all runs")
+    parser.add_argument("--smooth", action="store_true", help="start with a smooth position table")
     parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -70,15 +77,41 @@ def run_seed(seed: int, args: argparse.Namespace, found: dict[str, list[list[flo
         start = load_model(args.base, args.low, torch.float32)
     else:
         start = build_model(tokenizer, args.low, seed)
+        if args.smooth:
+            smooth(position_table(start))
         train(start, tokenizer, draw, seed=seed, batch_size=args.batch_size, num_steps=args.before)
+    print(f"seed {seed}: similarity of neighbours {similarity(position_table(start)):.2f}", flush=True)
     for way in args.ways:
         model = at_size(start, args.low if way == "low" else args.high)
         if way == "high, random":
-            torch.nn.init.normal_(model.model.vision.patch_embedding.position_embedding.weight)
+            torch.nn.init.normal_(position_table(model))
         before = measure(model, tokenizer, args)
         train(model, tokenizer, draw, seed=seed + 100, batch_size=args.batch_size, num_steps=args.steps)
         found[way].append([*before, *measure(model, tokenizer, args)])
         print(f"seed {seed}, {way}: " + ", ".join(f"{value:.3f}" for value in found[way][-1]), flush=True)
+
+
+def position_table(model: CogVLMForCausalLM) -> Tensor:
+    """Return float[1 + side**2, width]: of the class token, then of the patches, row by row."""
+    return model.model.vision.patch_embedding.position_embedding.weight
+
+
+@torch.no_grad()
+def smooth(table: Tensor) -> None:
+    """Replace the entries of the patches by random mixtures of low waves along both sides, of the same mean norm."""
+    side = math.isqrt(len(table) - 1)
+    places = (torch.arange(side) + 0.5) / side
+    waves = [wave(math.pi * k * places) for k in range(1, side // 2 + 1) for wave in (torch.sin, torch.cos)]
+    rows, columns = (torch.stack(waves).repeat_interleave(side, 1), torch.stack(waves).repeat(1, side))
+    mixed = torch.cat([rows, columns]).T @ torch.randn(2 * len(waves), table.shape[1])
+    table[1:] = mixed * (table[1:].norm(dim=1).mean() / mixed.norm(dim=1).mean())
+
+
+def similarity(table: Tensor) -> float:
+    """Return the mean cosine of the entries of patches that are side by side."""
+    side = math.isqrt(len(table) - 1)
+    grid = table[1:].unflatten(0, (side, side))
+    return float(torch.nn.functional.cosine_similarity(grid[:, 1:], grid[:, :-1], dim=-1).mean())
 
 
 def draw(rng: random.Random) -> Shown:
