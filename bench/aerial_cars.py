@@ -1,11 +1,12 @@
 """Compare ways to see small targets on real aerial photos, some of which were not trained on: a tiny model.
 
-    python bench/aerial_cars.py PHOTOS --base base/ [--cpu-s 420] [--seeds 1]
+    python bench/aerial_cars.py PHOTOS --base base/ [--steps 600] [--seeds 1]
 
 PHOTOS: a folder of photos with YOLO labels (`car`, `bus`, ...) beside them. Every second photo, in the order of names,
 is trained on, the others are held out; where photos are frames of a film, both halves show the same places. --base: the
-model of bench/small_targets.py --base, which finds boxes in drawn scenes. Each way of that benchmark trains a copy of
-it for the same CPU time (--cpu-s), then is asked for every label of a photo, and for one that is not in it.
+model of bench/small_targets.py --base, which finds boxes in drawn scenes. A copy of it is trained on tiles for --steps
+steps, and one for each other way for as much CPU time as that took. Then each is asked for every label of a photo, and
+for one that is not in it.
 
 whole       the photo at 64 px
 resolution  the photo at 128 px, with an interpolated position table
@@ -99,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder of photos and YOLO labels")
     parser.add_argument("--base", type=Path, required=True, help="model folder that bench/small_targets.py wrote")
-    parser.add_argument("--cpu-s", type=float, default=420.0, help="CPU time of the training of each way")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the training on tiles")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
@@ -140,12 +141,16 @@ def run_seed(
 ) -> None:
     """Train and ask in every way; add what was found."""
     tokenizer = build_tokenizer()
+    budget_s: float | None = None
     for trained in ("tiles", "resolution", "whole"):
         size_px = LOOKS.high_px if trained == "resolution" else LOOKS.low_px
         model = at_size(load_model(args.base, LOOKS.low_px, torch.float32), size_px)
         draw = draw_tile(halves["trained on"]) if trained == "tiles" else draw_whole(halves["trained on"], size_px)
-        steps = train(model, tokenizer, draw, seed=seed, batch_size=args.batch_size, cpu_s=args.cpu_s)
-        print(f"seed {seed}, {trained}: {steps} steps", flush=True)
+        taken = train(
+            model, tokenizer, draw, seed=seed, batch_size=args.batch_size, num_steps=args.steps, cpu_s=budget_s
+        )
+        budget_s = taken.cpu_s
+        print(f"seed {seed}, {trained}: {taken.steps} steps in {taken.cpu_s:.0f} s", flush=True)
         scenes = {half: [scene for _, scene in halves[half]] for half in HALVES}
         if trained == "tiles":
             ask_in_tiles(model, tokenizer, scenes, found)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +98,13 @@ Shown = tuple[Image.Image, list[Turn]]
 """An image as it is shown, and the questions about it."""
 
 
+class Trained(NamedTuple):
+    """What a training took."""
+
+    steps: int
+    cpu_s: float
+
+
 def train(
     model: CogVLMForCausalLM,
     tokenizer: CogVLMTokenizer,
@@ -104,10 +112,10 @@ def train(
     *,
     seed: int,
     batch_size: int,
-    num_steps: int | None = None,
+    num_steps: int,
     cpu_s: float | None = None,
-) -> int:
-    """Train with AdamW for a number of steps, or for as many as a budget of CPU seconds allows; return the steps."""
+) -> Trained:
+    """Train with AdamW for `num_steps`; with `cpu_s`, for as many steps as that much CPU time allows instead."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     rng, start, step, done = random.Random(f"train:{seed}"), time.process_time(), 0, 0.0
     model.train()
@@ -120,8 +128,8 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        done = step / num_steps if num_steps else (time.process_time() - start) / (cpu_s or 1.0)
-    return step
+        done = (time.process_time() - start) / cpu_s if cpu_s else step / num_steps
+    return Trained(step, time.process_time() - start)
 
 
 def _batch(shown: Sequence[Shown], tokenizer: CogVLMTokenizer, model: CogVLMForCausalLM) -> dict[str, Tensor]:

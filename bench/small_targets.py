@@ -1,11 +1,11 @@
 """Compare ways to see small targets: whole photo, raised resolution, zoom, tiles; equal training cost for all.
 
-    python bench/small_targets.py --base base/ [--base-s 1080] [--cpu-s 60] [--seeds 3] [--scenes 48] [--shrunk]
+    python bench/small_targets.py --base base/ [--base-steps 3000] [--steps 170] [--seeds 3] [--scenes 48] [--shrunk]
 
 Scenes are 512 px wide, their coloured boxes 3 to 16 px. The model sees 64 px in patches of 8 px, so every target is
 smaller than one patch of the whole photo. A tiny model first learns to find larger boxes, of 4 to 36 px in scenes of
-128 px (--base-s seconds of CPU time; the folder --base keeps it for later runs). For each seed each way then trains it
-on the small targets for the same CPU time (--cpu-s), with absent targets:
+128 px (--base-steps; the folder --base keeps it for later runs). For each seed each way then trains it on the small
+targets, with absent ones too: tiles for --steps steps, the others for as much CPU time as that took.
 
 whole       the photo at 64 px
 resolution  the photo at 128 px, with an interpolated position table
@@ -18,7 +18,7 @@ cost only   the model of `resolution`, untrained at 232 px, which sees as much a
 --shrunk: scenes of 128 px with boxes of 3 to 40 px in three colours; input of 32 px, tiles of 32 px and the whole
 photo. There the whole photo shows targets of less and of more than one patch, and a tile not always the larger ones.
 
-Training takes base-s + 3 x cpu-s x seeds seconds of CPU time.
+Training takes 18 to 30 minutes of CPU time for the model of larger boxes, and 3 to 6 for each seed.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shrunk", action="store_true", help="smaller photos, which a tiny model learns in minutes")
     parser.add_argument("--base", type=Path, help="model folder of the training on larger boxes; written if missing")
-    parser.add_argument("--base-s", type=float, default=1080.0, help="CPU time of the training on larger boxes")
-    parser.add_argument("--cpu-s", type=float, default=60.0, help="CPU time of the training of each way")
+    parser.add_argument("--base-steps", type=int, default=3000, help="steps of the training on larger boxes")
+    parser.add_argument("--steps", type=int, default=170, help="steps of the training on tiles")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=48, help="that are asked about after training")
@@ -120,8 +120,7 @@ def load_base(args: argparse.Namespace, tokenizer: CogVLMTokenizer, setting: Set
     if args.base and args.base.is_dir():
         return load_model(args.base, setting.low_px, torch.float32)
     base = build_model(tokenizer, setting.low_px, seed=0)
-    steps = train(base, tokenizer, draw_large(setting), seed=0, batch_size=args.batch_size, cpu_s=args.base_s)
-    print(f"larger boxes: {steps} steps", flush=True)
+    train(base, tokenizer, draw_large(setting), seed=0, batch_size=args.batch_size, num_steps=args.base_steps)
     if args.base:
         base.save_pretrained(args.base)
     return base
@@ -138,11 +137,15 @@ def run_seed(
     """Train and ask in every way; add what was found."""
     rng = random.Random("held out")
     scenes = [setting.draw_scene(rng) for _ in range(args.scenes)]
+    budget_s: float | None = None
     for trained in ("tiles", "whole", "resolution"):
         model = at_size(base, setting.high_px if trained == "resolution" else setting.low_px)
         draw = (draw_tile if trained == "tiles" else draw_whole)(setting)
-        steps = train(model, tokenizer, draw, seed=seed, batch_size=args.batch_size, cpu_s=args.cpu_s)
-        print(f"seed {seed}, {trained}: {steps} steps", flush=True)
+        taken = train(
+            model, tokenizer, draw, seed=seed, batch_size=args.batch_size, num_steps=args.steps, cpu_s=budget_s
+        )
+        budget_s = taken.cpu_s
+        print(f"seed {seed}, {trained}: {taken.steps} steps in {taken.cpu_s:.0f} s", flush=True)
         if trained == "tiles":
             ask_in_tiles(model, tokenizer, scenes, setting, found)
             continue
