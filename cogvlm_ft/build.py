@@ -312,7 +312,7 @@ def load_whole_model(
     config = load_config(model_files(weights), image_size, resize)
     stored = getattr(config, WEIGHT_FORMAT, None)
     if stored not in (None, quantized) and quantized is not None:
-        raise ConfigError(f"--weights {quantized}: {weights} has {stored} weights. Leave --weights out")
+        raise ConfigError(f"--weights {quantized}: {weights} has {stored} weights. Omit --weights")
     if stored and adapter is not None:
         raise ConfigError(
             f"--adapter: {weights} has {stored} weights; expected floats to merge it into. launch/serve.py puts "
@@ -352,7 +352,7 @@ def build_scored_model(
         option = f"--weights {quantized}" if quantized else f"--devices {num_devices}"
         raise ConfigError(
             f"{option}: found {world_size()} ranks or offloaded parameters; expected one process. Start it "
-            "with python in place of deepspeed, without offload_param"
+            "with python instead of deepspeed, without offload_param"
         )
     with initialization.no_init_weights(), partitioned(settings):
         model = CogVLMForCausalLM(model_config)

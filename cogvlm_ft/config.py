@@ -234,7 +234,7 @@ def _written_texts(merged: Any) -> dict[str, Any]:
     for key, value in raw.items():
         if key.startswith("tracking.") and "${" in str(value):
             raise ConfigError(
-                f"{key}={value}: environment variables are not expanded in what W&B shows; expected plain text. "
+                f"{key}={value}: environment variables are not expanded in settings of W&B; expected plain text. "
                 f'Let the shell expand it: {key}="$NAME"'
             )
     return {key: value for key, value in raw.items() if "${" in str(value)}  # a reference may lead to a resolver
@@ -246,7 +246,7 @@ def _refuse_resolvers(merged: Any, typed: Any, file: Path) -> None:
         if has_resolver(value) and value_at(typed, key) != value:
             raise ConfigError(
                 f"{file}: {key}: {value}: environment variables and other resolvers are not expanded in a run folder, "
-                f"which may be somebody else's; expected a plain value. Type {key}=... after the program's name"
+                f"which may come from others; expected a plain value. Give {key}=... on the command line"
             )
 
 
@@ -294,7 +294,7 @@ def _refuse_commands(config: Config, typed: Any) -> None:
         if _has_command(value) and value_at(typed, f"data.{name}") != value:
             raise ConfigError(
                 f"data.{name}: found a command (pipe:) in a config file; expected it on the command line only, because "
-                f"it is run. Type data.{name}=pipe:... after the program's name"
+                f"it is executed. Give data.{name}=pipe:... on the command line"
             )
 
 

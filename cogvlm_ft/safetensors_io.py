@@ -119,7 +119,7 @@ class TensorFile:
             self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
             _check_entries(self._entries, total - self._start)
         except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error!r}") from error
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements start to stop of the flattened tensor, float32[stop - start]."""

@@ -1,6 +1,6 @@
 """Print the path of the best checkpoint of a training run, by train.monitor.
 
-With --sweep it is that of one entry of a sweep: the entry of --task, or of the task of a Slurm array.
+With --sweep, print that of one entry of a sweep: the entry given by --task, or by the task of a Slurm array.
 
 Examples:
   python launch/best.py runs/grounding

@@ -1,10 +1,11 @@
-"""Score blends of a fine-tuned model with the model it started from, and name the best one that forgets little.
+"""Evaluate blends of a fine-tuned model with its start model, and recommend the best one that forgets little.
 
-Blends of 0, 0.2, ..., 1 of a checkpoint answer the validation images and the questions of evaluate.probe. Of those that
-keep --keep of the start's probe score (chrF), the one with the best train.monitor is named; launch/export.py --blend
-writes it. Scores go to blends.json in the run's folder, and its report shows them as a curve.
+Blends of 0, 0.2, ..., 1 are evaluated on the validation images and on the questions of evaluate.probe. The recommended
+blend has the best train.monitor of those that keep --keep of the start model's probe score (chrF); write it with
+launch/export.py --blend. Scores are saved in blends.json of the run folder, and shown as a curve in its report.
 
-Every rank holds the whole model, in train.precision; the weights of both models are kept in host memory where they fit.
+Every rank needs memory for the whole model in train.precision. The weights of both models are kept in host memory if
+they fit.
 
 Examples:
   python launch/blend.py --config runs/grounding/config.yaml evaluate.probe=probe.jsonl
@@ -37,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="a step-* folder, or a run (default: the best one of the run)")
     parser.add_argument("--start", type=Path, help="model folder that training started from (default: model.path)")
     parser.add_argument(
-        "--keep", type=float, default=0.98, metavar="F", help="least fraction of the start's probe score; 0: no limit"
+        "--keep",
+        type=float,
+        default=0.98,
+        metavar="F",
+        help="minimum fraction of the start model's probe score; 0: no limit",
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
     add_settings(parser, required=True)

@@ -1,8 +1,8 @@
-"""Convert checkpoints of the official repository (SAT) into model folders, and model folders into such checkpoints.
+"""Convert checkpoints of the official repository (SAT) to model folders, and model folders to such checkpoints.
 
-Reads mp_rank_00_model_states.pt of model-parallel 1, without executing anything of it; one tensor in memory at a time.
---files is a published model folder of the same size, whose config.json and tokenizer are copied; its weights are not
-needed. Back to SAT, copy model_config.json from the SAT folder that you started from.
+Reads mp_rank_00_model_states.pt (model-parallel 1), one tensor at a time, without executing code from it. --files is a
+published model folder of the same size, from which config.json and the tokenizer are copied; its weights are not
+needed. To use a result in SAT, copy model_config.json from the original SAT folder.
 
 Examples:
   python launch/convert_sat.py --sat cogvlm-grounding-base --files models/cogvlm --out models/from_sat
@@ -28,11 +28,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--sat", type=Path, help="a SAT folder, or its .pt file, to convert into a model folder")
-    source.add_argument("--model", type=Path, help="a model folder or a checkpoint, to convert into a SAT folder")
+    source.add_argument("--sat", type=Path, help="SAT folder, or its .pt file, to convert to a model folder")
+    source.add_argument("--model", type=Path, help="model folder or checkpoint to convert to a SAT folder")
     parser.add_argument("--files", type=Path, help="with --sat: folder with config.json and tokenizer.model")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the written weights (default: bf16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the written weights (default: bf16)")
     args = parser.parse_args(argv)
     if (args.sat is None) != (args.files is None):
         parser.error("expected --files with --sat, and not with --model")

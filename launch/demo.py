@@ -40,7 +40,9 @@ VAL_FRACTION = 0.02
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--num-scenes", type=int, default=NUM_SCENES, help=f"images to draw (default: {NUM_SCENES})")
+    parser.add_argument(
+        "--num-scenes", type=int, default=NUM_SCENES, help=f"number of images to draw (default: {NUM_SCENES})"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override configs/demo.yaml")
     args = parser.parse_intermixed_args(argv)
     return exit_code(lambda: run(args))

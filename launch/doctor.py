@@ -1,7 +1,7 @@
 """Check everything a training run needs before it is started, and print one line per check: green, yellow or red.
 
-Takes the settings of launch/train.py. Under a launcher (deepspeed, torchrun, srun) it checks the links between all
-ranks too. Exit codes: 0 nothing is red, 1 something is red, 2 the settings are wrong.
+Accepts the settings of launch/train.py. With a launcher (deepspeed, torchrun, srun), it also checks the connections
+between all ranks. Exit codes: 0 no line is red, 1 a line is red, 2 the settings are wrong.
 
 Examples:
   python launch/doctor.py --config grounding_490 model.path=MODEL data.shards=shards_out output_dir=runs/grounding
@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument(
-        "--all-shards", action="store_true", help="read every sample and every byte, instead of a few samples"
+        "--all-shards", action="store_true", help="read all samples and verify all files, instead of a few samples"
     )
     parser.add_argument("--fix", action="store_true", help="remove build locks that no process holds")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
@@ -80,7 +80,7 @@ def run(config: Config, *, all_shards: bool, fix: bool) -> int:
     finally:
         remove_probes(examination)
     if is_main():
-        say(f"\n{f'{num_red} red' if num_red else 'nothing red: go'}")
+        say(f"\n{f'{num_red} red' if num_red else 'nothing red: ready to start'}")
     shut_down()
     return 1 if num_red else 0
 

@@ -1,10 +1,10 @@
-"""Score a model folder or a training checkpoint on a split: metrics.json, predictions.jsonl, drawn images, a report.
+"""Evaluate a model folder or a checkpoint on a split: metrics.json, predictions.jsonl, drawn images, a report.
 
-With the settings of a run it scores the run's best checkpoint, unless --checkpoint names another one, or model.path is
-given on the command line: then it scores that model folder. --untouched scores the model before training. Any number of
-ranks can score a checkpoint, whatever number wrote it; it needs 2 (bf16) or 4 bytes per parameter, no optimizer.
-evaluate.max_samples=null scores the whole split. To measure what an export in bf16 changes, score the exported folder
-(model.path=exported train.precision=bf16) and compare with the scores of its checkpoint.
+With the config.yaml of a run, the best checkpoint of the run is evaluated. To evaluate another model, use --checkpoint,
+give model.path=FOLDER on the command line, or use --untouched for the model before training.
+evaluate.max_samples=null evaluates the whole split. Any number of ranks can be used; the weights need 2 (bf16) or 4
+bytes per parameter. To measure the effect of an export in bf16, evaluate the exported folder (model.path=exported
+train.precision=bf16) and compare with its checkpoint.
 
 Examples:
   deepspeed launch/evaluate.py --config runs/grounding/config.yaml --out scores evaluate.max_samples=null
@@ -33,12 +33,21 @@ except ModuleNotFoundError as error:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="a step-* folder of a run, or a run (default: the best one)")
-    parser.add_argument("--untouched", action="store_true", help="score model.path, also with the settings of a run")
+    parser.add_argument(
+        "--untouched", action="store_true", help="evaluate model.path, even with the config.yaml of a run"
+    )
     parser.add_argument("--split", help="default: data.val_split")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="how to read and score (default: evaluate.protocol)")
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, help="how answers are read and scored (default: evaluate.protocol)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--weights", choices=("bf16", "int8", "int4"), help="as in launch/predict.py, on one GPU")
-    parser.add_argument("--devices", type=int, default=1, help="GPUs of one process for the layers (default: 1)")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="number of GPUs over which the layers are split, in one process (default: 1)",
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")
     add_settings(parser, required=True)
     args = parser.parse_intermixed_args(argv)
@@ -115,7 +124,7 @@ def choose_weights(config: Config, args: argparse.Namespace) -> Path:
 
     if args.checkpoint is not None:
         if args.untouched:
-            raise ConfigError("--checkpoint, --untouched: found both; expected one of them. Leave one out")
+            raise ConfigError("--checkpoint, --untouched: found both; expected one of them. Omit one of them")
         return find_weights(args.checkpoint, "--checkpoint")
     if not args.untouched and "model.path" not in typed_keys(args):
         own = Path(args.config).expanduser()  # of a run that was moved, or seen from another folder

@@ -1,8 +1,8 @@
 """Export a training checkpoint as a model folder: safetensors with the published names, config, tokenizer, model card.
 
-Runs on a CPU, one tensor at a time, also while training continues. It reads the folder back and compares every weight
-with the checkpoint, bit by bit. What bf16 changes in the answers is measured by launch/evaluate.py. Exit codes:
-0 exported, 1 a weight differs (nothing is put at --out), 2 it could not be exported.
+Runs on a CPU, one tensor at a time, also during training. The exported folder is read back, and every weight is
+compared with the checkpoint bit for bit. To measure the effect of bf16 on the answers, use launch/evaluate.py.
+Exit codes: 0 exported, 1 a weight differs (nothing is written to --out), 2 it could not be exported.
 
 Examples:
   python launch/export.py --checkpoint runs/grounding/checkpoints/step-00000100 --out exported --dtype bf16
@@ -29,20 +29,22 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a step-* folder, or a run: its best one")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a step-* folder, or a run (its best checkpoint)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--prove", type=int, metavar="N", help="0 skips the comparison of the weights")
-    parser.add_argument("--adapter", action="store_true", help="write the adapters alone, in the files of peft")
+    parser.add_argument("--adapter", action="store_true", help="write only the adapters, in peft's format")
     parser.add_argument(
         "--weights-of", choices=("trained", "ema"), default="trained", help="ema: the running averages of train.ema"
     )
-    parser.add_argument("--base", type=Path, help="if --checkpoint is an adapter of peft: the model folder under it")
+    parser.add_argument("--base", type=Path, help="base model folder, if --checkpoint is an adapter of peft")
     parser.add_argument(
         "--weights", choices=("int8", "int4"), help="write quantised linear layers, for this package (docs/serving.md)"
     )
     parser.add_argument("--blend", type=float, metavar="F", help="write F x checkpoint + (1 - F) x --start")
-    parser.add_argument("--start", type=Path, help="for --blend: the model folder that training started from")
+    parser.add_argument("--start", type=Path, help="with --blend: the model folder that training started from")
     args = parser.parse_args(argv)
     if args.adapter and args.blend is not None:
         parser.error("found --adapter and --blend; expected one of them: a blend is of whole models")

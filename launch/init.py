@@ -1,6 +1,7 @@
 """Write the config of a run, with comments, and print the commands that check and start it.
 
-Asks for what is not given as an option; without a terminal, defaults are used and what has none must be given.
+Asks for all values that are not given as options. Without a terminal, defaults are used, and options without a
+default are required.
 
 Examples:
   python launch/init.py
@@ -46,12 +47,12 @@ class Question:
 
 
 QUESTIONS = {
-    "shards": Question("Folder of the shards (shards/build.py writes it)", str),
+    "shards": Question("Folder of the shards, written by shards/build.py", str),
     "model": Question("Model folder, such as cogvlm-grounding-generalist", str),
     "nodes": Question("Number of nodes", int, 1),
     "gpus_per_node": Question("GPUs per node", int, 8),
     "gpu_memory_gib": Question("Memory of a GPU in GiB", float, 79.0),
-    "targets": Question("Targets that matter: large (from a tenth of the photo), small, tiny", str, "large"),
+    "targets": Question("Size of the targets: large (at least a tenth of the photo), small, tiny", str, "large"),
     "output": Question("Folder of the run", str, "runs/grounding"),
 }
 

@@ -1,8 +1,8 @@
 """Estimate whether a run fits, how long it takes and the largest configuration that fits, without GPU or weights.
 
-Takes the settings of launch/train.py. The sizes of the model come from model.path, else from --model-config, else they
-are those of the 17B model. Speeds are assumptions until you give measured ones: --tflops, --mfu, --network-gb-s, ...
---json prints the same for programs, --table the tables of docs/performance.md.
+Accepts the settings of launch/train.py. The sizes of the model are read from model.path or --model-config; without
+either, those of the 17B model are used. Speeds are assumptions; give measured ones with --tflops, --mfu,
+--network-gb-s and so on. --json prints the same as JSON, --table the tables of docs/performance.md.
 
 Examples:
   python launch/plan.py --config grounding_490 --nodes 2 --gpus-per-node 8
@@ -42,28 +42,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
     parser.add_argument(
-        "--gpu-memory-gib", type=float, default=79.0, help="default: 79, what torch sees of an 80 GB GPU"
+        "--gpu-memory-gib", type=float, default=79.0, help="default: 79, as torch reports for an 80 GB GPU"
     )
-    parser.add_argument("--host-memory-gib", type=float, help="host memory of a node; not judged by default")
+    parser.add_argument("--host-memory-gib", type=float, help="host memory of a node (default: not checked)")
     parser.add_argument("--turns", type=int, help="questions per image (default: the most in data.shards, or 4)")
     parser.add_argument(
         "--turn-tokens", type=int, default=60, help="tokens of one question with its answer (default: 60)"
     )
+    parser.add_argument("--answer-tokens", type=int, default=30, help="tokens of the answer among these (default: 30)")
+    parser.add_argument("--images", type=int, help="images per epoch (default: counted in data.shards, if it exists)")
     parser.add_argument(
-        "--answer-tokens", type=int, default=30, help="those of them that are the answer's (default: 30)"
+        "--tflops", type=float, help="peak TFLOP/s of a GPU (default: an H100 SXM in the precision of the run)"
     )
-    parser.add_argument("--images", type=int, help="images of an epoch (default: counted in data.shards, if it exists)")
-    parser.add_argument("--tflops", type=float, help="peak of a GPU (default: an H100 SXM in the precision of the run)")
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="fraction of the peak that training reaches (default: 0.4)"
     )
     parser.add_argument(
-        "--link-gb-s", type=float, default=300.0, help="from a GPU to the others of its node (default: 300)"
+        "--link-gb-s", type=float, default=300.0, help="speed between the GPUs of a node (default: 300)"
     )
-    parser.add_argument("--network-gb-s", type=float, default=50.0, help="from a node to the others (default: 50)")
-    parser.add_argument("--disk-gb-s", type=float, default=2.0, help="writing speed of all nodes together (default: 2)")
+    parser.add_argument("--network-gb-s", type=float, default=50.0, help="speed between nodes (default: 50)")
+    parser.add_argument(
+        "--disk-gb-s", type=float, default=2.0, help="disk write speed of all nodes together (default: 2)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--table", action="store_true", help="the 17B model on 4 to 32 GPUs, as Markdown")
+    parser.add_argument(
+        "--table", action="store_true", help="print tables for the 17B model on 4 to 32 GPUs, as Markdown"
+    )
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
     return exit_code(lambda: say(plan(args)))

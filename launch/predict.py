@@ -1,6 +1,6 @@
 """Ask a model about images: answers, boxes in pixels with their confidence, and images with the boxes drawn.
 
-Asks about one image, a folder, or a JSONL file of questions; --serve opens a page for the browser.
+Reads one image, a folder, or a JSONL file of questions. --serve starts a web page instead.
 
 Examples:
   python launch/predict.py --model exported --image photo.jpg --prompt "红色的车在哪里?"
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model",
         type=Path,
         required=True,
-        help="model folder of launch/export.py, a checkpoint, or a run (its best checkpoint)",
+        help="model folder, checkpoint, or run (its best checkpoint)",
     )
     add_questions(parser)
     add_answers(parser)
@@ -58,13 +58,15 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("questions")
     group.add_argument("--image", type=Path, help='an image, a folder, or JSONL: {"image": "a.jpg", "prompt": "..."}')
     group.add_argument("--prompt", action="append", default=[], help="a question; can be repeated")
-    group.add_argument("--targets", nargs="+", default=[], help="targets to ask for, in the words of --wording")
+    group.add_argument("--targets", nargs="+", default=[], help="targets to ask about, with the questions of --wording")
     group.add_argument(
         "--steps",
         action="store_true",
         help="ask which objects are present, then for each of --targets, or for each that the answer to --prompt names",
     )
-    group.add_argument("--wording", help="wording of the questions (default: that of the training; if not known, box)")
+    group.add_argument(
+        "--wording", help="wording of the questions (default: that of the training run; if not known, box)"
+    )
     group.add_argument("--image-size", type=int, help="input resolution in px (default: the model's own)")
     group.add_argument("--resize", choices=RESIZES, help="as in training (default: that of the model folder)")
     group.add_argument(
@@ -74,7 +76,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
         help="apply: rotate the image upright by its EXIF orientation, as viewers do; boxes are in pixels of the"
         " upright image. ignore: take the pixels as stored, as the reference implementation does (default: apply)",
     )
-    group.add_argument("--batch-size", type=int, default=4, help="images generated together (default: 4)")
+    group.add_argument("--batch-size", type=int, default=4, help="images that are answered together (default: 4)")
 
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +89,13 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-pictures", action="store_true", help="for a folder or JSONL: write predictions.jsonl only")
     group.add_argument("--format", choices=TOOLS, help="also write the boxes of --targets for a labelling tool")
-    group.add_argument("--order", choices=("given", "doubtful"), default="given", help="doubtful: least certain first")
     group.add_argument(
-        "--max-new-tokens", type=int, help="longest answer (default: room for the most boxes that the wording writes)"
+        "--order", choices=("given", "doubtful"), default="given", help="doubtful: least certain photos first"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="maximum length of an answer (default: enough for the largest number of boxes in the wording)",
     )
     group.add_argument(
         "--decoding",
@@ -98,7 +104,11 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help="grammar: answers have well-formed boxes, or are the not-found sentence of --wording (default: free)",
     )
     group.add_argument(
-        "--min-boxes", type=int, default=0, help="with --decoding grammar: at least N boxes (default: 0)", metavar="N"
+        "--min-boxes",
+        type=int,
+        default=0,
+        help="with --decoding grammar: minimum number of boxes (default: 0)",
+        metavar="N",
     )
     group.add_argument(
         "--reading",
@@ -114,29 +124,33 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         const=ZOOM_PATCHES,
         default=0.0,
         metavar="PATCHES",
-        help=f"ask again on a crop for boxes under PATCHES vision patches (without a number: {ZOOM_PATCHES:.0f})",
+        help=f"ask again about a crop around boxes below PATCHES vision patches (without a number: {ZOOM_PATCHES:.0f})",
     )
     group.add_argument(
         "--tiles",
         type=int,
         metavar="SIDE",
-        help="ask about overlapping tiles of SIDE px of larger photos too, as data.tiles does, and merge the answers",
+        help="also ask about overlapping tiles of SIDE px of larger photos, as with data.tiles, and merge the answers",
     )
-    group.add_argument("--overlap", type=float, default=0.2, help="of --tiles, as a fraction of SIDE (default: 0.2)")
+    group.add_argument(
+        "--overlap", type=float, default=0.2, help="overlap of --tiles, as a fraction of SIDE (default: 0.2)"
+    )
     group.add_argument(
         "--min-confidence",
         type=float,
         metavar="C",
-        help="of --tiles, keep every box from this confidence on (default: what validation chose, else 0)",
+        help="with --tiles: keep every box with at least this confidence (default: as chosen in validation, or 0)",
     )
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32; bf16 with --weights")
     group.add_argument(
         "--weights",
         choices=("bf16", "int8", "int4"),
-        help="int8, int4: linear layers quantised while they are read, for small GPUs (default: in --dtype)",
+        help="int8, int4: quantise the linear layers while they are read, for small GPUs (default: as --dtype)",
     )
-    group.add_argument("--devices", type=int, default=1, help="GPUs over which the layers are split (default: 1)")
-    group.add_argument("--adapter", type=Path, help="folder of an adapter in the files of peft, merged into --model")
+    group.add_argument(
+        "--devices", type=int, default=1, help="number of GPUs over which the layers are split (default: 1)"
+    )
+    group.add_argument("--adapter", type=Path, help="folder of an adapter in peft's format, merged into --model")
 
 
 def choose_tiles(args: argparse.Namespace) -> TilesConfig:

@@ -1,8 +1,7 @@
-"""Rehearse a run on your own photos: review, build, train a tiny model on 16 of them, score it, draw the report.
+"""Rehearse a run with your own photos: review, build, train a tiny model on 16 of them, evaluate it, write the report.
 
-Shows that photos, labels, boxes, wording and settings fit together, on two CPU cores: in minutes with one target per
-photo, in more with many boxes. It does not show how good the 17B model becomes. At the end it prints the commands of
-the real run.
+Shows whether photos, labels, boxes, wording and settings fit together, on two CPU cores, in minutes (longer with many
+boxes per photo). It does not predict the quality of the 17B model. At the end it prints the commands of the real run.
 
 Examples:
   python launch/rehearse.py photos/
@@ -43,13 +42,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("photos", type=Path, help="folder of the photos")
     parser.add_argument("--annotations", type=Path, help="file or folder (default: the folder of the photos)")
-    parser.add_argument("--format", default="auto", help="default: recognised from the files")
-    parser.add_argument("--out", type=Path, help="folder for everything (default: runs/rehearsal/NAME of the photos)")
-    parser.add_argument("--config", default="grounding_490", help="of the real run: a YAML file or a preset")
-    parser.add_argument("--num-photos", type=int, default=NUM_PHOTOS, help=f"to train on (default: {NUM_PHOTOS})")
-    parser.add_argument("--steps", type=int, help="of training (default: by the number of boxes)")
-    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on the CPU (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the photos")
+    parser.add_argument("--format", default="auto", help="format of the annotations; default: detected")
+    parser.add_argument(
+        "--out", type=Path, help="folder for all results (default: runs/rehearsal/NAME, the name of the photo folder)"
+    )
+    parser.add_argument(
+        "--config",
+        default="grounding_490",
+        help="config of the real run: a YAML file or a preset (default: grounding_490)",
+    )
+    parser.add_argument(
+        "--num-photos", type=int, default=NUM_PHOTOS, help=f"number of photos to train on (default: {NUM_PHOTOS})"
+    )
+    parser.add_argument("--steps", type=int, help="training steps (default: depends on the number of boxes)")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2), default=1, help="number of processes, on the CPU (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed by which the photos are drawn (default: 0)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
     args = parser.parse_intermixed_args(argv)
     args.annotations = args.annotations or args.photos

@@ -1,7 +1,7 @@
 """Run the samples of a skipped step again, one by one, and report which are not finite.
 
 Runs in one process, with the settings of the run and its newest checkpoint before that step. Needs memory for the whole
-model: 4 bytes per parameter, 2 with train.precision=bf16. Images as the model sees them are saved in --out.
+model: 4 bytes per parameter, or 2 with train.precision=bf16. The images are saved in --out as the model sees them.
 
 Examples:
   python launch/replay_step.py runs/grounding/nonfinite/step-00000120.json
@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("file", type=Path, help="nonfinite/step-XXXXXXXX.json of a run")
-    parser.add_argument("--model", type=Path, help="a model folder or a checkpoint to use instead of the run's")
+    parser.add_argument("--model", type=Path, help="model folder or checkpoint to use instead of the run's")
     parser.add_argument("--out", type=Path, help="folder for the images (default: FILE without .json)")
     args = parser.parse_args(argv)
     start_logging(logging.INFO)

@@ -1,8 +1,8 @@
 """Write report.html of a run, or of one evaluation, again.
 
-A training run writes it by itself after every evaluation. Images come from the shards that config.yaml names; if these
-were moved, give data.shards=... Shards on a server are opened only if data.shards=... names them here. Without shards
-the page shows the images that the evaluations kept.
+A training run writes it automatically after every evaluation. Images are read from the shards in config.yaml; if these
+were moved, or are on a server, give data.shards=... here. Without shards, the page shows the images that the
+evaluations saved.
 
 Examples:
   python launch/report.py runs/grounding
@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("folder", type=Path, help="output_dir of a training run, or the --out of an evaluation")
     parser.add_argument("--step", type=int, help="evaluation of the run, by its step (default: the last one)")
-    parser.add_argument(
-        "--config", type=Path, help="settings that name the shards (default: config.yaml in the folder)"
-    )
+    parser.add_argument("--config", type=Path, help="config with the shards (default: config.yaml in the folder)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of --config")
     args = parser.parse_intermixed_args(argv)
     start_logging(logging.INFO)

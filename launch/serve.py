@@ -1,13 +1,13 @@
 """Serve a model over HTTP: OpenAI's chat completions with boxes, the page for browsers, and two labelling tools.
 
-  /v1/chat/completions, /v1/models   for OpenAI's clients; images as data URLs, streaming, boxes beside the text
-  /health                            answers without the key
+  /v1/chat/completions, /v1/models   OpenAI's API: images as data URLs, streaming, boxes next to the text
+  /health                            for monitoring, without the key
   /                                  the page of launch/predict.py --serve
   /label-studio                      machine learning backend of Label Studio
   /x-anylabeling                     remote server of X-AnyLabeling
 
 Questions of several clients are answered together. The key is read from the environment variable COGVLM_API_KEY;
-without one the program listens on this machine alone. Needs pip install -e ".[serve]".
+without a key, the server is reachable only from this machine. Needs pip install -e ".[serve]".
 
 Examples:
   python launch/serve.py --model exported
@@ -35,8 +35,10 @@ except ModuleNotFoundError as error:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="model folder, a checkpoint, or a run: its best one")
-    parser.add_argument("--name", help="of the model in requests (default: that of its folder)")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="model folder, checkpoint, or run (its best checkpoint)"
+    )
+    parser.add_argument("--name", help="name of the model in requests (default: that of its folder)")
     parser.add_argument(
         "--adapter",
         action="append",
@@ -44,22 +46,32 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME=FOLDER",
         help="adapters of launch/export.py --adapter on this model, chosen by NAME in requests; can be repeated",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="others than this machine need a key (default: 127.0.0.1)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; any other than this machine needs a key (default: 127.0.0.1)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: 8000)")
-    parser.add_argument("--photos", type=Path, help="root of Label Studio's local storage, whose files tasks may name")
-    parser.add_argument("--wording", help="of the questions for targets (default: that of the training)")
+    parser.add_argument(
+        "--photos", type=Path, help="root of Label Studio's local storage, for tasks that refer to its files"
+    )
+    parser.add_argument("--wording", help="wording of questions about targets (default: that of the training run)")
     parser.add_argument("--image-size", type=int, help="input resolution in px (default: the model's own)")
     parser.add_argument("--resize", choices=RESIZES, help="as in training (default: that of the model folder)")
     parser.add_argument("--exif", choices=("apply", "ignore"), default="apply", help="as in launch/predict.py")
-    parser.add_argument("--decoding", choices=DECODINGS, default="free", help="where a request does not choose")
+    parser.add_argument(
+        "--decoding", choices=DECODINGS, default="free", help="used if a request does not state it (default: free)"
+    )
     parser.add_argument("--zoom", type=float, default=0.0, metavar="PATCHES", help="as in launch/predict.py")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32; bf16 with --weights")
     parser.add_argument(
         "--weights",
         choices=("bf16", "int8", "int4"),
-        help="int8, int4: linear layers quantised while they are read, for small GPUs (default: in --dtype)",
+        help="int8, int4: quantise the linear layers while they are read, for small GPUs (default: as --dtype)",
     )
-    parser.add_argument("--devices", type=int, default=1, help="GPUs over which the layers are split (default: 1)")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="number of GPUs over which the layers are split (default: 1)"
+    )
     args = parser.parse_args(argv)
     return exit_code(lambda: run(args))
 

@@ -1,7 +1,7 @@
-"""Stop a training run properly: it saves after the current step and ends; the same command resumes it later.
+"""Stop a training run after its current step: it saves and ends; the same command resumes it later.
 
-Finds the run through the lock in its output_dir. Works on the machine of rank 0, for jobs of slurm/train.sbatch
-wherever scancel works, and for runs of launch/submit.py --hostfile wherever output_dir is seen. Waits for the end.
+Finds the run by the lock in its output_dir, and waits for its end. Use it on the machine of rank 0; for jobs of
+slurm/train.sbatch, wherever scancel works; for runs of launch/submit.py --hostfile, wherever output_dir is mounted.
 
 Examples:
   python launch/stop.py runs/grounding

@@ -1,8 +1,8 @@
 """Check the settings, estimate the memory, and submit a training run to Slurm, or start it on the nodes of a hostfile.
 
-Your cluster is described in slurm/cluster.yaml; options override it. The sbatch commands are printed, so that you can
-run them yourself; --dry-run only prints them. --print-script prints the path of a batch script, for sbatch. --hostfile
-starts the run at once, over pdsh and ssh, with this shell's environment on all nodes. See docs/slurm.md.
+Describe your cluster in slurm/cluster.yaml; options override it. The sbatch commands are printed before they are run;
+--dry-run only prints them. --hostfile starts the run immediately, over pdsh and ssh, with this shell's environment on
+all nodes. See docs/slurm.md.
 
 Examples:
   python launch/submit.py --config grounding_490 --nodes 2 --dry-run \\
@@ -51,16 +51,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--gpus-per-node", type=int)
     parser.add_argument("--time", help="limit of one job, as for sbatch")
+    parser.add_argument("--chain", type=int, default=1, help="number of jobs, each of which resumes the previous one")
     parser.add_argument(
-        "--chain", type=int, default=1, help="number of jobs in a row, each of which resumes the one before"
+        "--after", action="store_true", help="add a job that evaluates the best checkpoint and exports it"
     )
-    parser.add_argument("--after", action="store_true", help="then score the best checkpoint and export it")
-    parser.add_argument("--sweep", type=Path, help="YAML list of overrides: an array of jobs, one for each entry")
+    parser.add_argument("--sweep", type=Path, help="YAML list of settings: submit an array of jobs, one for each entry")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and submit nothing")
     parser.add_argument("--print-script", choices=SCRIPTS, help="print the path of this batch script and exit")
     parser.add_argument("--hostfile", type=Path, help="start without Slurm on these nodes: lines such as node1 slots=8")
     parser.add_argument("--master-addr", "--master_addr", help="address of the first node (default: its name)")
-    parser.add_argument("--master-port", "--master_port", type=int, help="free port there (default: one is chosen)")
+    parser.add_argument(
+        "--master-port", "--master_port", type=int, help="free port on the first node (default: chosen automatically)"
+    )
     add_settings(parser)
     args = parser.parse_intermixed_args(argv)
     start_logging(logging.WARNING, "%(levelname)s: %(message)s")

@@ -1,7 +1,7 @@
 """Fine-tune CogVLM.
 
-Runs the same under deepspeed, torchrun, srun and plain python. Every setting is described in docs/config.md.
-Exit codes: 0 finished, or stopped and saved; 2 a setting, the data or a checkpoint cannot be used; 1 anything else.
+Start it with deepspeed, torchrun, srun or python. All settings are described in docs/config.md. Exit codes: 0 finished,
+or stopped and saved; 2 a setting, the data or a checkpoint cannot be used; 1 any other error.
 
 Examples:
   deepspeed launch/train.py --config grounding_490 model.path=models/cogvlm-grounding-generalist \\
@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument(
-        "--sweep", type=Path, help="YAML list of overrides, one entry of which is trained: docs/slurm.md"
+        "--sweep", type=Path, help="YAML list of settings, of which one entry is trained: docs/slurm.md"
     )
     parser.add_argument("--task", type=int, help="number of the entry, from 0 (default: SLURM_ARRAY_TASK_ID)")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ignored")

@@ -1,8 +1,8 @@
-"""Send a finished run to Weights & Biases, from machines that had no network during training.
+"""Upload a run to Weights & Biases that was recorded offline.
 
-Sends metrics.jsonl and the evaluations' images and predictions as one run, whatever number of attempts the training
-took. With --export it only records an exported model in that run: its path, without uploading it. It needs a W&B key:
-`wandb login`, or WANDB_API_KEY. With --mode offline the run is recorded in RUN/wandb instead, for `wandb sync`.
+Uploads metrics.jsonl and the images and predictions of the evaluations as one run, even if the run was resumed several
+times. With --export, only the path of an exported model is recorded in that run; the model is not uploaded. Needs a W&B
+key: `wandb login`, or WANDB_API_KEY. With --mode offline, the run is recorded in RUN/wandb instead, for `wandb sync`.
 
 Examples:
   python launch/wandb_sync.py runs/grounding --project cogvlm-grounding
@@ -27,10 +27,10 @@ except ModuleNotFoundError as error:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a training run")
-    parser.add_argument("--mode", default="auto", help="auto (online, or as WANDB_MODE says), online or offline")
+    parser.add_argument("--mode", default="auto", help="auto (online, unless WANDB_MODE is set), online or offline")
     parser.add_argument("--project", help="default: that of the training run")
     parser.add_argument("--entity", help="default: that of the training run")
-    parser.add_argument("--new-run", action="store_true", help="use a new id, if W&B already has the run")
+    parser.add_argument("--new-run", action="store_true", help="use a new id if W&B already has the run")
     parser.add_argument("--export", type=Path, help="only record this exported model folder in the run")
     parser.add_argument("--alias", default="exported", help="alias of the exported model in W&B (default: exported)")
     args = parser.parse_args(argv)

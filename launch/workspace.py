@@ -1,7 +1,7 @@
 """Create a saved view of a Weights & Biases project: validation, training, images, breakdowns, speed, system.
 
-Needs a W&B key, a project with a run in it, and: pip install -e ".[workspace]". It adds a saved view and changes
-nothing else; run it once per project. --print shows the layout as JSON, without a network.
+Run it once per project; it adds a saved view and changes nothing else. Needs a W&B key, a project with at least one
+run, and: pip install -e ".[workspace]". --print prints the layout as JSON, without a network.
 
 Examples:
   python launch/workspace.py --project cogvlm-grounding
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "--project", default=TrackingConfig().project, help="tracking.project of your runs (default: cogvlm-grounding)"
     )
     parser.add_argument("--entity", help="user or team (default: yours)")
-    parser.add_argument("--print", action="store_true", help="print the layout and send nothing")
+    parser.add_argument("--print", action="store_true", help="print the layout without sending anything")
     args = parser.parse_args(argv)
     return exit_code(lambda: run(args))
 

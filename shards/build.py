@@ -1,7 +1,7 @@
 """Build WebDataset shards from annotations and images.
 
 A build can be stopped at any time; the same command resumes it. Exit codes: 0 built, 2 an option or the annotations
-cannot be used, 1 anything else. docs/data.md describes the formats.
+cannot be used, 1 any other error. docs/formats.md describes the formats.
 
 Examples:
   python shards/build.py --images photos/ --annotations instances.json --out shards_out
@@ -316,31 +316,44 @@ def _problem_rows(
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__, allow_abbrev=False)
     add, defaults = parser.add_argument, BuildSettings
-    add("--format", choices=["auto", *sorted(FORMATS)], default="auto", help="default: recognised from the files")
+    add(
+        "--format",
+        choices=["auto", *sorted(FORMATS)],
+        default="auto",
+        help="format of the annotations; default: detected",
+    )
     add("--annotations", type=Path, required=True, help="annotation file or folder")
     add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
     add("--out", type=Path, required=True, help="folder for the shards")
-    add("--decisions", type=Path, help="parts to drop or edit: a file saved from the page of cogvlm-review")
-    fraction_help = f"of the photos, for validation; default: the user's splits, else {DEFAULT_VAL_FRACTION}"
+    add("--decisions", type=Path, help="decisions saved from the page of shards/review.py")
+    fraction_help = (
+        f"fraction of photos for validation; default: the splits in the files, otherwise {DEFAULT_VAL_FRACTION}"
+    )
     add("--val-fraction", type=float, help=fraction_help)
-    split_help = "of all photos; or folders (keep train/ valid/ test/), or random; default: folders if there are any"
+    split_help = (
+        "folders: keep the splits in the files; random; or one split for all photos; default: folders if stated"
+    )
     add("--split", choices=SPLIT_CHOICES, default=defaults.split, help=split_help)
-    group_help = "kept in one split: copies of one photo (default), folder, none, or a regular expression on the path"
+    group_help = (
+        "photos kept in one split: copies of one photo (default), a folder, none, or a regular expression on the path"
+    )
     add("--group-by", default=defaults.group_by, help=group_help)
-    add("--seed", type=int, default=defaults.seed, help="of the split, the order and the absent targets")
+    add("--seed", type=int, default=defaults.seed, help="seed of the split, the order and the absent targets")
     add("--samples-per-shard", type=int, default=defaults.samples_per_shard)
     add(
         "--max-pixels",
         type=int,
         default=MAX_PIXELS,
-        help="of a photo that is decoded at once; larger ones need --tiles",
+        help="maximum size of a photo without --tiles, in pixels",
     )
-    verify_help = "structure: detect truncated files (fast); decode: detect more"
+    verify_help = "structure: detect truncated files (fast); decode: also detect what cannot be decoded"
     add("--verify", choices=VERIFY, default=defaults.verify, help=verify_help)
     add("--exif", choices=EXIF_MODES, default=defaults.exif, help="rotate photos by their EXIF orientation")
-    box_unit_help = "of the boxes, where the format leaves it open; default: inferred from all boxes of the source"
+    box_unit_help = (
+        "unit of the boxes, if the format does not state it; default: determined from all boxes of the source"
+    )
     add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help=box_unit_help)
-    add("--max-side", type=int, help="shrink larger photos to this side in px, stored as JPEG")
+    add("--max-side", type=int, help="shrink larger photos to this side in px, and store them as JPEG")
     add_tile_options(parser)
     add("--negatives", type=float, default=0.0, help="fraction of absent targets among all targets, such as 0.2")
     add("--negative-kinds", nargs="+", choices=KINDS, default=KINDS, help="sources of absent targets")
@@ -348,10 +361,15 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--names",
         type=Path,
-        help="YAML file of words for labels, in English and Chinese: RBC: [red blood cell, 红细胞]",
+        help="YAML file of English and Chinese words for labels, such as RBC: [red blood cell, 红细胞]",
     )
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result does not depend on it")
-    add("--overwrite", action="store_true", help="delete what an earlier build wrote to --out")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="number of processes; does not change the result",
+    )
+    add("--overwrite", action="store_true", help="delete the files of an earlier build in --out")
     return parser.parse_args(argv)
 
 

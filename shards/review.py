@@ -1,4 +1,4 @@
-"""Check annotations or shards, and write the findings as a page to look at (review.html) and as JSON.
+"""Check annotations or shards, and write the results as a web page (review.html) and as JSON.
 
 Decisions made on the page are applied by shards/build.py --decisions.
 
@@ -79,7 +79,7 @@ def summarize(found: Survey, out: Path) -> str:
     lines.append(f"suspects: {found.report['num_suspects'] or 'none'}")
     lines += [row for kind, row in rows.items() if not kind.startswith(NOTE)]
     if found.report["num_notes"]:
-        lines.append(f"notes (nothing is lost): {found.report['num_notes']}")
+        lines.append(f"notes (nothing was lost): {found.report['num_notes']}")
         lines += [row for kind, row in rows.items() if kind.startswith(NOTE)]
     lines.append(f"{out}: review.html, review.json, suspects.jsonl")
     return "\n".join(lines)
@@ -88,21 +88,43 @@ def summarize(found: Survey, out: Path) -> str:
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--shards", type=Path, help="folder written by shards/build.py; instead of the next three options")
-    add("--format", choices=["auto", *sorted(FORMATS)], default="auto", help="default: recognised from the files")
+    add(
+        "--shards", type=Path, help="folder written by shards/build.py, instead of --format, --images and --annotations"
+    )
+    add(
+        "--format",
+        choices=["auto", *sorted(FORMATS)],
+        default="auto",
+        help="format of the annotations; default: detected",
+    )
     add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
     add("--annotations", type=Path, help="annotation file or folder")
-    add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help="as of shards/build.py")
+    add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help="as in shards/build.py")
     add("--out", type=Path, required=True, help="folder for review.html, review.json and suspects.jsonl")
-    add("--image-size", type=int, default=WEIGHTS_SIZE, help="of training, in px: reports boxes below one patch")
-    size_help = "image size of the weights that training starts from, in px: the least that is recommended"
+    add(
+        "--image-size",
+        type=int,
+        default=WEIGHTS_SIZE,
+        help="image size of training in px; boxes below one patch are reported",
+    )
+    size_help = "image size of the start model in px; no smaller size is recommended"
     add("--weights-size", type=int, choices=IMAGE_SIZES, default=WEIGHTS_SIZE, help=size_help)
-    add("--wording", default=DataConfig.wording, help="as data.wording, for the questions that the page shows")
-    add("--resize", choices=RESIZES, default=RESIZES[0], help="as data.resize, for the inputs that the page shows")
-    augment_help = "as data.augment, such as crop=0.5 flip=0.5; default: an example of what augmentation does"
+    add("--wording", default=DataConfig.wording, help="as data.wording, for the questions on the page")
+    add("--resize", choices=RESIZES, default=RESIZES[0], help="as data.resize, for the inputs on the page")
+    augment_help = "as data.augment, such as crop=0.5 flip=0.5; default: an example"
     add("--augment", nargs="+", metavar="NAME=VALUE", help=augment_help)
-    add("--max-pictures", type=int, default=200, help="of suspects on the page; suspects.jsonl lists all suspects")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result does not depend on it")
+    add(
+        "--max-pictures",
+        type=int,
+        default=200,
+        help="maximum number of suspects with pictures; suspects.jsonl lists all suspects",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="number of processes; does not change the result",
+    )
     args = parser.parse_args(argv)
     if (args.shards is None) == (args.annotations is None):
         parser.error("expected --shards, or --annotations (and --images)")

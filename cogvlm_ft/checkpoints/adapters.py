@@ -86,8 +86,8 @@ def check_same_adapters(checkpoint: Path, ours: AdapterRecord | None) -> None:
         if stored is not ours:
             kinds = {True: "the whole model", False: "adapters"}
             raise CheckpointError(
-                f"{checkpoint}: found {kinds[stored is None]}; expected {kinds[ours is None]}, as adapter.rank says. "
-                "Set adapter.rank as before, or take another output_dir"
+                f"{checkpoint}: found {kinds[stored is None]}; expected {kinds[ours is None]}, according to "
+                "adapter.rank. Set adapter.rank as before, or use another output_dir"
             )
         return
     if stored.base_sha256 != ours.base_sha256:
@@ -102,7 +102,7 @@ def check_same_adapters(checkpoint: Path, ours: AdapterRecord | None) -> None:
             found, expected = ("null" if value is None else value for value in (found, expected))
             raise CheckpointError(
                 f"adapter.{name}: found {found}; expected {expected}, with which {checkpoint} was trained. Set the "
-                "same, or take another output_dir"
+                "same, or use another output_dir"
             )
 
 
@@ -153,7 +153,7 @@ def merge_adapters(
     if found != record.base_sha256:
         raise CheckpointError(
             f"{checkpoint}: its base {base}: found {found[:14]}; expected the model with fingerprint "
-            f"{record.base_sha256[:12]}. Put it, or a link to it, back there"
+            f"{record.base_sha256[:12]}. Restore it there, or create a link to it"
         )
     return merged_with_base(base, factors, record.alpha / record.rank, load_config(checkpoint / "model"))
 

@@ -163,7 +163,7 @@ def newest_intact(folder: Path) -> Path | None:
     if damaged:
         listed = "\n  ".join(f"{path.name}: {'; '.join(problems)}" for path, problems in damaged.items())
         raise CheckpointError(
-            f"{folder} holds no intact checkpoint; restore one, or use another output_dir to start over:\n  {listed}"
+            f"{folder} contains no intact checkpoint; restore one, or use another output_dir to start over:\n  {listed}"
         )
     return None
 

@@ -25,7 +25,7 @@ def best_checkpoint(run: Path) -> Path:
     checkpoints = list_checkpoints(RunFolder(run).checkpoints)
     if not checkpoints:
         raise CheckpointError(
-            f"{RunFolder(run).checkpoints} holds no checkpoint. Give the output_dir of a training run; found {run}"
+            f"{RunFolder(run).checkpoints} contains no checkpoint. Give the output_dir of a training run; found {run}"
         )
     best = read_state(checkpoints[-1]).best
     found = [path for path in checkpoints if best is not None and path.name == step_name(best.step)]

@@ -44,7 +44,7 @@ def open_last_or_average(checkpoint: Path, *, averaged: bool) -> dict[str, Store
     if averaged and not averages:
         raise CheckpointError(
             f"--weights-of ema: {checkpoint}: found no running averages; expected a checkpoint of a run with "
-            "train.ema. Leave --weights-of out, or choose another checkpoint"
+            "train.ema. Omit --weights-of, or choose another checkpoint"
         )
     return {**open_slices(checkpoint), **averages}
 

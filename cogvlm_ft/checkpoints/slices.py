@@ -176,7 +176,7 @@ def check_averages_kept(checkpoint: Path, ema: float | None) -> None:
     if ema is None and open_slices(checkpoint, AVERAGE):
         raise ConfigError(
             f"train.ema: found null; expected a decay, such as 0.999: the running averages in {checkpoint} would be "
-            "lost. Set train.ema, or take another output_dir"
+            "lost. Set train.ema, or use another output_dir"
         )
 
 

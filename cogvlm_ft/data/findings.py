@@ -67,8 +67,8 @@ def _report_gaps(split: str, names: Sequence[str]) -> None:
             continue
         first = next(number for number in range(min(numbers), max(numbers)) if number not in numbers)
         _log.warning(
-            "split %s: tars whose numbers are left out: %d, such as %s%0*d%s. Copy them, unless they are left out on "
-            "purpose",
+            "split %s: numbers missing between those of the tars: %d, such as %s%0*d%s. Copy these tars, unless they "
+            "were omitted intentionally",
             *(split, num_missing, before, width, first, after),
         )
 

@@ -220,7 +220,7 @@ def _black_and_white(values: NDArray[Any], nodata: float | None) -> tuple[float,
     if nodata is not None:
         known = known[known != np.float64(nodata).astype(known.dtype)] if np.isfinite(nodata) else known
     if not known.size:
-        raise UnsupportedPixelsError("no pixel has a finite value; expected a range of values. Leave the image out")
+        raise UnsupportedPixelsError("no pixel has a finite value; expected a range of values. Remove the image")
     cut = int(CUT_FRACTION * known.size)
     ordered = np.partition(known, (cut, known.size - 1 - cut))
     low, high = float(ordered[cut]), float(ordered[-1 - cut])

@@ -22,7 +22,7 @@ _FORMS = {
 }
 """Fields that other programs have about their boxes, and the values that agree with ours."""
 _ABOUT_IMAGES = ("format", "mode")
-PIXELS_XYXY = "boxes [x0, y0, x1, y1] in pixels. Convert them, or leave the field out if they are"
+PIXELS_XYXY = "boxes [x0, y0, x1, y1] in pixels. Convert them, or remove the field if they already are"
 
 _MAX_NAMED = 8  # fields in a message
 

@@ -25,7 +25,7 @@ def check_same(url: str, marks: tuple[str, ...]) -> None:
         now, first = pairs[0]
         raise DataError(
             f"{shown(url)}: found another file ({now}) than when it was read first ({first}); expected the same tar "
-            "until the run ends. Put it back, or start a run with another output_dir"
+            "until the run ends. Restore it, or start a run with another output_dir"
         )
 
 
@@ -42,7 +42,7 @@ def check_indexed(path: Path, status: os.stat_result) -> None:
     if (first.st_ino, first.st_size) != (status.st_ino, status.st_size):
         raise DataError(
             f"{path}: found another file ({status.st_size} bytes) than when it was indexed ({first.st_size} bytes); "
-            "expected the same tar until the run ends. Put it back, or start a run with another output_dir"
+            "expected the same tar until the run ends. Restore it, or start a run with another output_dir"
         )
 
 

@@ -48,9 +48,7 @@ def export_adapter(checkpoint: Path, out: Path, *, averaged: bool = False) -> in
             raise CheckpointError(f"{checkpoint} is corrupt:  {'; '.join(damage)}")
         record = AdapterRecord.load(checkpoint)
         if record is None:
-            raise CheckpointError(
-                f"--adapter: {checkpoint} holds a whole model; expected adapters. Leave --adapter out"
-            )
+            raise CheckpointError(f"--adapter: {checkpoint} holds a whole model; expected adapters. Omit --adapter")
         partial.mkdir()
         config = peft_config(record.settings, Path(record.base).name)
         config.inference_mode = True

@@ -64,8 +64,8 @@ def _entry(row: object, where: str) -> Entry:
         raise ConfigError(f"{where}: name {name!r} names a folder; expected letters, digits and _ . = -")
     if any("pipe:" in setting for setting in settings):
         raise ConfigError(
-            f"{where}: found a command (pipe:); expected it on the command line only, because it is run. Type it after "
-            "the program's name"
+            f"{where}: found a command (pipe:); expected it on the command line only, because it is executed. Give "
+            "it there"
         )
     if any(setting.startswith("output_dir=") for setting in settings):
         raise ConfigError(

@@ -122,8 +122,8 @@ def _check_digits(loss: BoxLoss, tokenizer: CogVLMTokenizer) -> None:
         if len(columns) != _NUM_DIGITS_OF_BOX or not all(ids[column] in loss.digits for column in columns):
             pieces = " ".join(tokenizer.piece_bytes[token].decode(errors="replace") or "<unk>" for token in ids)
             raise CheckpointError(
-                f"{tokenizer.model_file}: {text} is written as {pieces}; expected a token for each digit, as "
-                "train.box_loss and train.digit_weights need it. Use Vicuna's tokenizer.model, or leave both out"
+                f"{tokenizer.model_file}: {text} is written as {pieces}; expected a token for each digit, for "
+                "train.box_loss and train.digit_weights. Use Vicuna's tokenizer.model, or leave both at their defaults"
             )
 
 

@@ -53,7 +53,7 @@ def sent_key(headers: Mapping[str, str]) -> str | None:
 async def _refuse(scope: Any, receive: Any, send: Any) -> None:
     from starlette.responses import JSONResponse
 
-    message = f"no key, or another one; expected the value of {KEY_VARIABLE} as `Authorization: Bearer`"
+    message = f"found no key, or a wrong one; expected the value of {KEY_VARIABLE} as `Authorization: Bearer`"
     error = {"message": message, "type": "authentication_error", "param": None, "code": "invalid_api_key"}
     headers = {"WWW-Authenticate": 'Basic realm="cogvlm"', "Cache-Control": "no-store", "Connection": "close"}
     await JSONResponse({"error": error}, status_code=401, headers=headers)(scope, receive, send)

@@ -38,7 +38,7 @@ def read_chat(fields: Mapping[str, Any], served: ServedModels) -> Chat:
     adapter = served.adapter_of(fields.get("model"))
     for name in UNSUPPORTED:
         if fields.get(name):
-            raise RefusedError(400, f"{name}: this server does not have it. Leave it out", "unsupported", name)
+            raise RefusedError(400, f"{name}: not supported by this server. Omit it", "unsupported", name)
     if fields.get("n") not in (None, 1):
         raise RefusedError(400, "n: expected 1: answers are always the most probable ones", "unsupported", "n")
     if fields.get("response_format") not in (None, {"type": "text"}):

@@ -64,11 +64,11 @@ def read_questions(
     """
     if source.suffix.lower() == ".jsonl" and source.is_file():
         if prompts or targets:
-            raise ConfigError(f"{source} has its own questions: leave --prompt and --targets out")
+            raise ConfigError(f"{source} has its own questions. Omit --prompt and --targets")
         lines = source.read_bytes().splitlines()
         questions = [_read_line(source, line, number, in_steps) for number, line in enumerate(lines, 1) if line.strip()]
         if not questions:
-            raise DataError(f'{source} holds no line; expected lines such as {{"image": "a.jpg", "prompt": "..."}}')
+            raise DataError(f'{source}: found no line; expected lines such as {{"image": "a.jpg", "prompt": "..."}}')
         return questions
     if not prompts and not targets:
         raise ConfigError("nothing is asked: give --prompt or --targets")

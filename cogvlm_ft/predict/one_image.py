@@ -35,13 +35,13 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
             say(plain_line(reply.prompt))
         say(plain_line(reply.text))
         if reply.truncated:
-            say("  the answer was cut at --max-new-tokens; a box that it had not closed is not read")
+            say("  the answer was cut off at --max-new-tokens; an incomplete box is not read")
         for box in reply.boxes or ():
             confidence = "" if box.confidence is None else f"  confidence {box.confidence:.2f}"
             notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"
             say("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
         if reply.num_removed:
-            say(f"  weaker boxes from tiles that were removed: {reply.num_removed}")
+            say(f"  less confident boxes from tiles, removed: {reply.num_removed}")
         if reply.not_found_prob is not None:
             say(f"  probability of the not-found sentence: {reply.not_found_prob:.2f}")
     out.parent.mkdir(parents=True, exist_ok=True)

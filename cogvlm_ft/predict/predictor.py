@@ -105,7 +105,7 @@ class _Look:
 def dtype_settings(dtype: str | None, weights: str | None) -> dict[str, str | None]:
     """Return the fields of Asking for the options --dtype and --weights. Raises ConfigError if they clash."""
     if weights == "bf16" and dtype == "fp32":
-        raise ConfigError("--dtype fp32, --weights bf16: found both; expected one of them. Leave one out")
+        raise ConfigError("--dtype fp32, --weights bf16: found both; expected one of them. Omit one of them")
     quantized = None if weights == "bf16" else weights
     return {"dtype": dtype or ("bf16" if weights else "fp32"), "quantized": quantized}
 

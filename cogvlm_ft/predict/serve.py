@@ -72,7 +72,7 @@ def check_key(host: str, key: str | None) -> None:
     if key is None and not _is_own_machine(host):
         raise ConfigError(
             f"--host {host}: others can reach this address, and there is no key; expected {KEY_VARIABLE} in the "
-            "environment. Set it, or leave --host out"
+            "environment. Set it, or omit --host"
         )
     if key is not None and (len(key) < MIN_KEY_LENGTH or not key.isascii() or key != key.strip()):
         raise ConfigError(

@@ -16,6 +16,6 @@ def own_folder(folder: Path, run: Path, use: Use) -> Iterator[None]:
     Raises ConfigError if another process owns it, or if the training of one that was killed still runs.
     """
     with run_lock(folder, use):
-        with run_lock(run, use._replace(work="training", where=str(run), stop=STOP)):
+        with run_lock(run, use._replace(work="training run", where=str(run), stop=STOP)):
             pass
         yield

@@ -105,14 +105,14 @@ def _check_sections(path: Path, settings: dict[str, Any]) -> None:
         key, found = ".".join(map(str, first["loc"])), f"{first['input']!r:.80}"
         expected = first["msg"].replace("Input should be", "expected")
         if first["type"] == "extra_forbidden":
-            found, expected = "a key that this DeepSpeed does not know", "expected one that it documents"
+            found, expected = "a key unknown to this DeepSpeed", "expected a documented one"
         raise ConfigError(f"{path}: zero_optimization.{key}: found {found}; {expected}. Correct or remove it") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: zero_optimization: {str(error).splitlines()[0]}. Correct the file") from None
     for key, today in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
         if zero.get(key):
             raise ConfigError(
-                f"{path}: zero_optimization.{key}: found {zero[key]!r}, the form of former versions; expected "
+                f"{path}: zero_optimization.{key}: found {zero[key]!r}, the form of earlier versions; expected "
                 f'"{today}": {{"device": "cpu"}}. Replace it'
             )
     for key in ("offload_optimizer", "offload_param"):

@@ -243,7 +243,7 @@ def share_cores(needed_for: str = "") -> None:
             needed_for,
             num_threads,
             len(mine),
-            "" if given is None else f", in place of {given} as torchrun sets it",
+            "" if given is None else f", instead of {given} as set by torchrun",
             THREADS_VARIABLE,
         )
 
@@ -261,7 +261,7 @@ def first_devices(num_devices: int) -> list[torch.device]:
     found = torch.cuda.device_count()
     if not 1 <= num_devices <= found:
         raise ConfigError(
-            f"--devices {num_devices}: found {found} GPUs; expected 1 to {max(1, found)}. Leave --devices out, or use "
+            f"--devices {num_devices}: found {found} GPUs; expected 1 to {max(1, found)}. Omit --devices, or use "
             "--weights int8, which takes half the memory"
         )
     return [torch.device("cuda", number) for number in range(num_devices)]

@@ -117,7 +117,7 @@ def run_lock(folder: Path, use: Use | None = None) -> Iterator[tuple[str, Owner]
     Waits up to a minute to find out whether an owner on another host is alive.
     """
     me = this_process()
-    path = _acquire(folder, me, use or Use("training", f"output_dir={folder}", "output_dir", STOP))
+    path = _acquire(folder, me, use or Use("training run", f"output_dir={folder}", "output_dir", STOP))
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="run lock")
     heart.start()
@@ -155,15 +155,15 @@ def _become_owner(folder: Path, me: Owner, use: Use) -> Path:
             owner = _read_whole(newest)
             if owner is None and newest.exists():
                 raise ConfigError(
-                    f"{newest}: not a lock of a run; expected one. Delete it if no {use.work} writes there"
+                    f"{newest}: not a lock of a run; expected one. Delete it if no {use.work} is writing there"
                 )
             if owner is not None and _is_alive(owner, me, newest):
                 raise ConfigError(
-                    f"{use.where}: another {use.work} writes there: {owner}; expected one per folder. "
+                    f"{use.where}: another {use.work} is writing there: {owner}; expected one per folder. "
                     f"{use.stop}, wait for its end, or choose another {use.setting}"
                 )
             if owner is not None and not owner.is_released:
-                logger.warning("%s: %s, which owned it, has ended; this run continues", use.where, owner)
+                logger.warning("%s: its former owner, %s, has ended; this run continues", use.where, owner)
         path = _lock_file(folder, 1 + (_number(newest) if newest else 0))
         if _create(path, me):
             if _newest(folder) == path:
@@ -206,7 +206,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
         with contextlib.suppress(OSError):  # of a server that is away: this thread must live on
             newest = _newest(path.parent)
         if newest is not None and newest != path:
-            logger.error("%s: another training has taken it over while this one was suspended; ending", path.parent)
+            logger.error("%s: another training run has taken it over while this one was suspended; ending", path.parent)
             os._exit(LOST_EXIT_CODE)
 
 

@@ -151,12 +151,12 @@ def start_or_resume(run: Run) -> tuple[TrainState, CheckpointSaver]:
         raise CheckpointError(
             f"{newest} was trained on other shards than data.shards holds now, or "
             "with another data.max_turns_per_image, data.tiles or wording for it; its position in them means nothing "
-            "here. Take another output_dir"
+            "here. Use another output_dir"
         )
     if state.rates != fresh.rates:
         raise ConfigError(
             f"train.lr_scale, train.vision_layer_decay: found {fresh.rates or 'neither'}; expected "
-            f"{state.rates or 'neither'}, with which {newest} was trained. Set the same, or take another output_dir"
+            f"{state.rates or 'neither'}, with which {newest} was trained. Set the same, or use another output_dir"
         )
     if is_main() and state.seed not in (None, fresh.seed) and run.plan.position(state.samples_consumed)[1]:
         logger.warning(
@@ -246,7 +246,7 @@ def evaluate_epoch(run: Run, state: TrainState, tracker: Tracker | None, stop_re
     train, value = run.config.train, monitor_value(result.metrics, run.config.train.monitor)
     best = updated_best(state.best, value, state.step, train)
     if value is None and is_main():
-        logger.warning("train.monitor=%s: these answers have no value for it; counted as no gain", train.monitor)
+        logger.warning("train.monitor=%s: the answers give no value for it; counted as no improvement", train.monitor)
     if tracker:
         report_evaluation(run, state, result, best, tracker)
     state = dataclasses.replace(state, kept_boxes=result.kept, averaged_kept_boxes=averaged_kept)

@@ -183,7 +183,7 @@ def _asked(all_labels: list[_Labels], annotations: Path) -> Source:
         say(f"  {number}  {name}: {plain_line(seen)}")
     while True:
         try:
-            text = input("Which one is to be read? Number or name: ").strip().lower()
+            text = input("Which one should be read? Number or name: ").strip().lower()
         except EOFError:
             refuse_several(annotations, fits, why)
         for number, (name, seen) in enumerate(fits, start=1):

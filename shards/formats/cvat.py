@@ -57,7 +57,7 @@ _WITHOUT_BOX = {
 }
 _JOINED = ("polygon", "mask")
 _FRAME_ENDINGS = ("PNG", "png", "jpg", "jpeg", "JPG")
-_FRAME_HINT = "Tracks state numbers in place of names. Export CVAT for images, or the frames with Save images."
+_FRAME_HINT = "Tracks contain numbers instead of names. Export CVAT for images, or the frames with Save images."
 _SIZE = ("original_size/width", "original_size/height")
 
 

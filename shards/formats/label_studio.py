@@ -199,7 +199,7 @@ def _candidate(task: _Task, photos: ListedPhotos) -> Candidate:
             task.problems += (Problem("box", reason, detail + instead, region.source) for region in annotation.regions)
     if used is None:
         found = "only predictions, which are not used" if task.has_predictions else "no annotation, or a skipped one"
-        raise Rejected("sample", "not_annotated", f"{found}; expected an annotation. Submit the task, or leave it out.")
+        raise Rejected("sample", "not_annotated", f"{found}; expected an annotation. Submit the task, or remove it.")
     names = photo_paths(_address(task.data, used.regions))
     image = photos.find(*names)
     size = _size(used.regions)

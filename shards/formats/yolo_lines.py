@@ -71,7 +71,7 @@ class LabelLines:
         if num_keypoint_columns is not None:
             more = num_columns - _BOX - num_keypoint_columns
             if more not in (0, 1, 2):  # a confidence and a track id
-                expected = f"{_BOX + num_keypoint_columns}, as kpt_shape says"
+                expected = f"{_BOX + num_keypoint_columns}, according to kpt_shape"
                 raise Rejected("box", "wrong_number_of_coordinates", f"{num_columns} columns; expected {expected}")
             return _box(columns)
         if not (outlines and num_columns % 2):
@@ -80,7 +80,7 @@ class LabelLines:
 
     def _check_confidence(self, value: float, *, outlines: bool) -> None:
         if outlines:
-            expected = "an outline, as task in data.yaml says"
+            expected = "an outline, according to task in data.yaml"
             advice = "Export four corners rather than a box with an angle, or correct task."
             raise Rejected("box", "ambiguous_columns", f"6 columns; expected {expected}. {advice}")
         if self._seen.confidence_is_first:

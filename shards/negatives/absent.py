@@ -49,7 +49,7 @@ class NegativeSettings:
     def check(self) -> None:
         """Raise DataError for an unusable value, or a file that cannot be read."""
         if not 0 <= self.share <= _MAX_SHARE:
-            raise DataError(f"--negatives: the share is {self.share}; expected 0 (none) to {_MAX_SHARE}")
+            raise DataError(f"--negatives: found {self.share}; expected 0 (none) to {_MAX_SHARE}")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown:
             raise DataError(f"--negative-kinds: unknown {', '.join(map(str, unknown))}; expected {', '.join(KINDS)}")

@@ -271,7 +271,7 @@ class UnitSurvey:
             found = " and ".join(_WORDS[stated] for stated in sorted(self._stated))
             raise DataError(
                 f"--box-unit {box_unit}: {annotations} states that its boxes are {found}; expected that unit. "
-                "Leave the option out."
+                "Omit the option."
             )
         explanation = f"box unit: {_WORDS[units]} (--box-unit {box_unit})"
         return BoxUnits(dict.fromkeys(self._groups, units), explanation)

@@ -21,7 +21,7 @@ def summarize(index: dict[str, Any], files: ProblemFiles, out: Path) -> str:
         lines += _negatives(index["negatives"])
     lines += _by_reason("rejected", index["rejected"], files.rejected.examples)
     if index["notes"]:
-        lines += _by_reason("notes (nothing is lost)", index["notes"], files.notes.examples)
+        lines += _by_reason("notes (nothing was lost)", index["notes"], files.notes.examples)
     tars = " ".join(f"{name}-*.tar" for name in index["splits"])
     lines.append(f"\n{out}: {', '.join(('index.json', *PROBLEM_FILES))}, {tars}")
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()

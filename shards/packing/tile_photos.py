@@ -21,7 +21,7 @@ def add_tile_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `tile_cut` reads."""
     tiles_help = "cut photos larger than this side in px into tiles, for data.tiles; also photos above --max-pixels"
     parser.add_argument("--tiles", type=int, metavar="SIDE", help=tiles_help)
-    parser.add_argument("--overlap", type=float, default=0.2, help="of tiles, as a fraction of their side")
+    parser.add_argument("--overlap", type=float, default=0.2, help="overlap of tiles, as a fraction of their side")
     quality_help = f"store JPEG tiles; default: {QUALITY} for JPEG photos, lossless PNG for others"
     parser.add_argument("--tile-quality", type=int, help=quality_help)
 

@@ -31,7 +31,7 @@ def test_two_ranks(start_model: Path, shards: Path, tmp_path: Path) -> None:
         codes = ranks.wait(TIMEOUT_S)
     said, silent = (log.read_text() for log in ranks.logs)
     assert codes == [0, 0] and silent.strip() == "", ranks.output()
-    assert "ranks: 2 on 1 host: " in said and "nothing red: go" in said
+    assert "ranks: 2 on 1 host: " in said and "nothing red: ready to start" in said
     assert "train: 33 samples, all read and decoded" in said
     rates = re.search(r"gloo, messages of 32 MiB: all_gather ([\d.]+) GB/s per rank, all_reduce ([\d.]+)", said)
     assert rates and all(0.01 < float(rate) < 1000 for rate in rates.groups()), said

@@ -401,7 +401,10 @@ def test_a_second_training_in_one_folder_is_refused(shards: Path, start_model: P
         written = (tmp_path / "run" / "config.yaml").read_bytes()
         with started([*arguments, "seed=7"], 2, tmp_path / "second") as second:
             assert second.wait() == [2, 2], second.output()
-            assert second.output().count(f"another training writes there: process {first.processes[0].pid} on ") == 2
+            assert (
+                second.output().count(f"another training run is writing there: process {first.processes[0].pid} on ")
+                == 2
+            )
         assert (tmp_path / "run" / "config.yaml").read_bytes() == written
         first.send(signal.SIGUSR1)
         assert first.wait() == [0, 0], first.output()

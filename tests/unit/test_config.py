@@ -366,7 +366,7 @@ def test_the_environment_is_read_for_the_user_s_own_settings_and_is_written_nowh
 
     # In a run folder, which may be somebody else's, nothing is expanded; what the command line says replaces it.
     with pytest.raises(
-        ConfigError, match=r"data\.shards: .*not expanded in a run folder.*Type data\.shards="
+        ConfigError, match=r"data\.shards: .*not expanded in a run folder.*Give data\.shards="
     ) as raised:
         load_config(run / "config.yaml")
     assert "another" not in str(raised.value)

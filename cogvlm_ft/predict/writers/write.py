@@ -62,7 +62,7 @@ def write_predictions(questions: Sequence[Question], out: Path, name: str | None
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(out / PREDICTIONS_FILE, text)
         write_text(out / ORDER_FILE, "".join(f"{photo.name}\n" for photo in photos))
-        done.append(f"the most doubtful photos first, as listed in {out / ORDER_FILE}")
+        done.append(f"the least certain photos first, as listed in {out / ORDER_FILE}")
     if name is not None:
         labels = labels_of(photos, (target for question in questions for target in question.targets))
         WRITERS[name](photos, labels, out / name)

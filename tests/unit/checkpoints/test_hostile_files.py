@@ -86,7 +86,7 @@ def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
 )
 def test_entries_of_a_header(entry: dict[str, Any], checkpoint: Path) -> None:
     change_header(checkpoint / RANK, lambda header: header[FIRST].update(entry))
-    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
         read_all(checkpoint)
 
 
@@ -110,7 +110,7 @@ def test_headers(change: str, checkpoint: Path) -> None:
             "entry missing": lambda header: header.pop(FIRST) and None,
         }
         change_header(path, changes[change])
-    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
         read_all(checkpoint)
 
 

@@ -126,9 +126,9 @@ def test_a_photo_of_too_many_pixels_is_a_line(
 
 def test_what_cannot_be_asked(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no line"):
+    with pytest.raises(DataError, match="found no line"):
         read_questions(tmp_path / "empty.jsonl", [])
-    with pytest.raises(ConfigError, match="leave --prompt"):
+    with pytest.raises(ConfigError, match="Omit --prompt"):
         read_questions(tmp_path / "empty.jsonl", ["dog"])
     with pytest.raises(ConfigError, match="nothing is asked"):
         read_questions(photos, [])

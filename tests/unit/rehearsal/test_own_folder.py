@@ -38,6 +38,6 @@ def test_a_second_one_in_the_same_folder_is_refused_at_once(
         assert start(tmp_path) == 2
     assert {path.name for path in tmp_path.iterdir()} <= {"run", ".lock-000001"}, "nothing is built"
     printed = capsys.readouterr()
-    kind = "training" if is_killed else work
-    assert f"{owned}: another {kind} writes there: process {os.getpid()} on " in printed.err
+    kind = "training run" if is_killed else work
+    assert f"{owned}: another {kind} is writing there: process {os.getpid()} on " in printed.err
     assert printed.err.endswith(f"or choose another {setting}\n") and printed.err.count("\n") == 1 and not printed.out

@@ -77,10 +77,10 @@ def test_numbers_as_text_null_and_comments_are_understood(tmp_path: Path) -> Non
     [
         ({"reduce_bucket_size": "many"}, "zero_optimization.reduce_bucket_size: found 'many'; expected a valid int"),
         ({"reduce_bucket_size": -1}, "reduce_bucket_size: found -1; expected greater than 0"),
-        ({"reduce_bucket_sise": 1}, "reduce_bucket_sise: found a key that this DeepSpeed does not know"),
+        ({"reduce_bucket_sise": 1}, "reduce_bucket_sise: found a key unknown to this DeepSpeed"),
         ({"offload_optimizer": "cpu"}, "offload_optimizer: found 'cpu'; expected a valid dictionary"),
         ({"leaf_module": "DecoderLayer"}, "zero_optimization: leaf_module"),
-        ({"cpu_offload": True}, "cpu_offload: found True, the form of former versions"),
+        ({"cpu_offload": True}, "cpu_offload: found True, the form of earlier versions"),
         ({"stage": 2}, "stage: found 2; expected 3"),
     ],
 )

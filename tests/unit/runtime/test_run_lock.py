@@ -46,7 +46,9 @@ def lock_names(folder: Path) -> list[str]:
 
 def test_an_owner_is_named_and_its_folder_stays_its_own(tmp_path: Path) -> None:
     with run_lock(tmp_path / "run"):
-        message = rf"output_dir={tmp_path}/run: another training writes there: process {os.getpid()} on \S+; expected"
+        message = (
+            rf"output_dir={tmp_path}/run: another training run is writing there: process {os.getpid()} on \S+; expected"
+        )
         with pytest.raises(ConfigError, match=message), run_lock(tmp_path / "run"):
             pass
         assert lock_names(tmp_path / "run") == [".lock-000001"]
@@ -56,7 +58,9 @@ def test_an_owner_is_named_and_its_folder_stays_its_own(tmp_path: Path) -> None:
 
 def test_a_message_names_what_the_folder_is_used_for(tmp_path: Path) -> None:
     use = Use("rehearsal", f"--out {tmp_path}", "--out")
-    message = rf"^--out {tmp_path}: another rehearsal writes there: process {os.getpid()} on .* choose another --out$"
+    message = (
+        rf"^--out {tmp_path}: another rehearsal is writing there: process {os.getpid()} on .* choose another --out$"
+    )
     with run_lock(tmp_path, use), pytest.raises(ConfigError, match=message), run_lock(tmp_path, use):
         pass
 
@@ -66,7 +70,7 @@ def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path, caplog: pyte
     begun = time.monotonic()
     with run_lock(tmp_path):
         assert time.monotonic() - begun < 2
-    assert "Slurm job 77, which owned it, has ended; this run continues" in caplog.text
+    assert "Slurm job 77, has ended; this run continues" in caplog.text
 
 
 def test_a_pid_that_another_process_has_now_is_no_owner(tmp_path: Path) -> None:
@@ -121,7 +125,7 @@ def test_a_lock_that_is_being_written_is_waited_for(tmp_path: Path, monkeypatch:
     (tmp_path / ".lock-000007").touch()
     writing = threading.Timer(0.1, lambda: leave(tmp_path))
     writing.start()
-    with pytest.raises(ConfigError, match="another training writes there"), run_lock(tmp_path):
+    with pytest.raises(ConfigError, match="another training run is writing there"), run_lock(tmp_path):
         pass
     writing.join()
 
@@ -259,11 +263,11 @@ def test_a_step_of_the_clock_loses_no_owner(tmp_path: Path, monkeypatch: pytest.
         booted = psutil.boot_time()
         for name in ("psutil.boot_time", "psutil._pslinux.boot_time"):
             monkeypatch.setattr(name, lambda: booted + 3600)
-        with pytest.raises(ConfigError, match="another training writes there"), run_lock(tmp_path):
+        with pytest.raises(ConfigError, match="another training run is writing there"), run_lock(tmp_path):
             pass
 
 
 def test_a_lock_of_an_earlier_version_is_one(tmp_path: Path) -> None:
     leave(tmp_path, started=psutil.Process().create_time())
-    with pytest.raises(ConfigError, match="another training writes there"), run_lock(tmp_path):
+    with pytest.raises(ConfigError, match="another training run is writing there"), run_lock(tmp_path):
         pass

@@ -59,7 +59,7 @@ def test_notes_are_counted_and_kept_apart_from_rejections(photos: Path, tmp_path
 @pytest.mark.usefixtures("noted")
 def test_the_table_shows_an_example_of_each_note(photos: Path, tmp_path: Path) -> None:
     printed = build(BuildSettings("voc", photos, photos), tmp_path / "out", num_workers=1)
-    assert "rejected: 3\n" in printed and "notes (nothing is lost): 5\n" in printed
+    assert "rejected: 3\n" in printed and "notes (nothing was lost): 5\n" in printed
     assert "4 stale_image_name" in printed and "e.g. labels: names are those of data.yaml" in printed
 
 
