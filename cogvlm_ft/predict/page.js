@@ -46,7 +46,7 @@ function element(name, text) {
 function boxItem(box) {
   const parts = [[box.phrase], [box.xyxy.map((value) => value.toFixed(1)).join(", ") + " px"]];
   if (box.confidence !== null) parts.push([...both("confidence", "置信度"), " " + box.confidence.toFixed(2)]);
-  if (box.zoomed) parts.push(both("second look", "二次查看"));
+  if (box.zoomed) parts.push(both("second look", "放大后再次回答"));
   const item = document.createElement("li");
   const shown = parts.filter((part) => part[0]);
   item.append(...shown.flatMap((part, number) => (number ? [" · ", ...part] : part)));
@@ -64,7 +64,7 @@ function notices(answer, isAlone) {
     found.push(["bad", "No box could be read from this answer.", "无法从该回答中读出框。"]);
   }
   if (answer.truncated) {
-    found.push(["bad", "The answer was cut at the token limit.", "回答达到词元上限，被截断。"]);
+    found.push(["bad", "The answer was cut off at the token limit.", "回答达到词元上限，被截断。"]);
   }
   return found.map(([kind, en, zh]) => {
     const notice = document.createElement("p");

@@ -87,7 +87,7 @@ def blend_panels(blends: Sequence[Row]) -> list[Panel]:
         for name, scale in (("mean_iou", 1), ("acc@0.5", 1), ("probe_chrf", 100))
     ]
     drawn = chart([each for each in series if each.points], "scores of blends", y_range=UNIT)
-    note = both("0: the model at the start; 1: fine-tuned", "横轴：0 为训练起点的模型，1 为微调后的模型")
+    note = both("0: start model; 1: fine-tuned model", "横轴：0 为训练起点的模型，1 为微调后的模型")
     return [Panel(("Blends with the start", "与训练起点的融合"), drawn, note)] if drawn else []
 
 
@@ -123,8 +123,8 @@ def _confidence(results: Results) -> Panel:
     series = [Series(both(*title), [(row[0], row[i]) for row in points]) for i, title in enumerate(titles, 1)]
     least = f"{results.metrics.get('tile_min_confidence', 0.0):.2g}"
     note = both(
-        f"Boxes from tiles with at least this confidence. From {least} on they count: there F1 is highest.",
-        f"切块中不低于该置信度的框；达到 {least} 才计入，此处 F1 最高。",
+        f"Boxes from tiles with at least this confidence. They count from {least}, where F1 is highest.",
+        f"切块中不低于该置信度的框。达到 {least} 的框计入结果，此处 F1 最高。",
     )
     title = ("Boxes from tiles by confidence", "切块中框的置信度")
     return Panel(title, chart(series, "boxes by confidence", y_range=UNIT), note)
@@ -149,8 +149,8 @@ def _not_found(results: Results) -> Panel:
             f"阈值为 {threshold:.2g} 时两者相等：{100 * right:.1f} %。",
         )
     note = both(
-        "When “not found” is reported from this probability of its sentence upwards.",
-        "当“未找到”概率达到横轴值即判为未找到时。",
+        "Accuracy if “not found” is reported whenever its probability is at least the value on the horizontal axis.",
+        "当“未找到”概率达到横轴值即判为未找到时的准确率。",
     )
     return Panel(("“Not found” by threshold", "“未找到”的阈值"), drawn, note + best)
 

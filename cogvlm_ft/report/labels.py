@@ -17,7 +17,7 @@ METRICS: dict[str, Words] = {
     "not_found_acc": ("absent targets recognised", "目标不存在时回答“未找到”的比例"),
     "false_not_found": ("present targets reported “not found”", "目标存在时误报“未找到”的比例"),
     "unreadable": ("unreadable answers", "无法解析的回答"),
-    "truncated": ("answers cut at the token limit", "达到词元上限而被截断的回答"),
+    "truncated": ("answers cut off at the token limit", "达到词元上限而被截断的回答"),
     "chrf": ("chrF of descriptions", "描述的 chrF"),
     "probe_same": ("general questions answered as before", "通用问题的回答与训练前一致的比例"),
     "probe_chrf": ("general questions, chrF / 100", "通用问题的 chrF / 100"),
@@ -38,7 +38,7 @@ GROUPS: dict[str, Words] = {
     "share": ("By side of the target / side of the image", "按目标边长 / 图片边长"),
     "size": ("By COCO size, in pixels of the image", "按 COCO 尺寸（图片像素）"),
     "patches": ("By area of the target in patches", "按目标覆盖的图块（patch）数"),
-    "targets": ("By number of true boxes", "按真实框数"),
+    "targets": ("By number of true boxes", "按真值框数"),
     "language": ("By language", "按语言"),
     "template": ("By kind of question", "按问题类型"),
     "source": ("By source", "按数据来源"),
@@ -73,7 +73,7 @@ _VALUES: dict[str, dict[str, Words]] = {
         "large": ("large, > 96²", "大，> 96²"),
     },
     "patches": {"under_1": ("< 1", "< 1"), "1_to_4": ("1–4", "1–4"), "over_4": ("> 4", "> 4")},
-    "targets": {"0": ("none", "无"), "1": ("1", "1"), "2+": ("2 or more", "2 个以上")},
+    "targets": {"0": ("none", "无"), "1": ("1", "1"), "2+": ("2 or more", "2 个或更多")},
     "language": {"zh": ("Chinese", "中文"), "en": ("English", "英文")},
 }
 

@@ -35,7 +35,7 @@ _NOUNS: dict[str, tuple[str, str, str]] = {
     "sample": ("image", "images", "张图片"),
     "target": ("target", "targets", "个目标"),
     "box": ("box", "boxes", "个框"),
-    "turn": ("turn", "turns", "轮对话"),
+    "turn": ("turn", "turns", "个对话轮"),
 }
 _OTHER_NOUN = ("part", "parts", "处")
 _COPIES = ("same_photo", "train_and_val")

@@ -176,11 +176,15 @@ def _best_reading(tally: Tally, units: str) -> tuple[Reading | None, dict[str, s
         better = [reading for reading, share in shares.items() if share >= highest - _SAME_SHARE]
         others = " / ".join(map(str, better[1:4]))
         if better:
-            also = {"en": f" Just as good: {others}.", "zh": f"同样符合:{others}。"} if others else {"en": "", "zh": ""}
+            also = (
+                {"en": f" These fit as well: {others}.", "zh": f"同样符合的还有：{others}。"}
+                if others
+                else {"en": "", "zh": ""}
+            )
             return better[0], also
     elif units == "pixels" and _never_beyond_1000(tally):
         words = " But no coordinate is above 1000, although the photos are larger and many come close."
-        return Reading("thousandths", "xyxy"), {"en": words, "zh": "但图片更大,却没有坐标超过 1000,且许多接近 1000。"}
+        return Reading("thousandths", "xyxy"), {"en": words, "zh": "但图片更大，却没有坐标超过 1000，且许多接近 1000。"}
     return None, {}
 
 

@@ -129,7 +129,7 @@ def test_31_labels_that_differ_in_case_are_a_suspect_and_names_yaml_is_written(t
     out = tmp_path / "review"
     arguments = ["--annotations", str(CASES / "31-label-spelling" / "in"), "--out", str(out), "--workers", "1"]
     assert review(arguments) == 0
-    assert "Labels that differ in spelling only" in capsys.readouterr().out
+    assert "Labels that differ only in spelling" in capsys.readouterr().out
     load_names(out / "names.yaml")
     (out / "names.yaml").write_text("dog: [hound]\n")
     assert review(arguments) == 0

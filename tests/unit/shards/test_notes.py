@@ -93,4 +93,4 @@ def test_the_review_lists_notes(photos: Path, tmp_path: Path) -> None:
     assert suspects["note.stale_image_name"] == 4 and suspects["note.names_file"] == 1
     assert suspects["no_targets"] == 1
     assert "4 Note: stale image name" in summarize(found, tmp_path / "out")
-    assert "Nothing is left out" in (tmp_path / "out" / "review.html").read_text()
+    assert "Nothing was left out" in (tmp_path / "out" / "review.html").read_text()
