@@ -115,7 +115,7 @@ class Run:
         return state.samples_consumed / self.plan.num_samples
 
     def save_settings(self) -> None:
-        """Write config.yaml, without passwords: a run's folder is for others to read, too. Rank 0 only."""
+        """Write config.yaml without passwords, because others may read the run folder. Rank 0 only."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
         save_settings(without_passwords(written_settings(self.config)), self.folder.config)
 
@@ -282,7 +282,7 @@ def start_adapters(model: CogVLMForCausalLM, config: Config) -> None:
 
 
 def load_tokenizer(folder: Path, model_config: CogVLMConfig) -> CogVLMTokenizer:
-    """Load the tokenizer of a model folder; CheckpointError if it has not as many pieces as the model has words."""
+    """Load the tokenizer of a model folder; CheckpointError if its number of pieces is not the model's vocab_size."""
     tokenizer = CogVLMTokenizer.from_folder(folder)
     if len(tokenizer) != model_config.vocab_size:
         raise CheckpointError(

@@ -41,7 +41,7 @@ MIN_SECRET = 4  # characters: to hide a shorter one would make messages unreadab
 
 @dataclass
 class LoadedConfig(Config):
-    """Settings, and what was written for those that a resolver takes part in, by key. The latter is not a setting."""
+    """Settings, and by key the text as written of those that contain a resolver, which is not a setting."""
 
     written: dict[str, Any] = field(
         default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
@@ -145,7 +145,7 @@ def _clear_mappings(settings: Any, argument: Any, key: str) -> None:
 
 
 def _as_text(written: Any) -> Any:
-    """Escape what would be filled in."""
+    """Escape resolvers, so that they stay text."""
     if isinstance(written, dict):
         return {key: _as_text(part) for key, part in written.items()}
     if isinstance(written, list):
@@ -227,7 +227,7 @@ def _raw_settings(merged: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _written_texts(merged: Any) -> dict[str, Any]:
-    """Return, by key, what is written for the settings that a resolver takes part in. Raises ConfigError."""
+    """Return, by key, the text as written of settings that contain a resolver. Raises ConfigError."""
     raw = dict(_raw_settings(merged))
     if not any(map(has_resolver, raw.values())):
         return {}
@@ -275,7 +275,7 @@ def _variables(written: str) -> Iterator[tuple[str, str]]:
 
 
 def written_settings(config: Config) -> dict[str, Any]:
-    """Return every setting as it is written, for files and W&B: nothing that a resolver stands for."""
+    """Return every setting as written, for files and W&B; resolvers are not expanded."""
     settings = asdict(config)
     settings.pop("written", None)  # of a LoadedConfig
     for key, value in getattr(config, "written", {}).items():

@@ -1,4 +1,4 @@
-"""The three kinds of a user's mistake, and the failure of a server or disk, which is none.
+"""Three kinds of user mistakes, and the failure of a server or disk, which is not the user's mistake.
 
 A message reads `<key or file>: <what was found>; expected <what>. <what to do>.`
 """

@@ -1,4 +1,4 @@
-"""How a setting is declared: its default beside what it means, its unit and its bounds."""
+"""How a setting is declared: default, description, unit and bounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rules:
-    """What a setting means, and which values it takes; null is always allowed where the type is optional.
+    """Description and allowed values of a setting; null is always allowed if the type is optional.
 
     least, most: allowed themselves; above, below: not; of every value in a list or mapping. length: of a list.
     choices: all there are; empty: any value of the type.

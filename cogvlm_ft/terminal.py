@@ -1,4 +1,4 @@
-"""Text for terminals and logs: control characters are visible, secrets are left out, and every encoding will do."""
+"""Text for terminals and logs: control characters are visible, secrets are hidden, any encoding works."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _warn_of_file_names() -> None:
 
 
 def outlive_terminal() -> None:
-    """Let output that cannot be written be lost: a long run must not end because `tee` or the disk of its log did."""
+    """Discard output that cannot be written: a long run must not end because `tee` has, or a log disk is full."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         raw = getattr(getattr(stream, "buffer", None), "raw", None)  # there is none with `python -u`

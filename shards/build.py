@@ -74,7 +74,7 @@ Parts = Iterator[Candidate | Problem]
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """Everything that decides the bytes of the shards."""
+    """All settings that determine the bytes of the shards."""
 
     format: str
     images: Path

@@ -136,7 +136,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _settings(args: argparse.Namespace) -> ReviewSettings:
-    """Collect what is not about the source. Raises ConfigError."""
+    """Collect the settings that do not concern the source. Raises ConfigError."""
     return ReviewSettings(
         image_size=args.image_size,
         weights_size=args.weights_size,
@@ -149,7 +149,7 @@ def _settings(args: argparse.Namespace) -> ReviewSettings:
 
 
 def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
-    """Return what is reviewed, and its name: the user's input. Raises DataError."""
+    """Return the parts to review, and the name of the source as the user gave it. Raises DataError."""
     if args.shards:
         return shard_items(args.shards), str(args.shards)
     for option, path in (("--annotations", args.annotations), ("--images", args.images)):

@@ -1,4 +1,4 @@
-"""Checkpoints of adapters: they hold no weights of the model under them, but its folder and fingerprint.
+"""Checkpoints of adapters, with the folder and fingerprint of the base model instead of its weights.
 
 model/adapter.json    the base's folder and fingerprint; rank, alpha, dropout, targets, parts in full
 """
@@ -35,8 +35,9 @@ ADAPTER_FILE = "model/adapter.json"
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What adapters were trained on, and how. base: a model folder; base_sha256: its fingerprint.
+    """The base model and the settings that adapters were trained with.
 
+    base: a model folder; base_sha256: its fingerprint.
     base_weights: the kind of its frozen linear layers in training, as `adapter.base`.
     """
 
@@ -60,7 +61,7 @@ class AdapterRecord:
 
     @classmethod
     def load(cls, checkpoint: Path) -> AdapterRecord | None:
-        """Read the record of a checkpoint; None of a checkpoint that holds a whole model."""
+        """Read the record of a checkpoint; None for a checkpoint of a whole model."""
         path = checkpoint / ADAPTER_FILE
         if not path.is_file():
             return None

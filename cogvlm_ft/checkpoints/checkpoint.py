@@ -111,7 +111,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def _checked(state: TrainState) -> TrainState:
-    """Return the state; ValueError if a number in it is none."""
+    """Return the state; ValueError if one of its numbers is not a number."""
     numbers = [state.step, state.epoch, state.samples_consumed, state.evaluated_step + 1, state.world_size]
     numbers += [state.best.step, state.best.num_since] if state.best else []
     if not all(type(number) is int and number >= 0 for number in numbers):

@@ -45,7 +45,7 @@ def is_run(path: Path) -> bool:
 
 
 def find_weights(path: Path, option: str) -> Path:
-    """Return a model folder or a checkpoint as it is, and of a run folder its best checkpoint.
+    """Return a model folder or a checkpoint unchanged, and the best checkpoint of a run folder.
 
     option: for the CheckpointError.
     """
@@ -82,9 +82,9 @@ def trained_wording(weights: Path) -> Wording | None:
 
 
 def chosen_boxes(weights: Path, *, averaged: bool = False) -> KeptBoxes | None:
-    """Return which boxes from tiles count, as validation chose it for these weights; None if it did not.
+    """Return which boxes from tiles count, as chosen in validation for these weights; None if not chosen.
 
-    Also that of an adapter in the files of peft. averaged: for the running averages of a checkpoint.
+    Also for an adapter in the files of peft. averaged: for the running averages of a checkpoint.
     """
     if is_checkpoint(weights):
         return _chosen_in(weights, averaged)

@@ -44,7 +44,7 @@ def read_again(read: Callable[[], T]) -> T:
 
 
 def is_wrong_part(error: OSError) -> bool:
-    """Return whether the error is about what is there, not about reading it: nothing, a folder, a pipe, a huge file."""
+    """Return whether the file is wrong (missing, a folder, a pipe, too large) and reading it again cannot help."""
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
     return missing or error.errno in (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 

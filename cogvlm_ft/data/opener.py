@@ -32,7 +32,7 @@ _CHUNK = 1 << 20
 
 
 def run() -> None:
-    """Be the program."""
+    """Run the program."""
     code = _copy(_take_over_input())
     os._exit(code)  # the thread may still wait
 

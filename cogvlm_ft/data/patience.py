@@ -1,4 +1,4 @@
-"""How long a server of shards that does not answer is tried again: `data.retry_s`, in loader processes a few seconds.
+"""How long requests to a shard server are retried: `data.retry_s`, in loader processes a few seconds.
 
 A loader process gives up soon, so that its rank answers stop signals: the rank waits (`train/step_reader.py`).
 """
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class _Process:
-    """What this process has been told. Several threads may wait for one server: only one of them reports it."""
+    """State of this process. Several threads may wait for one server: only one of them reports it."""
 
     retry_s = 600.0
     reported_at = float("-inf")
@@ -41,7 +41,7 @@ class _Process:
 
 
 def set_retry_s(retry_s: float) -> None:
-    """Set how long this process tries again, by `data.retry_s`."""
+    """Set how long this process retries requests, by `data.retry_s`."""
     _Process.retry_s = retry_s
 
 
@@ -60,7 +60,7 @@ class Patience:
     failed_at: float = field(default=0.0)
 
     def wait(self, what: str) -> bool:
-        """Wait before the next attempt, with a line that names the failure; return False if there is none."""
+        """Wait before the next attempt and report the failure; return False if there is no further attempt."""
         self.num_attempts += 1
         if self.num_attempts == 1:
             self.failed_at = time.monotonic()

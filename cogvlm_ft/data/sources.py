@@ -100,7 +100,7 @@ def _expanded(part: str) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """Return what a pattern with * ? [ ] matches; what is no pattern, unchanged."""
+    """Return the files that a pattern with * ? [ ] matches; other paths are returned unchanged."""
     if is_url(pattern):
         check_host(pattern)
         if scheme_of(pattern) not in ("s3", "gs") or not re.search(r"[*\[]", pattern):
@@ -136,7 +136,7 @@ def _matching_paths(pattern: Path) -> list[Path]:
 
 
 def _is_shown(path: Path) -> bool:
-    """Return whether a file is not hidden, as what macOS and interrupted copies leave: ._train-0.tar, .train-0.tar."""
+    """Return whether a file is not hidden; macOS and interrupted copies leave ._train-0.tar, .train-0.tar."""
     return not path.name.startswith(".")
 
 

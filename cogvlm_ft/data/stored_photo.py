@@ -77,7 +77,7 @@ class PartReader(Protocol):
         """Return the bytes from `start` on. Raises BadSampleError."""
 
     def bad_part(self, detail: str) -> Exception:
-        """Return the error of a part that is not what the record says."""
+        """Return the error for a part that differs from the record."""
 
 
 @dataclass(frozen=True)

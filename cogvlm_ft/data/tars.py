@@ -78,7 +78,7 @@ class Loss(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a tar holds. notes: what was decided although nothing is lost, such as which of two images is the photo."""
+    """Contents of a tar. notes: what was decided although nothing is lost, such as which of two images is the photo."""
 
     entries: list[Entry]
     losses: list[Loss]
@@ -180,7 +180,7 @@ def _photos(parts: _Parts) -> list[str]:
 
 
 def _dotted_stems(parts: _Parts) -> list[str]:
-    """Return `0001` for the members 0001.jpg and 0001.json: a sample of its own for whoever named them."""
+    """Return stems such as `0001` of members 0001.jpg and 0001.json, which were meant as separate samples."""
     ends: dict[str, set[str]] = {}
     for extension in parts.others:
         stem, _, end = extension.rpartition(".")

@@ -1,4 +1,4 @@
-"""What the model is shown of a photo: all of it, or its tiles too, with the questions that can be asked about each."""
+"""The parts of a photo that the model is shown: the whole photo and tiles, with the questions about each."""
 
 from __future__ import annotations
 

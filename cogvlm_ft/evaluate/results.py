@@ -118,7 +118,7 @@ def load_report(folder: Path, run_folder: Path | None = None) -> Report:
 
 
 def _read_blends(path: Path) -> list[Row]:
-    """Read the scores of blends; none where there is no such file."""
+    """Read the scores of blends; empty if there is no such file."""
     if not path.is_file():
         return []
     try:

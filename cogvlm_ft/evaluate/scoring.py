@@ -31,7 +31,7 @@ _BOXES = re.compile(r"\[\[[0-9,;]*\]\]")
 
 @dataclass(frozen=True)
 class MergeFacts:
-    """What merging did to the answers about one photo.
+    """The effect of merging on the answers about one photo.
 
     num_duplicates: boxes that it removed. num_removed: boxes that do not count. ious: of every question about a
     present target, (merged, all boxes of all answers, the whole photo's answer alone; NaN if it was not asked).

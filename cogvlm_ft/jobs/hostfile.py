@@ -83,7 +83,7 @@ class HostfileStart:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Read lines such as `node1 slots=8`; raise ConfigError with the number of a line that is none."""
+    """Read lines such as `node1 slots=8`; raise ConfigError with the number of an invalid line."""
     try:
         lines = read_bytes(path, MAX_HOSTFILE_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -27,7 +27,7 @@ def find_owner(folder: Path) -> Owner:
 
 
 def wait_for_end(folder: Path, owner: Owner) -> str:
-    """Wait until this process writes there no more, and return what it has left."""
+    """Wait until this process no longer writes there, and return what it has left."""
     while current_owner(folder) == owner:
         time.sleep(POLL_S)
     checkpoints = list_checkpoints(RunFolder(folder).checkpoints)

@@ -102,7 +102,7 @@ def check_plan(config: Config, cluster: SlurmCluster) -> str:
 
 
 def _whole_run(config: Config, time: StepTime, evaluation: EvaluationTime) -> str:
-    """Return the time of the whole run as text; "" if counting the images would mean to read the shards."""
+    """Return the time of the whole run as text; "" if the images can be counted only by reading the shards."""
     shards = config.data.shards
     is_built = isinstance(shards, str) and (Path(shards).expanduser() / "index.json").is_file()
     num_images = count_images(config) if is_built else None
@@ -209,7 +209,7 @@ def run_sbatch(command: Sequence[str], environment: Mapping[str, str] | None = N
 
 
 def job_number(printed: str) -> str | None:
-    """Return the number that `sbatch --parsable` printed: the last line that is one.
+    """Return the job number that `sbatch --parsable` printed, in its last line that is a number.
 
     A site's banner may precede it, the name of the cluster may follow it after a semicolon.
     """

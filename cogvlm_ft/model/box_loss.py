@@ -1,4 +1,4 @@
-"""A loss that knows distance: for cross entropy alone, 499 instead of 500 is as wrong as 999.
+"""A loss that depends on distance; for cross entropy, 499 instead of 500 is as wrong as 999.
 
 A box is written as `ddd,ddd,ddd,ddd` inside `[[` and `]]`, a token per digit. The model's probabilities of the ten
 digits in a place, renormalized over the digits, give an expected digit; three of them, with the true digits before each
@@ -68,7 +68,7 @@ class BoxLoss:
         return loss_sum + self.distance(of_boxes, labels[places]) if self.weight else loss_sum
 
     def places(self, labels: Tensor) -> Places:
-        """Find the digits of every box in labels i64[B, L]; labels below 0 are of no answer."""
+        """Find the digits of every box in labels i64[B, L]; labels below 0 belong to no answer."""
         found = [(row, column) for row, ids in enumerate(labels.tolist()) for column in self._columns(ids)]
         shape = (-1, _NUM_COORDINATES, NUM_DIGITS, 2)
         pairs = torch.tensor(found, dtype=torch.long, device=labels.device).reshape(shape)

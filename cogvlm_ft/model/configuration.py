@@ -93,7 +93,7 @@ class CogVLMConfig(PreTrainedConfig):
         return self.vision_config
 
     def check_sizes(self) -> None:
-        """Raise ValueError for a size that is none, or that no model has."""
+        """Raise ValueError for a size that is not a number, or that no model has."""
         for name, most in _LARGEST.items():
             for where in (vars(self), self.vision):
                 value = where.get(name, 1)

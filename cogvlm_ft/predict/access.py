@@ -1,4 +1,4 @@
-"""The key of the server: who does not send it gets no answer."""
+"""The key of the server; requests without it are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPEN_PATHS = frozenset({"/health", "/x-anylabeling/health", "/label-studio/healt
 
 
 class KeyRequired:
-    """An ASGI application that passes on what has the key, and refuses the rest.
+    """An ASGI application that passes on requests with the key, and refuses all others.
 
     The key is a bearer token, as OpenAI's client sends it; the header Token, as X-AnyLabeling sends it; or a password
     of any user, for browsers and Label Studio. It is compared in constant time and never logged.

@@ -141,7 +141,7 @@ class Predictor:
     """A model with everything that its answers need. Not for several threads at once."""
 
     def __init__(self, model: Any, tokenizer: CogVLMTokenizer, asking: Asking, wording: Wording, weights: Path) -> None:
-        """Prepare to ask. weights: where the model's come from."""
+        """Prepare to ask. weights: the source of the model's weights."""
         self.model = model
         self.tokenizer = tokenizer
         self.asking = asking

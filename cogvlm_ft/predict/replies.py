@@ -1,4 +1,4 @@
-"""What a model replied to one question about a photo, and how the replies about its tiles become one."""
+"""The reply of a model to one question about a photo, and how the replies about its tiles are merged."""
 
 from __future__ import annotations
 

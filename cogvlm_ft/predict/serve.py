@@ -50,7 +50,7 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Endpoints:
-    """What is served besides the page. for_programs: /v1 and the labelling tools. key: required from everyone.
+    """The endpoints besides the page. for_programs: /v1 and the labelling tools. key: required from everyone.
 
     photos: the root of Label Studio's local storage.
     """
@@ -68,7 +68,7 @@ def check_installed(option: str) -> None:
 
 
 def check_key(host: str, key: str | None) -> None:
-    """Raise ConfigError where others could use the server without a key."""
+    """Raise ConfigError if other machines could use the server without a key."""
     if key is None and not _is_own_machine(host):
         raise ConfigError(
             f"--host {host}: others can reach this address, and there is no key; expected {KEY_VARIABLE} in the "

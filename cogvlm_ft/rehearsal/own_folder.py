@@ -11,7 +11,7 @@ from cogvlm_ft.runtime.run_lock import STOP, Use, run_lock
 
 @contextlib.contextmanager
 def own_folder(folder: Path, run: Path, use: Use) -> Iterator[None]:
-    """Own the folder meanwhile; create it if necessary. run: the output_dir of its training.
+    """Own the folder until the block ends; create it if necessary. run: the output_dir of its training.
 
     Raises ConfigError if another process owns it, or if the training of one that was killed still runs.
     """

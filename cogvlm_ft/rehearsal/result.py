@@ -1,4 +1,4 @@
-"""State what a finished rehearsal shows: its scores, and where the pages and pictures are."""
+"""Describe the result of a finished rehearsal: its scores, and the paths of pages and pictures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result_lines(run: RunFolder, num_steps: int) -> list[str]:
 
 
 def is_learned(metrics: dict[str, float]) -> bool:
-    """Return whether the tiny model knows the photos by heart, which it does if everything fits together."""
+    """Return whether the tiny model has memorized the photos, as it does if everything fits together."""
     if "mean_iou" in metrics:
         return metrics["mean_iou"] > LEARNED_IOU
     return metrics.get("text_exact", 0.0) > LEARNED_TEXTS

@@ -34,7 +34,7 @@ def texts_of(records: Iterable[Record], wording: Wording, seed: int, num_epochs:
 def save_tiny_model(folder: Path, texts: Sequence[str], image_size: int = IMAGE_SIZE, *, small: bool = False) -> int:
     """Save a model with random parameters and a tokenizer trained on the texts. Return its number of parameters.
 
-    small: half the parameters, enough to learn a few photos by heart.
+    small: half the parameters, enough to memorize a few photos.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, folder / MODEL_FILE, VOCAB_SIZE)

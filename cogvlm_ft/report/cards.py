@@ -1,4 +1,4 @@
-"""Cards of the report: an image with its boxes, and what is said about it."""
+"""Cards of the report: an image with its boxes and a description."""
 
 from __future__ import annotations
 

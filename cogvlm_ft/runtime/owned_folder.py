@@ -19,7 +19,7 @@ SHOWN_AFTER_S = 60.0
 
 @contextlib.contextmanager
 def owned_run_folder(folder: Path) -> Iterator[None]:
-    """Own the folder on rank 0 meanwhile. Collective.
+    """Own the folder on rank 0 until the block ends. Collective.
 
     Raises ConfigError on all ranks if another training owns it, or if it is another folder on another node.
     """

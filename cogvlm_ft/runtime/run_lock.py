@@ -1,4 +1,4 @@
-"""One training per output_dir, one demo or rehearsal per folder, also on a shared file system.
+"""The lock of a folder: one training run per output_dir, one demo or rehearsal per folder, on any file system.
 
     output_dir/.lock-000003      {"host": ..., "pid": ..., "job": ..., ...}; its mtime is the owner's heartbeat
 
@@ -64,7 +64,7 @@ class Owner:
 
 
 class Use(NamedTuple):
-    """What a folder is owned for, in messages: `where` names it, `setting` chooses another, `stop` ends the owner."""
+    """The use of a folder, for messages: `where` names it, `setting` chooses another, `stop` ends the owner."""
 
     work: str
     where: str
@@ -110,7 +110,7 @@ def is_on_this_machine(owner: Owner) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, use: Use | None = None) -> Iterator[tuple[str, Owner]]:
-    """Own the folder meanwhile; create it if necessary. Yields the name of the lock file and its content.
+    """Own the folder until the block ends; create it if necessary. Yields the name of the lock file and its content.
 
     use: for messages; that of a training run by default. Raises ConfigError if another process owns the folder.
 

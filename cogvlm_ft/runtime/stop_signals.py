@@ -47,7 +47,7 @@ class StopRequest:
 
     @property
     def is_from_outside(self) -> bool:
-        """Whether a signal arrived or a launcher ended, rather than an error on this rank."""
+        """Whether a signal arrived or a launcher ended, instead of an error on this rank."""
         return self._was_signalled or not all(launcher.is_running for launcher in self._launchers)
 
     def fail(self, error: Exception) -> None:

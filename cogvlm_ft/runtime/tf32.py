@@ -6,6 +6,6 @@ import torch
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Set it for matrix products and for convolutions; by default torch allows it for convolutions only."""
+    """Set it for matrix products and convolutions; by default, torch allows it for convolutions only."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed

@@ -1,4 +1,4 @@
-"""What describes a run and is not needed to continue it: where it cannot be written, a warning once per kind."""
+"""Files that describe a run and are not needed to continue it; a failed write is a warning, once per kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: save, evaluate, stop or step. What was trained is never lost to what is measured."""
+"""The training loop: save, evaluate, stop or step. A checkpoint is saved before it is evaluated."""
 
 from __future__ import annotations
 

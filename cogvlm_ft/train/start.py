@@ -1,4 +1,4 @@
-"""The start of a training run: what is certain to fail later is refused before weights are loaded."""
+"""The start of a training run: errors that are certain to occur later are found before weights are loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cogvlm_ft.train.early_stopping import is_out_of_patience
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run of which nothing is left to be done: its last state, and the step with which it would end."""
+    """A finished run: its last state, and the step with which it would end."""
 
     state: TrainState
     last_step: int

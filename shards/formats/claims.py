@@ -24,7 +24,7 @@ from cogvlm_ft.shards.packing.candidates import Problem, Rejected
 
 @dataclass(frozen=True)
 class Stated:
-    """What an annotation file says about its image.
+    """The statement of an annotation file about its image.
 
     name: without folders, or "". found: the image that it leads to, if any. embedded: the file contains the image.
     """

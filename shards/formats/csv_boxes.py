@@ -105,7 +105,7 @@ def _read_file(path: Path, photos: ListedPhotos) -> Iterator[Candidate | Problem
 
 @dataclass(frozen=True)
 class _Source:
-    """What is known about a file. names: phrases by code, for codes only."""
+    """The known facts about a file. names: phrases by code, for codes only."""
 
     name: str
     layout: Layout

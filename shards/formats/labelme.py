@@ -107,7 +107,7 @@ class _Object:
         return self.description or self.label
 
     def may_have(self, other: _Object) -> bool:
-        """Return whether another shape of the same label and group is part of this object: no other text says no."""
+        """Return whether another shape of the same label and group is part of this object, by their descriptions."""
         return not (self.description and other.description) or self.description == other.description
 
     def join(self, other: _Object) -> None:

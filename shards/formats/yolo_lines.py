@@ -131,7 +131,7 @@ class LabelLines:
 
 
 class _Seen:
-    """What the lines of a source with more columns than a box have in common."""
+    """The common properties of the lines of a source that have more columns than a box."""
 
     def __init__(self) -> None:
         self.has_confidences = False

@@ -1,4 +1,4 @@
-"""Find what the folder of YOLO labels says about them: class names and the shape of keypoints.
+"""Read the settings of YOLO labels from their folder: class names and the shape of keypoints.
 
 Training with Ultralytics uses the names of data.yaml. A classes.txt may be left from a labelling tool with other names.
 """
@@ -39,7 +39,7 @@ _OUTLINE_TASKS = ("segment", "obb")
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """What a file of class names says. num_keypoint_columns: of every line; outlines: all lines are some."""
+    """The content of a file of class names. num_keypoint_columns: of every line; outlines: all lines are some."""
 
     file: Path
     names: Names

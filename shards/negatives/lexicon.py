@@ -1,4 +1,4 @@
-"""Which names mean the same, and which mean a kind of another: the built-in lexicon and the user's file."""
+"""Synonyms and hierarchies of names: the built-in lexicon and the user's file."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Grammar:
 
 
 class Lexicon:
-    """What names mean, from the built-in table followed by the user's.
+    """The meaning of names, from the built-in table and the user's file.
 
     names: every name -> its concept, which is one of its names; English names are singular words joined by blanks.
     joined: English names of several words, written without blanks -> their concepts.

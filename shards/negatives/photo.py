@@ -1,4 +1,4 @@
-"""What the annotations say about one image, and which phrases therefore cannot be called absent."""
+"""The content of one image according to its annotations, and which phrases cannot be called absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a format reader finds in an annotation file, before the images are opened."""
+"""The result of reading an annotation file, before the images are opened."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = _MAX_SHOWN
 
 @dataclass(frozen=True)
 class Problem:
-    """A part that is skipped, and why; or a note about something that was decided for the user.
+    """A part that is skipped, with the reason; or a note about an automatic decision.
 
     level: what is lost: "sample", "target", "box" or "turn"; "note" if nothing is.
     reason: a short name to count by. detail: a message for people. source: the line or annotation.

@@ -1,4 +1,4 @@
-"""Write rejected.jsonl (what was left out) and notes.jsonl (what was decided for the user, with nothing left out)."""
+"""Write rejected.jsonl (rejected parts) and notes.jsonl (automatic decisions that lose nothing)."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class SplitRules:
 
 @dataclass
 class SplitReport:
-    """What was decided, for index.json and the summary.
+    """The decisions about the split, for index.json and the summary.
 
     kept: the user's splits are used. stated: number of photos by stated split; "none" without one.
     num_grouped, num_groups: photos of groups of two or more, and these groups; largest: the largest one.

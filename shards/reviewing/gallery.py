@@ -19,7 +19,7 @@ NUM_RANDOM, NUM_EXTREME = 24, 8
 
 @dataclass(frozen=True)
 class Measure:
-    """What decides whether a photo is in a gallery.
+    """The values that decide whether a photo is in a gallery.
 
     position: of its candidate in the part of the source that is examined at once. part: its id.
     num_boxes: those that fit the photo. smallest, largest: of them, the root of the fraction of the photo's area.

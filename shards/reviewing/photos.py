@@ -44,7 +44,7 @@ class Photo:
 
 
 class PhotoFile(NamedTuple):
-    """What the bytes of a photo say. sha256 and look: as of `Photo`."""
+    """Facts read from the bytes of a photo. sha256 and look: as of `Photo`."""
 
     stored: WholeImage
     sha256: bytes

@@ -64,7 +64,7 @@ class LeftOut:
 
 @dataclass
 class _Gathered:
-    """What the lines about one photo say."""
+    """The content of the lines about one photo."""
 
     name: str
     path: Path
@@ -105,9 +105,9 @@ def inside(name: str) -> str:
 
 
 def doubt_of(answer: Mapping[str, Any]) -> float:
-    """Return how doubtful an answer is: the least certain of its boxes, or of its decision that there is none.
+    """Return the doubt of an answer: that of its least certain box, or of its decision that there is none.
 
-    An unreadable answer is as doubtful as can be.
+    An unreadable answer has the highest doubt, 1.
     """
     boxes, not_found_prob = answer["boxes"], answer["not_found_prob"]
     if boxes is None:
