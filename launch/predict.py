@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_questions(parser)
     add_answers(parser)
+    add_small_targets(parser)
+    add_weights(parser)
     page = parser.add_argument_group("web page")
     page.add_argument("--serve", action="store_true", help='needs pip install -e ".[serve]"')
     page.add_argument(
@@ -80,7 +82,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how answers are generated, read and saved."""
+    """Add the options for how answers are generated, read and saved."""
     group = parser.add_argument_group("answers")
     group.add_argument(
         "--out",
@@ -117,6 +119,11 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         help="coordinate of a number from 0 to 999: the centre of its bin, its lower edge as in the reference"
         " implementation, or the mean over the model's probabilities of its digits (default: centre)",
     )
+
+
+def add_small_targets(parser: argparse.ArgumentParser) -> None:
+    """Add the options for small targets."""
+    group = parser.add_argument_group("small targets")
     group.add_argument(
         "--zoom",
         type=float,
@@ -141,6 +148,11 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="with --tiles: keep every box with at least this confidence (default: as chosen in validation, or 0)",
     )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the model's weights."""
+    group = parser.add_argument_group("weights")
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32; bf16 with --weights")
     group.add_argument(
         "--weights",
