@@ -316,42 +316,24 @@ def _problem_rows(
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__, allow_abbrev=False)
     add, defaults = parser.add_argument, BuildSettings
-    add(
-        "--format",
-        choices=["auto", *sorted(FORMATS)],
-        default="auto",
-        help="format of the annotations; default: detected",
-    )
+    add("--format", choices=["auto", *sorted(FORMATS)], default="auto", help="annotation format; default: detected")
     add("--annotations", type=Path, required=True, help="annotation file or folder")
     add("--images", type=Path, help="folder of the photos; default: the folder of the annotations")
     add("--out", type=Path, required=True, help="folder for the shards")
     add("--decisions", type=Path, help="decisions saved from the page of shards/review.py")
-    fraction_help = (
-        f"fraction of photos for validation; default: the splits in the files, otherwise {DEFAULT_VAL_FRACTION}"
-    )
+    fraction_help = f"fraction of photos for validation; default: as stated in the files, or {DEFAULT_VAL_FRACTION}"
     add("--val-fraction", type=float, help=fraction_help)
-    split_help = (
-        "folders: keep the splits in the files; random; or one split for all photos; default: folders if stated"
-    )
+    split_help = "folders: as stated in the files; random; or one split for all photos; default: folders if stated"
     add("--split", choices=SPLIT_CHOICES, default=defaults.split, help=split_help)
-    group_help = (
-        "photos kept in one split: copies of one photo (default), a folder, none, or a regular expression on the path"
-    )
+    group_help = "keep in one split: copies of one photo (default), a folder, none, or a regular expression on the path"
     add("--group-by", default=defaults.group_by, help=group_help)
     add("--seed", type=int, default=defaults.seed, help="seed of the split, the order and the absent targets")
     add("--samples-per-shard", type=int, default=defaults.samples_per_shard)
-    add(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        help="maximum size of a photo without --tiles, in pixels",
-    )
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="maximum size of a photo without --tiles, in pixels")
     verify_help = "structure: detect truncated files (fast); decode: also detect what cannot be decoded"
     add("--verify", choices=VERIFY, default=defaults.verify, help=verify_help)
     add("--exif", choices=EXIF_MODES, default=defaults.exif, help="rotate photos by their EXIF orientation")
-    box_unit_help = (
-        "unit of the boxes, if the format does not state it; default: determined from all boxes of the source"
-    )
+    box_unit_help = "unit of the boxes, if the format does not state it; default: determined from all boxes"
     add("--box-unit", choices=["auto", *BOX_UNITS], default="auto", help=box_unit_help)
     add("--max-side", type=int, help="shrink larger photos to this side in px, and store them as JPEG")
     add_tile_options(parser)
@@ -363,12 +345,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="YAML file of English and Chinese words for labels, such as RBC: [red blood cell, 红细胞]",
     )
-    add(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="number of processes; does not change the result",
-    )
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; does not change the result")
     add("--overwrite", action="store_true", help="delete the files of an earlier build in --out")
     return parser.parse_args(argv)
 
