@@ -138,7 +138,7 @@ def test_a_file_in_s3_replaced_between_two_reads_is_reported(s3: str) -> None:
     assert reader.read(0).record.key == "a"
     client.put_object(Bucket="data", Key="replaced/train-0.tar", Body=tar_bytes("b", "a"))
     for _ in range(2):
-        with pytest.raises(DataError, match=r"found another file .* than when it was read first .*Put it back"):
+        with pytest.raises(DataError, match=r"found another file .* than when it was read first .*Restore it"):
             reader.read(1)
     with pytest.raises(DataError, match=r"found \d+ bytes; expected 7\. Check that the tar and its index"):
         object_store.read_range(f"{s3}/others/train-0.tar", 0, 3, 7)
