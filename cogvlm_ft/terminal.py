@@ -82,6 +82,8 @@ def _warn_of_file_names() -> None:
     try:
         "狗".encode(encoding)
     except UnicodeEncodeError:
+        if os.environ.get("RANK", "0") != "0":
+            return
         expected = "expected UTF-8. Set PYTHONUTF8=1 where the program is started: export PYTHONUTF8=1"
         say(f"locale: found the encoding {encoding}, in which no file has a Chinese name; {expected}", file=sys.stderr)
 

@@ -24,7 +24,7 @@ try:
     from cogvlm_ft.run_folder import RunFolder, step_folders
     from cogvlm_ft.runtime.run_lock import Use
     from cogvlm_ft.settings import Config
-    from cogvlm_ft.terminal import say
+    from cogvlm_ft.terminal import check_encoding, say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_encoding()
     config = load_config(CONFIG, args.settings)
     folder = config.output_path.parent
     with own_folder(folder, config.output_path, Use("demo", str(folder), "output_dir")):

@@ -28,7 +28,7 @@ try:
     from cogvlm_ft.settings import Config, TrainConfig
     from cogvlm_ft.shards.formats.choice import settle_source
     from cogvlm_ft.shards.review import main as review
-    from cogvlm_ft.terminal import counted, say
+    from cogvlm_ft.terminal import check_encoding, counted, say
 except ModuleNotFoundError as error:
     print(f"{error}; activate the environment first: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rehearse(args: argparse.Namespace) -> int:
+    check_encoding()
     check_arguments(args)
     config = real_config(args)
     with own_folder(args.out, args.out / "run", Use("rehearsal", f"--out {args.out}", "--out")):

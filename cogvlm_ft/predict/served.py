@@ -20,6 +20,7 @@ from cogvlm_ft.predict.batching import Order, Replies
 from cogvlm_ft.predict.bodies import RefusedError
 from cogvlm_ft.predict.files import Question, answer_questions
 from cogvlm_ft.predict.predictor import Predictor
+from cogvlm_ft.terminal import plain_line
 
 MAX_NEW_TOKENS = 2048
 """Largest limit that a request can set."""
@@ -67,9 +68,9 @@ class ServedModels:
     def adapter_of(self, name: object) -> str | None:
         """Return the adapter of a model name, None for the base. Raises RefusedError."""
         if name not in self.names:
-            shown = str(name)[:60].encode("unicode_escape").decode()
+            shown = plain_line(str(name)[:60]).encode("utf-8", "backslashreplace").decode()
             known = ", ".join(self.names)
-            raise RefusedError(404, f"model: found {shown!r}; expected one of {known}", "model_not_found", "model")
+            raise RefusedError(404, f"model: found '{shown}'; expected one of {known}", "model_not_found", "model")
         return None if name == self.name else str(name)
 
     def order(self, photo_bytes: bytes, questions: Sequence[Question], settings: Settings) -> Order:

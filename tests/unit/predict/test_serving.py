@@ -22,6 +22,7 @@ from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.model.adapters import peft_config
 from cogvlm_ft.predict import serve
 from cogvlm_ft.predict.batching import AnswerQueue, BusyError, Order
+from cogvlm_ft.predict.bodies import RefusedError
 from cogvlm_ft.predict.files import question_of, reply_fields
 from cogvlm_ft.predict.predictor import Asking, load_predictor
 from cogvlm_ft.predict.replies import FoundBox, Reply
@@ -250,6 +251,14 @@ def test_labelling_tools_get_rectangles(port: int, served: ServedModels) -> None
     assert status == 200 and found["success"] is True and isinstance(found["data"]["shapes"], list)
     status, found = post(port, "/x-anylabeling/v1/predict", body | {"model": "other"}, Token=KEY)
     assert status == 404 and found["error"]["code"] == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("模型", "模型"), ("a\x1b[2J", "a\\x1b[2J"), ("\ud83d", "\\ud83d")])
+def test_an_unknown_model_is_named_as_it_was_asked_for(name: str, shown: str, served: ServedModels) -> None:
+    with pytest.raises(RefusedError) as refused:
+        served.adapter_of(name)
+    assert f"model: found '{shown}'; expected one of " in str(refused.value)
+    str(refused.value).encode()
 
 
 def test_boxes_have_the_units_of_each_tool(served: ServedModels) -> None:

@@ -1,4 +1,4 @@
-"""One demo or rehearsal per folder, and none beside a training that a killed one has left."""
+"""What ends a demo or rehearsal before it builds anything: another one, a training that is left, a locale."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def test_a_second_one_in_the_same_folder_is_refused_at_once(
     kind = "training run" if is_killed else work
     assert f"{owned}: another {kind} is writing there: process {os.getpid()} on " in printed.err
     assert printed.err.endswith(f"or choose another {setting}\n") and printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize("start", [start_demo, start_rehearsal])
+def test_a_locale_in_which_training_would_fail_is_refused_at_once(
+    start: Callable[[Path], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "GBK")
+    assert start(tmp_path) == 2
+    printed = capsys.readouterr()
+    assert "locale: found the encoding GBK" in printed.err and not printed.out and not list(tmp_path.iterdir())
