@@ -20,7 +20,8 @@ from cogvlm_ft.terminal import prepare_terminal, say
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 USER_ERROR_EXIT_CODE = 2
 PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
-PATH_ERRORS |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+WRONG_PATHS = {errno.ELOOP, errno.ENAMETOOLONG}  # whatever the disk does
+PATH_ERRORS |= WRONG_PATHS | {errno.EINVAL}
 DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_UTF_8 = "surrogates not allowed"  # of codecs: bytes of a name that are not UTF-8
@@ -82,7 +83,7 @@ def exit_code(work: Callable[[], int | None], *, explain_paths: bool = True) -> 
         if explain_paths and error.filename and error.errno in DISK_ERRORS:
             say(f"OSError: {error.filename}: {error.strerror}. Check the path, and its disk or server", file=sys.stderr)
             return 1
-        explained = explained_path(error) if explain_paths else None
+        explained = explained_path(error) if explain_paths or error.errno in WRONG_PATHS else None
         if explained is None:
             raise
         say(explained, file=sys.stderr)

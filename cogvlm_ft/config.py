@@ -176,6 +176,8 @@ def _config_of(merged: Any, typed: Any) -> LoadedConfig:
 def _resolver_hint(problem: str) -> str:
     if "Environment variable" in problem:
         return ". Set it (export NAME=...) in the shell that starts the program, on every node"
+    if problem.startswith("Interpolation key"):
+        return ". Expected another setting, or an environment variable as ${oc.env:NAME}"
     return ". Expected oc.env, as ${oc.env:NAME}" if problem.startswith("Unsupported interpolation") else ""
 
 
@@ -339,7 +341,9 @@ def _expected(value: Any, rules: Rules) -> str:
     if isinstance(value, list) and rules.length not in (None, len(value)):
         return f"{rules.length} values"
     if isinstance(value, (dict, list)) and (rules.least, rules.above) != (None, None):
-        values = value.values() if isinstance(value, dict) else value
+        values = list(value.values()) if isinstance(value, dict) else value
+        if not all(isinstance(each, (int, float)) for each in values):  # of a name with dots, as train.lr_scale.a.b=1
+            return "a number for each pattern, such as {model.vision.*: 0.1}"
         return next(filter(None, (_expected(each, rules) for each in values)), "")
     if rules.choices and value not in rules.choices:
         return f"one of {', '.join(rules.choices)}"

@@ -25,6 +25,7 @@ _OF_OMEGACONF = (
     (r"Value ('.*') of type '\w+' could not be converted to (\w+)$", "found {0}; expected {expected}"),
     (r"Value ('.*') is not a valid (bool)", "found {0}; expected {expected}"),
     (r"Incompatible value 'None' for field of type '(\w+)'", "found null or nothing; expected {expected}"),
+    (r"Invalid type assigned: NoneType is not a subclass of (\w+)\.", "found null or nothing; expected {expected}"),
     (r"field '.*' is not Optional", "found null or nothing; expected a value. Leave it out for the default"),
     (r"Merge error: .* is not a subclass of \w+\. value: (.*)", "found {0}; expected settings, such as train.lr=1e-5"),
     (r"Key '.*' not in '\w+'\.?(.*)", "found an unknown setting; expected one of docs/config.md.{0}"),
@@ -137,7 +138,9 @@ def _number(text: str) -> int | float | str | bool:
 def explained(problem: str) -> str:
     """Return what was found and expected, from a line of OmegaConf; other lines unchanged."""
     if "ListConfig" in problem:
-        return "found one value; expected a list, such as [model.vision.*]"
+        return "found one value; expected a list, such as [model.vision.*] or [4, 2, 1]"
+    if "incompatible container types" in problem:
+        return "found a part of a list or mapping; expected the whole, such as [model.vision.*]"
     if "Dict[str, float]" in problem:
         return "found one value; expected patterns with factors, such as {model.vision.*: 0.1}"
     for pattern, kind in _OF_OMEGACONF:

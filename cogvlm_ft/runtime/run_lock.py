@@ -78,12 +78,13 @@ def this_process() -> Owner:
     with contextlib.suppress(OSError):
         machine += f"/{Path('/proc/self/ns/pid').stat().st_ino}"
     job = os.environ.get("SLURM_JOB_ID")
-    attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "")
     pid = os.getpid()
     process = find_process(pid)
     started = process.started_s if process else 0.0
     batch = job_to_signal(os.environ)
-    return Owner(socket.gethostname(), machine, pid, started, job, attempt, batch=batch)
+    num_restarts = int(attempt) if attempt.isdecimal() else 0
+    return Owner(socket.gethostname(), machine, pid, started, job, num_restarts, batch=batch)
 
 
 def job_to_signal(environment: Mapping[str, str]) -> str | None:

@@ -108,6 +108,16 @@ def test_an_unknown_key_is_named_with_its_source_and_the_nearest(
         ("train.tf32=maybe", r"train\.tf32: found 'maybe'; expected true or false"),
         ("train.epochs=[1]", r"train\.epochs"),
         ("train=5", r"command line train=5: found 5; expected settings"),
+        ("train.digit_weights=[null,1,1]", r"train\.digit_weights\[0\]: found null or nothing; expected a number"),
+        (
+            "output_dir=${HOME}/x",
+            r"output_dir: .*'HOME' not found\. Expected .* environment variable as \$\{oc\.env:NAME\}",
+        ),
+        (
+            "train.lr_scale.lm_head.*=0.5",
+            r"train\.lr_scale=\{'lm_head': .*: expected a number for each pattern, such as",
+        ),
+        ("model.freeze.0=a", r"model\.freeze\.0=a: found a part of a list or mapping; expected the whole, such as"),
         ("model=null", r"model: found null or nothing; expected a value"),
         ("train.nope=5", r"train\.nope: found an unknown setting; expected one of docs/config\.md"),
         ("=5", r"command line =5"),

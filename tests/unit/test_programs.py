@@ -126,6 +126,23 @@ def test_a_disk_or_a_path_that_fails_is_one_line(number: int, code: int, capsys:
     assert f"Error: photos/a.jpg: {os.strerror(number)}. " in printed and printed.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("number", "is_one_line"), [(errno.ENAMETOOLONG, True), (errno.ELOOP, True), (errno.EACCES, False)]
+)
+def test_training_too_has_one_line_for_what_can_be_no_path(
+    number: int, is_one_line: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "x" * 300)
+
+    if is_one_line:
+        assert exit_code(fail, explain_paths=False) == 2
+        assert f"xxx: {os.strerror(number)}. Check the path" in capsys.readouterr().err
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            exit_code(fail, explain_paths=False)
+
+
 def test_a_name_that_is_not_utf_8_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: len("runs/\udcd5\udcd5".encode())) == 2
     assert capsys.readouterr().err.startswith("ConfigError: runs/\\udcd5\\udcd5: found a text that is not UTF-8; ")

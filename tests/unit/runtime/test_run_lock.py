@@ -112,6 +112,12 @@ def test_an_owner_on_another_host_is_observed(tmp_path: Path, monkeypatch: pytes
             assert (time.monotonic() - begun > 1.1) == (ending == "is silent")
 
 
+def test_a_number_of_restarts_that_is_none_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in (("2", 2), ("", 0), ("abc", 0)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", given)
+        assert this_process().attempt == expected
+
+
 def test_what_is_no_lock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WRITTEN_AFTER_S", 0)
     (tmp_path / ".lock-000003").write_text("{}")
