@@ -147,7 +147,9 @@ def _model_config(config: Config, file: Path | None) -> tuple[Any, str]:
     if file is not None and not file.is_file():
         raise ConfigError(f"--model-config {file}: no such file")
     sizes = read_config(file) if file else CogVLMConfig()
-    source = str(file) if file else "the 17B model's: neither model.path nor --model-config has a config.json"
+    source = (
+        str(file) if file else "those of the 17B model, because neither model.path nor --model-config has a config.json"
+    )
     try:
         return (sizes.at_image_size(image_size) if image_size else sizes), source
     except ValueError as error:

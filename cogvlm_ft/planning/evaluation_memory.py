@@ -33,7 +33,7 @@ def gathers_once(settings: EvaluateConfig, holding: Holding) -> bool:
 def plan_passes(
     memory: GenerationMemory, settings: EvaluateConfig, sequences: MicroBatchShape, holding: Holding
 ) -> tuple[Pass, dict[str, int]]:
-    """Return the pass that an evaluation chooses, and its bytes by kind without the layer at work."""
+    """Return the pass that an evaluation chooses, and its bytes by kind without the current layer."""
     once = gathers_once(settings, holding)
     batch_size = min(settings.batch_size, settings.max_samples or settings.batch_size)
     turns = [sequences.asked_turns or sequences.turns] * batch_size

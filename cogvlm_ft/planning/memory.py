@@ -161,7 +161,7 @@ class Planner:
         stages = self.stages(sequences)
         kept, working, moment = self._peak(stages)
         transient = {"gathered layers": self._gathered_bytes(), "buckets": self._bucket_bytes()}
-        transient |= {"activations": kept, "layer at work": working}
+        transient |= {"activations": kept, "current layer": working}
         persistent = self._persistent()
         on_gpu = {kind: size for kind, (size, on_host) in persistent.items() if not on_host}
         on_host = {kind: size for kind, (size, on_host) in persistent.items() if on_host}
@@ -270,7 +270,7 @@ class Planner:
         layerwise = self._gathered_bytes() if gathers or self.zero.offload_param else 0
         holding = Holding(free, self.num_parameters * element, layerwise, gathers)
         size, kinds = plan_passes(memory, self.config.evaluate, sequences, holding)
-        return size, kinds | {"layer at work": forward_peak(self.stages(asked_pass(sequences, size, prompt)))}
+        return size, kinds | {"current layer": forward_peak(self.stages(asked_pass(sequences, size, prompt)))}
 
     def scoring(self, sequences: MicroBatchShape, quantized: str | None = None) -> dict[str, int]:
         """Estimate launch/evaluate.py on these GPUs, bytes of each: its part of the weights, and a pass.

@@ -265,8 +265,8 @@ def as_text(preflight: Preflight) -> str:
         *_rows(estimate.persistent, "exact"),
         *_rows(estimate.transient, f"at the peak: {estimate.moment}"),
         _row("training, peak", estimate.peaks["training"]),
-        _row("of it: update", estimate.persistent_bytes + estimate.update, "during the optimizer step"),
-        _row("of it: logits", estimate.logits, "the loss alone"),
+        _row("optimizer step, peak", estimate.persistent_bytes + estimate.update),
+        _row("logits", estimate.logits, "for the loss, included in the peak"),
         *_rows(estimate.evaluation, f"evaluation, {_together(estimate, sequences)}"),
         _row("evaluation, peak", estimate.peaks["evaluation"]),
         "",
@@ -281,7 +281,7 @@ def as_text(preflight: Preflight) -> str:
         "one node, GiB of host memory",
         *_rows({kind: estimate.host[kind] for kind in ("programs", "offloaded", "start", "saving")}),
         _row("peak", estimate.host_peak, "start and saving do not coincide"),
-        *_rows({"of it: rounding": estimate.rounding}, f"torch rounds pinned memory up. {HOW_NOT_TO_ROUND}"),
+        *_rows({"rounding": estimate.rounding}, f"included: torch rounds pinned memory up. {HOW_NOT_TO_ROUND}"),
         "",
         *_time_lines(preflight),
         "",
@@ -289,11 +289,11 @@ def as_text(preflight: Preflight) -> str:
     ]
     lines += [f"  would fit: {change}" for change in preflight.changes]
     if cluster.num_gpus == 1 and config.deepspeed == Config.deepspeed and preflight.verdict.status == "fits":
-        lines.append("deepspeed=single_gpu suits one GPU: its weights are neither gathered nor released")
+        lines.append("deepspeed=single_gpu is faster on one GPU: weights are neither gathered nor released")
     limits = preflight.limits
     lines.append(
-        f"largest that fit, each alone: train.micro_batch_size={limits.micro_batch_size}, "
-        f"model.image_size={limits.image_size}, evaluate.batch_size={limits.evaluate_batch_size}"
+        f"largest values that fit, each changed alone: train.micro_batch_size={limits.micro_batch_size or 'none'}, "
+        f"model.image_size={limits.image_size or 'none'}, evaluate.batch_size={limits.evaluate_batch_size or 'none'}"
     )
     return "\n".join([*lines, *_warnings(preflight)])
 
@@ -319,9 +319,9 @@ def _time_lines(preflight: Preflight) -> list[str]:
         f"a step: {time.num_images} images, {time.num_tokens:,} tokens, {time.num_micro_batches} passes per GPU, "
         f"{time.flops / 1e15:.2f} PFLOP and {time.recomputed_flops / 1e15:.2f} recomputed",
         f"  {time.step_s:.2f} s = computation {time.compute_s:.2f} ({speeds.mfu:.0%} of {speeds.tflops:g} TFLOP/s in "
-        f"{number_format(config)}), messages {time.messages_s:.2f} ({time.messages_bytes / 1e9:.0f} GB per GPU), "
-        f"update {time.update_s:.2f}; messages "
-        + ("overlap with computation" if preflight.planner.zero.overlap_comm else "are added"),
+        f"{number_format(config)}), communication {time.messages_s:.2f} ({time.messages_bytes / 1e9:.0f} GB per GPU), "
+        f"update {time.update_s:.2f}; communication "
+        + ("overlaps with computation" if preflight.planner.zero.overlap_comm else "is added"),
         f"a checkpoint: {preflight.estimate.disk / 1e9:.1f} GB, {time.checkpoint_s:.0f} s to write at "
         f"{speeds.disk_gb_s:g} GB/s; at most {config.checkpoint.keep_last + 2} of them",
     ]

@@ -64,7 +64,7 @@ def test_activations_of_a_middle_sized_model(checkpointing: str, tmp_path: Path)
     measured, planner = both("middle", 1, "fp32", checkpointing, deepspeed, 1, tmp_path / "logs")
     estimate = planner.estimate(MicroBatchShape())
     assert {kind: estimate.persistent[kind] for kind in PERSISTENT} == {kind: measured[kind] for kind in PERSISTENT}
-    transient = estimate.transient["activations"] + estimate.transient["layer at work"]
+    transient = estimate.transient["activations"] + estimate.transient["current layer"]
     assert transient == pytest.approx(measured["peak"], rel=TOLERANCE)
     kept = kept_bytes(probe_stages(planner.model, MicroBatchShape()))
     assert kept == pytest.approx(measured["kept"], rel=TOLERANCE)
