@@ -29,6 +29,8 @@ EVERY_BOX = KeptBoxes()
 MIN_PATCHES = 2.0
 """A box with fewer patches on its shorter side is barely seen."""
 
+_DIGITS = 6  # of a confidence: rounding errors of other batches must not decide between tiles that show the same
+
 
 @dataclass(frozen=True)
 class TileAnswer:
@@ -129,7 +131,7 @@ def _found_in(number: int, answer: TileAnswer, size_px: tuple[int, int]) -> list
     rows = []
     is_there = 1.0 - (answer.not_found_prob or 0.0)
     for box, of_digits in zip(answer.boxes or (), answer.confidences, strict=True):
-        confidence = is_there * of_digits
+        confidence = round(is_there * of_digits, _DIGITS)
         sides = (box[2] - box[0]) / answer.patch_px[0], (box[3] - box[1]) / answer.patch_px[1]
         slack = answer.patch_px if is_whole and min(sides) < MIN_PATCHES else (0.0, 0.0)
         is_part = is_cut(box, window, size_px, margin)

@@ -93,6 +93,15 @@ def test_each_barely_seen_box_gives_way_to_its_own_box_of_a_tile() -> None:
     assert merged.boxes == [first, second], "seen apart, they are two"
 
 
+def test_rounding_errors_decide_no_order() -> None:
+    """Tiles of equal content, such as sky, come in their own order, whatever else was in their batches."""
+    boxes, noise = ((10.0, 10.0, 40.0, 40.0), (510.0, 10.0, 540.0, 40.0)), 1e-8
+    for confidences in ((0.7, 0.7), (0.7, 0.7 + noise), (0.7 + noise, 0.7)):
+        given = zip(((0, 0, 400, 500), (500, 0, 900, 500)), boxes, confidences, strict=True)
+        merged = merge_answers([answer(window, [box], confidence) for window, box, confidence in given], PHOTO)
+        assert merged.boxes == list(boxes) and merged.best == 0
+
+
 def test_many_boxes_are_merged_in_time_for_each_of_them() -> None:
     """One box of each of a thousand tiles; comparing each pair on its own took a minute."""
     places = [(40.0 * (i % 40), 40.0 * (i // 40)) for i in range(1000)]
