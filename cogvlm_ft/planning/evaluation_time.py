@@ -13,8 +13,12 @@ from cogvlm_ft.planning.step_time import GIGA, Speeds, count_flops
 
 @dataclass(frozen=True)
 class EvaluationTime:
-    """Estimate of one evaluation. A request to stop waits for the batch that is running."""
+    """Estimate of one evaluation. A request to stop waits for the batch that is running.
 
+    num_looks: images and tiles, on all GPUs together. num_batches: of each GPU.
+    """
+
+    num_looks: int
     num_batches: int
     batch_s: float
 
@@ -51,4 +55,4 @@ def time_evaluation(
     token_s = weights_s if "all weights" in estimate.evaluation else max(weights_s, messages_s)
     num_tokens = num_passes * longest_answer(planner.config, planner.model_config)
     batch_s = forward / (speeds.tflops * 1e12 * speeds.mfu) + num_tokens * token_s
-    return EvaluationTime(num_batches=-(-per_rank // batch_size), batch_s=batch_s)
+    return EvaluationTime(num_looks=num_looks, num_batches=-(-per_rank // batch_size), batch_s=batch_s)

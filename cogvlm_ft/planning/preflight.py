@@ -26,6 +26,7 @@ from cogvlm_ft.model.quantized import WEIGHT_FORMAT
 from cogvlm_ft.pinned_memory import HOW_NOT_TO_ROUND, rounded_up_to
 from cogvlm_ft.planning.activations import MicroBatchShape
 from cogvlm_ft.planning.data_turns import largest_pass, most_turns_of
+from cogvlm_ft.planning.evaluation_time import time_evaluation
 from cogvlm_ft.planning.memory import CUDA_BYTES, GIB, UNCERTAINTY, Cluster, MemoryEstimate, Planner, Verdict, judge
 from cogvlm_ft.planning.step_time import Speeds, StepTime, number_format, time_step
 from cogvlm_ft.planning.suggestions import Limits, fewest_gpus_to_score, find_limits, suggest_changes
@@ -105,6 +106,14 @@ def count_images(config: Config) -> int | None:
         return None
     plan = plan_samples(sizes, reader.index.source_weights, global_batch_size=1, seed=config.seed)
     return plan.num_samples
+
+
+def count_validation(config: Config) -> int | None:
+    """Count the images of the validation split; None if it cannot be read from here."""
+    try:
+        return len(open_split(config, config.data.val_split))
+    except (DataError, ConfigError):
+        return None
 
 
 def check_fits(config: Config) -> None:
@@ -329,6 +338,11 @@ def _time_lines(preflight: Preflight) -> list[str]:
         hours = time.epoch_s(preflight.num_images) / 3600
         what = "images" if config.data.tiles.side_px is None else "images and tiles"
         lines.append(f"an epoch: {preflight.num_images:,} {what}, {hours:.2f} h with a checkpoint, without evaluation")
+        evaluation = time_evaluation(
+            preflight.planner, preflight.estimate, preflight.sequences, speeds, count_validation(config)
+        )
+        hours = evaluation.whole_s / 3600
+        lines.append(f"an evaluation: {evaluation.num_looks:,} {what}, {hours:.2f} h with the longest answers")
     return lines
 
 

@@ -18,7 +18,7 @@ from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer
 from cogvlm_ft.planning.data_turns import mean_looks
-from cogvlm_ft.planning.preflight import count_images
+from cogvlm_ft.planning.preflight import count_images, count_validation
 from cogvlm_ft.tile_settings import TilesConfig
 
 TILES = TilesConfig(side_px=32, overlap=0.2, min_visible=0.6, fully_annotated=True, empty=0.2)  # 2 x 2 of 56 px
@@ -138,3 +138,4 @@ def test_the_plan_of_a_run_counts_tiles_and_without_them_nothing_changes(
     assert config.data.tiles == TILES
     parts = tiled(shards, tokenizer).parts
     assert parts is not None and (count_images(config), mean_looks(config)) == (len(parts), 5)
+    assert count_validation(config) == 9

@@ -92,7 +92,14 @@ def test_the_program_prints_text_and_json(small_config: str, capsys: pytest.Capt
     assert found["epoch_s"] > 0 and found["num_images"] == 1000
     assert main([*arguments, "data.max_sequence_length=100"]) == 0
     text = capsys.readouterr().out
-    for expected in (small_config, "56 px", "keys and values", "an epoch: 1,000 images", "largest values that fit"):
+    for expected in (
+        small_config,
+        "56 px",
+        "keys and values",
+        "an epoch: 1,000 images",
+        "an evaluation: 500 images",
+        "largest values that fit",
+    ):
         assert expected in text
     assert "every image with these turns would be rejected: 199 tokens" in text
 
