@@ -55,13 +55,13 @@ _RANKS_EN = re.compile(
     _WORD.format(
         r"(?:larg|bigg|small|tini|tall|short|long|wid|near|clos|furth|farth|high|low|old|young|new|bright|dark|thick"
         r"|thinn?)e(?:r|st)"
-        r"|more|less|most|least|other|others|another|last|only|lightest"
+        r"|most|least|other|others|another|last|lightest"
         r"|foreground|background|in (?:the )?(?:front|back|rear)|behind"
     ),
     re.IGNORECASE,
 )
 _RANKS_ZH = re.compile(
-    r"最|另[一外]|其[他它余]|[更较][大小高矮低长短宽窄远近老新亮暗深浅粗细厚薄胖瘦多少靠]|唯一|前景|背景|[前后]面"
+    r"最|另[一外]|其[他它余]|[更较][大小高矮低长短宽窄远近老新亮暗深浅粗细厚薄胖瘦多少靠]|前景|背景|[前后]面"
 )
 
 

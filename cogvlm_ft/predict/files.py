@@ -294,6 +294,7 @@ def reply_fields(reply: Reply) -> dict[str, Any]:
         "not_found": reply.not_found,
         "not_found_prob": None if reply.not_found_prob is None else round(reply.not_found_prob, 4),
         **({"truncated": True} if reply.truncated else {}),
+        **({"looks": reply.num_looks} if reply.num_looks > 1 else {}),
         **({"duplicates": reply.num_duplicates} if reply.num_duplicates else {}),
         **({"removed": reply.num_removed} if reply.num_removed else {}),
     }

@@ -40,6 +40,8 @@ def answer_image(predictor: Predictor, questions: list[Question], out: Path, upr
             confidence = "" if box.confidence is None else f"  confidence {box.confidence:.2f}"
             notes = f"{'  ' + box.phrase if box.phrase else ''}{'  zoomed' if box.zoomed else ''}"
             say("  box in pixels: " + " ".join(f"{value:.1f}" for value in box.xyxy) + confidence + notes)
+        if predictor.asking.tiles.side_px is not None:
+            say(f"  images that were asked about: {reply.num_looks}, the whole photo and its tiles")
         if reply.num_removed:
             say(f"  less confident boxes from tiles, removed: {reply.num_removed}")
         if reply.not_found_prob is not None:

@@ -33,7 +33,7 @@ class Reply:
 
     truncated: the text was cut at the limit of new tokens; boxes are those that it had closed.
     num_duplicates: boxes of several tiles that were merged into those that are left. num_removed: boxes from tiles
-    that do not count.
+    that do not count. num_looks: the whole photo and its tiles, as far as they were asked about.
     """
 
     prompt: str
@@ -44,6 +44,7 @@ class Reply:
     truncated: bool = False
     num_duplicates: int = 0
     num_removed: int = 0
+    num_looks: int = 1
 
 
 def merge_replies(
@@ -83,4 +84,5 @@ def merge_replies(
         truncated=any(reply.truncated for reply in replies),
         num_duplicates=merged.num_duplicates,
         num_removed=merged.num_removed,
+        num_looks=len(replies),
     )

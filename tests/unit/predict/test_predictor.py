@@ -35,7 +35,7 @@ from cogvlm_ft.grounding.confidence import KeptBoxes
 from cogvlm_ft.grounding.targets import Turn
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer, load_model
-from cogvlm_ft.predict.files import answer_questions, question_of
+from cogvlm_ft.predict.files import answer_questions, question_of, reply_fields
 from cogvlm_ft.predict.predictor import (
     Asking,
     FoundBox,
@@ -222,6 +222,8 @@ def test_tiles_are_asked_as_photos_of_their_own_and_their_boxes_merged(folder: P
         [[part]] = predictor(folder).ask([picture.crop((x0, 0, x0 + 500, 400))], [[WHERE_MANY]])
         alone += [(a + x0, b, c + x0, d) for a, b, c, d in (box.xyxy for box in part.boxes or ())]
     given = len(alone) + len(plain.boxes or ())
+    assert (reply.num_looks, placed.num_looks) == (3, 1)
+    assert reply_fields(reply)["looks"] == 3 and "looks" not in reply_fields(placed)
     assert reply.boxes and len(reply.boxes) + reply.num_duplicates == given
     assert reply.num_duplicates or {box.xyxy for box in reply.boxes} >= set(alone)
     [[large]] = predictor(folder, tiles=TilesConfig(side_px=800)).ask([picture], [[WHERE_MANY]])
