@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TARGET_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-"""Of the first target of an image, the second one, and so on; then from the start."""
+"""Colours of an image's targets, in order; they repeat when there are more targets."""
 RIGHT_COLOUR, WRONG_COLOUR = "#009e73", "#d55e00"
 
 Rgb = tuple[int, int, int]

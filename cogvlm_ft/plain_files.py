@@ -15,7 +15,7 @@ from typing import IO, Any
 
 MAX_JSON_BYTES = 2**30
 NOT_SYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What fsync answers for folders on CIFS and some FUSE file systems."""
+"""Errors of fsync for folders on CIFS and some FUSE file systems."""
 
 
 def real_path(path: Path) -> Path:

@@ -30,9 +30,9 @@ _OF_OMEGACONF = (
     (r"Merge error: .* is not a subclass of \w+\. value: (.*)", "found {0}; expected settings, such as train.lr=1e-5"),
     (r"Key '.*' not in '\w+'\.?(.*)", "found an unknown setting; expected one of docs/config.md.{0}"),
 )
-"""Patterns of OmegaConf's errors, and what is said in their place; the last group names the type."""
+"""Patterns of OmegaConf's errors and the messages that replace them; the last group is the type."""
 _LOCATION = "path"
-"""The key in a list of shards whose value is text, whatever it looks like."""
+"""Key in a list of shards whose value is always text."""
 _INSIDE_ANY = object()  # the type of what is in a setting that takes several forms
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)

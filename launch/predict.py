@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is asked about which images."""
+    """Add the options for questions and images."""
     group = parser.add_argument_group("questions")
     group.add_argument("--image", type=Path, help='an image, a folder, or JSONL: {"image": "a.jpg", "prompt": "..."}')
     group.add_argument("--prompt", action="append", default=[], help="a question; can be repeated")

@@ -1,4 +1,4 @@
-"""Which weights a path means: a model folder, a checkpoint, or the best checkpoint of a run folder."""
+"""Find the weights that a path refers to: a model folder, a checkpoint, or the best checkpoint of a run folder."""
 
 from __future__ import annotations
 

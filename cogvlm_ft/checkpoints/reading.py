@@ -20,7 +20,7 @@ from cogvlm_ft.runtime.watchdog import progress
 logger = logging.getLogger(__name__)
 
 PAUSES_S = (1.0, 4.0, 15.0, 40.0)
-"""Between the attempts to read something."""
+"""Pauses between attempts to read a file, in seconds."""
 
 T = TypeVar("T")
 

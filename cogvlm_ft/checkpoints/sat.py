@@ -24,7 +24,7 @@ from cogvlm_ft.terminal import progress_bar
 
 FILE_NAME = "mp_rank_00_model_states.pt"
 LATEST = "latest"
-"""The file that names the folder of the weights."""
+"""File with the name of the folder that holds the weights."""
 RELEASE = "1"
 MAX_NAME = 100
 
@@ -59,7 +59,7 @@ _NAMES = [
     (_VIT + r"((?:attention|input_layernorm|post_attention_layernorm)\..+)", rf"{_SAT_VIT}.transformer.layers.\1.\2"),
 ]
 _NOT_WEIGHTS = re.compile(r"\.inv_freq$|^transformer\.position_embeddings\.weight$")
-"""Computed again here; and a table that models with rotary positions do not read."""
+"""Ignored entries: buffers that are recomputed here, and a table that is unused with rotary positions."""
 _LORA = re.compile(r"\.(matrix_[AB]|lora_)")
 
 

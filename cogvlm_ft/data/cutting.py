@@ -18,15 +18,15 @@ from cogvlm_ft.errors import DataError
 from cogvlm_ft.grounding.tiles import Window, tile_windows
 
 WHOLE_SIDE_PX = 1960
-"""Longer side of the smaller image: twice the largest resolution of published models."""
+"""Longer side of the reduced whole image: twice the largest resolution of published models."""
 QUALITY = 95
-"""Of tiles of JPEG photos, without colour subsampling."""
+"""JPEG quality of tiles cut from JPEG photos, without colour subsampling."""
 MIN_SIDE_PX, MAX_OVERLAP = 16, 0.9
-"""As for `data.tiles`."""
+"""The same limits as for `data.tiles`."""
 MAX_SIDE_PX = 10_000
-"""Of a tile and of the smaller image, each of which is decoded at once."""
+"""Maximum side of a tile and of the reduced whole image; each is decoded as a whole."""
 MAX_BAND_BYTES = 2**28
-"""Most bytes of the rows that one row of tiles needs."""
+"""Maximum memory for the image rows that one row of tiles needs."""
 
 _BLOCK_ROWS = 64
 _BACK = {6: 8, 8: 6}  # what turns an upright image to how it is stored; the others undo themselves

@@ -24,7 +24,7 @@ _AWAY = {
     ("fsspec", "FSTimeoutError"),
     ("asyncio", "TimeoutError"),
 }
-"""Package and name of errors of the stores' libraries, which need not be installed."""
+"""Errors of the stores' libraries, by package and name because the libraries may not be installed."""
 
 _generations: dict[str, str] = {}  # of files in gs://, as they were read first
 

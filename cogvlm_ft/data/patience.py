@@ -19,7 +19,7 @@ from cogvlm_ft.runtime.stop_signals import ignore_stop_signals, is_stop_requeste
 from cogvlm_ft.runtime.watchdog import progress
 
 LOADER_RETRY_S = 10.0
-"""In a loader process."""
+"""How long a loader process retries, in seconds."""
 
 _DELAYS_S = (0.5, 2.0, 8.0)
 _LONGEST_DELAY_S = 30.0

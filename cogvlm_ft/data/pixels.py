@@ -34,9 +34,9 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _GDAL_NODATA = 258, 262, 339, 42113  # tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
 MAX_JPEG_SCANS = 100
-"""Most scans of a JPEG: encoders write about ten, and each goes through all pixels."""
+"""Maximum number of scans in a JPEG: encoders write about ten, and each one covers all pixels."""
 MAX_SCANNED_PIXELS = 2_000_000_000
-"""Most pixels of a JPEG in all its scans together: about half a minute."""
+"""Maximum number of pixels in all scans of a JPEG together: about half a minute of decoding."""
 
 _JPEG = b"\xff\xd8"
 _START_OF_SCAN = np.frombuffer(b"\xff\xda", np.uint16)[0]

@@ -47,7 +47,7 @@ class Item:
 
 
 WHOLE = -1
-"""In place of the number of a tile: the whole image."""
+"""Used instead of a tile number for the whole image."""
 
 
 class TurnsPart(NamedTuple):

@@ -20,7 +20,7 @@ _FORMS = {
     **dict.fromkeys(("format", "mode", "box_format", "bbox_format", "box_mode", "bbox_mode"), (*_XYXY, *_PIXELS)),
     **dict.fromkeys(("unit", "units", "box_unit", "bbox_type"), _PIXELS),
 }
-"""Fields that other programs have about their boxes, and the values that agree with ours."""
+"""Fields in which other programs describe their box format, and the values that match this package's format."""
 _ABOUT_IMAGES = ("format", "mode")
 PIXELS_XYXY = "boxes [x0, y0, x1, y1] in pixels. Convert them, or remove the field if they already are"
 

@@ -17,7 +17,7 @@ from cogvlm_ft.data.reader import orientation_of
 
 MAX_STREAMED_PIXELS = 2_000_000_000
 MAX_PIXELS_PER_BYTE = 500
-"""Of a file: a photo has some 10, a PNG of one colour 1000, so that a small file may hold pixels without end."""
+"""Maximum pixels per byte of a file. A photo has about 10; a PNG of one colour has 1000 and can be huge."""
 MAX_STREAMED_BYTES = 1 << 34
 """Largest file that is read row by row."""
 STREAMED_FORMATS = ("JPEG", "PNG", "TIFF")  # as Pillow names them

@@ -41,7 +41,7 @@ MAX_MEMBER_BYTES = 1 << 30
 """Largest image that is read, because it is read into memory as a whole."""
 
 MAX_RECORD_BYTES = 1 << 26
-"""Largest record that is read: parsed, it takes up to 50 times as much memory. A million boxes fit."""
+"""Largest record that is read. Parsing takes up to 50 times as much memory; a million boxes fit."""
 
 MAX_KEY_BYTES = 1 << 10
 """Longest key, because the keys of a split are an array whose elements are as long as the longest."""

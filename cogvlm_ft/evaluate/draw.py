@@ -21,7 +21,7 @@ TEXT_PX, LABEL_TEXT_PX = 15, 13
 LABEL_PX = 18
 LINE_HEIGHT_PX = TEXT_PX + 7
 MAX_LABELS = 24
-"""Boxes with phrase and IoU; those after them are outlined only."""
+"""Maximum number of boxes labelled with phrase and IoU; the others are only outlined."""
 MAX_LABEL_CHARS = 18
 
 TEXT_COLOUR, SOFT_COLOUR = "#1e1e1e", "#5c6675"

@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 SHIPPED_FONT = Path(__file__).parent / "fonts" / "NotoSansSC.ttf"
 FONT_FOLDERS = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), Path("/System/Library/Fonts"))
 CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "uming.ttc", "PingFang.ttc")
-"""Asked first among those that are installed."""
+"""Fonts that are tried first, if installed."""
 MAX_INSTALLED = 300
 NO_CHARACTER = "\U0010ffff"
-"""No font has a glyph for it, so it shows what a font draws for a missing one."""
+"""A character without a glyph in any font: shows how a font draws missing characters."""
 
 Face = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _reported: set[str] = set()

@@ -26,7 +26,7 @@ from cogvlm_ft.runtime.watchdog import progress
 from cogvlm_ft.settings import Config
 
 FIRST_RECORDS = 16
-"""Records read at first; the others only if these do not suffice."""
+"""Number of records read first; the others are read only if these are not enough."""
 COUNTS = frozenset({"num_images", "num_bad", "num_unscored", "num_cut_boxes"})
 PROBE = frozenset({"probe_chrf", "probe_same", "num_probe"})
 MOST_USEFUL = ("mean_iou", "acc@0.5", "not_found_acc", "text_exact", "chrf")

@@ -9,7 +9,7 @@ from typing import Any
 from cogvlm_ft.grounding.metrics import is_lower_better
 
 COMPOSITE = "monitor"
-"""What the weighted sum of several metrics is called among them."""
+"""Name of the weighted sum of several metrics."""
 
 
 def monitor_name(monitor: Any) -> str:

@@ -38,7 +38,7 @@ _UNKNOWN: dict[str, Any] = {
     "image_size_px": (0, 0),
     "score": None,
 }
-"""Values for fields that older files lack."""
+"""Defaults of fields that are missing in older files."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cogvlm_ft.model.quantized import WEIGHT_FORMAT, stored_tensors
 from cogvlm_ft.plain_files import copy_regular
 
 _NOT_COPIED = ("*.safetensors", INDEX_FILE, "*.bin", Path(ADAPTER_FILE).name, "proof.json", "README.md")
-"""Weights, and what is written about them."""
+"""Files that are not copied: the weights, and files that describe them."""
 
 
 def export_quantized(weights: Path, out: Path, kind: str) -> int:

@@ -22,7 +22,7 @@ COCO_AREAS_PX2: Mapping[str, tuple[float, float]] = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-"""Bounds are inclusive on both sides."""
+"""COCO's area ranges in square pixels; both bounds are inclusive."""
 ANY_AREA = (0.0, 1e10)
 
 

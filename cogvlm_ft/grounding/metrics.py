@@ -24,10 +24,10 @@ from cogvlm_ft.grounding.targets import Box
 PRESENT, ABSENT, TEXT = "present", "absent", "text"
 HIT, THRESHOLDS = 0.5, (0.5, 0.75, 0.9)
 AVERAGED = "ema_"
-"""Begins the names of metrics of averaged weights (`train.ema`), such as ema_mean_iou."""
+"""Prefix of metrics of averaged weights (`train.ema`), such as ema_mean_iou."""
 _LOWER_IS_BETTER = frozenset({"false_not_found", "unreadable", "truncated", "empty_answers", "num_bad"})
 LOWER_IS_BETTER = _LOWER_IS_BETTER | {AVERAGED + name for name in _LOWER_IS_BETTER}
-"""For all other metrics higher is better, or they do not measure quality."""
+"""Metrics for which lower is better. The others are better if higher, or do not measure quality."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from cogvlm_ft.grounding.protocols import OURS, Protocol
 from cogvlm_ft.grounding.targets import Box
 
 SAME_BOX = 0.5
-"""An answered box shows an object if their IoU is at least this."""
+"""Minimum IoU at which an answered box counts as showing an object."""
 NOTHING = ""
-"""In the place of a phrase: a box that shows no annotated object."""
+"""Used instead of a phrase for a box that shows no annotated object."""
 
 
 @dataclass

@@ -24,10 +24,10 @@ from cogvlm_ft.grounding.targets import Box
 from cogvlm_ft.grounding.tiles import Window, is_cut
 
 SAME = 0.5
-"""Least IoU of two boxes of one object, and least fraction of a part that the complete box covers."""
+"""Minimum IoU of two boxes of one object, and minimum fraction of a partial box that the complete box covers."""
 EVERY_BOX = KeptBoxes()
 MIN_PATCHES = 2.0
-"""A box with fewer patches on its shorter side is barely seen."""
+"""Minimum number of patches on the shorter side of a box; smaller boxes are barely visible to the model."""
 
 _DIGITS = 6  # of a confidence: rounding errors of other batches must not decide between tiles that show the same
 

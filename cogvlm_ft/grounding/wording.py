@@ -18,7 +18,7 @@ from cogvlm_ft.yaml_text import MAX_BYTES, decode_yaml, parse_yaml
 
 LANGUAGES = ("zh", "en")
 WORDING_FILE = "wording.yaml"
-"""Of a checkpoint or an exported model: the words it was trained with."""
+"""File in a checkpoint or model folder with the wording that it was trained with."""
 BOX_ORDERS = ("file", "left_to_right", "large_first")
 MAX_BOXES, MAX_TARGETS = 50, 5
 

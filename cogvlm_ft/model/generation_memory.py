@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cogvlm_ft.model.configuration import CogVLMConfig
 
 USABLE_FRACTION = 0.5
-"""Of the free memory, for keys, values and activations; the rest is for gathered layers, kernels and fragmentation."""
+"""Fraction of free memory for keys, values and activations; gathered layers, kernels, fragmentation need the rest."""
 
 
 @dataclass(frozen=True)

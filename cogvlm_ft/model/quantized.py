@@ -22,7 +22,7 @@ BLOCK = 64
 ROWS_AT_A_TIME = 1024
 SCALE = "weight_scale"
 WEIGHT_FORMAT = "weight_format"
-"""The key of config.json that names the kind of a folder whose weights are quantised."""
+"""Key of config.json that names the format of quantised weights."""
 _PARTS = ("model.layers.", "model.vision.transformer.layers.", "model.vision.linear_proj.")
 
 Rows = Callable[[int, int], Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 
 KEY_VARIABLE = "COGVLM_API_KEY"
 OPEN_PATHS = frozenset({"/health", "/x-anylabeling/health", "/label-studio/health"})
-"""Answered without the key: they say only that the server runs."""
+"""Paths answered without the key: they only show that the server is running."""
 
 
 class KeyRequired:

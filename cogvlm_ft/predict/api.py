@@ -17,7 +17,7 @@ from cogvlm_ft.predict.bodies import Places, RefusedError, read_json
 from cogvlm_ft.predict.served import ServedModels
 
 HEARTBEAT_S = 5.0
-"""Between the comments that keep a stream open while its answer is generated."""
+"""Seconds between the comments that keep a stream open while its answer is generated."""
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from cogvlm_ft.predict.files import MAX_QUESTIONS, Question
 from cogvlm_ft.predict.replies import Reply
 
 BATCH_SIZE = 8
-"""Most photos that are answered together."""
+"""Maximum number of photos that are answered together."""
 WAIT_S = 0.02
 """Longest wait for further questions while fewer photos are waiting."""
 
 MAX_UNANSWERED = 64
-"""Orders that wait or are being answered; more are refused."""
+"""Maximum number of orders that wait or are being answered; more are refused."""
 
 Replies = list[list[Reply]]
 """For each question one reply, or one for each of its steps."""

@@ -15,11 +15,11 @@ from cogvlm_ft.plain_files import parse_json
 
 MAX_UPLOAD_BYTES = 50_000_000
 MAX_JSON_BYTES = MAX_UPLOAD_BYTES * 4 // 3 + 1_000_000
-"""A photo in base64, and the rest of the request."""
+"""Maximum size of a JSON body: a photo in base64, and the rest of the request."""
 CHUNK_TIMEOUT_S, BODY_TIMEOUT_S = 10.0, 120.0
-"""To send the next part of a body, and a whole body; then the connection is closed."""
+"""Seconds in which a client must send the next part of a body, and the whole body, before the connection is closed."""
 MAX_READING = 16
-"""Requests that are read and prepared at a time; more are refused."""
+"""Maximum number of requests that are read and prepared at a time; more are refused."""
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 

@@ -18,7 +18,7 @@ from cogvlm_ft.predict.served import MAX_NEW_TOKENS, ServedModels, Settings
 from cogvlm_ft.settings import DECODINGS
 
 MAX_MESSAGES = 33
-"""16 earlier turns and a question."""
+"""Maximum number of messages: 16 earlier turns and a question."""
 UNSUPPORTED = ("tools", "tool_choice", "functions", "function_call", "logprobs", "stop", "audio", "modalities")
 
 

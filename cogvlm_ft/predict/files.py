@@ -26,7 +26,7 @@ PREDICTIONS_FILE, PICTURES_FOLDER = "predictions.jsonl", "pictures"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PROMPT_CHARACTERS = 4000
 MAX_QUESTIONS = 64
-"""About one photo, before it is read and drawn again."""
+"""Maximum number of questions about one photo, before it is read and drawn again."""
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ from cogvlm_ft.runtime.tf32 import allow_tf32
 from cogvlm_ft.tile_settings import TilesConfig
 
 MAX_TURNS = 16
-"""Questions about one photo that are answered in one pass; more take several, and so do fewer if memory is short."""
+"""Maximum number of questions about one photo that are answered in one pass; fewer if memory is short."""
 TILES_PER_PASS = 16
-"""Tiles that are answered together, if memory allows and no more photos are asked about."""
+"""Number of tiles that are answered together, if memory allows and no other photos are waiting."""
 ZOOM_SHARE = 1 / 4
 """A second look shows the part of the photo of which the target fills this fraction of the width or the height,"""
 ZOOM_MIN_PATCHES = 4

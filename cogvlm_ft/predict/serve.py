@@ -34,7 +34,7 @@ from cogvlm_ft.terminal import say
 
 MAX_CONNECTIONS = 200
 HEAD_TIMEOUT_S = 10.0
-"""To send the head of a request; then the connection is closed."""
+"""Seconds in which a client must send the head of a request, before the connection is closed."""
 MIN_KEY_LENGTH = 16
 MODES = ("prompt", "targets")
 

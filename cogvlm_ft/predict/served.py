@@ -25,7 +25,7 @@ from cogvlm_ft.terminal import plain_line
 MAX_NEW_TOKENS = 2048
 """Largest limit that a request can set."""
 MAX_SETTINGS = 32
-"""Settings of requests whose grammars are kept."""
+"""Number of different request settings whose grammars are kept."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cogvlm_ft.report.thumbnails import DrawnBox, Photos, Thumbnails
 from cogvlm_ft.tracking.sample_losses import HighLoss
 
 _GALLERY_BYTES, _SUSPECTS_BYTES = 2_500_000, 1_000_000
-"""Of their pictures; nearly all of the page, which stays below 5 MB for phones and mail."""
+"""Maximum bytes of pictures. They are nearly all of the page, which stays below 5 MB for phones and mail."""
 
 
 @dataclass(frozen=True)

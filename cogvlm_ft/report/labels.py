@@ -7,7 +7,7 @@ from markupsafe import Markup
 from cogvlm_ft.html_page import both
 
 Words = tuple[str, str]
-"""English, Chinese."""
+"""A text in English and in Chinese."""
 
 METRICS: dict[str, Words] = {
     "mean_iou": ("mean IoU", "平均 IoU"),
@@ -59,7 +59,7 @@ GALLERY_GROUPS: dict[str, Words] = {
     "worst": ("Worst", "最差的"),
     "best": ("Best", "最好的"),
 }
-"""In the order of the page: changes come first, as they are checked first after an epoch."""
+"""Groups in the order of the page. Changes come first: they are checked first after an epoch."""
 _VALUES: dict[str, dict[str, Words]] = {
     "share": {
         "under_1": ("< 1 %", "< 1 %"),

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 NUM_PHOTOS = 8
-"""Images of each group, at most."""
+"""Maximum number of images in each group."""
 
 
 def write_report(

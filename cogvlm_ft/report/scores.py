@@ -23,7 +23,7 @@ _TILES = (
     *("unreadable", "truncated", "chrf", "text_exact", "probe_same"),
 )
 _OF_PRESENT = ("mean_iou", "ceiling", "acc@", "f1@", "false_not_found")
-"""Beginnings of the metrics that need a present target; not_found_acc needs an absent one."""
+"""Prefixes of metrics that need a present target; not_found_acc needs an absent one."""
 MAX_PHRASES, MAX_CONFUSIONS = 300, 200
 _MAX_ROOT_FILES = 5
 _SIZES = ("small", "medium", "large", "under_1", "1_to_3", "1_to_4", "3_to_10", "over_4", "over_10", "0", "1", "2+")

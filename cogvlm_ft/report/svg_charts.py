@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 360, 220  # as wide as a phone: nothing becomes too small to rea
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 22
 Y_LOG_FROM = 5.0
 MAX_SERIES = 6
-"""The style has that many colours."""
+"""Maximum number of series: the style sheet has this many colours."""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 SIDE_PX, ZOOM_SIDE_PX, JPEG_QUALITY = 480, 240, 72
 SMALL_PX = 40
-"""True boxes smaller than this in the thumbnail are also shown enlarged."""
+"""Annotated boxes smaller than this in the thumbnail are also shown enlarged."""
 MAX_BOXES, MAX_LABELS = 200, 16
 TEXT_SHARE = 0.042
-"""Height of the labels, in sides of the drawing."""
+"""Height of the labels, as a fraction of the drawing's side."""
 _MAX_LABEL_CHARS = 22
 
 Region = tuple[float, float, float, float]

@@ -12,7 +12,7 @@ import psutil
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 NODE_NUMBERS = ("SLURM_NODEID", "GROUP_RANK", "CROSS_RANK")
-"""The node's number as srun, torchrun and deepspeed give it to its ranks."""
+"""Environment variables in which srun, torchrun and deepspeed state the number of the node."""
 
 
 def node_id() -> str:

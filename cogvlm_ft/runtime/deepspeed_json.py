@@ -23,7 +23,7 @@ _OWNED = {
     "fp16": "train.precision",
     "amp": "train.precision",
 }
-"""Sections of the file, and the settings that decide in their place."""
+"""Sections of the file that are not allowed, and the settings to use instead."""
 
 
 def deepspeed_file(config: Config) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from cogvlm_ft.errors import ConfigError
 
 PORTS = range(20000, 32000)
-"""Linux takes 32768 to 60999 for connections; slurm/ranks.sh uses this range too."""
+"""Range of ports. Linux uses 32768 to 60999 for outgoing connections. slurm/ranks.sh uses the same range as here."""
 
 
 def free_port() -> int:

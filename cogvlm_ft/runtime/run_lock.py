@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 MISSED_HEARTBEATS = 6
-"""The number after which an owner on another host is taken for dead."""
+"""Number of missed heartbeats after which an owner on another host is considered dead."""
 WRITTEN_AFTER_S = 5.0
 """How long a lock may be unreadable: where there are no hard links, it is created before its content is written."""
 POLL_S = 0.5

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 1
 TICK_S = 1.0
-"""Between two checks. If the thread itself was suspended for longer, with its job, that counts as at most 2 ticks."""
+"""Seconds between two checks. If the whole job was suspended for longer, that counts as at most 2 ticks."""
 SHARED_PER_TIMEOUT = 8
-"""How often a rank tells the others of its progress."""
+"""How often a rank reports its progress to the others, per timeout."""
 GUARD = Path(__file__).with_name("watchdog_guard.py")
 
 _last = threading.Event()  # set by progress(), cleared by every check

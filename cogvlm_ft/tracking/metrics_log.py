@@ -93,7 +93,7 @@ def truncate_after(path: Path, step: int, evaluated_step: int | None = None) -> 
 
 
 def _row_of(line: str, path: Path) -> Row:
-    """Return the row; an empty one, which is dropped, for what a power failure or a full disk left of it."""
+    """Parse a row; return an empty one, which is dropped, if a power failure or a full disk damaged it."""
     try:
         row = parse_json(line)
     except ValueError:

@@ -15,7 +15,7 @@ from typing import Any
 CODE = Path(__file__).resolve().parents[2]
 GIT_TIMEOUT_S = 20
 COMMAND_NOT_KEPT = "command not kept"
-"""Stands for a command in what is written about a run."""
+"""Replaces a command in the records of a run."""
 
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # scheme://user:password@host
 _QUERY = re.compile(r"(://[^\s'\"?,\]}]*)\?[^\s'\",\]}]+")  # scheme://host/path?token=...

@@ -19,7 +19,7 @@ from cogvlm_ft.tracking.metrics_log import RowsFile, open_metrics, truncate_afte
 
 KIND = "sample losses"
 NUM_EPOCHS = 3
-"""A loss is high if it was high in that many epochs, up to the last one."""
+"""Number of last epochs in which a sample's loss must be high."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write TensorBoard files beside metrics.jsonl. Trouble with them is a warning, never an error."""
+"""Write TensorBoard files beside metrics.jsonl. Problems with them are warnings, never errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLUSH_S = 10
 
 
 def check_tensorboard() -> None:
-    """Raise ConfigError without the package, before minutes are spent on loading a model."""
+    """Raise ConfigError if the package is missing, before minutes are spent on loading a model."""
     if find_spec("tensorboard") is None:
         raise ConfigError(
             "tracking.tensorboard: found true without the package tensorboard; expected it to be installed."

@@ -23,7 +23,7 @@ METRICS = "metrics"
 
 
 class Tracker:
-    """Appends to metrics.jsonl in `output_dir` and mirrors to W&B, whose trouble never ends a training run.
+    """Appends to metrics.jsonl in `output_dir` and mirrors to W&B, whose errors never end a training run.
 
     mode: as `WandbRun` describes it. In each, run.json holds what launch/wandb_sync.py needs to send the run later.
     run_id: of the run to continue; None: the one in run.json, else a new one. So an attempt that is killed before its

@@ -1,4 +1,4 @@
-"""The Weights & Biases side of a run. Trouble with W&B is a warning, never an error."""
+"""Record a run in Weights & Biases. Problems with W&B are warnings, never errors."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class WandbRun:
         self._with_run(log)
 
     def log_export(self, folder: Path, alias: str, facts: Values) -> None:
-        """Note a model folder as an artifact of this run: its path and size. Nothing is uploaded."""
+        """Record a model folder as an artifact of this run: its path and size. Nothing is uploaded."""
 
         def log(run: Any) -> None:
             import wandb
@@ -204,12 +204,12 @@ class WandbRun:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Describe an error of wandb, which may list every setting and an address for each."""
+    """Shorten an error of wandb, which may list every setting with its address, to one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_SHOWN]}"
 
 
 def _forget_ended_process() -> None:
-    """Let wandb not say goodbye to its process when the program exits: it would print a traceback."""
+    """Tear down wandb, which would otherwise print a traceback at exit because its process has ended."""
     import wandb
 
     with suppress(Exception):
@@ -235,7 +235,7 @@ def val_key(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name without the characters that W&B cannot sort, filter or define by, such as a dot (nesting)."""
+    """Replace the characters of a name that W&B cannot sort, filter or define by, such as a dot (nesting)."""
     spelled = "".join(WORDS.get(sign, sign) for sign in name)
     return re.sub(r"\W", "_", spelled)
 
@@ -255,7 +255,7 @@ def stated_mode(mode: str) -> str:
 
 
 def check_key(mode: str) -> None:
-    """Raise ConfigError if a run is to be sent and there is no key to send it with."""
+    """Raise ConfigError if a run is to be uploaded and there is no API key."""
     mode = stated_mode(mode)
     if mode not in ("auto", "online"):
         return
@@ -291,7 +291,7 @@ def _start_run(mode: str, is_new: bool, **arguments: Any) -> Any:
 
 
 def _keep_files_in(folder: Path) -> None:
-    """Let wandb stage and cache files in output_dir, unless the environment names places: a home folder may be full.
+    """Make wandb stage and cache files in output_dir unless the environment sets folders: the home folder may be full.
 
     Its settings and keys are still those of the home folder.
     """

@@ -76,7 +76,7 @@ FORMATS: dict[str, Format] = {
     CORNERS: Format(partial(read_coco, layout=CORNERS), _never, has_open_units=True),
     "jsonl": Format(read_jsonl, recognise_jsonl, has_open_units=True),
 }
-"""By the value of --format."""
+"""Format readers by the value of --format."""
 
 
 def check_kind(annotations: Path) -> None:

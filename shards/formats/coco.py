@@ -38,9 +38,9 @@ from cogvlm_ft.shards.packing.candidates import (
 
 _ONE_ID = "an id that no other {} has. Number them again where the files were joined, also in the annotations."
 _OF_LVIS = "neg_category_ids"
-"""Field of photos in which only some classes were looked for: these, and those annotated."""
+"""Field of photos in which not all classes were annotated: the classes that were checked and are absent."""
 _DOUBTFUL = 1.5
-"""Boxes up to this many pixels are rather fractions."""
+"""Boxes with no value above this are more likely fractions than pixels."""
 
 
 @dataclass

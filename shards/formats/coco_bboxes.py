@@ -19,7 +19,7 @@ _FEWEST = 3
 _FEWEST_OUTSIDE, _LARGE_PART = 2, 0.3
 _MANY, _NEARLY_ALL, _MANY_OUTSIDE = 20, 0.95, 0.1
 SIZES, CORNERS = "coco-xywh", "coco-xyxy"
-"""Formats by which the user states what a bbox is."""
+"""Values of --format that state what the numbers of a bbox mean."""
 _SIZES = 1
 """bbox_mode of Detectron2 for x, y, width, height in pixels."""
 

@@ -18,7 +18,7 @@ from cogvlm_ft.shards.packing.candidates import four_numbers
 
 _LISTS = ("images", "annotations", "categories")
 _OUTLINE_BOX = "outline box"
-"""Key of the box around an outline, in place of the outline."""
+"""Key under which the box around an outline replaces the outline."""
 _OUTLINE_BESIDE = "outline box beside bbox"
 _MAX_BESIDE = 1000
 _ROTATION = "rotation"

@@ -22,7 +22,7 @@ from cogvlm_ft.shards.packing.files import MAX_ANNOTATION_BYTES, read_inside
 
 LABEL_FOLDERS = ("labels_zh", "labels_en", "labels")
 CAPTION_PROMPTS = {"zh": "描述这张图片。", "en": "Describe this image."}
-"""The question for a caption, which has none."""
+"""Questions used for captions, which have no question of their own."""
 _HEAD_BYTES = 4096
 
 

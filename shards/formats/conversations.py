@@ -12,7 +12,7 @@ from cogvlm_ft.shards.packing.candidates import Problem, Rejected, require, show
 Message = tuple[Any, Any]
 """The speaker, and the text."""
 MAX_EARLIER = 50
-"""Pairs that a turn keeps as its history: more than fit in any sequence."""
+"""Maximum number of pairs kept as the history of a turn: more than fit in any sequence."""
 _ASKS, _ANSWERS = ("user", "human"), ("assistant", "gpt", "bot")
 
 

@@ -19,7 +19,7 @@ MAX_LINE_BYTES = 2**20
 _HEAD_BYTES = 2**16
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COMMON = 0.9
-"""Fraction of the characters of Chinese text that are in GB2312."""
+"""Minimum fraction of characters in GB2312 for a text to count as Chinese."""
 
 
 def first_line(path: Path) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from cogvlm_ft.shards.packing.candidates import Rejected, shown
 
 COLUMNS = ("split", "image", "question", "left", "top", "right", "bottom")
-"""Of the cells that `vertex_cells` returns."""
+"""Names of the cells that `vertex_cells` returns."""
 _SPLITS = {
     "": "",
     "train": "train",

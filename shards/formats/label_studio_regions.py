@@ -19,7 +19,7 @@ SHAPES = ("rectangle", "polygon", "ellipse", "brush", "keypoint")
 _UPLOAD = re.compile(r"(^|/)upload/[0-9]+/[^/]+$")
 _MAX_MASK_BYTES = 4 * 10**8
 _SIZE_BITS = (32, 5, 4)
-"""Of the number of values, of the bits of a value, of the bits of each kind of run length."""
+"""Number of bits of each header field: number of values, bits per value, bits of each kind of run length."""
 
 
 def photo_paths(address: str) -> list[str]:

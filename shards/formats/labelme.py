@@ -53,7 +53,7 @@ _MIN_POINTS = {
     "quadrilateral": 3,
     "cuboid": 4,
 }
-"""Minimum number of points, of the shapes with an area."""
+"""Minimum number of points of each kind of shape with an area."""
 _OVER_THE_EDGE = ("circle", "rotation", "oriented_rectangle", "cuboid")
 _MAX_INSPECTED = 100
 _ENDS_BYTES = 2**16

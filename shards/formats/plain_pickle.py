@@ -20,7 +20,7 @@ from cogvlm_ft.plain_files import read_bytes
 
 MAX_BYTES = 2**29
 MAX_MEMORY_BYTES = 2**30
-"""Of the values and of what checks them. RefCOCO's files need about a third."""
+"""Maximum memory for the values and for checking them. RefCOCO's files need about a third of it."""
 MAX_DEPTH = 20
 _MAX_NUMBER_BITS = 128
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}

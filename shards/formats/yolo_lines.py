@@ -20,7 +20,7 @@ from cogvlm_ft.shards.packing.files import read_inside
 
 MAX_BYTES = 16 * 2**20
 _BOX, _BOX_AND_ONE, _BOX_AND_TWO, _TWO_MORE_POINTS = 5, 6, 7, 9
-"""Columns, with the class."""
+"""Number of columns, including the class."""
 _TRAILING = "Export labels rather than predictions, or without save_conf=True and track ids."
 _OUTLINES = "If they are outlines, write `task: segment` into data.yaml."
 _NEARLY_ALL = 0.9

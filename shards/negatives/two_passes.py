@@ -16,7 +16,7 @@ from cogvlm_ft.shards.packing.staging import StagedSample, StagingDatabase, read
 
 _VOCABULARY = "vocabulary"
 _DETECTION = ("coco", "coco-xywh", "coco-xyxy", "voc", "yolo")
-"""Formats whose images have every object of every class annotated."""
+"""Formats in which every object of every class is annotated."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from cogvlm_ft.shards.packing.checks import open_large, read_image
 from cogvlm_ft.shards.packing.files import prefetch
 
 MAX_PHOTOS = 1000
-"""How many photos each decision about a source inspects."""
+"""Number of photos that are inspected for each decision about a source."""
 
 _NUM_FIRST = 2**16  # bytes; the size of nearly every JPEG is in them
 _NUM_AHEAD = 64
 _JPEG = b"\xff\xd8\xff"
 _WITH_ORIENTATION = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
-"""Formats as Pillow names them. It turns a TIFF itself."""
+"""Formats with an orientation, as Pillow names them. Pillow itself rotates a TIFF."""
 
 
 class PhotoHeader(NamedTuple):

@@ -57,7 +57,7 @@ _GENERAL_FOLDERS = frozenset(
         "照片",
     ]
 )
-"""Folders whose names say nothing about which photos are in them."""
+"""Names of folders that do not describe the photos in them."""
 _MAX_NAMED = 3
 
 

@@ -59,7 +59,7 @@ INSERT INTO positions
 SELECT row_number() OVER (ORDER BY CASE g.split WHEN 1 THEN -1 ELSE g.split END, c.rank, c.key) - 1, c.number
 FROM candidates c JOIN photos p USING (rank) JOIN groups g USING (name)
 """
-"""In the order of the shards: val first."""
+"""Position of each split in the order of the shards: val first."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Measure:
 
     @property
     def draw(self) -> float:
-        """Return the place in a random order with a fixed seed, in which neither order nor processes matter."""
+        """Return the position in a random order with a fixed seed. Input order and process count do not matter."""
         return int.from_bytes(blake2b(f"gallery {self.part}".encode(), digest_size=6).digest(), "big")
 
 
@@ -62,7 +62,7 @@ GALLERIES: dict[str, _Rule] = {
     "smallest": _Rule(NUM_EXTREME, lambda measure: measure.smallest, lambda measure: measure.num_boxes > 0),
     "largest": _Rule(NUM_EXTREME, lambda measure: -measure.largest, lambda measure: measure.num_boxes > 0),
 }
-"""In the order of the page."""
+"""Galleries in the order of the page."""
 
 _Entry = tuple[float, float, int, Item]
 """(rank, random order, arrival, candidate)"""

@@ -12,7 +12,7 @@ from cogvlm_ft.shards.negatives.lexicon import Lexicon, load_lexicon
 from cogvlm_ft.shards.reviewing.suspects import Suspect
 
 MAX_LABELS = 1000
-"""More different phrases are no labels but descriptions."""
+"""If there are more different phrases, they are descriptions and not labels."""
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9 _-]*|[\u4e00-\u9fff]+")
 _YAML_WORDS = frozenset(["y", "n", "yes", "no", "on", "off", "true", "false", "null", "none"])

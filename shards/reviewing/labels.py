@@ -13,11 +13,11 @@ from cogvlm_ft.html_page import text_width
 
 NUM_COLOURS = len(TARGET_COLOURS)
 _ENLARGED = 3.5
-"""How many times larger a picture is after a click, about."""
+"""Approximate enlargement of a picture after a click."""
 _HEIGHT, _FONT_PX = 17.0, 12.0
 _MAX_CHARACTERS = 26
 _MAX_OF_A_PHRASE = 2
-"""Boxes of one phrase that have a label while the picture is small."""
+"""Maximum number of labelled boxes per phrase before the picture is enlarged."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from cogvlm_ft.data.pixels import open_image
 from cogvlm_ft.data.reader import MAX_PIXELS
 
 _MAX_BITS = 6
-"""Bits of 64 that may differ: unrelated photos differ in about 32."""
+"""Maximum number of different bits, out of 64: unrelated photos differ in about 32."""
 _MIN_CONTRAST = 8
-"""Grey levels between the darkest and the brightest part: the hash of a plain photo is noise."""
+"""Minimum difference in grey levels between the darkest and the brightest part: the hash of a plain photo is noise."""
 _SIDE = 128
 
 

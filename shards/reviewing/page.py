@@ -53,7 +53,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image of a suspect. data: what the script reads, by attribute. level: of what a decision decides."""
+    """An image of a suspect. data: values for the script, by attribute. level: to what a decision applies."""
 
     view: View
     phrase: str
@@ -74,7 +74,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Bulk:
-    """What one decision about a whole kind decides. parts: base64 by level; num_left_out: not on the page."""
+    """A decision about all suspects of a kind. parts: base64 by level; num_left_out: not on the page."""
 
     parts: str
     drop: Words
@@ -97,7 +97,7 @@ class Section:
 
     @property
     def is_note(self) -> bool:
-        """Whether nothing is lost."""
+        """Return whether the kind is a note, which means that no data is lost."""
         return self.kind.startswith(NOTE)
 
 

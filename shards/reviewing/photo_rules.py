@@ -32,7 +32,7 @@ def find_suspects(item: Item, photo: Photo | Problem, image_size: int) -> list[S
 
 
 def view_of(item: Item, photo: Photo | None) -> View:
-    """Show the whole candidate: decided on as a sample, all boxes drawn."""
+    """Return a view of the whole candidate with all boxes; a decision applies to the sample."""
     candidate = item.candidate
     boxes = tuple(box for target in candidate.targets for box in target.boxes_xyxy[:_MAX_OTHERS])
     return View(
@@ -84,7 +84,7 @@ class _Candidate:
         return Suspect(f"{part}.{kind}", kind, part.partition("-")[0], self.candidate.source, values, views)
 
     def _exif_suspects(self, photo: Photo) -> list[Suspect]:
-        """Check whether the image was turned when it was annotated."""
+        """Check whether the image was rotated when it was annotated."""
         if not photo.evidence and not is_unclear(self.item, photo):
             return []
         values = {
@@ -215,7 +215,7 @@ def as_boxes(boxes: Boxes) -> tuple[Box, ...]:
 
 
 def _fitting(box: Box, units: str, image_size_px: tuple[int, int]) -> list[tuple[str, Box]]:
-    """Describe other readings in which this one box fits, and where it would be; another scale only if necessary."""
+    """Describe other readings in which this box fits, and its place in them; another scale only if necessary."""
     found: list[tuple[str, Box]] = []
     for reading in all_readings(units)[1:]:
         if reading.layout == "corners" or (reading.scale != units and (found or reading.layout != "xyxy")):

@@ -70,7 +70,7 @@ def open_photo(item: Item, known: dict[Place, PhotoFile]) -> Photo | Problem:
 
 
 def is_unclear(item: Item, photo: Photo) -> bool:
-    """Return whether EXIF turns the image and neither a build nor the numbers show if its boxes were turned too."""
+    """Return whether EXIF rotates the image and it is unknown whether its boxes were rotated too."""
     candidate = item.candidate
     if item.upright is not None or photo.upright or photo.orientation == 1 or not len(boxes_of(candidate)):
         return False

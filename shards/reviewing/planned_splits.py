@@ -1,4 +1,4 @@
-"""The splits that a build with the default settings gives to annotated photos, so that a review knows them before."""
+"""Predict the splits that a build with default settings will assign to annotated photos."""
 
 from __future__ import annotations
 

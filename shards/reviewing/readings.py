@@ -1,4 +1,4 @@
-"""Check whether another meaning of the numbers fits the boxes better, over all boxes of a source.
+"""Check whether another interpretation of the numbers fits all boxes of a source better.
 
 Corners or width and height, x or y first, pixels or fractions of the image: a wrong choice affects many boxes at once:
 they are inverted, outside their images, or smaller than a pixel. Another reading is reported if nearly all boxes fit

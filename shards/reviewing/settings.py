@@ -11,7 +11,7 @@ from cogvlm_ft.settings import RESIZES, AugmentConfig, DataConfig
 from cogvlm_ft.shards.reviewing.statistics import WEIGHTS_SIZE
 
 EXAMPLE_AUGMENT = AugmentConfig(crop=1.0, flip=1.0, brightness=0.2, contrast=0.2, saturation=0.2)
-"""Shown if the user states no augmentation, to see what it would do."""
+"""Augmentation that is shown as an example if the user sets none."""
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from cogvlm_ft.shards.reviewing.sources import Item, read_photo
 
 SIDE_PX, ZOOM_SIDE_PX = 720, 300
 _FRAME_PX, _WIDE_PART_PX, _NARROW_PART_PX = (290, 218), (182, 218), (106, 218)
-"""How large the page shows a picture, alone or beside another: for the labels, until the script measures it."""
+"""Size of a picture on the page, alone or beside another; used to place labels until the script measures it."""
 MAX_BOXES = 400
 """Maximum number of boxes drawn on one picture."""
 _MAX_LEGEND, _MAX_TEXT = 12, 120
 
 Words = tuple[str, str]
-"""English, Chinese."""
+"""A text in English and in Chinese."""
 
 
 @dataclass(frozen=True)

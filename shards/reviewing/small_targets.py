@@ -15,7 +15,7 @@ from cogvlm_ft.shards.reviewing.readings import Tally
 
 MIN_PATCHES = 2
 ENOUGH = 0.9
-"""The cheapest option is recommended that shows this fraction of the boxes with MIN_PATCHES on their shorter side."""
+"""Fraction of boxes that must have MIN_PATCHES on their shorter side; the cheapest such option is recommended."""
 TILE_SIDES_PX = (490, 980)
 OVERLAP = 0.2  # the default of data.tiles.overlap
 

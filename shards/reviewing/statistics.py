@@ -24,14 +24,14 @@ IMAGE_SIZES = (224, 490, 756, 980)
 WANTED_SHARE = 0.9
 """The recommended size is the smallest at which this fraction of boxes is at least one patch wide and high."""
 WEIGHTS_SIZE = 490
-"""Of the published weights for grounding. A smaller size would only lose what they have learned."""
+"""Image size of the published weights for grounding. Smaller sizes are not recommended: they only lose accuracy."""
 
 SIDE_EDGES_PX = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of the square root of box area / image area: 0.1 is a box of a tenth of the width by a tenth of the height."""
+"""Bin edges of the square root of box area / image area: 0.1 is a tenth of the width by a tenth of the height."""
 PATCH_EDGES = (0.5, 1, 2, 4, 8, 16)
 GROUP_EDGES = (0.01, 0.03, 0.1)
-"""Of the same root: the size groups of the best possible IoU."""
+"""Edges of the size groups of the best possible IoU, in the same unit."""
 COUNT_EDGES = (1, 2, 3, 4, 6, 11, 21)
 _MAX_LENGTH = 60
 _IOU_STEPS = 1000
@@ -134,7 +134,7 @@ def edge_labels(edges: Sequence[float]) -> list[str]:
 
 
 def _bin(value: float, edges: Sequence[float]) -> int:
-    """Return how many edges are at or below the value."""
+    """Return the number of edges at or below the value."""
     return sum(edge <= value for edge in edges)
 
 

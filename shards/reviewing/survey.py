@@ -49,7 +49,7 @@ _CHUNK = 32
 _EXAMPLES = 3
 _MOST_FREQUENT = 30
 _MAX_PARTS = 200_000
-"""Parts on the page that one decision about a whole kind decides about, of all kinds together."""
+"""Maximum number of parts on the page covered by decisions about whole kinds, all kinds together."""
 
 Example = tuple[bytes, View]
 """(rank, view)"""
@@ -87,7 +87,7 @@ class Survey:
 
 
 def survey(parts: Iterable[Item | Problem], out: Path, settings: ReviewSettings) -> Survey:
-    """Look at everything, write suspects.jsonl to `out`, and choose what the page shows."""
+    """Review the whole source, write suspects.jsonl to `out`, and choose the suspects shown on the page."""
     with closing(Ledger(out / ".review.sqlite")) as ledger, (out / "suspects.jsonl").open("wb") as file:
         gathered = _Gathered(ledger, file, settings.max_pictures + settings.max_listed)
         with tqdm(unit="", desc="review") as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Texts = dict[str, str]
-"""By language: "en", "zh"."""
+"""Texts by language: "en", "zh"."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,10 @@ KINDS: dict[str, Kind] = {
         "",
     ),
 }
-"""In the order of the page, the most serious first. Other reasons of readers have texts of their own."""
+"""Kinds in the order of the page, the most serious first. Other reasons of format readers have their own texts."""
 
 NOTE = "note."
-"""How the kinds of notes begin, before the reason."""
+"""Prefix of the kinds of notes, before the reason."""
 _OTHER_NOTE = _kind(
     "Note: {kind}",
     "说明：{kind}",

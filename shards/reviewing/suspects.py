@@ -55,7 +55,7 @@ class Suspect:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return what a decision about the whole kind decides about."""
+        """Return the parts to which a decision about the whole kind applies."""
         return self.copies or tuple(view.part for view in self.views[:1] if view.part)
 
     def detail(self, language: str) -> str:
@@ -124,5 +124,5 @@ def draw_fairly(suspects: dict[str, list[Suspect]], num_views: int, num_listed: 
 
 
 def smallest(suspects: Iterable[Suspect], count: int) -> list[Suspect]:
-    """Return those that a fair draw takes first."""
+    """Return the suspects that a fair draw selects first."""
     return nsmallest(count, suspects, key=lambda suspect: suspect.rank)

@@ -1,4 +1,4 @@
-"""What the model will see of a few photos: the squashed, augmented input, with question and answer."""
+"""Show the model's input for a few photos: resized, augmented, with question and answer."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _see_photo(item: Item, wording: Wording, settings: ReviewSettings) -> SeenPh
 
 
 def _record_of(item: Item, photo: Photo) -> Record:
-    """Keep what a build keeps: boxes that fit the photo, and targets that have one or are absent."""
+    """Keep the same parts as a build: boxes that fit the photo, and targets that have a box or are absent."""
     candidate, size = item.candidate, photo.size_px
     targets: list[Target] = []
     for target in candidate.targets:

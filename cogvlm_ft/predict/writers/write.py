@@ -33,7 +33,7 @@ WRITERS: dict[str, Callable[[Sequence[LabelledPhoto], Sequence[str], Path], None
     "cvat": write_cvat,
     "label-studio": write_label_studio,
 }
-"""By the value of --format: (photos, labels, folder)."""
+"""Writers by the value of --format: (photos, labels, folder)."""
 _FILE_EACH = ("labelme", "voc", "yolo")
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 16
 TIME_LIMIT_S = 30.0
-"""Training starts then, with the inputs that were read by then on the page."""
+"""Time after which training starts; the page shows the inputs read by then."""
 _MAX_TURNS, _MAX_TEXT, _MAX_BYTES = 6, 400, 4_000_000
 
 
