@@ -49,3 +49,8 @@ class TilesConfig:
         least=0,
         below=1,
     )
+    partly_annotated: list[str] = setting(
+        [],
+        "Sources for which `fully_annotated` is false all the same: names of folders in `data.shards`, where that is a "
+        "list.",
+    )

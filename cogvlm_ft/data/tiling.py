@@ -128,7 +128,32 @@ def contents_of(record: Record, settings: TilesConfig) -> list[TileContent]:
     """Return what can be asked about each tile of a photo whose size is known."""
     assert record.image_size_px is not None
     windows = photo_tiles(record.image_size_px, settings)
-    return tile_contents(record.targets, windows, settings.min_visible, settings.fully_annotated)
+    return tile_contents(record.targets, windows, settings.min_visible, _is_fully_annotated(record, settings))
+
+
+def _is_fully_annotated(record: Record, settings: TilesConfig) -> bool:
+    return settings.fully_annotated and _source_of(record.key) not in settings.partly_annotated
+
+
+def _source_of(key: str) -> str:
+    """Return the name of the source of a sample, if there are several."""
+    return key.partition("/")[0]
+
+
+def _check_sources(reader: ShardReader, settings: TilesConfig) -> None:
+    """Raise ConfigError if `partly_annotated` names a source that is not there."""
+    sizes = reader.index.source_sizes
+    starts = np.cumsum([0, *sizes[:-1]]).tolist() if len(sizes) > 1 else []
+    known = {_source_of(reader.index.key(start)) for start in starts}
+    unknown = [name for name in settings.partly_annotated if name not in known]
+    if unknown:
+        names = f"names of {', '.join(sorted(known))}" if known else "[], as data.shards is not a list"
+        raise ConfigError(f"data.tiles.partly_annotated: found {unknown[0]!r:.200}; expected {names}. Correct the name")
+
+
+def _rules(settings: TilesConfig) -> str:
+    """Return the settings as text, which is that of earlier runs where no source is an exception."""
+    return repr(settings).replace(", partly_annotated=[])", ")")
 
 
 def show_tile(
@@ -142,7 +167,8 @@ def show_tile(
         return record, None
     assert record.image_size_px is not None
     window = photo_tiles(record.image_size_px, settings)[tile]
-    [content] = tile_contents(record.targets, [window], settings.min_visible, settings.fully_annotated)
+    is_full = _is_fully_annotated(record, settings)
+    [content] = tile_contents(record.targets, [window], settings.min_visible, is_full)
     key = f"{record.key}#{tile}"
     rng = random.Random(f"tile:{seed}:{epoch}:{key}")
     num_absent = min(_num_absent(len(content.asked), settings), len(content.absent))
@@ -166,6 +192,7 @@ def plan_tiles(
     """
     if settings.side_px is None:
         raise ConfigError("data.tiles.side_px: found null; expected the side of a tile")
+    _check_sources(reader, settings)
     rows: list[list[TurnsPart]] = []
     empty: list[tuple[int, int]] = []
     num_shown, skips_unclear = 0, bool(_styles(wording) & _ASKS_ABOUT_EVERYTHING)
@@ -192,7 +219,7 @@ def plan_tiles(
     num_empty = round(num_shown * settings.empty / (1 - settings.empty))
     for i, n in _choose(empty, num_empty, seed):
         rows[i].append(TurnsPart(0, 1, n))
-    return view_photos(rows, repr(settings))
+    return view_photos(rows, _rules(settings))
 
 
 def _clipped(record: Record, size_px: tuple[int, int]) -> Record:

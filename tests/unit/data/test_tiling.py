@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from test_loader import NUM_SAMPLES, SEED, assert_equal, build_dataset
 
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.collate import Batch
+from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset, Item, read_steps
 from cogvlm_ft.data.plan import WHOLE, SamplePlan
-from cogvlm_ft.data.tiling import plan_tiles, show_tile, tile_contents
+from cogvlm_ft.data.reader import ShardReader
+from cogvlm_ft.data.tiling import contents_of, plan_tiles, show_tile, tile_contents
+from cogvlm_ft.errors import ConfigError
 from cogvlm_ft.grounding.targets import Target
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMTokenizer
@@ -139,3 +143,24 @@ def test_the_plan_of_a_run_counts_tiles_and_without_them_nothing_changes(
     parts = tiled(shards, tokenizer).parts
     assert parts is not None and (count_images(config), mean_looks(config)) == (len(parts), 5)
     assert count_validation(config) == 9
+
+
+def test_only_fully_annotated_sources_have_absent_targets_of_their_other_tiles(
+    shards: Path, tokenizer: CogVLMTokenizer, tmp_path: Path
+) -> None:
+    """The same photos as two sources; of the one annotated in part only the records' own targets are absent."""
+    sources = [shutil.copytree(shards, tmp_path / name) for name in ("full", "part")]
+    reader = ShardReader(load_index([{"path": str(path), "weight": 1.0} for path in sources], "train"))
+    tiles, wording = replace(TILES, partly_annotated=["part"]), load_wording("box")
+    records = {reader.index.key(i): reader.read(i).record for i in range(len(reader))}
+    absent = {
+        key: {target.phrase for content in contents_of(record, tiles) for target in content.absent}
+        for key, record in records.items()
+    }
+    own = {key: {each.phrase for each in record.targets if not each.boxes_xyxy} for key, record in records.items()}
+    assert all(absent[key] == own[key] for key in records if key.startswith("part/"))
+    assert any(absent[key] > own[key] for key in records if key.startswith("full/"))
+    plans = [plan_tiles(reader, wording, each, None, SEED) for each in (tiles, TILES)]
+    assert plans[0].sha256 != plans[1].sha256 and "partly" not in plans[1].rules, "as of runs before this setting"
+    with pytest.raises(ConfigError, match="partly_annotated: found 'web'; expected names of full, part"):
+        plan_tiles(reader, wording, replace(TILES, partly_annotated=["web"]), None, SEED)
