@@ -53,7 +53,7 @@ class _Candidate:
         self.item = item
         self.candidate = item.candidate
         self.photo = photo if isinstance(photo, Photo) else None
-        self.lost = photo if isinstance(photo, Problem) else None
+        self.lost = photo if isinstance(photo, Problem) else photo.problem
         self.image_size = image_size
         self.ids = item.ids
         self.view = view_of(item, self.photo)

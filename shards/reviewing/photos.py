@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from io import BytesIO
 from typing import NamedTuple
 
+from cogvlm_ft.data.pixels import UnsupportedPixelsError
 from cogvlm_ft.data.reader import MAX_PIXELS, upright_size
 from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.data.row_streams import read_large_header
 from cogvlm_ft.shards.packing.candidates import Candidate, Problem, Rejected
 from cogvlm_ft.shards.packing.checks import with_hint
 from cogvlm_ft.shards.packing.verify import WholeImage, verify_image
@@ -22,7 +25,7 @@ class Photo:
     """stored_px: (width, height) of the file. orientation: by EXIF, 1 to 8.
 
     upright: its boxes were drawn on the rotated image. evidence: the reason, if it was not stated.
-    look: `photo_hash`.
+    look: `photo_hash`. problem: of a photo that only a build with tiles takes.
     """
 
     stored_px: tuple[int, int]
@@ -31,6 +34,7 @@ class Photo:
     upright: bool = False
     evidence: Texts | None = None
     look: int | None = None
+    problem: Problem | None = None
 
     @property
     def upright_px(self) -> tuple[int, int]:
@@ -44,11 +48,12 @@ class Photo:
 
 
 class PhotoFile(NamedTuple):
-    """Facts read from the bytes of a photo. sha256 and look: as of `Photo`."""
+    """Facts read from the bytes of a photo. sha256 and look: as of `Photo`. too_large: why it is not decoded, or ""."""
 
     stored: WholeImage
     sha256: bytes
     look: int | None
+    too_large: str
 
 
 def open_photo(item: Item, known: dict[Place, PhotoFile]) -> Photo | Problem:
@@ -57,16 +62,35 @@ def open_photo(item: Item, known: dict[Place, PhotoFile]) -> Photo | Problem:
     try:
         if item.place not in known:
             data = read_photo(item.place)
-            whole = verify_image(data, item.candidate.image, MAX_PIXELS)
-            known[item.place] = PhotoFile(whole, sha256(data).digest(), photo_hash(data))
+            whole, too_large = _verified(data, item.candidate.image)
+            known[item.place] = PhotoFile(whole, sha256(data).digest(), photo_hash(data), too_large)
         file = known[item.place]
     except Rejected as rejected:
         return with_hint(rejected, item.candidate).problem(source)
     except BadSampleError as error:
         return Problem("sample", error.reason, error.detail, source)
-    photo = Photo(file.stored.size_px, file.sha256, file.stored.orientation, bool(item.upright), look=file.look)
+    problem = Problem("sample", "too_many_pixels", file.too_large, source) if file.too_large else None
+    photo = Photo(
+        file.stored.size_px, file.sha256, file.stored.orientation, bool(item.upright), None, file.look, problem
+    )
     evidence = None if photo.upright else _boxes_for_upright(item.candidate, photo)
     return replace(photo, upright=True, evidence=evidence) if evidence else photo
+
+
+def _verified(data: bytes, image: str) -> tuple[WholeImage, str]:
+    """Return the size of an image, and why it cannot be decoded at once: its rows can be read, and so can its boxes."""
+    try:
+        return verify_image(data, image, MAX_PIXELS), ""
+    except BadSampleError as error:
+        if error.reason != "too_many_pixels":
+            raise
+        try:
+            large = read_large_header(BytesIO(data), len(data), MAX_PIXELS)
+        except UnsupportedPixelsError as unsupported:
+            raise BadSampleError(image, error.reason, str(unsupported)) from None
+        if large is None:
+            raise
+        return WholeImage(large.size_px, large.orientation), f"{error.detail}. Build with --tiles"
 
 
 def is_unclear(item: Item, photo: Photo) -> bool:

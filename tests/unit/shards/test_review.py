@@ -23,6 +23,7 @@ from cogvlm_ft.shards.formats import FORMATS
 from cogvlm_ft.shards.packing.candidates import Candidate
 from cogvlm_ft.shards.packing.decisions import load_decisions
 from cogvlm_ft.shards.review import main, review, summarize
+from cogvlm_ft.shards.reviewing import photos as photo_files
 from cogvlm_ft.shards.reviewing.settings import ReviewSettings
 from cogvlm_ft.shards.reviewing.sources import Item, Place, annotated_items, shard_items
 
@@ -66,6 +67,23 @@ def turned_photo(photos: Path, orientation: int, name: str = "turned.jpg") -> No
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.open(io.BytesIO(image_bytes(40, 30))).save(photos / name, exif=exif)
+
+
+def test_boxes_of_a_photo_that_only_tiles_take_count(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its boxes decide whether tiles are recommended; it is reported, because a build without tiles rejects it."""
+    Image.new("RGB", (2400, 1600), (9, 9, 9)).save(photos / "large.png", compress_level=0)
+    Image.new("RGB", (2400, 1600)).save(photos / "scans.jpg", progressive=True)
+    monkeypatch.setattr(photo_files, "MAX_PIXELS", 10**6)
+    lines = [line(name, ("dog", [[100, 100, 130, 130]])) for name in ("large.png", "scans.jpg")]
+    found = review_lines(lines, photos, tmp_path / "out", num_workers=1)
+    assert found.report["counts"]["photos"] == 1 and found.report["small_targets"]["recommended"] == (
+        "data.tiles.side_px=490"
+    )
+    assert found.kinds()["too_many_pixels"] == 2
+    texts = [str(each) for each in found.suspects if each["kind"] == "too_many_pixels"]
+    assert "Build with --tiles" in texts[0] and "Save it as a baseline JPEG" in texts[1]
 
 
 def test_nothing_suspicious_in_good_lines(photos: Path, tmp_path: Path) -> None:
