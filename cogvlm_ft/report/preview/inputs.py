@@ -114,6 +114,7 @@ def see_input(dataset: GroundingDataset, item: Item, thumbnails: Thumbnails) -> 
     try:
         sample = dataset.reader.read(index)
         look = dataset.look(sample.record, part, item.epoch)
+        image = look.draw(sample.image, side)  # a stored tile is decoded here
     except DataError as error:
         return Seen(key, Markup(), problem=str(error))
     turns = look.turns[part.cut] or look.turns[:1]
@@ -122,7 +123,7 @@ def see_input(dataset: GroundingDataset, item: Item, thumbnails: Thumbnails) -> 
     with_boxes = {box.number for box in boxes}
     return Seen(
         key,
-        thumbnails.draw(look.draw(sample.image, side), (side, side), boxes, key),
+        thumbnails.draw(image, (side, side), boxes, key),
         [
             Exchange(_cut(turn.prompt), _cut(turn.answer), number if number in with_boxes else None)
             for number, turn in enumerate(shown)

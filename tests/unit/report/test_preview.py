@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ from PIL import Image
 
 from cogvlm_ft.data.index import load_index
 from cogvlm_ft.data.loader import GroundingDataset
-from cogvlm_ft.data.look import build_look
+from cogvlm_ft.data.look import Look, build_look
 from cogvlm_ft.data.plan import SamplePlan
 from cogvlm_ft.data.reader import ShardReader
 from cogvlm_ft.data.record import BadSampleError
+from cogvlm_ft.data.stored_photo import Photo
 from cogvlm_ft.grounding.boxes import boxes_from_bins, parse_boxes
 from cogvlm_ft.grounding.wording import load_wording
 from cogvlm_ft.model import CogVLMConfig, CogVLMTokenizer
@@ -75,6 +77,22 @@ def test_a_bad_sample_is_named_and_time_is_bounded(dataset: GroundingDataset, mo
     monkeypatch.setattr(dataset.reader, "read", read)
     page = render_preview(dataset, PLAN, 30, "a run")
     assert len(figures_of(page)) == 3 and "sample &#39;x&lt;y&#39;: short_read: 3 of 9 bytes" in page  # epoch's end
+
+
+def test_a_damaged_tile_is_named(dataset: GroundingDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found where it is drawn; the other inputs are shown."""
+
+    def draw(look: Look, photo: Photo, image_size: int) -> Image.Image:
+        if photo.size == (40, 20):
+            raise BadSampleError("x", "broken_image", "tile 3: cut off")
+        return real(look, photo, image_size)
+
+    real, read = Look.draw, dataset.reader.read
+    small = replace(read(0), image=Image.new("RGB", (40, 20)))
+    monkeypatch.setattr(Look, "draw", draw)
+    monkeypatch.setattr(dataset.reader, "read", lambda i: small if i == int(PLAN.order(0)[1]) else read(i))
+    page = render_preview(dataset, PLAN, 0, "a run")
+    assert "broken_image: tile 3: cut off" in page and len(figures_of(page)) == NUM_SHOWN
 
 
 def test_whatever_goes_wrong_training_starts(
