@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from cogvlm_ft.plain_files import real_path
 
 SEPARATOR = "::"  # between locations, as in WebDataset
 
-_MAX_LOCATIONS = 1_000_000
+_MAX_LOCATIONS, _MOST_DIGITS = 1_000_000, 18
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")  # a step makes a range shorter, but is not counted
 _SPLIT_WORD = re.compile(r"(train|training|val|valid|validation|dev|test|testing)[-_.]")
 _SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "dev"}, {"test", "testing"})
 
@@ -89,14 +91,23 @@ def check_once(source: str, found: Sequence[str]) -> None:
 
 
 def _expanded(part: str) -> list[str]:
-    if not is_url(part) and Path(part).expanduser().exists():
+    if not is_url(part) and os.path.exists(Path(part).expanduser()):  # noqa: PTH110  False for what can be no path
         return [part]  # braces and brackets may be a part of its name
     check_slashes(part)
+    too_many = f"{shown(part)}: found braces for more than {_MAX_LOCATIONS} names; expected fewer. Correct the numbers"
+    if any(_num_names(*ends) > _MAX_LOCATIONS for ends in _RANGE.findall(part)):  # braceexpand would list them all
+        raise DataError(too_many)
     try:
-        names = list(islice(braceexpand(part, escape=False), _MAX_LOCATIONS))
+        names = list(islice(braceexpand(part, escape=False), _MAX_LOCATIONS + 1))
     except ValueError:
         raise DataError(f"{shown(part)}: found unbalanced braces; expected a form like {{000000..000003}}") from None
+    if len(names) > _MAX_LOCATIONS:
+        raise DataError(too_many)
     return [each for name in names for each in _matching(name)]
+
+
+def _num_names(start: str, end: str) -> float:
+    return float("inf") if max(len(start), len(end)) > _MOST_DIGITS else abs(int(end) - int(start)) + 1
 
 
 def _matching(pattern: str) -> list[str]:

@@ -130,11 +130,20 @@ def test_names_with_braces_and_brackets_that_exist_are_names(tmp_path: Path) -> 
         assert locations(str(tmp_path / name)) == [str(tmp_path / name)]
 
 
+def test_braces_may_hold_more_than_a_name_may(tmp_path: Path) -> None:
+    names = [f"{number:0100d}" for number in range(3)]
+    found = locations(f"{tmp_path}/{{{','.join(names)}}}.tar")
+    assert found == [f"{tmp_path}/{name}.tar" for name in names]
+
+
 @pytest.mark.parametrize(
     ("written", "words"),
     [
         ("{}/x*.tar", r"x\*\.tar: found nothing that matches"),
         ("{}/{{0..1.tar", "unbalanced braces"),
+        ("{}/{{0..99999999999}}.tar", "braces for more than 1000000 names; expected fewer"),
+        ("{}/{{0..99999999999999999999}}.tar", "braces for more than 1000000 names"),
+        ("{}/{{0..2000}}{{0..2000}}.tar", "braces for more than 1000000 names"),
         ("{}/00000.tar::{}/*.tar", r"00000\.tar is named twice"),
         ("{}/00000.tar::{}/../tars/00000.tar", r"00000\.tar is .*00000\.tar again; expected every tar once"),
         ("{}/00009.tar", r"00009\.tar: found nothing; expected a tar"),
