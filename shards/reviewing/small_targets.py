@@ -41,7 +41,7 @@ def compare(tally: Tally, weights_size: int, image_sizes: Sequence[int]) -> dict
     """Return the options from the cheapest on, and the recommended setting; none of them is below `weights_size`.
 
     share: of the boxes with MIN_PATCHES or more. tokens: of an average photo. cost: tokens, relative to the whole
-    photo at `weights_size`. recommended: None without a box.
+    photo at `weights_size`. recommended: None without a box. enough: whether it reaches ENOUGH.
     """
     photos, boxes = tally["photos",], tally["good boxes",]
     if not photos or not boxes or weights_size not in image_sizes:
@@ -63,9 +63,12 @@ def compare(tally: Tally, weights_size: int, image_sizes: Sequence[int]) -> dict
 
 def explain(found: dict[str, Any], weights_size: int) -> str:
     """Return the lines for the terminal, "" where the model's own resolution shows enough."""
-    if found["recommended"] in (None, f"model.image_size={weights_size}"):
+    own = f"model.image_size={weights_size}"
+    if not found["recommended"] or (found["enough"] and found["recommended"] == own):
         return ""
     lines = [f"if small targets matter: {found['recommended']} (docs/small_targets.md)"]
+    if not found["enough"]:
+        lines.append(f"  no setting gives {ENOUGH:.0%} of the boxes {MIN_PATCHES} patches; this one comes closest")
     for each in found["options"]:
         large, cost = (
             f"{each['share']:.1%} of the boxes have {MIN_PATCHES} patches or more",

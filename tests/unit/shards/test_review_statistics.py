@@ -83,6 +83,9 @@ def test_resolution_or_tiles() -> None:
     small = compare(tally_of((0, 0, 300, 300)), 490, IMAGE_SIZES)
     assert small["recommended"] == "model.image_size=490" and explain(small, 490) == ""
     assert "if small targets matter: model.image_size=980" in explain(found, 490)
+    assert "no setting" not in explain(found, 490)
+    tiny = compare(tally_of(*[(0.0, 0.0, 3.0, 3.0)] * 3), 490, IMAGE_SIZES)
+    assert not tiny["enough"] and "no setting gives 90% of the boxes 2 patches" in explain(tiny, 490)
 
 
 def test_no_box_no_advice() -> None:
