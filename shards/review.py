@@ -155,6 +155,8 @@ def _parts(args: argparse.Namespace) -> tuple[Parts, str]:
     for option, path in (("--annotations", args.annotations), ("--images", args.images)):
         if not path.exists():
             raise DataError(f"{option} {path}: no such file or folder")
+    if not args.images.is_dir():
+        raise DataError(f"--images {args.images}: not a folder; expected the folder of the photos")
     name, annotations = settle_source(args.format, args.annotations, args.images)
     return annotated_items(name, annotations, args.images, args.box_unit), f"{annotations} ({name})"
 

@@ -406,6 +406,7 @@ def test_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--shards", "none"], "none"),
         (["--images", "none", "--annotations", "none"], "--annotations none"),
+        (["--images", "file", "--annotations", "file"], "--images file: not a folder"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -416,6 +417,7 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("{}")
     assert main([*arguments, "--out", "out"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("DataError: ") and words in error
