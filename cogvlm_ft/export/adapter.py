@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cogvlm_ft.checkpoints.adapters import AdapterRecord
-from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes
+from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes, trained_wording
 from cogvlm_ft.checkpoints.consolidate import open_last_or_average
 from cogvlm_ft.checkpoints.manifest import find_damage
 from cogvlm_ft.checkpoints.model_folder import open_merged, write_merged_folder
@@ -16,6 +16,7 @@ from cogvlm_ft.checkpoints.peft_files import BASE_FILE, WEIGHTS_FILE
 from cogvlm_ft.errors import CheckpointError
 from cogvlm_ft.export.export import check_free_space
 from cogvlm_ft.export.new_folder import new_folder
+from cogvlm_ft.grounding.wording import WORDING_FILE, save_wording
 from cogvlm_ft.model.adapters import name_in_peft_file, peft_config
 from cogvlm_ft.model.loading import read_whole
 from cogvlm_ft.plain_files import write_text
@@ -31,10 +32,17 @@ def export_merged(folder: Path, base: Path, out: Path, dtype: torch.dtype) -> in
         contents = open_merged(folder, base)
         check_free_space(out, contents, dtype)
         write_merged_folder(base, contents, partial, dtype)
-        kept = chosen_boxes(folder)
-        if kept:
-            save_kept_boxes(kept, partial)
+        _save_how_to_ask(folder, partial)
     return len(contents)
+
+
+def _save_how_to_ask(weights: Path, folder: Path, *, averaged: bool = False) -> None:
+    """Write the wording of the training and which boxes from tiles count, where they are known."""
+    wording, kept = trained_wording(weights), chosen_boxes(weights, averaged=averaged)
+    if wording:
+        save_wording(wording, folder / WORDING_FILE)
+    if kept:
+        save_kept_boxes(kept, folder)
 
 
 def export_adapter(checkpoint: Path, out: Path, *, averaged: bool = False) -> int:
@@ -55,9 +63,7 @@ def export_adapter(checkpoint: Path, out: Path, *, averaged: bool = False) -> in
         config.save_pretrained(partial)
         base = {"name": Path(record.base).name, "sha256": record.base_sha256}
         write_text(partial / BASE_FILE, json.dumps(base) + "\n")
-        kept = chosen_boxes(checkpoint, averaged=averaged)
-        if kept:
-            save_kept_boxes(kept, partial)
+        _save_how_to_ask(checkpoint, partial, averaged=averaged)
         factors = open_last_or_average(checkpoint, averaged=averaged)
         specs = [TensorSpec(name_in_peft_file(name), tuple(factor.shape)) for name, factor in factors.items()]
         write_tensors(partial / WEIGHTS_FILE, specs, (read_whole(each, torch.float32) for each in factors.values()))

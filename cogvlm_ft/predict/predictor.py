@@ -115,7 +115,8 @@ def load_predictor(path: Path, asking: Asking) -> Predictor:
     if asking.min_boxes and asking.decoding == "free":
         raise ConfigError(f"--min-boxes {asking.min_boxes} needs --decoding grammar")
     weights = find_weights(path, "--model")
-    wording = choose_wording(asking, trained_wording(weights))
+    trained = trained_wording(asking.adapter) if asking.adapter else None
+    wording = choose_wording(asking, trained or trained_wording(weights))
     tokenizer = CogVLMTokenizer.from_folder(model_files(weights))
     allow_tf32(False)
     dtype = torch.bfloat16 if asking.dtype == "bf16" else torch.float32

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from cogvlm_ft.checkpoints.choice import trained_wording
 from cogvlm_ft.checkpoints.peft_files import open_peft_adapter, put_beside
 from cogvlm_ft.data.reader import MAX_PIXELS, decode_image
 from cogvlm_ft.errors import ConfigError
@@ -19,7 +20,7 @@ from cogvlm_ft.model.quantized import float_shapes
 from cogvlm_ft.predict.batching import Order, Replies
 from cogvlm_ft.predict.bodies import RefusedError
 from cogvlm_ft.predict.files import Question, answer_questions
-from cogvlm_ft.predict.predictor import Predictor
+from cogvlm_ft.predict.predictor import Predictor, choose_wording
 from cogvlm_ft.terminal import plain_line
 
 MAX_NEW_TOKENS = 2048
@@ -89,18 +90,21 @@ class ServedModels:
         if settings.adapter != self._chosen:
             choose_adapter(self.base.model, settings.adapter)
             self._chosen = settings.adapter
-        return answer_questions(self._predictor_of(replace(settings, adapter=None)), photos, questions)
+        return answer_questions(self._predictor_of(settings), photos, questions)
 
     def _build_predictor(self, settings: Settings) -> Predictor:
-        base = self.base
+        """Prepare to ask; an adapter has its own wording and choice of boxes, where they are known."""
+        base, adapter = self.base, self.adapters.get(settings.adapter or "")
         changes: dict[str, Any] = {
             name: value
             for name in ("max_new_tokens", "decoding", "min_boxes")
             if (value := getattr(settings, name)) is not None
         }
-        if not changes:
+        if not changes and not adapter:
             return base
-        asking = replace(base.asking, **changes)
+        asking = replace(base.asking, **changes, adapter=adapter or base.asking.adapter)
         if asking.min_boxes and asking.decoding == "free":
             raise ConfigError(f"min_boxes: found {asking.min_boxes} with free decoding; expected decoding grammar")
-        return Predictor(base.model, base.tokenizer, asking, base.wording, base.weights)
+        trained = trained_wording(adapter) if adapter else None
+        wording = choose_wording(asking, trained) if trained else base.wording
+        return Predictor(base.model, base.tokenizer, asking, wording, base.weights)

@@ -24,6 +24,7 @@ from tiny import short_run_settings
 from cogvlm_ft.build import load_quantized_base
 from cogvlm_ft.checkpoints.adapters import AdapterRecord, check_same_adapters
 from cogvlm_ft.checkpoints.checkpoint import list_checkpoints
+from cogvlm_ft.checkpoints.choice import trained_wording
 from cogvlm_ft.checkpoints.slices import WEIGHT, check_averages_kept, open_slices
 from cogvlm_ft.config import load_config
 from cogvlm_ft.data.index import load_index
@@ -271,6 +272,7 @@ def test_adapters_train_as_those_of_peft(
 
     export_checkpoint(checkpoint, tmp_path / "merged", torch.float32)
     export_adapter(checkpoint, tmp_path / "alone")
+    assert trained_wording(tmp_path / "alone") == trained_wording(checkpoint) is not None
     tokenizer = CogVLMTokenizer.from_folder(start_model)
     inputs = plain.build_conversation_input_ids(tokenizer, query="the red circle", images=[torch.ones(3, 56, 56)])
     batch = {k: v[None] for k, v in inputs.items() if k != "images"} | {"images": [inputs["images"]]}

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvlm_ft.build import load_whole_model
-from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes
+from cogvlm_ft.checkpoints.choice import chosen_boxes, save_kept_boxes, trained_wording
 from cogvlm_ft.checkpoints.peft_files import WEIGHTS_FILE, open_peft_adapter, put_beside, put_into
 from cogvlm_ft.config import load_config
 from cogvlm_ft.errors import CheckpointError, ConfigError
 from cogvlm_ft.export.adapter import export_merged
 from cogvlm_ft.grounding.confidence import KeptBoxes
+from cogvlm_ft.grounding.wording import WORDING_FILE, load_wording, save_wording
 from cogvlm_ft.launch.export import main
 from cogvlm_ft.model import CogVLMForCausalLM, CogVLMTokenizer, load_model
 from cogvlm_ft.model.adapters import TARGETS, add_adapters, of_base
@@ -68,10 +69,13 @@ def test_it_starts_a_training_run_and_is_merged(
     shapes = of_base(parameter_shapes(started.named_parameters()).items())
     opened = open_peft_adapter(adapter, start_model, shapes)
     put_into(started, opened, SETTINGS, whole_assign(started.named_parameters()))
-    base = shutil.copytree(start_model, tmp_path / "base")
+    base, worded = shutil.copytree(start_model, tmp_path / "base"), shutil.copytree(adapter, tmp_path / "worded")
     save_kept_boxes(KeptBoxes(0.9), base)
-    arguments = ["--checkpoint", adapter, "--base", base, "--out", tmp_path / "merged"]
+    save_wording(load_wording("region"), worded / WORDING_FILE)
+    arguments = ["--checkpoint", worded, "--base", base, "--out", tmp_path / "merged"]
     assert main([str(argument) for argument in arguments]) == 0
+    wording = trained_wording(tmp_path / "merged")
+    assert wording and wording.name == "region", "that of the adapter's training"
     assert chosen_boxes(tmp_path / "merged") is None, "which boxes from tiles count was chosen for other weights"
     assert load_predictor(base, Asking(adapter=adapter)).kept == KeptBoxes()
     assert "merged" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,10 @@ import torch
 from PIL import Image
 from running_server import running
 
+from cogvlm_ft.checkpoints.choice import save_kept_boxes
 from cogvlm_ft.errors import ConfigError
+from cogvlm_ft.grounding.confidence import KeptBoxes
+from cogvlm_ft.grounding.wording import WORDING_FILE, load_wording, save_wording
 from cogvlm_ft.model import CogVLMForCausalLM
 from cogvlm_ft.model.adapters import peft_config
 from cogvlm_ft.predict import serve
@@ -149,6 +153,20 @@ def test_adapters_are_chosen_by_the_models_name(client: Any, served: ServedModel
     merged.model = PeftModel.from_pretrained(base, adapter).eval()
     merged.model = merged.model.merge_and_unload()
     assert merged.ask([photo()], [[PROMPT]])[0][0].text == texts[1]
+
+
+def test_an_adapter_is_asked_in_its_own_wording(start_model: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its model says "not found" in the sentences of that wording only, and its boxes count by its own choice."""
+    own = shutil.copytree(adapter, tmp_path / "own")
+    save_wording(load_wording("region"), own / WORDING_FILE)
+    save_kept_boxes(KeptBoxes(0.7), own)
+    served = ServedModels(load_predictor(start_model, Asking()), "start", {"own": own, "plain": adapter})
+    found = [served._build_predictor(Settings(name, 8)) for name in (None, "own", "plain")]
+    assert [each.wording.name for each in found] == ["box", "region", "box"]
+    assert [each.kept.min_confidence for each in found] == [0.0, 0.7, 0.0]
+    asked = ServedModels(load_predictor(start_model, Asking(wording="detection")), "start", {"own": own})
+    assert asked._build_predictor(Settings("own")).wording.name == "detection"
+    assert load_predictor(start_model, Asking(adapter=own)).wording.name == "region"
 
 
 def test_earlier_turns_are_shown_to_a_model_whose_template_has_them(
