@@ -342,7 +342,7 @@ def test_a_share_that_cannot_be(photos: Path, tmp_path: Path, capsys: pytest.Cap
     annotations = zoo(photos, tmp_path)
     arguments = ["--format", "coco", "--images", str(photos), "--annotations", str(annotations), "--workers", "1"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "1.5"]) == 2
-    assert "share is 1.5" in capsys.readouterr().err
+    assert "--negatives: found 1.5" in capsys.readouterr().err
     assert (
         main([*arguments, "--out", str(tmp_path / "out"), "--negatives", "0.3", "--negative-kinds", "attribute"]) == 0
     )

@@ -516,9 +516,9 @@ def test_a_missing_file_of_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"share": -0.1}, "share is -0.1"),
+        ({"share": -0.1}, "found -0.1; expected 0"),
         ({"share": 1.0}, "expected 0"),
-        ({"share": float("nan")}, "share is nan"),
+        ({"share": float("nan")}, "found nan; expected 0"),
         ({"kinds": {"colour": 1}}, "expected class, phrase, attribute"),
         ({"kinds": {"class": -1}}, "weights"),
         ({"kinds": {"class": float("nan")}}, "weights"),
