@@ -115,6 +115,8 @@ def _chosen_in(checkpoint: Path, averaged: bool) -> KeptBoxes | None:
     return kept
 
 
-def save_kept_boxes(kept: KeptBoxes, folder: Path) -> None:
-    """Write what `chosen_boxes` reads from a model folder."""
+def save_kept_boxes(kept: KeptBoxes | None, folder: Path) -> None:
+    """Write what `chosen_boxes` reads from a model folder; nothing for None."""
+    if kept is None:
+        return
     write_text(folder / TILES_FILE, json.dumps(asdict(kept)) + "\n")

@@ -38,11 +38,10 @@ def export_merged(folder: Path, base: Path, out: Path, dtype: torch.dtype) -> in
 
 def _save_how_to_ask(weights: Path, folder: Path, *, averaged: bool = False) -> None:
     """Write the wording of the training and which boxes from tiles count, where they are known."""
-    wording, kept = trained_wording(weights), chosen_boxes(weights, averaged=averaged)
+    wording = trained_wording(weights)
     if wording:
         save_wording(wording, folder / WORDING_FILE)
-    if kept:
-        save_kept_boxes(kept, folder)
+    save_kept_boxes(chosen_boxes(weights, averaged=averaged), folder)
 
 
 def export_adapter(checkpoint: Path, out: Path, *, averaged: bool = False) -> int:

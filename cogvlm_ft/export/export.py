@@ -67,7 +67,7 @@ def export_checkpoint(
         kept = chosen_boxes(checkpoint, averaged=averaged)
         if kept and blend:
             logger.warning("--blend: no evaluation chose which boxes from tiles count for a blend; every box counts")
-        elif kept:
+        else:
             save_kept_boxes(kept, partial)
         result = verify_export(partial, checkpoint / MODEL_FOLDER, contents, dtype) if verify else None
         if result:

@@ -32,9 +32,7 @@ def export_quantized(weights: Path, out: Path, kind: str) -> int:
         for path in sorted(files.iterdir()):
             if path.is_file() and not any(path.match(pattern) for pattern in _NOT_COPIED):
                 copy_regular(path, partial / path.name, follow=True)
-        kept = chosen_boxes(weights)
-        if kept:  # of a checkpoint it is in none of these files
-            save_kept_boxes(kept, partial)
+        save_kept_boxes(chosen_boxes(weights), partial)  # of a checkpoint it is in none of these files
         config = load_config(files)
         config.dtype = torch.bfloat16
         setattr(config, WEIGHT_FORMAT, kind)

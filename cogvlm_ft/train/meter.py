@@ -77,14 +77,18 @@ class Meter:
         return Report(values, losses, timings)
 
     def _reduce(self) -> tuple[list[_RankTime], list[float], list[float]]:
-        """Return the time of every rank, and sums over all ranks of every step: loss, cross entropy. One all-reduce."""
+        """Return the time of every rank, and sums over all ranks of every step: loss, cross entropy. One all-reduce.
+
+        Without a box loss, the cross entropy is the loss and is not summed again.
+        """
         stats, waits = [step for step, _ in self._steps], [wait for _, wait in self._steps]
         busy_s, data_wait_s = sum(step.step_s for step in stats), sum(waits)
         own_s = sum(wait + step.step_s - step.sync_wait_s for step, wait in self._steps)
         slots = [0.0] * (3 * world_size())
         slots[3 * rank() : 3 * rank() + 3] = own_s, data_wait_s, busy_s
         losses = [step.loss_sum.item() for step in stats]
-        reduced = all_reduce_sum([*slots, *losses, *(step.row_losses.sum().item() for step in stats)])
+        entropies = [step.row_losses.sum().item() for step in stats] if self._has_box_loss else []
+        reduced = all_reduce_sum([*slots, *losses, *entropies])
         times = [_RankTime(*reduced[start : start + 3]) for start in range(0, len(slots), 3)]
         sums = reduced[len(slots) :]
         return times, sums[: len(losses)], sums[len(losses) :]
